@@ -1,0 +1,2 @@
+//! sheave kernel programs.
+fn main() {}

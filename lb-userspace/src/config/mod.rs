@@ -1,0 +1,5 @@
+//! The configuration file: what it may say, and what is wrong with it.
+
+mod model;
+
+pub use model::*;

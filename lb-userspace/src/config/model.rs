@@ -1,0 +1,188 @@
+//! What a valid configuration says, with every default filled in.
+//!
+//! These types hold only values that passed validation: whoever has a [`Config`] need not check it again.
+
+use std::{net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
+
+use ipnet::IpNet;
+
+/// The whole configuration file.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// `[dataplane]`
+    pub dataplane: Dataplane,
+    /// `[vip]`
+    pub vip: Vip,
+    /// `[admin]`
+    pub admin: Admin,
+    /// `[[service]]`, at least one, in file order.
+    pub services: Vec<Service>,
+}
+
+/// `[dataplane]`: where packets come in and which addresses they leave from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Dataplane {
+    /// The interfaces the XDP program is attached to.
+    pub interfaces: Interfaces,
+    /// How the XDP program is attached.
+    pub xdp_mode: XdpMode,
+    /// Source addresses towards the backends. Empty: the VIPs themselves.
+    pub snat_addresses: Vec<std::net::IpAddr>,
+    /// Source ports towards the backends: all of 1024-65535 for addresses of our own, a part of them for an
+    /// address that this host uses as well.
+    pub snat_ports: RangeInclusive<u16>,
+    /// 128 bits in hexadecimal, the same file on every load balancer of a VIP. Absent: random.
+    pub hash_key_file: Option<PathBuf>,
+    /// What must survive a restart.
+    pub state_dir: PathBuf,
+}
+
+/// `dataplane.interfaces`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Interfaces {
+    /// From the routes to the backends and the interfaces that carry the VIPs.
+    Auto,
+    /// By name, at least one.
+    Named(Vec<String>),
+}
+
+/// `dataplane.xdp_mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XdpMode {
+    /// Native where the driver can; generic only where that is known to be safe.
+    Auto,
+    /// In the driver, or not at all.
+    Native,
+    /// In the network stack: slower, works with every driver.
+    Generic,
+}
+
+/// `[vip]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vip {
+    /// `mode`
+    pub mode: VipMode,
+}
+
+/// `vip.mode`: who puts the VIP on this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VipMode {
+    /// Somebody else (keepalived, kube-vip, the operator): we never add or remove it.
+    Follow,
+    /// We do, and we take away what we put there.
+    Own,
+}
+
+/// `[admin]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Admin {
+    /// Where `sheave status` and the other commands reach the daemon.
+    pub socket: PathBuf,
+}
+
+/// `[[service]]`: some listeners and the backends behind them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Service {
+    /// Unique among services.
+    pub name: String,
+    /// The addresses and ports it answers on, at least one, never loopback (the connect hook is not built yet).
+    pub listen: Vec<SocketAddr>,
+    /// How a new flow finds its backend.
+    pub balance: Balance,
+    /// How packets reach the backend.
+    pub forward: Forward,
+    /// An established flow without a segment for this long is forgotten: 1 minute to 8 hours.
+    pub idle_timeout: Duration,
+    /// Source prefixes that may open flows. Empty: everyone.
+    pub allow: Vec<IpNet>,
+    /// How its backends are checked.
+    pub check: Check,
+    /// At least one; names and addresses unique within the service.
+    pub backends: Vec<Backend>,
+}
+
+/// `service.balance`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Balance {
+    /// Consistent hashing of the flow.
+    Maglev,
+}
+
+/// `service.forward`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Forward {
+    /// Both addresses are rewritten, replies come back through the load balancer.
+    Nat,
+}
+
+/// `[[service.backend]]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// Unique within the service; the address where none is given.
+    pub name: String,
+    /// Where its flows go.
+    pub address: SocketAddr,
+    /// Share of new flows relative to the others, 0 (none) to 256.
+    pub weight: u16,
+}
+
+/// `[service.check]`: how a backend is asked whether it is ready.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Check {
+    /// `type`
+    pub kind: CheckKind,
+    /// What is asked for (`https` and `http`).
+    pub path: String,
+    /// The statuses that mean ready (`https` and `http`).
+    pub expect: Vec<RangeInclusive<u16>>,
+    /// Between checks of a backend whose verdict stands.
+    pub interval: Duration,
+    /// Between checks while a verdict is pending.
+    pub fast_interval: Duration,
+    /// For TCP and TLS to complete.
+    pub connect_timeout: Duration,
+    /// For the reply, after the connection stands.
+    pub timeout: Duration,
+    /// Successes that make a failed backend ready again.
+    pub rise: u32,
+    /// Failures in a row that make a ready backend not ready.
+    pub fall: u32,
+    /// Checked instead of the backend's port.
+    pub port: Option<u16>,
+    /// Checked instead of the backend's address.
+    pub address: Option<std::net::IpAddr>,
+    /// TLS name (SNI and verification). Absent: the address that is checked.
+    pub server_name: Option<String>,
+    /// PEM certificates that the backend's certificate must chain to. Absent, or the file absent: not verified.
+    pub ca_file: Option<PathBuf>,
+    /// PEM certificate chain and private key presented to the backend.
+    pub client_cert: Option<ClientCertificate>,
+    /// A bearer token.
+    pub token_file: Option<PathBuf>,
+    /// Accept any certificate.
+    pub insecure_skip_tls_verify: bool,
+}
+
+/// `client_cert_file` and `client_key_file`: only ever both.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientCertificate {
+    /// PEM certificate chain.
+    pub cert_file: PathBuf,
+    /// PEM private key.
+    pub key_file: PathBuf,
+}
+
+/// `check.type`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckKind {
+    /// TLS, then an HTTP request.
+    Https,
+    /// An HTTP request in the clear.
+    Http,
+    /// A TLS handshake.
+    Tls,
+    /// A TCP handshake.
+    Tcp,
+    /// Always ready.
+    None,
+}

@@ -1,0 +1,3 @@
+//! sheave's control plane: checks the apiservers and keeps the data path's maps true.
+
+pub mod config;
