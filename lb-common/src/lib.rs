@@ -1,2 +1,35 @@
-//! The steps a packet takes through sheave.
+//! The steps a packet takes through sheave, one file each, and everything that crosses the kernel boundary.
+//!
+//! The same code is compiled for the kernel (`lb-ebpf` lends it a frame and the maps) and for the host, where
+//! tests lend it a byte vector and plain memory. It allocates nothing, calls nobody and never panics: the
+//! verifier has to see the end of every path.
+//!
+//! A packet goes through [`process`]: *parse* ([`parse`]), *decide* ([`forward`], [`reply`], [`icmp`]), *act*
+//! ([`rewrite`], [`refuse`]), and ends as exactly one [`Outcome`].
 #![cfg_attr(not(any(test, loom)), no_std)]
+// The kernel's atomic instructions are reached by inline assembly: core has no atomics for this target.
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
+
+pub mod cell;
+pub mod checksum;
+pub mod flow;
+pub mod forward;
+pub mod frame;
+pub mod hash;
+pub mod headers;
+pub mod icmp;
+pub mod layout;
+pub mod maglev;
+pub mod maps;
+pub mod meta;
+pub mod next_hop;
+pub mod outcome;
+pub mod parse;
+pub mod process;
+pub mod refuse;
+pub mod reply;
+pub mod rewrite;
+pub mod transition;
+
+pub use outcome::Outcome;
+pub use process::process;

@@ -1,0 +1,603 @@
+//! The flow table: a flat array of 4-way sets in which the slot number *is* the SNAT port.
+//!
+//! A tuple hashes to ten candidate sets of one SNAT address. It is put into the emptier of the first two, else into
+//! the next that has room; a mark on its first candidate says that a look-up has to go beyond the second. At 80 %
+//! fill that refuses fewer than 0.1 % of new flows; first-fit over two would refuse 19 %.
+//!
+//! # The claim protocol
+//!
+//! Two copies of a SYN may be worked on by two CPUs, and the daemon frees slots meanwhile. Every transition goes
+//! through the slot's one word:
+//!
+//! 1. compare-and-exchange from what was examined to *claiming* (readers look away),
+//! 2. write the tuple and, if needed, the overflow mark,
+//! 3. exchange to *half-open*: that publishes, and is the full barrier,
+//! 4. only then search all candidates again. Another live way with the tuple: give the own one back.
+//!
+//! Publishing before searching is what excludes duplicates: of two claimers, the one that searches last sees the
+//! other. (Searching first, or publishing by a plain store, lets both miss each other.) Both may give back; then the
+//! client's next SYN decides. `tests` checks it under loom, with this very code.
+
+use crate::{
+    cell::{Cell8, Cell16, Cell32, Cell64},
+    hash::{FlowHash, Key},
+    layout::{Config, SETS_PER_ADDRESS, Set4, Set6, WAYS, Way4, Way6, family},
+    maps::Maps,
+    meta::{Kind, Meta, RESET, SYN_ACK},
+    outcome::Event,
+    transition::RESET_QUARANTINE,
+};
+
+/// Sets a tuple may be in.
+pub const CANDIDATES: u32 = 10;
+/// Candidates that are always looked at.
+const FIRST_CANDIDATES: u32 = 2;
+/// Units (about seconds) that a slot rests while its backend may be in TIME_WAIT for it.
+pub const LONG_QUARANTINE: u16 = 60;
+/// Units that a slot rests when the client closed first.
+pub const SHORT_QUARANTINE: u16 = 2;
+/// Units without a segment after which a handshake that was answered may be reclaimed for another flow.
+const UNPROVEN_AGE: u16 = 2;
+
+/// Where a flow is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// The set, counted through all SNAT addresses.
+    pub set: u32,
+    /// The way, 0 to 3.
+    pub way: u32,
+}
+
+impl Slot {
+    /// No slot at all.
+    pub const NONE: Self = Self { set: u32::MAX, way: 0 };
+
+    /// The SNAT port, as a number.
+    #[inline(always)]
+    #[must_use]
+    pub const fn port(self) -> u16 {
+        ((self.set % SETS_PER_ADDRESS) * WAYS as u32 + self.way) as u16
+    }
+
+    /// Which SNAT address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn address(self) -> usize {
+        (self.set / SETS_PER_ADDRESS) as usize
+    }
+}
+
+/// A slot as it was found.
+#[derive(Clone, Copy, Debug)]
+pub struct Found {
+    /// Where.
+    pub slot: Slot,
+    /// What its word was.
+    pub meta: Meta,
+}
+
+/// What distinguishes IPv4's flow table from IPv6's.
+pub trait Family: Copy + 'static {
+    /// See [`family`].
+    const NUMBER: u8;
+    /// Client address and port and listener id, as compared.
+    type Tuple: Copy + PartialEq;
+    /// A set of ways.
+    type Set: 'static;
+
+    /// The tuple of a client (address words, port word) at a listener.
+    fn tuple(address: [u64; 2], port: u16, listener: u16) -> Self::Tuple;
+    /// Its parts again: address, port, listener.
+    fn parts(tuple: Self::Tuple) -> ([u64; 2], u16, u16);
+    /// Its hash.
+    fn hash(key: &Key, tuple: Self::Tuple) -> FlowHash;
+    /// A set by index.
+    fn set<M: Maps>(maps: &M, index: u32) -> Option<&Self::Set>;
+    /// The word of a way; the way number is taken modulo four.
+    fn meta(set: &Self::Set, way: u32) -> &Cell32;
+    /// The client's last ACK number.
+    fn last_ack(set: &Self::Set, way: u32) -> &Cell32;
+    /// A way's tuple.
+    fn load(set: &Self::Set, way: u32) -> Self::Tuple;
+    /// Writes a way's tuple; the way must be claimed.
+    fn store(set: &Self::Set, way: u32, tuple: Self::Tuple);
+    /// A way's index into the learned next hops.
+    fn return_hop<M: Maps>(maps: &M, slot: Slot) -> Option<&Cell16>;
+    /// A set's overflow mark.
+    fn overflow<M: Maps>(maps: &M, set: u32) -> Option<&Cell8>;
+    /// An SNAT address, as words.
+    fn snat(config: &Config, index: usize) -> [u64; 2];
+    /// How many SNAT addresses there are.
+    fn snat_count(config: &Config) -> u32;
+    /// Which SNAT address a bucket belongs to.
+    fn bucket(config: &Config, bucket: usize) -> u32;
+    /// The half of the selection table in use, plus one; 0: none.
+    fn selection(service: &crate::layout::Service) -> u32;
+}
+
+/// IPv4.
+#[derive(Clone, Copy)]
+pub struct V4;
+
+impl Family for V4 {
+    const NUMBER: u8 = family::IPV4;
+    type Tuple = u64;
+    type Set = Set4;
+
+    #[inline(always)]
+    fn tuple(address: [u64; 2], port: u16, listener: u16) -> u64 {
+        address[0] | u64::from(port) << 32 | u64::from(listener) << 48
+    }
+
+    #[inline(always)]
+    fn parts(tuple: u64) -> ([u64; 2], u16, u16) {
+        ([tuple & 0xffff_ffff, 0], (tuple >> 32) as u16, (tuple >> 48) as u16)
+    }
+
+    #[inline(always)]
+    fn hash(key: &Key, tuple: u64) -> FlowHash {
+        key.hash1(tuple)
+    }
+
+    #[inline(always)]
+    fn set<M: Maps>(maps: &M, index: u32) -> Option<&Set4> {
+        maps.set4(index)
+    }
+
+    #[inline(always)]
+    fn meta(set: &Set4, way: u32) -> &Cell32 {
+        &way4(set, way).meta
+    }
+
+    #[inline(always)]
+    fn last_ack(set: &Set4, way: u32) -> &Cell32 {
+        &way4(set, way).last_ack
+    }
+
+    #[inline(always)]
+    fn load(set: &Set4, way: u32) -> u64 {
+        way4(set, way).tuple.load()
+    }
+
+    #[inline(always)]
+    fn store(set: &Set4, way: u32, tuple: u64) {
+        way4(set, way).tuple.store(tuple);
+    }
+
+    #[inline(always)]
+    fn return_hop<M: Maps>(maps: &M, slot: Slot) -> Option<&Cell16> {
+        maps.return_hop4(slot.set, slot.way)
+    }
+
+    #[inline(always)]
+    fn overflow<M: Maps>(maps: &M, set: u32) -> Option<&Cell8> {
+        Some(&maps.overflow4(set / 8)?.sets[(set % 8) as usize])
+    }
+
+    #[inline(always)]
+    fn snat(config: &Config, index: usize) -> [u64; 2] {
+        [u64::from(config.snat4[index % config.snat4.len()]), 0]
+    }
+
+    #[inline(always)]
+    fn snat_count(config: &Config) -> u32 {
+        config.snat4_count
+    }
+
+    #[inline(always)]
+    fn bucket(config: &Config, bucket: usize) -> u32 {
+        u32::from(config.bucket4[bucket % config.bucket4.len()])
+    }
+
+    #[inline(always)]
+    fn selection(service: &crate::layout::Service) -> u32 {
+        service.selection4
+    }
+}
+
+#[inline(always)]
+fn way4(set: &Set4, way: u32) -> &Way4 {
+    &set.ways[way as usize % WAYS]
+}
+
+/// IPv6.
+#[derive(Clone, Copy)]
+pub struct V6;
+
+/// An IPv6 flow's tuple: the client's address, and its port and listener as in [`Way6::port_listener`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuple6 {
+    address: [u64; 2],
+    port_listener: u32,
+}
+
+impl Family for V6 {
+    const NUMBER: u8 = family::IPV6;
+    type Tuple = Tuple6;
+    type Set = Set6;
+
+    #[inline(always)]
+    fn tuple(address: [u64; 2], port: u16, listener: u16) -> Tuple6 {
+        Tuple6 { address, port_listener: u32::from(port) | u32::from(listener) << 16 }
+    }
+
+    #[inline(always)]
+    fn parts(tuple: Tuple6) -> ([u64; 2], u16, u16) {
+        (tuple.address, tuple.port_listener as u16, (tuple.port_listener >> 16) as u16)
+    }
+
+    #[inline(always)]
+    fn hash(key: &Key, tuple: Tuple6) -> FlowHash {
+        key.hash3([tuple.address[0], tuple.address[1], u64::from(tuple.port_listener)])
+    }
+
+    #[inline(always)]
+    fn set<M: Maps>(maps: &M, index: u32) -> Option<&Set6> {
+        maps.set6(index)
+    }
+
+    #[inline(always)]
+    fn meta(set: &Set6, way: u32) -> &Cell32 {
+        &way6(set, way).meta
+    }
+
+    #[inline(always)]
+    fn last_ack(set: &Set6, way: u32) -> &Cell32 {
+        &way6(set, way).last_ack
+    }
+
+    #[inline(always)]
+    fn load(set: &Set6, way: u32) -> Tuple6 {
+        let way = way6(set, way);
+        let [high, low]: &[Cell64; 2] = &way.address;
+        Tuple6 { address: [high.load(), low.load()], port_listener: way.port_listener.load() }
+    }
+
+    #[inline(always)]
+    fn store(set: &Set6, way: u32, tuple: Tuple6) {
+        let way = way6(set, way);
+        way.address[0].store(tuple.address[0]);
+        way.address[1].store(tuple.address[1]);
+        way.port_listener.store(tuple.port_listener);
+    }
+
+    #[inline(always)]
+    fn return_hop<M: Maps>(maps: &M, slot: Slot) -> Option<&Cell16> {
+        maps.return_hop6(slot.set, slot.way)
+    }
+
+    #[inline(always)]
+    fn overflow<M: Maps>(maps: &M, set: u32) -> Option<&Cell8> {
+        Some(&maps.overflow6(set / 8)?.sets[(set % 8) as usize])
+    }
+
+    #[inline(always)]
+    fn snat(config: &Config, index: usize) -> [u64; 2] {
+        config.snat6[index % config.snat6.len()]
+    }
+
+    #[inline(always)]
+    fn snat_count(config: &Config) -> u32 {
+        config.snat6_count
+    }
+
+    #[inline(always)]
+    fn bucket(config: &Config, bucket: usize) -> u32 {
+        u32::from(config.bucket6[bucket % config.bucket6.len()])
+    }
+
+    #[inline(always)]
+    fn selection(service: &crate::layout::Service) -> u32 {
+        service.selection6
+    }
+}
+
+#[inline(always)]
+fn way6(set: &Set6, way: u32) -> &Way6 {
+    &set.ways[way as usize % WAYS]
+}
+
+/// The time, as slots keep it.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    /// Units of about a second.
+    pub seen: u16,
+    /// The lower half of the kernel's tick counter.
+    pub jiffies: u32,
+}
+
+impl Clock {
+    /// The time now.
+    #[inline(always)]
+    pub fn read<M: Maps>(maps: &M, config: &Config) -> Self {
+        let jiffies = maps.jiffies();
+        Self { seen: (jiffies >> (config.jiffies_shift & 31)) as u16, jiffies: jiffies as u32 }
+    }
+}
+
+/// A tuple and where to look for it.
+#[derive(Clone, Copy)]
+pub struct Query<T> {
+    /// What is looked for.
+    pub tuple: T,
+    /// Its hash.
+    pub hash: FlowHash,
+    /// The first usable set of its SNAT address.
+    first: u32,
+    /// How many usable sets there are.
+    sets: u32,
+}
+
+impl<T: Copy> Query<T> {
+    /// Where to look for `tuple`.
+    #[inline(always)]
+    pub fn new<F: Family<Tuple = T>>(config: &Config, tuple: T) -> Self {
+        let hash = F::hash(&config.key, tuple);
+        let first = F::bucket(config, hash.bucket()) * SETS_PER_ADDRESS + config.first_set;
+        Self { tuple, hash, first, sets: config.sets }
+    }
+
+    /// Candidate set `number`.
+    #[inline(always)]
+    #[must_use]
+    pub fn candidate(&self, number: u32) -> u32 {
+        self.first + self.hash.candidate(number, self.sets)
+    }
+}
+
+/// The live slot of a tuple.
+#[inline(always)]
+pub fn find<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>) -> Option<Found> {
+    for number in 0..FIRST_CANDIDATES {
+        let set = query.candidate(number);
+        let ways = F::set(maps, set)?;
+        for way in 0..WAYS as u32 {
+            if F::load(ways, way) == query.tuple
+                && let Some(meta) = live::<F>(ways, way, query.tuple)
+            {
+                return Some(Found { slot: Slot { set, way }, meta });
+            }
+        }
+    }
+    if F::overflow(maps, query.candidate(0))?.load() == 0 {
+        return None;
+    }
+    find_beyond::<F, M>(*maps, *query, Slot::NONE)
+}
+
+/// The word of a way that had the tuple a moment ago, if it is live and still has it.
+#[inline(always)]
+fn live<F: Family>(ways: &F::Set, way: u32, tuple: F::Tuple) -> Option<Meta> {
+    let meta = Meta(F::meta(ways, way).load());
+    // A claimer writes the tuple only while the word says so; the second look catches one that came between.
+    (meta.is_live() && F::load(ways, way) == tuple).then_some(meta)
+}
+
+/// The live slot of a tuple in any of its candidates, other than `except`.
+#[inline(never)]
+pub fn find_beyond<F: Family, M: Maps>(maps: M, query: Query<F::Tuple>, except: Slot) -> Option<Found> {
+    for number in 0..CANDIDATES {
+        let set = query.candidate(number);
+        let ways = F::set(&maps, set)?;
+        for way in 0..WAYS as u32 {
+            let slot = Slot { set, way };
+            if F::load(ways, way) == query.tuple
+                && slot != except
+                && let Some(meta) = live::<F>(ways, way, query.tuple)
+            {
+                return Some(Found { slot, meta });
+            }
+        }
+    }
+    None
+}
+
+/// How a claim ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Claim {
+    /// The flow has this slot.
+    Won(Slot),
+    /// Every candidate is taken.
+    Full,
+    /// Another CPU has, or had, the same tuple in hand.
+    Raced,
+}
+
+/// How willingly a way is taken; the lower the better.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Cost(u32);
+
+impl Cost {
+    const NONE: Self = Self(0);
+    /// Resting, but another backend is in TIME_WAIT for it.
+    const OTHER_BACKEND: Self = Self(1);
+    /// From here on a way is taken only if nothing better is in any candidate; the older the better.
+    const EARLY: u32 = 1 << 16;
+    const RESET: u32 = 2 << 16;
+    const HALF_OPEN: u32 = 3 << 16;
+    const NEVER: Self = Self(u32::MAX);
+
+    #[inline(always)]
+    fn of<F: Family>(ways: &F::Set, way: u32, backend: u8, clock: Clock, config: &Config) -> (Self, Meta) {
+        let meta = Meta(F::meta(ways, way).load());
+        let age = u32::from(meta.age(clock.seen));
+        let older = 0xffff - age;
+        let cost = if meta.is(Kind::Free) {
+            Self::NONE
+        } else if meta.is_closed() {
+            let rest = if meta.is(Kind::ClosedByBackend) { LONG_QUARANTINE } else { SHORT_QUARANTINE };
+            if age >= u32::from(rest) {
+                Self::NONE
+            } else if meta.backend() != backend {
+                Self::OTHER_BACKEND
+            } else {
+                Self(Self::EARLY | older)
+            }
+        } else if meta.has(RESET) && !meta.is(Kind::HalfOpen) && age >= u32::from(RESET_QUARANTINE) {
+            Self(Self::RESET | older)
+        } else if meta.is(Kind::HalfOpen) && Self::reclaimable::<F>(ways, way, meta, clock, config) {
+            Self(Self::HALF_OPEN | older)
+        } else {
+            Self::NEVER
+        };
+        (cost, meta)
+    }
+
+    /// A handshake may be cut short only when it had its time: 200 ms for the backend to answer at all, then two
+    /// seconds for somebody to say something.
+    #[inline(always)]
+    fn reclaimable<F: Family>(ways: &F::Set, way: u32, meta: Meta, clock: Clock, config: &Config) -> bool {
+        if meta.has(SYN_ACK) {
+            meta.age(clock.seen) >= UNPROVEN_AGE
+        } else {
+            clock.jiffies.wrapping_sub(F::last_ack(ways, way).load()) >= config.half_open_jiffies
+        }
+    }
+
+    #[inline(always)]
+    fn event(self) -> Option<Event> {
+        match self.0 >> 16 {
+            0 => None,
+            1 | 2 => Some(Event::ReusedEarly),
+            _ => Some(Event::HalfOpenReclaimed),
+        }
+    }
+}
+
+/// Who claims.
+#[derive(Clone, Copy)]
+pub struct Claimer {
+    /// For whom it is counted.
+    pub service: u16,
+    /// The flow's backend.
+    pub backend: u8,
+    /// The time.
+    pub clock: Clock,
+}
+
+/// Finds a slot for a tuple that has none, and takes it.
+#[inline(never)]
+pub fn claim<F: Family, M: Maps>(
+    maps: M,
+    config: &Config,
+    query: Query<F::Tuple>,
+    claimer: Claimer,
+) -> Claim {
+    let Some((slot, cost, meta)) = choose::<F, M>(&maps, config, &query, &claimer) else {
+        return Claim::Full;
+    };
+    let claim = take::<F, M>(maps, config, query, claimer, Found { slot, meta });
+    if let (Claim::Won(_), Some(event)) = (claim, cost.event()) {
+        maps.count_event(claimer.service, event);
+    }
+    claim
+}
+
+#[inline(always)]
+fn choose<F: Family, M: Maps>(
+    maps: &M,
+    config: &Config,
+    query: &Query<F::Tuple>,
+    claimer: &Claimer,
+) -> Option<(Slot, Cost, Meta)> {
+    let swapped = u32::from(
+        taken::<F>(F::set(maps, query.candidate(1))?) < taken::<F>(F::set(maps, query.candidate(0))?),
+    );
+    let mut best = (Slot { set: 0, way: 0 }, Cost::NEVER, Meta::FREE);
+    for number in 0..CANDIDATES {
+        let number = if number < FIRST_CANDIDATES { number ^ swapped } else { number };
+        let set = query.candidate(number);
+        let ways = F::set(maps, set)?;
+        let blocked = maps.blocked(set);
+        for way in 0..WAYS as u32 {
+            if blocked & 1 << way != 0 {
+                continue;
+            }
+            let (cost, meta) = Cost::of::<F>(ways, way, claimer.backend, claimer.clock, config);
+            if cost < best.1 {
+                best = (Slot { set, way }, cost, meta);
+            }
+        }
+        if best.1 <= Cost::OTHER_BACKEND {
+            break;
+        }
+    }
+    (best.1 != Cost::NEVER).then_some(best)
+}
+
+/// Ways that are not free for the taking.
+#[inline(always)]
+fn taken<F: Family>(ways: &F::Set) -> u32 {
+    let mut taken = 0;
+    for way in 0..WAYS as u32 {
+        taken += u32::from(!Meta(F::meta(ways, way).load()).is(Kind::Free));
+    }
+    taken
+}
+
+/// Takes a slot that was examined: a free one, one that may be reclaimed, or a closed one of the same tuple.
+#[inline(never)]
+pub fn take<F: Family, M: Maps>(
+    maps: M,
+    config: &Config,
+    query: Query<F::Tuple>,
+    claimer: Claimer,
+    found: Found,
+) -> Claim {
+    let Found { slot, meta } = found;
+    let Some(ways) = F::set(&maps, slot.set) else {
+        return Claim::Full;
+    };
+    let word = F::meta(ways, slot.way);
+    let claiming = Meta::new(Kind::Claiming, claimer.backend, claimer.clock.seen);
+    if word.compare_exchange(meta.0, claiming.0) != meta.0 {
+        return Claim::Raced;
+    }
+    let home = query.candidate(0);
+    let mut beyond = slot.set != home && slot.set != query.candidate(1);
+    if let Some(mark) = F::overflow(&maps, home) {
+        let epoch = config.epoch as u8;
+        // Also when it is marked already: the daemon clears marks of past epochs only.
+        if beyond && mark.load() != epoch {
+            mark.store(epoch);
+        }
+        beyond |= mark.load() != 0;
+    }
+    F::store(ways, slot.way, query.tuple);
+    F::last_ack(ways, slot.way).store(claimer.clock.jiffies);
+    let half_open = Meta::new(Kind::HalfOpen, claimer.backend, claimer.clock.seen);
+    word.swap(half_open.0);
+    if has_other::<F, M>(&maps, &query, slot, beyond) {
+        word.compare_exchange(half_open.0, Meta::FREE.0);
+        return Claim::Raced;
+    }
+    Claim::Won(slot)
+}
+
+/// Is there another live way with the tuple? A rival may be beyond the second candidate only if it marked the first,
+/// and it marked before it published.
+#[inline(always)]
+fn has_other<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, own: Slot, beyond: bool) -> bool {
+    if beyond {
+        return find_beyond::<F, M>(*maps, *query, own).is_some();
+    }
+    for number in 0..FIRST_CANDIDATES {
+        let set = query.candidate(number);
+        let Some(ways) = F::set(maps, set) else {
+            return false;
+        };
+        for way in 0..WAYS as u32 {
+            if F::load(ways, way) == query.tuple
+                && (Slot { set, way }) != own
+                && live::<F>(ways, way, query.tuple).is_some()
+            {
+                return true;
+            }
+        }
+    }
+    // The mark is read again: it may have been set since, by a rival that published before this search.
+    match F::overflow(maps, query.candidate(0)) {
+        Some(mark) if mark.load() != 0 => find_beyond::<F, M>(*maps, *query, own).is_some(),
+        _ => false,
+    }
+}

@@ -1,0 +1,301 @@
+//! A packet for a listener: find its flow or begin one, and send it to the backend.
+
+use crate::{
+    checksum::{Delta, sum64},
+    flow::{self, Claim, Claimer, Clock, Family, Found, Query, Slot},
+    frame::Frame,
+    headers::{Be16, tcp_flag},
+    layout::{Backend, Listener, NextHop, Service, backend_flag, family},
+    maps::Maps,
+    meta::{Kind, Meta, SYN_ACK},
+    next_hop,
+    outcome::{Event, Outcome},
+    parse::{self, Ports, Segment},
+    process::{self, Context, Done},
+    refuse, rewrite,
+    transition::{self, Step},
+};
+
+/// Entries of the selection table that are tried for another backend than the one that refused.
+const ALTERNATIVES: u32 = 16;
+
+/// Forwards a packet for listener `id`.
+#[inline(always)]
+pub fn forward<A: Family, F: Frame, M: Maps>(
+    frame: &mut F,
+    maps: &M,
+    context: &Context<'_>,
+    id: u16,
+) -> Done {
+    let Some(listener) = maps.listener(id) else {
+        return Done::NOT_OURS;
+    };
+    if listener.ports & 1 << (context.port & 31) == 0 {
+        return Done::NOT_OURS;
+    }
+    match step::<A, F, M>(frame, maps, context, listener, id) {
+        Ok(done) => done,
+        Err(outcome) => Done::with(outcome, listener.service),
+    }
+}
+
+#[inline(always)]
+fn step<A: Family, F: Frame, M: Maps>(
+    frame: &mut F,
+    maps: &M,
+    context: &Context<'_>,
+    listener: &Listener,
+    id: u16,
+) -> Result<Done, Outcome> {
+    let segment = parse::segment(frame, &context.packet);
+    let tuple = A::tuple(context.packet.source, context.ports.source, id);
+    let query = Query::new::<A>(context.config, tuple);
+    let found = flow::find::<A, M>(maps, &query);
+    if found.is_none() && !segment.is_some_and(|segment| segment.opens()) {
+        return Err(Outcome::NoFlow);
+    }
+    let segment = segment.ok_or(Outcome::Malformed)?;
+    process::check::<A, F>(frame, &context.packet)?;
+    let flow = match found {
+        Some(found) => known::<A, M>(maps, context, listener, &query, &found, &segment)?,
+        None => match begin::<A, M>(maps, context, listener, &query) {
+            Err(outcome @ (Outcome::RefusedNoBackend | Outcome::RefusedNotAllowed)) => {
+                refuse::refuse(frame, &context.link, &context.packet, context.ports, &segment)?;
+                return Ok(Done::leaving(outcome, listener.service, frame.interface()));
+            }
+            flow => flow?,
+        },
+    };
+    transmit::<A, F, M>(frame, maps, context, listener, flow)
+}
+
+/// A flow's slot, and its word as it is now.
+type Flow = (Slot, Meta);
+
+/// A packet of a flow that has a slot.
+#[inline(always)]
+fn known<A: Family, M: Maps>(
+    maps: &M,
+    context: &Context<'_>,
+    listener: &Listener,
+    query: &Query<A::Tuple>,
+    found: &Found,
+    segment: &Segment,
+) -> Result<Flow, Outcome> {
+    let Found { slot, mut meta } = *found;
+    let ways = A::set(maps, slot.set).ok_or(Outcome::Malformed)?;
+    let word = A::meta(ways, slot.way);
+    let clock = Clock::read(maps, context.config);
+    match transition::client(meta, segment, clock.seen) {
+        Step::Set(flags) => meta = Meta(word.fetch_or(flags)).with(flags),
+        Step::Finish { flag, other, closed } => meta = finish(word, flag, other, closed),
+        Step::Reopen => return reopen::<A, M>(maps, context, listener, query, found, clock),
+        Step::Retry => return Ok((slot, retry::<A, M>(maps, listener, query, found))),
+        Step::Keep | Step::Become(_) | Step::Refused => {}
+    }
+    if !segment.opens() {
+        if meta.seen() != clock.seen {
+            word.store_high(clock.seen);
+        }
+        // Until the backend has answered, the field holds the time of the claim.
+        if segment.has(tcp_flag::ACK) && (meta.has(SYN_ACK) || !meta.is(Kind::HalfOpen)) {
+            A::last_ack(ways, slot.way).store(segment.acknowledgement);
+        }
+        next_hop::remember::<A, M>(maps, listener.service, slot, arrived_from(context));
+    }
+    Ok((slot, meta))
+}
+
+/// Notes one side's FIN; when the other's is there as well, the flow is closed.
+#[inline(always)]
+pub fn finish(word: &crate::cell::Cell32, flag: u32, other: u32, closed: Kind) -> Meta {
+    let mut meta = Meta(word.fetch_or(flag)).with(flag);
+    // The word may be refreshed or cleared of a RST meanwhile; a slot that stays open here is closed by the reaper.
+    for _ in 0..2 {
+        if !meta.has(other) || meta.is_closed() {
+            break;
+        }
+        let now = Meta(word.compare_exchange(meta.0, meta.become_kind(closed).0));
+        if now == meta {
+            return meta.become_kind(closed);
+        }
+        meta = now;
+    }
+    meta
+}
+
+/// A SYN on a slot that its own tuple has closed: a new flow, in the same slot.
+#[inline(always)]
+fn reopen<A: Family, M: Maps>(
+    maps: &M,
+    context: &Context<'_>,
+    listener: &Listener,
+    query: &Query<A::Tuple>,
+    found: &Found,
+    clock: Clock,
+) -> Result<Flow, Outcome> {
+    let service = maps.service(listener.service).ok_or(Outcome::Malformed)?;
+    let chosen = match A::selection(service) {
+        0 => 0,
+        half => maps.select(half - 1, query.hash),
+    };
+    // Without a usable backend the old one hears of it: it is the one to say no.
+    let backend = if chosen == 0 { found.meta.backend() } else { chosen };
+    let claimer = Claimer { service: listener.service, backend, clock };
+    match flow::take::<A, M>(*maps, context.config, *query, claimer, *found) {
+        Claim::Won(slot) => Ok(won::<A, M>(maps, context, &claimer, slot)),
+        Claim::Full | Claim::Raced => Err(Outcome::SynRace),
+    }
+}
+
+/// A retransmitted SYN: on to its backend, or to another if that one takes no new flows any more.
+#[inline(always)]
+fn retry<A: Family, M: Maps>(
+    maps: &M,
+    listener: &Listener,
+    query: &Query<A::Tuple>,
+    found: &Found,
+) -> Meta {
+    let meta = found.meta;
+    let accepts = maps
+        .backend(meta.backend())
+        .is_some_and(|backend| backend.flags.load() & backend_flag::ACCEPTS != 0);
+    if accepts || meta.has(SYN_ACK) {
+        return meta;
+    }
+    let other = another::<A, M>(maps, listener.service, query, meta.backend());
+    let Some(ways) = A::set(maps, found.slot.set) else {
+        return meta;
+    };
+    if other != 0 && A::meta(ways, found.slot.way).compare_exchange(meta.0, meta.on(other).0) == meta.0 {
+        maps.count_event(listener.service, Event::Rebalanced);
+        return meta.on(other);
+    }
+    meta
+}
+
+/// A backend for this flow that takes new flows and is not `refused`; 0: there is none.
+#[inline(always)]
+pub fn another<A: Family, M: Maps>(
+    maps: &M,
+    service: u16,
+    query: &Query<A::Tuple>,
+    refused: u8,
+) -> u8 {
+    let half = maps.service(service).map_or(0, A::selection);
+    if half == 0 {
+        return 0;
+    }
+    for number in 0..ALTERNATIVES {
+        let entry = query.hash.candidate(number, crate::maglev::TABLE_SIZE);
+        let id = maps.selected(half - 1, entry);
+        if id != 0 && id != refused {
+            return id;
+        }
+    }
+    0
+}
+
+/// A SYN of a tuple that has no slot.
+#[inline(always)]
+fn begin<A: Family, M: Maps>(
+    maps: &M,
+    context: &Context<'_>,
+    listener: &Listener,
+    query: &Query<A::Tuple>,
+) -> Result<Flow, Outcome> {
+    let service = maps.service(listener.service).ok_or(Outcome::Malformed)?;
+    if !admits::<A, M>(maps, listener.service, service, context) {
+        return Err(Outcome::RefusedNotAllowed);
+    }
+    let backend = match A::selection(service) {
+        0 => return Err(Outcome::RefusedNoBackend),
+        half => maps.select(half - 1, query.hash),
+    };
+    let claimer =
+        Claimer { service: listener.service, backend, clock: Clock::read(maps, context.config) };
+    match flow::claim::<A, M>(*maps, context.config, *query, claimer) {
+        Claim::Won(slot) => Ok(won::<A, M>(maps, context, &claimer, slot)),
+        Claim::Full => Err(Outcome::TableFull),
+        Claim::Raced => Err(Outcome::SynRace),
+    }
+}
+
+/// May the client use the service?
+#[inline(always)]
+fn admits<A: Family, M: Maps>(maps: &M, id: u16, service: &Service, context: &Context<'_>) -> bool {
+    service.restricted == 0 || maps.allows(id, mapped::<A>(context.packet.source))
+}
+
+/// An address as IPv6, IPv4 mapped (RFC 4291 §2.5.5.2).
+#[inline(always)]
+fn mapped<A: Family>(address: [u64; 2]) -> [u64; 2] {
+    if A::NUMBER == family::IPV6 {
+        return address;
+    }
+    let [a, b, c, d] = (address[0] as u32).to_ne_bytes();
+    [0, u64::from_ne_bytes([0, 0, 0xff, 0xff, a, b, c, d])]
+}
+
+/// Counts a flow that was given a slot, and remembers the way back to its client.
+#[inline(always)]
+fn won<A: Family, M: Maps>(maps: &M, context: &Context<'_>, claimer: &Claimer, slot: Slot) -> Flow {
+    maps.count_event(claimer.service, Event::FlowClaimed);
+    maps.count_flow(claimer.backend);
+    next_hop::remember::<A, M>(maps, claimer.service, slot, arrived_from(context));
+    (slot, Meta::new(Kind::HalfOpen, claimer.backend, claimer.clock.seen))
+}
+
+/// The neighbour that sent the packet.
+#[inline(always)]
+fn arrived_from(context: &Context<'_>) -> NextHop {
+    NextHop::new(context.link.source, context.port)
+}
+
+/// Sends a flow's packet to its backend.
+#[inline(always)]
+fn transmit<A: Family, F: Frame, M: Maps>(
+    frame: &mut F,
+    maps: &M,
+    context: &Context<'_>,
+    listener: &Listener,
+    (slot, meta): Flow,
+) -> Result<Done, Outcome> {
+    let backend = maps.backend(meta.backend()).ok_or(Outcome::NextHopUnknown)?;
+    if backend.flags.load() & backend_flag::LOCAL != 0 {
+        return Ok(Done::with(Outcome::ForwardedLocal, listener.service));
+    }
+    let hop = NextHop(backend.next_hop.load());
+    if hop == NextHop::UNKNOWN {
+        return Err(Outcome::NextHopUnknown);
+    }
+    let translation = to_backend::<A>(context, listener, backend, slot);
+    let interface =
+        rewrite::send(frame, context.config, &context.link, &context.packet, &translation, hop)?;
+    Ok(Done::leaving(Outcome::Forwarded, listener.service, interface))
+}
+
+/// What a client's packet becomes on its way to the backend.
+#[inline(always)]
+pub fn to_backend<A: Family>(
+    context: &Context<'_>,
+    listener: &Listener,
+    backend: &Backend,
+    slot: Slot,
+) -> rewrite::Translation {
+    let snat = A::snat(context.config, slot.address());
+    let port = Be16::new(slot.port()).word();
+    let client = context.packet.source;
+    rewrite::Translation {
+        source: snat,
+        destination: backend.address,
+        ports: Ports { source: port, destination: backend.port },
+        delta: Delta::NONE
+            .remove(sum64(client[0], client[1]))
+            .remove(u32::from(context.ports.source))
+            .remove(listener.sum)
+            .add(sum64(snat[0], snat[1]))
+            .add(u32::from(port))
+            .add(backend.sum),
+    }
+}

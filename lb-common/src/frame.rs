@@ -1,0 +1,149 @@
+//! How the steps reach a packet's bytes.
+
+/// Types that any bytes are a valid value of, at any alignment.
+///
+/// # Safety
+/// The type has alignment 1, no padding and no invalid bit patterns.
+pub unsafe trait Plain: Copy {}
+
+// SAFETY: bytes.
+unsafe impl<const N: usize> Plain for [u8; N] {}
+// SAFETY: bytes of bytes.
+unsafe impl<const N: usize, const M: usize> Plain for [[u8; N]; M] {}
+
+/// A packet, from its Ethernet header on.
+pub trait Frame {
+    /// The same packet, for a function of its own.
+    type Again<'a>: Frame
+    where
+        Self: 'a;
+
+    /// The same packet, for a function of its own: a frame whose address is taken cannot live in registers.
+    fn again(&mut self) -> Self::Again<'_>;
+
+    /// The `T` at `offset`, unless the packet ends before it does.
+    fn at<T: Plain>(&mut self, offset: usize) -> Option<&mut T>;
+
+    /// The index of the interface it came in by.
+    fn interface(&self) -> u32;
+
+    /// Bytes from the Ethernet header to the end.
+    fn length(&self) -> usize;
+
+    /// Grows (or with a negative number shrinks) the packet at the front. False: there is no room.
+    fn grow_front(&mut self, bytes: i32) -> bool;
+
+    /// Shrinks the packet to `length`, less than it has now, at the back. False: refused.
+    fn truncate(&mut self, length: usize) -> bool;
+}
+
+#[cfg(not(target_arch = "bpf"))]
+pub use host::Bytes;
+
+#[cfg(not(target_arch = "bpf"))]
+mod host {
+    use super::{Frame, Plain};
+
+    /// A packet in memory, with headroom, for host tests.
+    #[derive(Clone, Copy, Debug)]
+    pub struct Bytes<const CAPACITY: usize> {
+        buffer: [u8; CAPACITY],
+        start: usize,
+        end: usize,
+        interface: u32,
+    }
+
+    /// A packet in memory that somebody else holds.
+    #[derive(Debug)]
+    pub struct Borrowed<'b, const CAPACITY: usize>(&'b mut Bytes<CAPACITY>);
+
+    impl<const CAPACITY: usize> Frame for Borrowed<'_, CAPACITY> {
+        type Again<'a>
+            = Borrowed<'a, CAPACITY>
+        where
+            Self: 'a;
+
+        fn again(&mut self) -> Borrowed<'_, CAPACITY> {
+            Borrowed(self.0)
+        }
+
+        fn at<T: Plain>(&mut self, offset: usize) -> Option<&mut T> {
+            self.0.at(offset)
+        }
+
+        fn interface(&self) -> u32 {
+            self.0.interface()
+        }
+
+        fn length(&self) -> usize {
+            self.0.length()
+        }
+
+        fn grow_front(&mut self, bytes: i32) -> bool {
+            self.0.grow_front(bytes)
+        }
+
+        fn truncate(&mut self, length: usize) -> bool {
+            self.0.truncate(length)
+        }
+    }
+
+    impl<const CAPACITY: usize> Bytes<CAPACITY> {
+        const HEADROOM: usize = 64;
+
+        /// A copy of `packet`, come in by `interface`; None when it does not fit.
+        #[must_use]
+        pub fn new(packet: &[u8], interface: u32) -> Option<Self> {
+            let mut buffer = [0; CAPACITY];
+            let end = Self::HEADROOM + packet.len();
+            buffer.get_mut(Self::HEADROOM..end)?.copy_from_slice(packet);
+            Some(Self { buffer, start: Self::HEADROOM, end, interface })
+        }
+
+        /// The packet as it is now.
+        #[must_use]
+        pub fn bytes(&self) -> &[u8] {
+            &self.buffer[self.start..self.end]
+        }
+    }
+
+    impl<const CAPACITY: usize> Frame for Bytes<CAPACITY> {
+        type Again<'a> = Borrowed<'a, CAPACITY>;
+
+        fn again(&mut self) -> Borrowed<'_, CAPACITY> {
+            Borrowed(self)
+        }
+
+        fn at<T: Plain>(&mut self, offset: usize) -> Option<&mut T> {
+            let bytes = self.buffer[self.start..self.end].get_mut(offset..)?.get_mut(..size_of::<T>())?;
+            // SAFETY: the slice is as long as T, and Plain types take any bytes at any alignment.
+            Some(unsafe { &mut *bytes.as_mut_ptr().cast::<T>() })
+        }
+
+        fn interface(&self) -> u32 {
+            self.interface
+        }
+
+        fn length(&self) -> usize {
+            self.end - self.start
+        }
+
+        fn grow_front(&mut self, bytes: i32) -> bool {
+            match usize::try_from(self.start as i64 - i64::from(bytes)) {
+                Ok(start) if start <= self.end => {
+                    self.start = start;
+                    true
+                }
+                _ => false,
+            }
+        }
+
+        fn truncate(&mut self, length: usize) -> bool {
+            if length > self.length() {
+                return false;
+            }
+            self.end = self.start + length;
+            true
+        }
+    }
+}

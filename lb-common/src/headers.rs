@@ -1,0 +1,330 @@
+//! Headers as they are on the wire: byte arrays behind accessors, so that no byte order can be mistaken.
+//!
+//! Where a name says *word*, it is network bytes read as a native integer: good for comparing, copying and
+//! one's-complement sums, not for arithmetic.
+
+use crate::frame::Plain;
+
+/// 16 bits in network byte order.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Be16([u8; 2]);
+
+impl Be16 {
+    /// From a number.
+    #[inline(always)]
+    pub const fn new(number: u16) -> Self {
+        Self(number.to_be_bytes())
+    }
+
+    /// As a number.
+    #[inline(always)]
+    pub const fn get(self) -> u16 {
+        u16::from_be_bytes(self.0)
+    }
+
+    /// From a word.
+    #[inline(always)]
+    pub const fn from_word(word: u16) -> Self {
+        Self(word.to_ne_bytes())
+    }
+
+    /// As a word.
+    #[inline(always)]
+    pub const fn word(self) -> u16 {
+        u16::from_ne_bytes(self.0)
+    }
+}
+
+/// 32 bits in network byte order.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Be32([u8; 4]);
+
+impl Be32 {
+    /// From a number.
+    #[inline(always)]
+    pub const fn new(number: u32) -> Self {
+        Self(number.to_be_bytes())
+    }
+
+    /// As a number.
+    #[inline(always)]
+    pub const fn get(self) -> u32 {
+        u32::from_be_bytes(self.0)
+    }
+
+    /// From a word.
+    #[inline(always)]
+    pub const fn from_word(word: u32) -> Self {
+        Self(word.to_ne_bytes())
+    }
+
+    /// As a word.
+    #[inline(always)]
+    pub const fn word(self) -> u32 {
+        u32::from_ne_bytes(self.0)
+    }
+}
+
+/// 64 bits as they are on the wire, half of an IPv6 address.
+#[repr(transparent)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Be64([u8; 8]);
+
+impl Be64 {
+    /// From a word.
+    #[inline(always)]
+    pub const fn from_word(word: u64) -> Self {
+        Self(word.to_ne_bytes())
+    }
+
+    /// As a word.
+    #[inline(always)]
+    pub const fn word(self) -> u64 {
+        u64::from_ne_bytes(self.0)
+    }
+}
+
+/// A MAC address, as the lower 48 bits of a word whose first byte in memory order is the address's first.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Mac {
+    // Two pieces, each of which is one load.
+    first: [u8; 4],
+    last: [u8; 2],
+}
+
+impl Mac {
+    /// From six bytes.
+    #[inline(always)]
+    pub const fn new([a, b, c, d, e, f]: [u8; 6]) -> Self {
+        Self { first: [a, b, c, d], last: [e, f] }
+    }
+
+    /// As a number below 2⁴⁸.
+    #[inline(always)]
+    pub const fn number(self) -> u64 {
+        u32::from_le_bytes(self.first) as u64 | (u16::from_le_bytes(self.last) as u64) << 32
+    }
+
+    /// From the lower 48 bits of a number.
+    #[inline(always)]
+    pub const fn from_number(number: u64) -> Self {
+        Self { first: (number as u32).to_le_bytes(), last: ((number >> 32) as u16).to_le_bytes() }
+    }
+
+    /// The six bytes.
+    #[inline(always)]
+    pub const fn bytes(self) -> [u8; 6] {
+        let ([a, b, c, d], [e, f]) = (self.first, self.last);
+        [a, b, c, d, e, f]
+    }
+}
+
+/// Destination and source of a frame: the part of its header that a router changes.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct MacPair {
+    /// To whom.
+    pub destination: Mac,
+    /// From whom.
+    pub source: Mac,
+}
+
+/// An Ethernet II header.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Ethernet {
+    /// To whom.
+    pub destination: Mac,
+    /// From whom.
+    pub source: Mac,
+    /// What follows, or the first tag's protocol.
+    pub kind: Be16,
+}
+
+/// What follows the protocol of a VLAN tag (IEEE 802.1Q).
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct VlanTag {
+    /// Priority (3 bits), drop eligible (1), VLAN id (12).
+    pub control: Be16,
+    /// What follows, or the next tag's protocol.
+    pub kind: Be16,
+}
+
+/// EtherType of a VLAN tag.
+pub const VLAN: u16 = 0x8100;
+/// EtherType of an outer ("service") VLAN tag, 802.1ad.
+pub const SERVICE_VLAN: u16 = 0x88a8;
+/// EtherType of IPv4.
+pub const IPV4: u16 = 0x0800;
+/// EtherType of IPv6.
+pub const IPV6: u16 = 0x86dd;
+
+/// IP protocol numbers.
+pub mod protocol {
+    /// Hop-by-hop options (IPv6).
+    pub const HOP_BY_HOP: u8 = 0;
+    /// ICMP.
+    pub const ICMP: u8 = 1;
+    /// TCP.
+    pub const TCP: u8 = 6;
+    /// Routing header (IPv6).
+    pub const ROUTING: u8 = 43;
+    /// Fragment header (IPv6).
+    pub const FRAGMENT: u8 = 44;
+    /// ICMPv6.
+    pub const ICMP6: u8 = 58;
+    /// Destination options (IPv6).
+    pub const DESTINATION_OPTIONS: u8 = 60;
+}
+
+/// An IPv4 header without its options (RFC 791).
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Ipv4 {
+    /// Version and header length in words.
+    pub version_length: u8,
+    /// Type of service.
+    pub service: u8,
+    /// Bytes of header and payload.
+    pub total_length: Be16,
+    /// Identification.
+    pub id: Be16,
+    /// Flags and fragment offset.
+    pub fragment: Be16,
+    /// Time to live and, in the second byte, the protocol.
+    pub ttl_protocol: Be16,
+    /// Header checksum.
+    pub checksum: Be16,
+    /// Source address.
+    pub source: Be32,
+    /// Destination address.
+    pub destination: Be32,
+}
+
+/// An IPv6 header (RFC 8200).
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Ipv6 {
+    /// Version, traffic class, flow label.
+    pub version_class_flow: Be32,
+    /// Bytes after this header.
+    pub payload_length: Be16,
+    /// What follows.
+    pub next_header: u8,
+    /// Hop limit.
+    pub hop_limit: u8,
+    /// Source address.
+    pub source: [Be64; 2],
+    /// Destination address.
+    pub destination: [Be64; 2],
+}
+
+/// A TCP header without its options (RFC 9293).
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Tcp {
+    /// Source port.
+    pub source: Be16,
+    /// Destination port.
+    pub destination: Be16,
+    /// Sequence number.
+    pub sequence: Be32,
+    /// Acknowledgement number.
+    pub acknowledgement: Be32,
+    /// Header length in words, in the upper four bits.
+    pub data_offset: u8,
+    /// See [`tcp_flag`].
+    pub flags: u8,
+    /// Receive window.
+    pub window: Be16,
+    /// Checksum over pseudo-header, header and payload.
+    pub checksum: Be16,
+    /// Urgent pointer.
+    pub urgent: Be16,
+}
+
+/// TCP control bits.
+pub mod tcp_flag {
+    /// No more data from the sender.
+    pub const FIN: u8 = 1;
+    /// Synchronise sequence numbers.
+    pub const SYN: u8 = 1 << 1;
+    /// Reset the connection.
+    pub const RST: u8 = 1 << 2;
+    /// The acknowledgement field means something.
+    pub const ACK: u8 = 1 << 4;
+}
+
+/// The first eight bytes of a TCP header: all of it that an ICMP error must quote.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct TcpStart {
+    /// Source port.
+    pub source: Be16,
+    /// Destination port.
+    pub destination: Be16,
+    /// Sequence number.
+    pub sequence: Be32,
+}
+
+/// An ICMP or ICMPv6 error's header (RFC 792, RFC 4443); the packet in question follows.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Icmp {
+    /// Type.
+    pub kind: u8,
+    /// Code.
+    pub code: u8,
+    /// Checksum; for ICMPv6 over a pseudo-header too.
+    pub checksum: Be16,
+    /// Depends on the type: an MTU, a pointer.
+    pub rest: Be32,
+}
+
+// SAFETY: byte arrays.
+unsafe impl Plain for Be16 {}
+// SAFETY: as above.
+unsafe impl Plain for Be32 {}
+// SAFETY: repr(C) structures of bytes and byte arrays: alignment 1, no padding, every bit pattern valid.
+unsafe impl Plain for Ethernet {}
+// SAFETY: as above.
+unsafe impl Plain for MacPair {}
+// SAFETY: as above.
+unsafe impl Plain for VlanTag {}
+// SAFETY: as above.
+unsafe impl Plain for Ipv4 {}
+// SAFETY: as above.
+unsafe impl Plain for Ipv6 {}
+// SAFETY: as above.
+unsafe impl Plain for Tcp {}
+// SAFETY: as above.
+unsafe impl Plain for TcpStart {}
+// SAFETY: as above.
+unsafe impl Plain for Icmp {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_are_as_long_as_on_the_wire() {
+        assert_eq!((size_of::<Ethernet>(), align_of::<Ethernet>()), (14, 1));
+        assert_eq!((size_of::<VlanTag>(), align_of::<VlanTag>()), (4, 1));
+        assert_eq!((size_of::<Ipv4>(), align_of::<Ipv4>()), (20, 1));
+        assert_eq!((size_of::<Ipv6>(), align_of::<Ipv6>()), (40, 1));
+        assert_eq!((size_of::<Tcp>(), align_of::<Tcp>()), (20, 1));
+        assert_eq!((size_of::<TcpStart>(), align_of::<TcpStart>()), (8, 1));
+        assert_eq!((size_of::<Icmp>(), align_of::<Icmp>()), (8, 1));
+    }
+
+    #[test]
+    fn a_mac_survives_being_a_number() {
+        let mac = Mac::new([1, 2, 3, 4, 5, 6]);
+        assert_eq!(Mac::from_number(mac.number()).bytes(), [1, 2, 3, 4, 5, 6]);
+        assert!(mac.number() < 1 << 48);
+    }
+}

@@ -1,0 +1,245 @@
+//! ICMP errors about flows. Their sender saw our addresses on both sides, so they come to us, and without help the
+//! one that must know never hears of them: a path with a smaller MTU would swallow every full segment (RFC 5508
+//! REQ-4, RFC 7690).
+//!
+//! The quoted packet is translated back to what the receiver has sent, the outer one is sent on as if we were the
+//! router in question. Eight quoted bytes of TCP are enough; its checksum, further back, nobody verifies.
+
+use crate::{
+    checksum::{Delta, sum64},
+    flow::{self, Family, Query},
+    frame::Frame,
+    headers::{Be16, Be32, Be64, Icmp, Ipv4, Ipv6, TcpStart, protocol},
+    layout::{NextHop, backend_flag, family},
+    maps::Maps,
+    meta::Meta,
+    outcome::Outcome,
+    parse::{self, Link, Packet, Ports, ipv4_checksum_holds},
+    process::{self, Done},
+    reply, rewrite,
+};
+
+/// ICMP types that quote a packet: unreachable (with "fragmentation needed"), time exceeded, parameter problem.
+const ERRORS: [u8; 3] = [3, 11, 12];
+/// ICMPv6 types that do: unreachable, packet too big, time exceeded, parameter problem.
+const ERRORS6: core::ops::RangeInclusive<u8> = 1..=4;
+
+/// The two ends of the quoted packet, as words.
+#[derive(Clone, Copy)]
+struct Quoted {
+    source: [u64; 2],
+    destination: [u64; 2],
+    ports: Ports,
+    /// Where its network header begins.
+    network: usize,
+    /// Where its TCP header begins.
+    transport: usize,
+}
+
+/// What the quoted packet was before it was translated, and where to send the error.
+struct Target {
+    service: u16,
+    /// The quoted packet's source: the error's new destination.
+    source: [u64; 2],
+    destination: [u64; 2],
+    ports: Ports,
+    /// The address of ours on that side.
+    from: [u64; 2],
+    hop: NextHop,
+}
+
+/// Translates an ICMP error about a flow; anything else is not ours.
+#[inline(never)]
+pub fn translate<A: Family, F: Frame, M: Maps>(mut frame: F, maps: M) -> Done {
+    let frame = &mut frame;
+    let (Some(config), Some(link)) = (maps.config(), parse::link(frame)) else {
+        return Done::NOT_OURS;
+    };
+    let Some((packet, _)) = parse::packet(frame, &link) else {
+        return Done::NOT_OURS;
+    };
+    let Some(quoted) = quoted::<A, F>(frame, &packet) else {
+        return Done::NOT_OURS;
+    };
+    if quoted.source != packet.destination || process::arrival(config, frame.interface(), &link).is_none() {
+        return Done::NOT_OURS;
+    }
+    let target = match process::listener::<A, M>(&maps, quoted.source, quoted.ports.source) {
+        Some(id) => to_backend::<A, M>(&maps, config, &quoted, id),
+        None => to_client::<A, M>(&maps, config, &quoted),
+    };
+    let Some(target) = target else {
+        return Done::NOT_OURS;
+    };
+    let sent = send::<A, F>(frame, config, &link, &packet, &quoted, &target);
+    match sent {
+        Ok(interface) => Done::leaving(Outcome::IcmpTranslated, target.service, interface),
+        Err(outcome) => Done::with(outcome, target.service),
+    }
+}
+
+/// Reads what the error quotes, if it is an error and quotes TCP.
+#[inline(always)]
+fn quoted<A: Family, F: Frame>(frame: &mut F, packet: &Packet) -> Option<Quoted> {
+    if packet.fragment {
+        return None;
+    }
+    let kind = frame.at::<Icmp>(packet.transport)?.kind;
+    let network = packet.transport + size_of::<Icmp>();
+    let (source, destination, transport) = if A::NUMBER == family::IPV4 {
+        if !ERRORS.contains(&kind) {
+            return None;
+        }
+        let header = *frame.at::<Ipv4>(network)?;
+        let [_, carried] = header.ttl_protocol.get().to_be_bytes();
+        let length = usize::from(header.version_length & 0x0f) * 4;
+        if header.version_length >> 4 != 4
+            || length < size_of::<Ipv4>()
+            || carried != protocol::TCP
+            || header.fragment.get() & 0x1fff != 0
+        {
+            return None;
+        }
+        let words = [header.source, header.destination].map(|address| [u64::from(address.word()), 0]);
+        (words[0], words[1], network + length)
+    } else {
+        if !ERRORS6.contains(&kind) {
+            return None;
+        }
+        let header = *frame.at::<Ipv6>(network)?;
+        if header.next_header != protocol::TCP {
+            return None;
+        }
+        (
+            header.source.map(Be64::word),
+            header.destination.map(Be64::word),
+            network + size_of::<Ipv6>(),
+        )
+    };
+    let ports = crate::parse::ports(frame, transport)?;
+    Some(Quoted { source, destination, ports, network, transport })
+}
+
+/// The quoted packet was on its way to a client: its backend must know.
+#[inline(always)]
+fn to_backend<A: Family, M: Maps>(
+    maps: &M,
+    config: &crate::layout::Config,
+    quoted: &Quoted,
+    id: u16,
+) -> Option<Target> {
+    let listener = maps.listener(id)?;
+    let tuple = A::tuple(quoted.destination, quoted.ports.destination, id);
+    let query = Query::new::<A>(config, tuple);
+    let found = flow::find_beyond::<A, M>(*maps, query, flow::Slot::NONE)?;
+    let backend = maps.backend(found.meta.backend())?;
+    if backend.flags.load() & backend_flag::LOCAL != 0 {
+        return None;
+    }
+    let snat = A::snat(config, found.slot.address());
+    Some(Target {
+        service: listener.service,
+        source: backend.address,
+        destination: snat,
+        ports: Ports { source: backend.port, destination: reply::port_word(found.slot) },
+        from: snat,
+        hop: NextHop(backend.next_hop.load()),
+    })
+}
+
+/// The quoted packet was on its way to a backend: its client must know.
+#[inline(always)]
+fn to_client<A: Family, M: Maps>(
+    maps: &M,
+    config: &crate::layout::Config,
+    quoted: &Quoted,
+) -> Option<Target> {
+    let slot = process::slot::<A>(config, quoted.source, quoted.ports.source)?;
+    let ways = A::set(maps, slot.set)?;
+    let meta = Meta(A::meta(ways, slot.way).load());
+    let backend = maps.backend(meta.backend())?;
+    if !meta.is_live()
+        || backend.address != quoted.destination
+        || backend.port != quoted.ports.destination
+    {
+        return None;
+    }
+    let (address, port, listener_id) = A::parts(A::load(ways, slot.way));
+    let listener = maps.listener(listener_id)?;
+    Some(Target {
+        service: listener.service,
+        source: address,
+        destination: listener.address,
+        ports: Ports { source: port, destination: listener.port },
+        from: listener.address,
+        hop: reply::learned::<A, M>(maps, slot).unwrap_or(NextHop::UNKNOWN),
+    })
+}
+
+#[inline(always)]
+fn send<A: Family, F: Frame>(
+    frame: &mut F,
+    config: &crate::layout::Config,
+    link: &Link,
+    packet: &Packet,
+    quoted: &Quoted,
+    target: &Target,
+) -> Result<u32, Outcome> {
+    if packet.ttl <= 1 {
+        return Err(Outcome::TtlExpired);
+    }
+    if A::NUMBER == family::IPV4 && !ipv4_checksum_holds(frame, packet) {
+        return Err(Outcome::BadChecksum);
+    }
+    if target.hop == NextHop::UNKNOWN {
+        return Err(Outcome::NextHopUnknown);
+    }
+    rewrite_quoted::<A, F>(frame, packet, quoted, target).ok_or(Outcome::Malformed)?;
+    rewrite::network(frame, packet, target.from, target.source).ok_or(Outcome::Malformed)?;
+    rewrite::deliver(frame, config, link, target.hop)
+}
+
+/// Rewrites what is quoted, and the ICMP checksum that covers it.
+#[inline(always)]
+fn rewrite_quoted<A: Family, F: Frame>(
+    frame: &mut F,
+    packet: &Packet,
+    quoted: &Quoted,
+    target: &Target,
+) -> Option<()> {
+    let addresses = Delta::NONE
+        .remove(sum64(quoted.source[0], quoted.source[1]))
+        .remove(sum64(quoted.destination[0], quoted.destination[1]))
+        .add(sum64(target.source[0], target.source[1]))
+        .add(sum64(target.destination[0], target.destination[1]));
+    let mut delta = addresses;
+    if A::NUMBER == family::IPV4 {
+        let header = frame.at::<Ipv4>(quoted.network)?;
+        header.source = Be32::from_word(target.source[0] as u32);
+        header.destination = Be32::from_word(target.destination[0] as u32);
+        let old = header.checksum.word();
+        header.checksum = Be16::from_word(addresses.apply(old));
+        delta = delta.remove(u32::from(old)).add(u32::from(header.checksum.word()));
+    } else {
+        let header = frame.at::<Ipv6>(quoted.network)?;
+        header.source = target.source.map(Be64::from_word);
+        header.destination = target.destination.map(Be64::from_word);
+        // ICMPv6 has the outer addresses in its checksum, too (RFC 4443 §2.3).
+        delta = delta
+            .remove(sum64(packet.source[0], packet.source[1]))
+            .remove(sum64(packet.destination[0], packet.destination[1]))
+            .add(sum64(target.from[0], target.from[1]))
+            .add(sum64(target.source[0], target.source[1]));
+    }
+    let tcp = frame.at::<TcpStart>(quoted.transport)?;
+    tcp.source = Be16::from_word(target.ports.source);
+    tcp.destination = Be16::from_word(target.ports.destination);
+    delta = delta
+        .remove(u32::from(quoted.ports.source))
+        .remove(u32::from(quoted.ports.destination))
+        .add(u32::from(target.ports.source))
+        .add(u32::from(target.ports.destination));
+    let icmp = frame.at::<Icmp>(packet.transport)?;
+    icmp.checksum = Be16::from_word(delta.apply(icmp.checksum.word()));
+    Some(())
+}

@@ -1,0 +1,314 @@
+//! What lies in the maps. Everything here is shared with user space: `repr(C)`, explicit padding, tested sizes.
+
+use crate::{
+    cell::{Cell8, Cell16, Cell32, Cell64},
+    hash::Key,
+};
+
+/// Ways of one set of the flow table.
+pub const WAYS: usize = 4;
+/// Sets of one SNAT address: 65,536 ports, four to a set.
+pub const SETS_PER_ADDRESS: u32 = 65_536 / WAYS as u32;
+/// SNAT addresses of one family, at most.
+pub const SNAT_ADDRESSES: usize = 16;
+/// Buckets that are dealt out to the SNAT addresses.
+pub const BUCKETS: usize = 256;
+/// Listener ids, 0 included, which is nobody's.
+pub const LISTENERS: u32 = 256;
+/// Listeners that may share a port number.
+pub const LISTENERS_PER_PORT: usize = 32;
+/// Service ids, 0 included, which stands for "no service known".
+pub const SERVICES: u32 = 65;
+/// Backend ids, 0 included, which is nobody's: an id is eight bits of a slot's word.
+pub const BACKENDS: u32 = 256;
+/// Interface and VLAN pairs that packets come from and go to.
+pub const PORTS: usize = 32;
+/// Learned next hops, 0 included, which says "not known".
+pub const NEXT_HOPS: u32 = 4096;
+/// Words of one half of a selection table: one byte an entry.
+pub const SELECTION_WORDS: u32 = crate::maglev::TABLE_SIZE.div_ceil(8);
+/// Selection tables: two halves for each service and family.
+pub const SELECTION_HALVES: u32 = SERVICES * 4;
+
+/// Addresses are IPv4 (in the first four bytes of sixteen) or IPv6.
+pub mod family {
+    /// IPv4.
+    pub const IPV4: u8 = 4;
+    /// IPv6.
+    pub const IPV6: u8 = 6;
+}
+
+/// One IPv4 flow's place: 16 bytes.
+#[repr(C)]
+#[derive(Default)]
+pub struct Way4 {
+    /// Client address word, client port word (bits 32-47), listener id (bits 48-63).
+    pub tuple: Cell64,
+    /// See [`crate::meta`].
+    pub meta: Cell32,
+    /// The ACK number of the client's last segment, as a number; while no SYN-ACK was seen, the jiffies of the claim.
+    pub last_ack: Cell32,
+}
+
+/// Four IPv4 flows: one cache line.
+#[repr(C, align(64))]
+#[derive(Default)]
+pub struct Set4 {
+    /// Slot `4 · set + way` is the SNAT port.
+    pub ways: [Way4; WAYS],
+}
+
+/// One IPv6 flow's place: 32 bytes.
+#[repr(C)]
+#[derive(Default)]
+pub struct Way6 {
+    /// The client's address, as two words.
+    pub address: [Cell64; 2],
+    /// Client port word, listener id (bits 16-31).
+    pub port_listener: Cell32,
+    /// See [`crate::meta`].
+    pub meta: Cell32,
+    /// As [`Way4::last_ack`].
+    pub last_ack: Cell32,
+    reserved: Cell32,
+}
+
+/// Four IPv6 flows: two cache lines.
+#[repr(C, align(64))]
+#[derive(Default)]
+pub struct Set6 {
+    /// Slot `4 · set + way` is the SNAT port.
+    pub ways: [Way6; WAYS],
+}
+
+/// The way back to the client, for each slot of a set: an index into the learned next hops.
+#[repr(C, align(8))]
+#[derive(Default)]
+pub struct ReturnHops {
+    /// One for each way.
+    pub ways: [Cell16; WAYS],
+}
+
+/// Overflow marks of eight sets. A set is marked with the epoch in which a flow whose first candidate it is went
+/// beyond its first two candidates; 0 says that none did.
+#[repr(C, align(8))]
+#[derive(Default)]
+pub struct OverflowMarks {
+    /// One for each set.
+    pub sets: [Cell8; 8],
+}
+
+/// The one entry of the configuration map.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// What flows are hashed with.
+    pub key: Key,
+    /// The first set that is used, in each address's 16,384.
+    pub first_set: u32,
+    /// How many sets are used.
+    pub sets: u32,
+    /// How many of `snat4` there are.
+    pub snat4_count: u32,
+    /// How many of `snat6` there are.
+    pub snat6_count: u32,
+    /// How many of `ports` there are.
+    pub port_count: u32,
+    /// Bits to shift jiffies by, so that they count in units of about one second.
+    pub jiffies_shift: u32,
+    /// Jiffies in 200 ms: a younger half-open slot is not reclaimed.
+    pub half_open_jiffies: u32,
+    /// The current epoch of overflow marks, 1 to 255.
+    pub epoch: u32,
+    /// Log one packet in `2ⁿ` when debug logging is compiled in: a mask of the lower bits of a counter.
+    pub debug_mask: u32,
+    /// Backend ids from 1 to this may be in use.
+    pub last_backend: u32,
+    /// Where packets come from and go to.
+    pub ports: [Port; PORTS],
+    /// IPv4 SNAT addresses, as words.
+    pub snat4: [u32; SNAT_ADDRESSES],
+    /// IPv6 SNAT addresses, as words.
+    pub snat6: [[u64; 2]; SNAT_ADDRESSES],
+    /// Which IPv4 SNAT address a bucket belongs to.
+    pub bucket4: [u8; BUCKETS],
+    /// Which IPv6 SNAT address a bucket belongs to.
+    pub bucket6: [u8; BUCKETS],
+}
+
+/// An interface, or a VLAN on one.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Port {
+    /// Interface index.
+    pub interface: u32,
+    /// VLAN ids: the outer in bits 16-27, the only or inner one in bits 0-11. Without a tag 0; a tag of VLAN 0
+    /// carries only a priority and counts as none.
+    pub vlan: u32,
+    /// The interface's MAC address: see [`crate::headers::Mac::number`].
+    pub mac: u64,
+    /// Words to write as tags: protocol and control of the outer tag, then of the inner.
+    pub tags: [u32; 2],
+    /// How many of `tags` there are.
+    pub tag_count: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// What clients connect to.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Listener {
+    /// Address, as words; IPv4 in the lower half of the first.
+    pub address: [u64; 2],
+    /// Port, as a word.
+    pub port: u16,
+    /// See [`family`]; 0 in an unused entry.
+    pub family: u8,
+    /// Zero.
+    pub reserved: u8,
+    /// Service id.
+    pub service: u16,
+    /// The next listener on the same port number; 0 ends the list.
+    pub next: u16,
+    /// The ports (by bit) whose packets are for it.
+    pub ports: u32,
+    /// The one's-complement sum of address and port.
+    pub sum: u32,
+}
+
+/// Who answers for some listeners.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Service {
+    /// Half of the selection table for IPv4, plus one; 0: no usable backend. One store switches.
+    pub selection4: u32,
+    /// The same for IPv6.
+    pub selection6: u32,
+    /// Not 0: only clients in its allow prefixes.
+    pub restricted: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Where flows go. All but `next_hop` and `flags` stay as they are while a slot names the id.
+#[repr(C)]
+#[derive(Default)]
+pub struct Backend {
+    /// Address, as words; IPv4 in the lower half of the first.
+    pub address: [u64; 2],
+    /// Port, as a word.
+    pub port: u16,
+    /// See [`family`]; 0 in an unused entry.
+    pub family: u8,
+    /// Zero.
+    pub reserved: u8,
+    /// See [`backend_flag`].
+    pub flags: Cell32,
+    /// The one's-complement sum of address and port.
+    pub sum: u32,
+    /// Zero.
+    pub reserved2: u32,
+    /// Where its packets go: see [`NextHop`]; 0: not known. Changed in one store.
+    pub next_hop: Cell64,
+}
+
+/// Flags of a [`Backend`].
+pub mod backend_flag {
+    /// New flows may go there: a retransmitted SYN stays.
+    pub const ACCEPTS: u32 = 1;
+    /// It is this host: its packets pass to the local socket.
+    pub const LOCAL: u32 = 1 << 1;
+}
+
+/// A neighbour: its MAC address (bits 0-47) and the port it is reached through (bits 48-63).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NextHop(pub u64);
+
+impl NextHop {
+    /// Not known.
+    pub const UNKNOWN: Self = Self(0);
+
+    /// The neighbour with MAC address `mac` (see [`crate::headers::Mac::number`]) behind port `port`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(mac: u64, port: u16) -> Self {
+        Self(mac | (port as u64) << 48)
+    }
+
+    /// Its MAC address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn mac(self) -> u64 {
+        self.0 & 0xffff_ffff_ffff
+    }
+
+    /// The port it is reached through.
+    #[inline(always)]
+    #[must_use]
+    pub const fn port(self) -> u16 {
+        (self.0 >> 48) as u16
+    }
+}
+
+/// A key of the allow list, an LPM trie: service id in network byte order, then the address, IPv4 as
+/// `::ffff:0:0/96`.
+pub type AllowKey = [u8; 20];
+
+/// The key for a client's whole address, as words.
+#[inline(always)]
+#[must_use]
+pub const fn allow_key(service: u16, address: [u64; 2]) -> AllowKey {
+    let [s0, s1] = service.to_be_bytes();
+    let [a0, a1, a2, a3, a4, a5, a6, a7] = address[0].to_ne_bytes();
+    let [b0, b1, b2, b3, b4, b5, b6, b7] = address[1].to_ne_bytes();
+    [0, 0, s0, s1, a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7]
+}
+
+/// Bits of an [`AllowKey`] before the address.
+pub const ALLOW_SERVICE_BITS: u32 = 32;
+
+#[cfg(test)]
+mod tests {
+    use core::mem::offset_of;
+
+    use super::*;
+
+    #[test]
+    fn layouts_are_what_the_kernel_has() {
+        assert_eq!((size_of::<Way4>(), size_of::<Set4>(), align_of::<Set4>()), (16, 64, 64));
+        assert_eq!((size_of::<Way6>(), size_of::<Set6>(), align_of::<Set6>()), (32, 128, 64));
+        assert_eq!((offset_of!(Way4, meta), offset_of!(Way4, last_ack)), (8, 12));
+        assert_eq!((offset_of!(Way6, port_listener), offset_of!(Way6, meta), offset_of!(Way6, last_ack)), (16, 20, 24));
+        assert_eq!((size_of::<ReturnHops>(), size_of::<OverflowMarks>()), (8, 8));
+        assert_eq!(size_of::<Port>(), 4 + 4 + 8 + 8 + 4 + 4);
+        assert_eq!(size_of::<Listener>(), 16 + 2 + 1 + 1 + 2 + 2 + 4 + 4);
+        assert_eq!(size_of::<Service>(), 16);
+        assert_eq!(size_of::<Backend>(), 16 + 4 + 4 + 4 + 4 + 8);
+        assert_eq!(offset_of!(Backend, next_hop), 32);
+        assert_eq!(
+            size_of::<Config>(),
+            size_of::<Key>()
+                + 10 * 4
+                + PORTS * size_of::<Port>()
+                + SNAT_ADDRESSES * (4 + 16)
+                + 2 * BUCKETS
+        );
+        assert_eq!(offset_of!(Config, ports), 72);
+    }
+
+    #[test]
+    fn a_flow_slot_fits_its_budget() {
+        let parallel = size_of::<ReturnHops>() as f64 / WAYS as f64
+            + size_of::<OverflowMarks>() as f64 / (8 * WAYS) as f64;
+        let (ipv4, ipv6) = (size_of::<Way4>() as f64 + parallel, size_of::<Way6>() as f64 + parallel);
+        println!("map memory a flow slot: IPv4 {ipv4} bytes, IPv6 {ipv6} bytes");
+        assert!(ipv4 <= 24.0 && ipv6 <= 48.0);
+    }
+
+    #[test]
+    fn a_next_hop_is_one_word() {
+        let hop = NextHop::new(0x0605_0403_0201, 31);
+        assert_eq!((hop.mac(), hop.port()), (0x0605_0403_0201, 31));
+    }
+}

@@ -1,0 +1,75 @@
+//! What the steps ask of the maps, so that they run over the kernel's and over plain memory in tests.
+
+use crate::{
+    cell::{Cell16, Cell64},
+    hash::FlowHash,
+    layout::{Backend, Config, Listener, OverflowMarks, Service, Set4, Set6},
+    outcome::{Counter, Event},
+};
+
+/// The maps, and the little else that the kernel lends. An index out of range gives None or 0.
+pub trait Maps: Copy {
+    /// The configuration.
+    fn config(&self) -> Option<&Config>;
+    /// The first listener on a port number (host byte order); 0: none.
+    fn first_listener(&self, port: u16) -> u16;
+    /// A listener by id.
+    fn listener(&self, id: u16) -> Option<&Listener>;
+    /// A service by id.
+    fn service(&self, id: u16) -> Option<&Service>;
+    /// A backend by id.
+    fn backend(&self, id: u8) -> Option<&Backend>;
+    /// Entry `entry` of half `half` of the selection tables: a backend id, or 0.
+    fn selected(&self, half: u32, entry: u32) -> u8;
+    /// A learned next hop, see [`crate::layout::NextHop`].
+    fn learned_hop(&self, index: u16) -> Option<&Cell64>;
+    /// The ways of a set (of any address) whose ports must not become slots, by bit.
+    fn blocked(&self, set: u32) -> u8;
+    /// May this client (IPv4 mapped) use this restricted service?
+    fn allows(&self, service: u16, client: [u64; 2]) -> bool;
+    /// The kernel's tick counter.
+    fn jiffies(&self) -> u64;
+    /// Counts one, for the counter at `place`: see [`Counter::index`].
+    fn count_place(&self, service: u16, place: u16);
+    /// Counts a new flow of a backend.
+    fn count_flow(&self, backend: u8);
+    /// Asks the kernel's routing table for the way to a client, for a packet that came in by `interface`: the
+    /// fallback where none was learned.
+    fn route(&self, interface: u32, family: u8, destination: [u64; 2]) -> Option<Route>;
+
+    /// IPv4 flow sets, of all SNAT addresses one after the other.
+    fn set4(&self, index: u32) -> Option<&Set4>;
+    /// IPv6 flow sets.
+    fn set6(&self, index: u32) -> Option<&Set6>;
+    /// Ways back to the clients of an IPv4 set.
+    fn return_hop4(&self, set: u32, way: u32) -> Option<&Cell16>;
+    /// Ways back to the clients of an IPv6 set.
+    fn return_hop6(&self, set: u32, way: u32) -> Option<&Cell16>;
+    /// Overflow marks of IPv4 sets, eight an entry.
+    fn overflow4(&self, index: u32) -> Option<&OverflowMarks>;
+    /// Overflow marks of IPv6 sets.
+    fn overflow6(&self, index: u32) -> Option<&OverflowMarks>;
+
+    /// Counts what happened on the way.
+    #[inline(always)]
+    fn count_event(&self, service: u16, event: Event) {
+        self.count_place(service, Counter::Event(event).index() as u16);
+    }
+
+    /// The backend that a flow hashes to; 0 where the table has no entry for it.
+    #[inline(always)]
+    fn select(&self, half: u32, hash: FlowHash) -> u8 {
+        self.selected(half, hash.selection(crate::maglev::TABLE_SIZE))
+    }
+}
+
+/// What the kernel's routing table says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Interface index.
+    pub interface: u32,
+    /// Our MAC address there.
+    pub source_mac: u64,
+    /// The neighbour's MAC address.
+    pub mac: u64,
+}

@@ -1,0 +1,183 @@
+//! A slot's one atomic word: state, backend and when it was last seen.
+//!
+//! ```text
+//!  31           16 15        8 7     6     5     4     3    2..0
+//! +---------------+-----------+-----+-----+-----+-----+----+------+
+//! |     seen      |  backend  |reset|b FIN|c FIN|c ACK|SYN-ACK kind|
+//! +---------------+-----------+-----+-----+-----+-----+----+------+
+//! ```
+//!
+//! `seen` counts in units of about one second and wraps after 18 hours, which is why an idle timeout is at most 8.
+
+/// What a slot is.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Nobody's; never used, or its quarantine is over.
+    Free = 0,
+    /// A CPU is writing its tuple. Readers look away.
+    Claiming = 1,
+    /// A SYN was forwarded. Reclaimed before anything established.
+    HalfOpen = 2,
+    /// Proven by the backend: SYN-ACK, the client's ACK, and then a segment of the backend.
+    Established = 3,
+    /// Both sides have closed, the backend second: no TIME_WAIT there, reusable after a second.
+    ClosedByClient = 4,
+    /// Both sides have closed, the backend first: it is in TIME_WAIT for this slot for a minute.
+    ClosedByBackend = 5,
+    /// Reset on purpose (later issue): answered on both sides until it is reused.
+    Killed = 6,
+}
+
+/// The backend's SYN-ACK was seen.
+pub const SYN_ACK: u32 = 1 << 3;
+/// The client has acknowledged it.
+pub const CLIENT_ACK: u32 = 1 << 4;
+/// The client's FIN was seen.
+pub const CLIENT_FIN: u32 = 1 << 5;
+/// The backend's FIN was seen.
+pub const BACKEND_FIN: u32 = 1 << 6;
+/// A RST was seen and no segment of the backend since. On a half-open slot: the second chance is used up.
+pub const RESET: u32 = 1 << 7;
+
+const KIND: u32 = 0b111;
+const FLAGS: u32 = 0xff & !KIND;
+
+/// A copy of the word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Meta(pub u32);
+
+impl Meta {
+    /// Nobody's slot, as the kernel's zeroed memory has it.
+    pub const FREE: Self = Self(0);
+
+    /// A word with no flags.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(kind: Kind, backend: u8, seen: u16) -> Self {
+        Self(kind as u32 | (backend as u32) << 8 | (seen as u32) << 16)
+    }
+
+    /// What the slot is, as bits: see [`Kind`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn kind(self) -> u32 {
+        self.0 & KIND
+    }
+
+    /// Is it `kind`?
+    #[inline(always)]
+    #[must_use]
+    pub const fn is(self, kind: Kind) -> bool {
+        self.0 & KIND == kind as u32
+    }
+
+    /// Does a flow own it: are its segments forwarded?
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_live(self) -> bool {
+        self.kind() >= Kind::HalfOpen as u32
+    }
+
+    /// Have both sides closed?
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_closed(self) -> bool {
+        self.kind() == Kind::ClosedByClient as u32 || self.kind() == Kind::ClosedByBackend as u32
+    }
+
+    /// Are all of `flags` set?
+    #[inline(always)]
+    #[must_use]
+    pub const fn has(self, flags: u32) -> bool {
+        self.0 & flags == flags
+    }
+
+    /// The backend's id.
+    #[inline(always)]
+    #[must_use]
+    pub const fn backend(self) -> u8 {
+        (self.0 >> 8) as u8
+    }
+
+    /// When the last segment was seen.
+    #[inline(always)]
+    #[must_use]
+    pub const fn seen(self) -> u16 {
+        (self.0 >> 16) as u16
+    }
+
+    /// Units since the last segment.
+    #[inline(always)]
+    #[must_use]
+    pub const fn age(self, now: u16) -> u16 {
+        now.wrapping_sub(self.seen())
+    }
+
+    /// The same slot as another kind, its flags kept.
+    #[inline(always)]
+    #[must_use]
+    pub const fn become_kind(self, kind: Kind) -> Self {
+        Self(self.0 & !KIND | kind as u32)
+    }
+
+    /// The same slot without its flags.
+    #[inline(always)]
+    #[must_use]
+    pub const fn without_flags(self) -> Self {
+        Self(self.0 & !FLAGS)
+    }
+
+    /// The same slot with more flags.
+    #[inline(always)]
+    #[must_use]
+    pub const fn with(self, flags: u32) -> Self {
+        Self(self.0 | flags)
+    }
+
+    /// The same slot with fewer flags.
+    #[inline(always)]
+    #[must_use]
+    pub const fn without(self, flags: u32) -> Self {
+        Self(self.0 & !flags)
+    }
+
+    /// The same slot on another backend.
+    #[inline(always)]
+    #[must_use]
+    pub const fn on(self, backend: u8) -> Self {
+        Self(self.0 & !0xff00 | (backend as u32) << 8)
+    }
+
+    /// The same incarnation of the slot, whatever was seen meanwhile?
+    #[inline(always)]
+    #[must_use]
+    pub const fn same_owner(self, other: Self) -> bool {
+        (self.0 ^ other.0) & (0xff00 | KIND) == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parts_of_the_word_do_not_touch() {
+        let meta = Meta::new(Kind::Established, 0xab, 0x1234).with(SYN_ACK | RESET);
+        assert!(meta.is(Kind::Established) && meta.has(SYN_ACK | RESET) && !meta.has(CLIENT_FIN));
+        assert_eq!((meta.backend(), meta.seen()), (0xab, 0x1234));
+        let meta = meta.on(0xcd).become_kind(Kind::ClosedByBackend).without(RESET);
+        assert_eq!(meta, Meta::new(Kind::ClosedByBackend, 0xcd, 0x1234).with(SYN_ACK));
+        assert_eq!(meta.without_flags().0 & 0xf8, 0);
+    }
+
+    #[test]
+    fn zeroed_memory_is_free() {
+        assert!(Meta::FREE.is(Kind::Free) && !Meta::FREE.is_live());
+    }
+
+    #[test]
+    fn age_survives_the_wrap() {
+        assert_eq!(Meta::new(Kind::HalfOpen, 1, 0xfff0).age(0x10), 0x20);
+    }
+}

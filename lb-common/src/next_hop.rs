@@ -1,0 +1,60 @@
+//! The ways back to clients, learned from the packets that come from them.
+//!
+//! A client's replies leave by the neighbour that its packets came from: no route look-up, and right also where
+//! several routers share a segment. A slot keeps an index into one small table; many clients behind one router
+//! share an entry. The daemon watches the entries and points one whose MAC has left at the route's.
+
+use crate::{
+    flow::{Family, Slot},
+    hash::{scale, split_mix},
+    layout::{NEXT_HOPS, NextHop},
+    maps::Maps,
+    outcome::Event,
+};
+
+/// Entries that are looked at for one neighbour.
+const PROBES: u32 = 8;
+
+/// Makes sure that the slot's replies go to `hop`, where its client's packet came from.
+#[inline(always)]
+pub fn remember<F: Family, M: Maps>(maps: &M, service: u16, slot: Slot, hop: NextHop) {
+    let Some(index) = F::return_hop(maps, slot) else {
+        return;
+    };
+    let known = index.load();
+    if known != 0 && maps.learned_hop(known).is_some_and(|entry| entry.load() == hop.0) {
+        return;
+    }
+    let learned = learn(*maps, hop.0);
+    if learned == 0 {
+        maps.count_event(service, Event::NextHopOverflow);
+    }
+    if learned != known {
+        index.store(learned);
+    }
+}
+
+/// The table's index for a neighbour, entered if it is new; 0 when there is no room.
+#[inline(never)]
+fn learn<M: Maps>(maps: M, hop: u64) -> u16 {
+    let start = scale((split_mix(hop) >> 32) as u32, NEXT_HOPS);
+    for probe in 0..PROBES {
+        let index = ((start + probe) % NEXT_HOPS) as u16;
+        let Some(entry) = maps.learned_hop(index) else {
+            return 0;
+        };
+        if index == 0 {
+            continue;
+        }
+        if entry.load() == hop {
+            return index;
+        }
+        if entry.load() == 0 {
+            let previous = entry.compare_exchange(0, hop);
+            if previous == 0 || previous == hop {
+                return index;
+            }
+        }
+    }
+    0
+}

@@ -1,0 +1,293 @@
+//! From bytes to what matters of a packet, and no further than a packet that is not ours deserves.
+
+use crate::{
+    checksum::fold,
+    frame::Frame,
+    headers::{
+        Ethernet, IPV4, IPV6, Ipv4, Ipv6, SERVICE_VLAN, TcpStart, VLAN, VlanTag, protocol, tcp_flag,
+    },
+    layout::family,
+};
+
+/// VLAN tags that are looked through.
+const TAGS: usize = 2;
+/// IPv6 extension headers that are looked through.
+const EXTENSION_HEADERS: usize = 4;
+/// Words of options that an IPv4 header can have.
+const OPTION_WORDS: usize = 10;
+/// The VLAN id in a tag's control field.
+const VLAN_ID: u16 = 0x0fff;
+/// The fragment offset and "more fragments" of an IPv4 header, as a number.
+const FRAGMENTED: u16 = 0x3fff;
+/// The fragment offset alone.
+const FRAGMENT_OFFSET: u16 = 0x1fff;
+
+/// The Ethernet header and its VLAN tags.
+#[derive(Clone, Copy)]
+pub struct Link {
+    /// To whom: see [`Mac::number`].
+    pub destination: u64,
+    /// From whom.
+    pub source: u64,
+    /// VLAN ids, as in [`crate::layout::Port::vlan`].
+    pub vlan: u32,
+    /// What follows, as a number.
+    pub kind: u16,
+    /// Where the network header begins.
+    pub network: usize,
+}
+
+/// Reads the Ethernet header and up to two VLAN tags.
+#[inline(always)]
+pub fn link<F: Frame>(frame: &mut F) -> Option<Link> {
+    let ethernet = *frame.at::<Ethernet>(0)?;
+    let mut link = Link {
+        destination: ethernet.destination.number(),
+        source: ethernet.source.number(),
+        vlan: 0,
+        kind: ethernet.kind.get(),
+        network: size_of::<Ethernet>(),
+    };
+    for _ in 0..TAGS {
+        if link.kind != VLAN && link.kind != SERVICE_VLAN {
+            break;
+        }
+        let tag = *frame.at::<VlanTag>(link.network)?;
+        link.vlan = link.vlan << 16 | u32::from(tag.control.get() & VLAN_ID);
+        link.kind = tag.kind.get();
+        link.network += size_of::<VlanTag>();
+    }
+    Some(link)
+}
+
+/// A packet's addresses, and where its TCP header or ICMP message begins. Addresses are words: an IPv4 address is
+/// the lower half of the first.
+#[derive(Clone, Copy)]
+pub struct Packet {
+    /// See [`family`].
+    pub family: u8,
+    /// From whom.
+    pub source: [u64; 2],
+    /// To whom.
+    pub destination: [u64; 2],
+    /// Where the network header begins.
+    pub network: usize,
+    /// Where the transport header begins.
+    pub transport: usize,
+    /// Where the packet ends by its own account, padding left out. 0: the headers contradict each other.
+    pub end: usize,
+    /// The first fragment of several.
+    pub fragment: bool,
+    /// TTL or hop limit.
+    pub ttl: u8,
+}
+
+/// What a packet carries.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Carries {
+    /// TCP, with its ports.
+    Tcp,
+    /// ICMP or ICMPv6.
+    Icmp,
+    /// Nothing of interest.
+    Other,
+    /// More extension headers than are looked through: the ports were not seen.
+    TooMuch,
+}
+
+/// Reads an IPv4 header. None: cut short, or not IPv4.
+#[inline(always)]
+pub fn ipv4<F: Frame>(frame: &mut F, network: usize) -> Option<(Packet, Carries)> {
+    let length = frame.length();
+    let header = *frame.at::<Ipv4>(network)?;
+    let header_length = usize::from(header.version_length & 0x0f) * 4;
+    if header.version_length >> 4 != 4 || header_length < size_of::<Ipv4>() {
+        return None;
+    }
+    let [ttl, proto] = header.ttl_protocol.get().to_be_bytes();
+    let fragment = header.fragment.get();
+    let carries = match proto {
+        _ if fragment & FRAGMENT_OFFSET != 0 => Carries::Other,
+        protocol::TCP => Carries::Tcp,
+        protocol::ICMP => Carries::Icmp,
+        _ => Carries::Other,
+    };
+    let end = network + usize::from(header.total_length.get());
+    let packet = Packet {
+        family: family::IPV4,
+        source: [u64::from(header.source.word()), 0],
+        destination: [u64::from(header.destination.word()), 0],
+        network,
+        transport: network + header_length,
+        end: if end <= length { end } else { 0 },
+        fragment: fragment & FRAGMENTED != 0,
+        ttl,
+    };
+    Some((packet, carries))
+}
+
+/// Reads an IPv6 header and what extension headers follow. None: cut short, or not IPv6.
+#[inline(always)]
+pub fn ipv6<F: Frame>(frame: &mut F, network: usize) -> Option<(Packet, Carries)> {
+    let length = frame.length();
+    let header = *frame.at::<Ipv6>(network)?;
+    if header.version_class_flow.get() >> 28 != 6 {
+        return None;
+    }
+    let mut transport = network + size_of::<Ipv6>();
+    let mut next = header.next_header;
+    let mut fragment = false;
+    let mut later_fragment = false;
+    if next != protocol::TCP {
+        for _ in 0..EXTENSION_HEADERS {
+            if !is_extension(next) {
+                break;
+            }
+            let start = *frame.at::<[u8; 8]>(transport)?;
+            let size = if next == protocol::FRAGMENT {
+                let fragment_field = u16::from_be_bytes([start[2], start[3]]);
+                later_fragment |= fragment_field & 0xfff8 != 0;
+                fragment |= fragment_field & 0xfff9 != 0;
+                8
+            } else {
+                8 + usize::from(start[1]) * 8
+            };
+            next = start[0];
+            transport += size;
+        }
+    }
+    let carries = match next {
+        _ if later_fragment => Carries::Other,
+        protocol::TCP => Carries::Tcp,
+        protocol::ICMP6 => Carries::Icmp,
+        other if is_extension(other) => Carries::TooMuch,
+        _ => Carries::Other,
+    };
+    let end = network + size_of::<Ipv6>() + usize::from(header.payload_length.get());
+    let packet = Packet {
+        family: family::IPV6,
+        source: header.source.map(|half| half.word()),
+        destination: header.destination.map(|half| half.word()),
+        network,
+        transport,
+        end: if end <= length { end } else { 0 },
+        fragment,
+        ttl: header.hop_limit,
+    };
+    Some((packet, carries))
+}
+
+#[inline(always)]
+const fn is_extension(next: u8) -> bool {
+    matches!(
+        next,
+        protocol::HOP_BY_HOP | protocol::ROUTING | protocol::FRAGMENT | protocol::DESTINATION_OPTIONS
+    )
+}
+
+/// Reads the network header that follows `link`.
+#[inline(always)]
+pub fn packet<F: Frame>(frame: &mut F, link: &Link) -> Option<(Packet, Carries)> {
+    match link.kind {
+        IPV4 => ipv4(frame, link.network),
+        IPV6 => ipv6(frame, link.network),
+        _ => None,
+    }
+}
+
+/// Source and destination port, as words.
+#[derive(Clone, Copy)]
+pub struct Ports {
+    /// Source port.
+    pub source: u16,
+    /// Destination port.
+    pub destination: u16,
+}
+
+/// Reads the ports at `offset`, in a TCP header or in as much of one as an ICMP error quotes.
+#[inline(always)]
+pub fn ports<F: Frame>(frame: &mut F, offset: usize) -> Option<Ports> {
+    let start = frame.at::<TcpStart>(offset)?;
+    Some(Ports { source: start.source.word(), destination: start.destination.word() })
+}
+
+/// What a segment says beyond its ports.
+#[derive(Clone, Copy)]
+pub struct Segment {
+    /// See [`tcp_flag`].
+    pub flags: u8,
+    /// Sequence number.
+    pub sequence: u32,
+    /// Acknowledgement number.
+    pub acknowledgement: u32,
+    /// Bytes of payload.
+    pub payload: usize,
+}
+
+impl Segment {
+    /// Are all of `flags` set?
+    #[inline(always)]
+    #[must_use]
+    pub const fn has(&self, flags: u8) -> bool {
+        self.flags & flags == flags
+    }
+
+    /// Does it ask for a connection: SYN, and none of ACK, RST, FIN?
+    #[inline(always)]
+    #[must_use]
+    pub const fn opens(&self) -> bool {
+        self.flags & (tcp_flag::SYN | tcp_flag::ACK | tcp_flag::RST | tcp_flag::FIN) == tcp_flag::SYN
+    }
+}
+
+/// Reads the TCP header of a packet that is ours. None: it contradicts the packet's length.
+#[inline(always)]
+pub fn segment<F: Frame>(frame: &mut F, packet: &Packet) -> Option<Segment> {
+    let tcp = *frame.at::<crate::headers::Tcp>(packet.transport)?;
+    let header_length = usize::from(tcp.data_offset >> 4) * 4;
+    let payload_start = packet.transport + header_length;
+    if header_length < size_of::<crate::headers::Tcp>() || packet.end < payload_start {
+        return None;
+    }
+    Some(Segment {
+        flags: tcp.flags,
+        sequence: tcp.sequence.get(),
+        acknowledgement: tcp.acknowledgement.get(),
+        payload: packet.end - payload_start,
+    })
+}
+
+/// Is the IPv4 header's checksum right? (RFC 791; a router drops what is not, RFC 1812 §5.2.2.)
+#[inline(always)]
+pub fn ipv4_checksum_holds<F: Frame>(frame: &mut F, packet: &Packet) -> bool {
+    let Some(words) = frame.at::<[[u8; 4]; 5]>(packet.network) else {
+        return false;
+    };
+    let mut sum = 0u64;
+    for word in words {
+        sum += u64::from(u32::from_ne_bytes(*word));
+    }
+    let options = packet.network + size_of::<Ipv4>();
+    if packet.transport > options {
+        sum += option_sum(frame.again(), options, packet.transport);
+    }
+    fold(sum) == 0xffff
+}
+
+/// The sum of the words from `offset` to `end`. A function of its own, because LLVM would otherwise see that they are
+/// in the packet and leave out the comparison that the verifier wants to see.
+#[inline(never)]
+fn option_sum<F: Frame>(mut frame: F, mut offset: usize, end: usize) -> u64 {
+    let mut sum = 0;
+    for _ in 0..OPTION_WORDS {
+        let Some(word) = frame.at::<[u8; 4]>(offset) else {
+            break;
+        };
+        sum += u64::from(u32::from_ne_bytes(*word));
+        offset += 4;
+        if offset >= end {
+            break;
+        }
+    }
+    sum
+}

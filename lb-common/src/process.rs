@@ -1,0 +1,245 @@
+//! The way of a packet: whose is it, what becomes of it, where does it go.
+
+use crate::{
+    flow::{Family, Slot, V4, V6},
+    forward,
+    frame::Frame,
+    headers::{IPV4, IPV6},
+    icmp,
+    layout::{Config, LISTENERS_PER_PORT, PORTS, SETS_PER_ADDRESS, SNAT_ADDRESSES, WAYS, family},
+    maps::Maps,
+    outcome::{Action, Outcome},
+    parse::{self, Carries, Link, Packet, Ports},
+    reply,
+};
+
+/// What became of a packet: [`Outcome`], service (0 where none is known) and the index of the interface it leaves by.
+///
+/// One word, so that it stays in a register. (As a structure LLVM copies it by loads that the verifier finds
+/// misaligned.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Done(u64);
+
+impl Done {
+    /// Left alone.
+    pub const NOT_OURS: Self = Self::with(Outcome::NotOurs, 0);
+
+    /// A packet that leaves by no interface of ours.
+    #[inline(always)]
+    #[must_use]
+    pub const fn with(outcome: Outcome, service: u16) -> Self {
+        Self::leaving(outcome, service, 0)
+    }
+
+    /// A packet that leaves by an interface.
+    #[inline(always)]
+    #[must_use]
+    pub const fn leaving(outcome: Outcome, service: u16, interface: u32) -> Self {
+        Self(outcome as u64 | (service as u64) << 16 | (interface as u64) << 32)
+    }
+
+    /// What became of it: the place of its counter, see [`Outcome::ALL`].
+    #[inline(always)]
+    #[must_use]
+    pub const fn outcome_index(self) -> u16 {
+        self.0 as u16
+    }
+
+    /// What became of it.
+    #[must_use]
+    pub fn outcome(self) -> Option<Outcome> {
+        Outcome::ALL.get(usize::from(self.outcome_index())).copied()
+    }
+
+    /// The service it was for.
+    #[inline(always)]
+    #[must_use]
+    pub const fn service(self) -> u16 {
+        (self.0 >> 16) as u16
+    }
+
+    /// The interface it leaves by.
+    #[inline(always)]
+    #[must_use]
+    pub const fn interface(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+
+    /// What the kernel is told to do.
+    #[inline(always)]
+    #[must_use]
+    pub const fn action(self) -> Action {
+        Outcome::action_of(self.outcome_index())
+    }
+}
+
+/// What the steps share about one packet.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    /// The configuration.
+    pub config: &'a Config,
+    /// The Ethernet header.
+    pub link: Link,
+    /// The network header.
+    pub packet: Packet,
+    /// The ports.
+    pub ports: Ports,
+    /// The port (interface and VLAN) it came in by.
+    pub port: u16,
+}
+
+/// Takes a packet from its first byte to its outcome.
+#[inline(always)]
+pub fn process<F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
+    let Some(link) = parse::link(frame) else {
+        return Done::NOT_OURS;
+    };
+    match link.kind {
+        IPV4 => match parse::ipv4(frame, link.network) {
+            Some((packet, carries)) => classify::<V4, F, M>(frame, maps, link, packet, carries),
+            None => Done::NOT_OURS,
+        },
+        IPV6 => match parse::ipv6(frame, link.network) {
+            Some((packet, carries)) => classify::<V6, F, M>(frame, maps, link, packet, carries),
+            None => Done::NOT_OURS,
+        },
+        _ => Done::NOT_OURS,
+    }
+}
+
+#[inline(always)]
+fn classify<A: Family, F: Frame, M: Maps>(
+    frame: &mut F,
+    maps: &M,
+    link: Link,
+    packet: Packet,
+    carries: Carries,
+) -> Done {
+    match carries {
+        Carries::Tcp => {}
+        Carries::Icmp => return icmp::translate::<A, _, M>(frame.again(), *maps),
+        Carries::TooMuch => return too_much::<A, F, M>(frame, maps, &link, &packet),
+        Carries::Other => return Done::NOT_OURS,
+    }
+    let Some(ports) = parse::ports(frame, packet.transport) else {
+        return Done::NOT_OURS;
+    };
+    if let Some(id) = listener::<A, M>(maps, packet.destination, ports.destination) {
+        return match enter(frame, maps, &link, packet, ports) {
+            Some(context) => forward::forward::<A, F, M>(frame, maps, &context, id),
+            None => Done::NOT_OURS,
+        };
+    }
+    let Some(config) = maps.config() else {
+        return Done::NOT_OURS;
+    };
+    if let Some(slot) = slot::<A>(config, packet.destination, ports.destination) {
+        return match enter(frame, maps, &link, packet, ports) {
+            Some(context) => reply::reply::<A, F, M>(frame, maps, &context, slot),
+            None => Done::NOT_OURS,
+        };
+    }
+    Done::NOT_OURS
+}
+
+/// The id of the listener at an address (words) and port (word).
+#[inline(always)]
+pub fn listener<A: Family, M: Maps>(maps: &M, address: [u64; 2], port: u16) -> Option<u16> {
+    let mut id = maps.first_listener(u16::from_be(port));
+    for _ in 0..LISTENERS_PER_PORT {
+        if id == 0 {
+            return None;
+        }
+        let listener = maps.listener(id)?;
+        if listener.family == A::NUMBER && listener.address == address {
+            return Some(id);
+        }
+        id = listener.next;
+    }
+    None
+}
+
+/// The slot whose SNAT address (words) and port (word) these are, be it anybody's or not.
+#[inline(always)]
+pub fn slot<A: Family>(config: &Config, address: [u64; 2], port: u16) -> Option<Slot> {
+    let port = u32::from(u16::from_be(port));
+    let set = port / WAYS as u32;
+    if set.wrapping_sub(config.first_set) >= config.sets {
+        return None;
+    }
+    let index = snat_index::<A>(config, address)?;
+    Some(Slot { set: index * SETS_PER_ADDRESS + set, way: port % WAYS as u32 })
+}
+
+/// Which SNAT address this is.
+#[inline(always)]
+pub fn snat_index<A: Family>(config: &Config, address: [u64; 2]) -> Option<u32> {
+    for index in 0..SNAT_ADDRESSES {
+        if index as u32 >= A::snat_count(config) {
+            return None;
+        }
+        if A::snat(config, index) == address {
+            return Some(index as u32);
+        }
+    }
+    None
+}
+
+/// Finds the port a packet came in by, and makes sure that the frame was meant for this host: a bridge or a switch
+/// also floods frames for others, and a standby with the same configuration must not answer them.
+#[inline(always)]
+fn enter<'a, F: Frame, M: Maps>(
+    frame: &mut F,
+    maps: &'a M,
+    link: &Link,
+    packet: Packet,
+    ports: Ports,
+) -> Option<Context<'a>> {
+    let config = maps.config()?;
+    let port = arrival(config, frame.interface(), link)?;
+    Some(Context { config, link: *link, packet, ports, port })
+}
+
+/// The port with this interface and VLAN, if the frame is addressed to it.
+#[inline(always)]
+pub fn arrival(config: &Config, interface: u32, link: &Link) -> Option<u16> {
+    for index in 0..PORTS {
+        if index as u32 >= config.port_count {
+            return None;
+        }
+        let port = &config.ports[index];
+        if port.interface == interface && port.vlan == link.vlan {
+            return (port.mac == link.destination).then_some(index as u16);
+        }
+    }
+    None
+}
+
+/// Everything that must hold before a packet of a flow is touched.
+#[inline(always)]
+pub fn check<A: Family, F: Frame>(frame: &mut F, packet: &Packet) -> Result<(), Outcome> {
+    if packet.fragment {
+        return Err(Outcome::Fragment);
+    }
+    if packet.ttl <= 1 {
+        return Err(Outcome::TtlExpired);
+    }
+    if A::NUMBER == family::IPV4 && !parse::ipv4_checksum_holds(frame, packet) {
+        return Err(Outcome::BadChecksum);
+    }
+    Ok(())
+}
+
+/// A packet whose ports lie behind too many extension headers: ours if it is for an address of ours.
+#[inline(always)]
+fn too_much<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, link: &Link, packet: &Packet) -> Done {
+    let Some(config) = maps.config() else {
+        return Done::NOT_OURS;
+    };
+    match snat_index::<A>(config, packet.destination) {
+        Some(_) if arrival(config, frame.interface(), link).is_some() => {
+            Done::with(Outcome::ExtensionHeaders, 0)
+        }
+        _ => Done::NOT_OURS,
+    }
+}

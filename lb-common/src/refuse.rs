@@ -1,0 +1,108 @@
+//! "Connection refused", said at once: the RST that answers a SYN (RFC 9293 §3.10.7.1).
+//!
+//! Built in the SYN's place: RST and ACK, sequence 0, acknowledging the SYN and whatever data it carried; a client
+//! in SYN-SENT believes no other. 20 bytes of TCP, everything after them cut off.
+
+use crate::{
+    checksum::{Delta, sum64},
+    frame::Frame,
+    headers::{Be16, Be32, Be64, Ipv4, Ipv6, Tcp, protocol, tcp_flag},
+    layout::family,
+    outcome::Outcome,
+    parse::{Link, Packet, Ports, Segment},
+    rewrite::write_macs,
+};
+
+/// The initial TTL, as RFC 1700 recommends it.
+const TTL: u8 = 64;
+const TCP_LENGTH: u16 = size_of::<Tcp>() as u16;
+
+/// Turns a SYN into the RST that refuses it, to be sent back where it came from. Err: it could not be done, drop it.
+#[inline(always)]
+pub fn refuse<F: Frame>(
+    frame: &mut F,
+    link: &Link,
+    packet: &Packet,
+    ports: Ports,
+    segment: &Segment,
+) -> Result<(), Outcome> {
+    write_macs(frame, link.source, link.destination).ok_or(Outcome::NoRoom)?;
+    let transport = if packet.family == family::IPV4 {
+        ipv4_header(frame, packet).ok_or(Outcome::NoRoom)?
+    } else {
+        ipv6_header(frame, packet).ok_or(Outcome::NoRoom)?
+    };
+    let acknowledgement = segment.sequence.wrapping_add(1).wrapping_add(segment.payload as u32);
+    let tcp = frame.at::<Tcp>(transport).ok_or(Outcome::NoRoom)?;
+    *tcp = Tcp {
+        source: Be16::from_word(ports.destination),
+        destination: Be16::from_word(ports.source),
+        sequence: Be32::new(0),
+        acknowledgement: Be32::new(acknowledgement),
+        data_offset: (size_of::<Tcp>() / 4 << 4) as u8,
+        flags: tcp_flag::RST | tcp_flag::ACK,
+        window: Be16::new(0),
+        checksum: Be16::new(0),
+        urgent: Be16::new(0),
+    };
+    // Pseudo-header (RFC 9293 §3.1, RFC 8200 §8.1) and the header's words that are not zero.
+    let sum = Delta::NONE
+        .add(sum64(packet.source[0], packet.source[1]))
+        .add(sum64(packet.destination[0], packet.destination[1]))
+        .add(u32::from(Be16::new(u16::from(protocol::TCP)).word()))
+        .add(u32::from(Be16::new(TCP_LENGTH).word()))
+        .add(u32::from(ports.source))
+        .add(u32::from(ports.destination))
+        .add(Be32::new(acknowledgement).word())
+        .add(u32::from(Be16::new(u16::from_be_bytes([tcp.data_offset, tcp.flags])).word()));
+    tcp.checksum = Be16::from_word(sum.apply(0xffff));
+    let end = transport + size_of::<Tcp>();
+    if frame.length() > end && !frame.truncate(end) {
+        return Err(Outcome::NoRoom);
+    }
+    Ok(())
+}
+
+/// Writes the answer's IPv4 header, without options. Returns where it ends.
+#[inline(always)]
+fn ipv4_header<F: Frame>(frame: &mut F, packet: &Packet) -> Option<usize> {
+    let header = frame.at::<Ipv4>(packet.network)?;
+    let (source, destination) = (packet.destination[0] as u32, packet.source[0] as u32);
+    let (total_length, dont_fragment) = (Be16::new(size_of::<Ipv4>() as u16 + TCP_LENGTH), Be16::new(0x4000));
+    let life = Be16::new(u16::from_be_bytes([TTL, protocol::TCP]));
+    let version_length = Be16::new(0x4500);
+    let sum = Delta::NONE
+        .add(u32::from(version_length.word()))
+        .add(u32::from(total_length.word()))
+        .add(u32::from(dont_fragment.word()))
+        .add(u32::from(life.word()))
+        .add(source)
+        .add(destination);
+    *header = Ipv4 {
+        version_length: 0x45,
+        service: 0,
+        total_length,
+        id: Be16::new(0),
+        fragment: dont_fragment,
+        ttl_protocol: life,
+        checksum: Be16::from_word(sum.apply(0xffff)),
+        source: Be32::from_word(source),
+        destination: Be32::from_word(destination),
+    };
+    Some(packet.network + size_of::<Ipv4>())
+}
+
+/// Writes the answer's IPv6 header. Returns where it ends.
+#[inline(always)]
+fn ipv6_header<F: Frame>(frame: &mut F, packet: &Packet) -> Option<usize> {
+    let header = frame.at::<Ipv6>(packet.network)?;
+    *header = Ipv6 {
+        version_class_flow: Be32::new(6 << 28),
+        payload_length: Be16::new(TCP_LENGTH),
+        next_header: protocol::TCP,
+        hop_limit: TTL,
+        source: packet.destination.map(Be64::from_word),
+        destination: packet.source.map(Be64::from_word),
+    };
+    Some(packet.network + size_of::<Ipv6>())
+}

@@ -1,0 +1,233 @@
+//! A packet for a slot: if it comes from the slot's backend, it goes to the slot's client.
+
+use crate::{
+    checksum::{Delta, sum64},
+    flow::{Clock, Family, Query, Slot},
+    forward::{another, finish},
+    frame::Frame,
+    headers::Be16,
+    layout::{BACKENDS, Listener, NextHop, PORTS},
+    maps::Maps,
+    meta::{Kind, Meta, RESET},
+    outcome::{Event, Outcome},
+    parse::{self, Ports},
+    process::{self, Context, Done},
+    rewrite,
+    transition::{self, Step},
+};
+
+/// Sends a backend's packet to the client whose slot it names.
+#[inline(always)]
+pub fn reply<A: Family, F: Frame, M: Maps>(
+    frame: &mut F,
+    maps: &M,
+    context: &Context<'_>,
+    slot: Slot,
+) -> Done {
+    let Some(ways) = A::set(maps, slot.set) else {
+        return Done::NOT_OURS;
+    };
+    let meta = Meta(A::meta(ways, slot.way).load());
+    let from_backend = maps.backend(meta.backend()).is_some_and(|backend| {
+        backend.family == A::NUMBER
+            && backend.address == context.packet.source
+            && backend.port == context.ports.source
+    });
+    if !from_backend || !meta.is_live() {
+        return stranger::<A, M>(maps, context);
+    }
+    let (address, port, listener_id) = A::parts(A::load(ways, slot.way));
+    // A claimer may have come between: the slot is another flow's now.
+    if !Meta(A::meta(ways, slot.way).load()).same_owner(meta) {
+        return stranger::<A, M>(maps, context);
+    }
+    let Some(listener) = maps.listener(listener_id) else {
+        return Done::NOT_OURS;
+    };
+    let client = Client { listener, listener_id, address, port, slot };
+    match step::<A, F, M>(frame, maps, context, ways, meta, &client) {
+        Ok(done) => done,
+        Err(outcome) => Done::with(outcome, listener.service),
+    }
+}
+
+/// Whose flow it is.
+struct Client<'a> {
+    listener: &'a Listener,
+    listener_id: u16,
+    address: [u64; 2],
+    port: u16,
+    slot: Slot,
+}
+
+#[inline(always)]
+fn step<A: Family, F: Frame, M: Maps>(
+    frame: &mut F,
+    maps: &M,
+    context: &Context<'_>,
+    ways: &A::Set,
+    mut meta: Meta,
+    client: &Client<'_>,
+) -> Result<Done, Outcome> {
+    process::check::<A, F>(frame, &context.packet)?;
+    let segment = parse::segment(frame, &context.packet).ok_or(Outcome::Malformed)?;
+    let word = A::meta(ways, client.slot.way);
+    let service = client.listener.service;
+    match transition::backend(meta, &segment) {
+        Step::Set(flags) => meta = Meta(word.fetch_or(flags)).with(flags),
+        Step::Finish { flag, other, closed } => meta = finish(word, flag, other, closed),
+        Step::Become(next) => {
+            if word.compare_exchange(meta.0, next.0) == meta.0 {
+                if meta.is(Kind::HalfOpen) {
+                    maps.count_event(service, Event::FlowEstablished);
+                }
+                meta = next;
+            }
+        }
+        Step::Refused => second_chance::<A, M>(maps, context, word, meta, client)?,
+        Step::Keep | Step::Reopen | Step::Retry => {}
+    }
+    let now = Clock::read(maps, context.config).seen;
+    if meta.seen() != now {
+        word.store_high(now);
+    }
+    transmit::<A, F, M>(frame, maps, context, client)
+}
+
+/// A backend refused a SYN. Once, the flow moves to another backend and the client hears nothing: its own next SYN
+/// goes there. Otherwise the refusal is the answer.
+#[inline(always)]
+fn second_chance<A: Family, M: Maps>(
+    maps: &M,
+    context: &Context<'_>,
+    word: &crate::cell::Cell32,
+    meta: Meta,
+    client: &Client<'_>,
+) -> Result<(), Outcome> {
+    if !meta.has(RESET) {
+        let tuple = A::tuple(client.address, client.port, client.listener_id);
+        let query = Query::new::<A>(context.config, tuple);
+        let other = another::<A, M>(maps, client.listener.service, &query, meta.backend());
+        if other != 0 && word.compare_exchange(meta.0, meta.on(other).with(RESET).0) == meta.0 {
+            return Err(Outcome::SecondChance);
+        }
+    }
+    word.compare_exchange(meta.0, meta.become_kind(Kind::ClosedByClient).0);
+    Ok(())
+}
+
+/// Sends the packet to the client, by the way its own packets came.
+#[inline(always)]
+fn transmit<A: Family, F: Frame, M: Maps>(
+    frame: &mut F,
+    maps: &M,
+    context: &Context<'_>,
+    client: &Client<'_>,
+) -> Result<Done, Outcome> {
+    let translation = to_client(context, client.listener, client.address, client.port);
+    let service = client.listener.service;
+    let interface = match learned::<A, M>(maps, client.slot) {
+        Some(hop) => {
+            rewrite::send(frame, context.config, &context.link, &context.packet, &translation, hop)?
+        }
+        None => {
+            let arrived = frame.interface();
+            let hop = NextHop(routed::<A, M>(*maps, arrived, client.address[0], client.address[1]));
+            if hop == NextHop::UNKNOWN {
+                return Err(Outcome::NextHopUnknown);
+            }
+            rewrite::send(frame, context.config, &context.link, &context.packet, &translation, hop)?
+        }
+    };
+    Ok(Done::leaving(Outcome::Replied, service, interface))
+}
+
+/// What a backend's packet becomes on its way to the client at `address` (words) and `port` (word).
+#[inline(always)]
+fn to_client(
+    context: &Context<'_>,
+    listener: &Listener,
+    address: [u64; 2],
+    port: u16,
+) -> rewrite::Translation {
+    let packet = &context.packet;
+    rewrite::Translation {
+        source: listener.address,
+        destination: address,
+        ports: Ports { source: listener.port, destination: port },
+        delta: Delta::NONE
+            .remove(sum64(packet.source[0], packet.source[1]))
+            .remove(u32::from(context.ports.source))
+            .remove(sum64(packet.destination[0], packet.destination[1]))
+            .remove(u32::from(context.ports.destination))
+            .add(listener.sum)
+            .add(sum64(address[0], address[1]))
+            .add(u32::from(port)),
+    }
+}
+
+/// The way back that the client's packets taught.
+#[inline(always)]
+pub fn learned<A: Family, M: Maps>(maps: &M, slot: Slot) -> Option<NextHop> {
+    let index = A::return_hop(maps, slot)?.load();
+    if index == 0 {
+        return None;
+    }
+    let hop = NextHop(maps.learned_hop(index)?.load());
+    (hop != NextHop::UNKNOWN).then_some(hop)
+}
+
+/// The way back by the routing table: for clients whose neighbour could not be remembered.
+#[inline(never)]
+fn routed<A: Family, M: Maps>(maps: M, arrived: u32, high: u64, low: u64) -> u64 {
+    let (Some(config), Some(route)) = (maps.config(), maps.route(arrived, A::NUMBER, [high, low])) else {
+        return 0;
+    };
+    for index in 0..PORTS {
+        if index as u32 >= config.port_count {
+            break;
+        }
+        let port = &config.ports[index];
+        if port.interface == route.interface && port.mac == route.source_mac {
+            return NextHop::new(route.mac, index as u16).0;
+        }
+    }
+    0
+}
+
+/// A packet to a slot that is not its own: the network stack's, whose RST it is to give if it is anybody's. Counted
+/// when a backend of ours sent it: another load balancer may own the VIP, too.
+#[inline(always)]
+fn stranger<A: Family, M: Maps>(maps: &M, context: &Context<'_>) -> Done {
+    let [high, low] = context.packet.source;
+    if is_backend::<A, M>(*maps, high, low, context.ports.source) {
+        Done::with(Outcome::ReplyUnknown, 0)
+    } else {
+        Done::NOT_OURS
+    }
+}
+
+#[inline(never)]
+fn is_backend<A: Family, M: Maps>(maps: M, high: u64, low: u64, port: u16) -> bool {
+    let Some(config) = maps.config() else {
+        return false;
+    };
+    for id in 1..BACKENDS as u16 {
+        if u32::from(id) > config.last_backend {
+            break;
+        }
+        let Some(backend) = maps.backend(id as u8) else {
+            break;
+        };
+        if backend.family == A::NUMBER && backend.port == port && backend.address == [high, low] {
+            return true;
+        }
+    }
+    false
+}
+
+/// The slot's SNAT port as a word.
+#[inline(always)]
+pub fn port_word(slot: Slot) -> u16 {
+    Be16::new(slot.port()).word()
+}
