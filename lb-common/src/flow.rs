@@ -68,12 +68,41 @@ impl Slot {
 }
 
 /// A slot as it was found.
+///
+/// Functions that the verifier looks at on their own return one word: see [`Found::pack`].
 #[derive(Clone, Copy, Debug)]
 pub struct Found {
     /// Where.
     pub slot: Slot,
     /// What its word was.
     pub meta: Meta,
+}
+
+impl Found {
+    const SOME: u64 = 1 << 63;
+
+    /// As one word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn pack(found: Option<Self>) -> u64 {
+        match found {
+            Some(Self { slot, meta }) => {
+                Self::SOME | (slot.set as u64) << 34 | (slot.way as u64) << 32 | meta.0 as u64
+            }
+            None => 0,
+        }
+    }
+
+    /// From one word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn unpack(word: u64) -> Option<Self> {
+        if word & Self::SOME == 0 {
+            return None;
+        }
+        let slot = Slot { set: (word >> 34) as u32 & 0x1fff_ffff, way: (word >> 32) as u32 & 3 };
+        Some(Self { slot, meta: Meta(word as u32) })
+    }
 }
 
 /// What distinguishes IPv4's flow table from IPv6's.
@@ -171,7 +200,7 @@ impl Family for V4 {
 
     #[inline(always)]
     fn overflow<M: Maps>(maps: &M, set: u32) -> Option<&Cell8> {
-        Some(&maps.overflow4(set / 8)?.sets[(set % 8) as usize])
+        maps.overflow4(set)
     }
 
     #[inline(always)]
@@ -205,10 +234,12 @@ fn way4(set: &Set4, way: u32) -> &Way4 {
 pub struct V6;
 
 /// An IPv6 flow's tuple: the client's address, and its port and listener as in [`Way6::port_listener`].
+#[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tuple6 {
     address: [u64; 2],
-    port_listener: u32,
+    // Wider than it needs to be, so that there is no padding: the verifier wants every byte of an argument set.
+    port_listener: u64,
 }
 
 impl Family for V6 {
@@ -218,7 +249,7 @@ impl Family for V6 {
 
     #[inline(always)]
     fn tuple(address: [u64; 2], port: u16, listener: u16) -> Tuple6 {
-        Tuple6 { address, port_listener: u32::from(port) | u32::from(listener) << 16 }
+        Tuple6 { address, port_listener: u64::from(port) | u64::from(listener) << 16 }
     }
 
     #[inline(always)]
@@ -228,7 +259,7 @@ impl Family for V6 {
 
     #[inline(always)]
     fn hash(key: &Key, tuple: Tuple6) -> FlowHash {
-        key.hash3([tuple.address[0], tuple.address[1], u64::from(tuple.port_listener)])
+        key.hash3([tuple.address[0], tuple.address[1], tuple.port_listener])
     }
 
     #[inline(always)]
@@ -250,7 +281,7 @@ impl Family for V6 {
     fn load(set: &Set6, way: u32) -> Tuple6 {
         let way = way6(set, way);
         let [high, low]: &[Cell64; 2] = &way.address;
-        Tuple6 { address: [high.load(), low.load()], port_listener: way.port_listener.load() }
+        Tuple6 { address: [high.load(), low.load()], port_listener: way.port_listener.load().into() }
     }
 
     #[inline(always)]
@@ -258,7 +289,7 @@ impl Family for V6 {
         let way = way6(set, way);
         way.address[0].store(tuple.address[0]);
         way.address[1].store(tuple.address[1]);
-        way.port_listener.store(tuple.port_listener);
+        way.port_listener.store(tuple.port_listener as u32);
     }
 
     #[inline(always)]
@@ -268,7 +299,7 @@ impl Family for V6 {
 
     #[inline(always)]
     fn overflow<M: Maps>(maps: &M, set: u32) -> Option<&Cell8> {
-        Some(&maps.overflow6(set / 8)?.sets[(set % 8) as usize])
+        maps.overflow6(set)
     }
 
     #[inline(always)]
@@ -298,12 +329,14 @@ fn way6(set: &Set6, way: u32) -> &Way6 {
 }
 
 /// The time, as slots keep it.
+#[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
-    /// Units of about a second.
-    pub seen: u16,
     /// The lower half of the kernel's tick counter.
     pub jiffies: u32,
+    /// Units of about a second.
+    pub seen: u16,
+    reserved: u16,
 }
 
 impl Clock {
@@ -311,11 +344,12 @@ impl Clock {
     #[inline(always)]
     pub fn read<M: Maps>(maps: &M, config: &Config) -> Self {
         let jiffies = maps.jiffies();
-        Self { seen: (jiffies >> (config.jiffies_shift & 31)) as u16, jiffies: jiffies as u32 }
+        Self { jiffies: jiffies as u32, seen: (jiffies >> (config.jiffies_shift & 31)) as u16, reserved: 0 }
     }
 }
 
 /// A tuple and where to look for it.
+#[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Query<T> {
     /// What is looked for.
@@ -347,7 +381,19 @@ impl<T: Copy> Query<T> {
 
 /// The live slot of a tuple.
 #[inline(always)]
-pub fn find<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>) -> Option<Found> {
+pub fn find<F: Family, M: Maps>(maps: &M, config: &Config, query: &Query<F::Tuple>) -> Option<Found> {
+    // One way out, and through a zero that the verifier cannot see through: otherwise it follows everything that comes
+    // after separately for each of the eight ways.
+    let found = Found::unpack(Found::pack(find_first::<F, M>(maps, query)) ^ config.zero);
+    if found.is_some() || F::overflow(maps, query.candidate(0))?.load() == 0 {
+        return found;
+    }
+    maps.find_in::<F>(query, CANDIDATES, Slot::NONE)
+}
+
+/// The live slot of a tuple in the candidates that are always looked at.
+#[inline(always)]
+fn find_first<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>) -> Option<Found> {
     for number in 0..FIRST_CANDIDATES {
         let set = query.candidate(number);
         let ways = F::set(maps, set)?;
@@ -359,10 +405,7 @@ pub fn find<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>) -> Option<Fou
             }
         }
     }
-    if F::overflow(maps, query.candidate(0))?.load() == 0 {
-        return None;
-    }
-    find_beyond::<F, M>(*maps, *query, Slot::NONE)
+    None
 }
 
 /// The word of a way that had the tuple a moment ago, if it is live and still has it.
@@ -373,12 +416,20 @@ fn live<F: Family>(ways: &F::Set, way: u32, tuple: F::Tuple) -> Option<Meta> {
     (meta.is_live() && F::load(ways, way) == tuple).then_some(meta)
 }
 
-/// The live slot of a tuple in any of its candidates, other than `except`.
-#[inline(never)]
-pub fn find_beyond<F: Family, M: Maps>(maps: M, query: Query<F::Tuple>, except: Slot) -> Option<Found> {
+/// The live slot of a tuple in its first `candidates`, other than `except`.
+#[inline(always)]
+pub fn find_in<F: Family, M: Maps>(
+    maps: &M,
+    query: &Query<F::Tuple>,
+    candidates: u32,
+    except: Slot,
+) -> Option<Found> {
     for number in 0..CANDIDATES {
+        if number >= candidates {
+            break;
+        }
         let set = query.candidate(number);
-        let ways = F::set(&maps, set)?;
+        let ways = F::set(maps, set)?;
         for way in 0..WAYS as u32 {
             let slot = Slot { set, way };
             if F::load(ways, way) == query.tuple
@@ -401,6 +452,30 @@ pub enum Claim {
     Full,
     /// Another CPU has, or had, the same tuple in hand.
     Raced,
+}
+
+impl Claim {
+    /// As one word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn pack(self) -> u64 {
+        match self {
+            Self::Full => 0,
+            Self::Raced => 1,
+            Self::Won(slot) => Found::pack(Some(Found { slot, meta: Meta::FREE })),
+        }
+    }
+
+    /// From one word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn unpack(word: u64) -> Self {
+        match Found::unpack(word) {
+            Some(found) => Self::Won(found.slot),
+            None if word == 0 => Self::Full,
+            None => Self::Raced,
+        }
+    }
 }
 
 /// How willingly a way is taken; the lower the better.
@@ -465,64 +540,77 @@ impl Cost {
 }
 
 /// Who claims.
+#[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Claimer {
-    /// For whom it is counted.
-    pub service: u16,
-    /// The flow's backend.
-    pub backend: u8,
     /// The time.
     pub clock: Clock,
+    /// For whom it is counted.
+    pub service: u32,
+    /// The flow's backend.
+    pub backend: u32,
 }
 
 /// Finds a slot for a tuple that has none, and takes it.
-#[inline(never)]
-pub fn claim<F: Family, M: Maps>(
-    maps: M,
-    config: &Config,
-    query: Query<F::Tuple>,
-    claimer: Claimer,
-) -> Claim {
-    let Some((slot, cost, meta)) = choose::<F, M>(&maps, config, &query, &claimer) else {
+#[inline(always)]
+pub fn claim<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &Claimer) -> Claim {
+    let Some(config) = maps.config() else {
         return Claim::Full;
     };
-    let claim = take::<F, M>(maps, config, query, claimer, Found { slot, meta });
+    let Some(slot) = choose::<F, M>(maps, config, query, claimer) else {
+        return Claim::Full;
+    };
+    let Some(ways) = F::set(maps, slot.set) else {
+        return Claim::Full;
+    };
+    // Examined again, now for the word that is exchanged.
+    let (cost, meta) = Cost::of::<F>(ways, slot.way, claimer.backend as u8, claimer.clock, config);
+    if cost == Cost::NEVER {
+        return Claim::Raced;
+    }
+    let claim = maps.take::<F>(query, claimer, Found { slot, meta });
     if let (Claim::Won(_), Some(event)) = (claim, cost.event()) {
-        maps.count_event(claimer.service, event);
+        maps.count_event(claimer.service as u16, event);
     }
     claim
 }
 
+/// The way that is taken most willingly. Cost, candidate and way make up one number, of which the least is kept.
+///
+/// The number is mixed with a zero that the verifier cannot see through: otherwise it follows each of the 10 × 4
+/// ways with each of its possible costs separately, and gives up.
 #[inline(always)]
 fn choose<F: Family, M: Maps>(
     maps: &M,
     config: &Config,
     query: &Query<F::Tuple>,
     claimer: &Claimer,
-) -> Option<(Slot, Cost, Meta)> {
-    let swapped = u32::from(
-        taken::<F>(F::set(maps, query.candidate(1))?) < taken::<F>(F::set(maps, query.candidate(0))?),
-    );
-    let mut best = (Slot { set: 0, way: 0 }, Cost::NEVER, Meta::FREE);
-    for number in 0..CANDIDATES {
-        let number = if number < FIRST_CANDIDATES { number ^ swapped } else { number };
+) -> Option<Slot> {
+    let home = taken::<F>(F::set(maps, query.candidate(0))?);
+    let second = taken::<F>(F::set(maps, query.candidate(1))?);
+    // 1 if the second has fewer ways taken.
+    let swapped = second.wrapping_sub(home) >> 31;
+    let mut best = u64::MAX;
+    for step in 0..CANDIDATES {
+        let number = if step < FIRST_CANDIDATES { step ^ swapped } else { step };
         let set = query.candidate(number);
         let ways = F::set(maps, set)?;
-        let blocked = maps.blocked(set);
+        let blocked = u32::from(maps.blocked(set));
         for way in 0..WAYS as u32 {
-            if blocked & 1 << way != 0 {
-                continue;
-            }
-            let (cost, meta) = Cost::of::<F>(ways, way, claimer.backend, claimer.clock, config);
-            if cost < best.1 {
-                best = (Slot { set, way }, cost, meta);
+            let (cost, _) = Cost::of::<F>(ways, way, claimer.backend as u8, claimer.clock, config);
+            // A blocked way costs what one that is never taken costs.
+            let cost = cost.0 | (blocked >> way & 1).wrapping_neg();
+            let numbered = (u64::from(cost) << 32 | u64::from(number << 2 | way)) ^ config.zero;
+            if numbered < best {
+                best = numbered;
             }
         }
-        if best.1 <= Cost::OTHER_BACKEND {
+        if best >> 32 <= u64::from(Cost::OTHER_BACKEND.0) {
             break;
         }
     }
-    (best.1 != Cost::NEVER).then_some(best)
+    let (number, way) = (best as u32 >> 2, best as u32 & 3);
+    (best >> 32 != u64::from(Cost::NEVER.0)).then(|| Slot { set: query.candidate(number), way })
 }
 
 /// Ways that are not free for the taking.
@@ -530,74 +618,46 @@ fn choose<F: Family, M: Maps>(
 fn taken<F: Family>(ways: &F::Set) -> u32 {
     let mut taken = 0;
     for way in 0..WAYS as u32 {
-        taken += u32::from(!Meta(F::meta(ways, way).load()).is(Kind::Free));
+        // 1 for every kind but Free, which is 0, without a branch.
+        taken += (Meta(F::meta(ways, way).load()).kind() + 7) >> 3;
     }
     taken
 }
 
 /// Takes a slot that was examined: a free one, one that may be reclaimed, or a closed one of the same tuple.
-#[inline(never)]
-pub fn take<F: Family, M: Maps>(
-    maps: M,
-    config: &Config,
-    query: Query<F::Tuple>,
-    claimer: Claimer,
-    found: Found,
-) -> Claim {
+#[inline(always)]
+pub fn take<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &Claimer, found: Found) -> Claim {
     let Found { slot, meta } = found;
-    let Some(ways) = F::set(&maps, slot.set) else {
+    let (Some(config), Some(ways)) = (maps.config(), F::set(maps, slot.set)) else {
         return Claim::Full;
     };
     let word = F::meta(ways, slot.way);
-    let claiming = Meta::new(Kind::Claiming, claimer.backend, claimer.clock.seen);
+    let claiming = Meta::new(Kind::Claiming, claimer.backend as u8, claimer.clock.seen);
     if word.compare_exchange(meta.0, claiming.0) != meta.0 {
         return Claim::Raced;
     }
     let home = query.candidate(0);
-    let mut beyond = slot.set != home && slot.set != query.candidate(1);
-    if let Some(mark) = F::overflow(&maps, home) {
-        let epoch = config.epoch as u8;
-        // Also when it is marked already: the daemon clears marks of past epochs only.
-        if beyond && mark.load() != epoch {
-            mark.store(epoch);
-        }
-        beyond |= mark.load() != 0;
+    let mark = F::overflow(maps, home);
+    // Marked also when it is marked already: the daemon clears marks of past epochs only.
+    if slot.set != home
+        && slot.set != query.candidate(1)
+        && let Some(mark) = mark
+        && mark.load() != config.epoch as u8
+    {
+        mark.store(config.epoch as u8);
     }
     F::store(ways, slot.way, query.tuple);
     F::last_ack(ways, slot.way).store(claimer.clock.jiffies);
-    let half_open = Meta::new(Kind::HalfOpen, claimer.backend, claimer.clock.seen);
+    let half_open = Meta::new(Kind::HalfOpen, claimer.backend as u8, claimer.clock.seen);
     word.swap(half_open.0);
-    if has_other::<F, M>(&maps, &query, slot, beyond) {
+    // A rival may be beyond the second candidate only if it marked the first, and it marked before it published.
+    let candidates = match mark {
+        Some(mark) if mark.load() == 0 => FIRST_CANDIDATES,
+        _ => CANDIDATES,
+    };
+    if maps.find_in::<F>(query, candidates, slot).is_some() {
         word.compare_exchange(half_open.0, Meta::FREE.0);
         return Claim::Raced;
     }
     Claim::Won(slot)
-}
-
-/// Is there another live way with the tuple? A rival may be beyond the second candidate only if it marked the first,
-/// and it marked before it published.
-#[inline(always)]
-fn has_other<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, own: Slot, beyond: bool) -> bool {
-    if beyond {
-        return find_beyond::<F, M>(*maps, *query, own).is_some();
-    }
-    for number in 0..FIRST_CANDIDATES {
-        let set = query.candidate(number);
-        let Some(ways) = F::set(maps, set) else {
-            return false;
-        };
-        for way in 0..WAYS as u32 {
-            if F::load(ways, way) == query.tuple
-                && (Slot { set, way }) != own
-                && live::<F>(ways, way, query.tuple).is_some()
-            {
-                return true;
-            }
-        }
-    }
-    // The mark is read again: it may have been set since, by a rival that published before this search.
-    match F::overflow(maps, query.candidate(0)) {
-        Some(mark) if mark.load() != 0 => find_beyond::<F, M>(*maps, *query, own).is_some(),
-        _ => false,
-    }
 }

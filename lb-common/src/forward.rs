@@ -50,7 +50,7 @@ fn step<A: Family, F: Frame, M: Maps>(
     let segment = parse::segment(frame, &context.packet);
     let tuple = A::tuple(context.packet.source, context.ports.source, id);
     let query = Query::new::<A>(context.config, tuple);
-    let found = flow::find::<A, M>(maps, &query);
+    let found = flow::find::<A, M>(maps, context.config, &query);
     if found.is_none() && !segment.is_some_and(|segment| segment.opens()) {
         return Err(Outcome::NoFlow);
     }
@@ -141,8 +141,8 @@ fn reopen<A: Family, M: Maps>(
     };
     // Without a usable backend the old one hears of it: it is the one to say no.
     let backend = if chosen == 0 { found.meta.backend() } else { chosen };
-    let claimer = Claimer { service: listener.service, backend, clock };
-    match flow::take::<A, M>(*maps, context.config, *query, claimer, *found) {
+    let claimer = Claimer { service: listener.service.into(), backend: backend.into(), clock };
+    match maps.take::<A>(query, &claimer, *found) {
         Claim::Won(slot) => Ok(won::<A, M>(maps, context, &claimer, slot)),
         Claim::Full | Claim::Raced => Err(Outcome::SynRace),
     }
@@ -150,16 +150,10 @@ fn reopen<A: Family, M: Maps>(
 
 /// A retransmitted SYN: on to its backend, or to another if that one takes no new flows any more.
 #[inline(always)]
-fn retry<A: Family, M: Maps>(
-    maps: &M,
-    listener: &Listener,
-    query: &Query<A::Tuple>,
-    found: &Found,
-) -> Meta {
+fn retry<A: Family, M: Maps>(maps: &M, listener: &Listener, query: &Query<A::Tuple>, found: &Found) -> Meta {
     let meta = found.meta;
-    let accepts = maps
-        .backend(meta.backend())
-        .is_some_and(|backend| backend.flags.load() & backend_flag::ACCEPTS != 0);
+    let accepts =
+        maps.backend(meta.backend()).is_some_and(|backend| backend.flags.load() & backend_flag::ACCEPTS != 0);
     if accepts || meta.has(SYN_ACK) {
         return meta;
     }
@@ -176,12 +170,7 @@ fn retry<A: Family, M: Maps>(
 
 /// A backend for this flow that takes new flows and is not `refused`; 0: there is none.
 #[inline(always)]
-pub fn another<A: Family, M: Maps>(
-    maps: &M,
-    service: u16,
-    query: &Query<A::Tuple>,
-    refused: u8,
-) -> u8 {
+pub fn another<A: Family, M: Maps>(maps: &M, service: u16, query: &Query<A::Tuple>, refused: u8) -> u8 {
     let half = maps.service(service).map_or(0, A::selection);
     if half == 0 {
         return 0;
@@ -212,9 +201,12 @@ fn begin<A: Family, M: Maps>(
         0 => return Err(Outcome::RefusedNoBackend),
         half => maps.select(half - 1, query.hash),
     };
-    let claimer =
-        Claimer { service: listener.service, backend, clock: Clock::read(maps, context.config) };
-    match flow::claim::<A, M>(*maps, context.config, *query, claimer) {
+    let claimer = Claimer {
+        service: listener.service.into(),
+        backend: backend.into(),
+        clock: Clock::read(maps, context.config),
+    };
+    match maps.claim::<A>(query, &claimer) {
         Claim::Won(slot) => Ok(won::<A, M>(maps, context, &claimer, slot)),
         Claim::Full => Err(Outcome::TableFull),
         Claim::Raced => Err(Outcome::SynRace),
@@ -240,10 +232,11 @@ fn mapped<A: Family>(address: [u64; 2]) -> [u64; 2] {
 /// Counts a flow that was given a slot, and remembers the way back to its client.
 #[inline(always)]
 fn won<A: Family, M: Maps>(maps: &M, context: &Context<'_>, claimer: &Claimer, slot: Slot) -> Flow {
-    maps.count_event(claimer.service, Event::FlowClaimed);
-    maps.count_flow(claimer.backend);
-    next_hop::remember::<A, M>(maps, claimer.service, slot, arrived_from(context));
-    (slot, Meta::new(Kind::HalfOpen, claimer.backend, claimer.clock.seen))
+    let (service, backend) = (claimer.service as u16, claimer.backend as u8);
+    maps.count_event(service, Event::FlowClaimed);
+    maps.count_flow(backend);
+    next_hop::remember::<A, M>(maps, service, slot, arrived_from(context));
+    (slot, Meta::new(Kind::HalfOpen, backend, claimer.clock.seen))
 }
 
 /// The neighbour that sent the packet.
@@ -270,8 +263,7 @@ fn transmit<A: Family, F: Frame, M: Maps>(
         return Err(Outcome::NextHopUnknown);
     }
     let translation = to_backend::<A>(context, listener, backend, slot);
-    let interface =
-        rewrite::send(frame, context.config, &context.link, &context.packet, &translation, hop)?;
+    let interface = rewrite::send(frame, context.config, &context.link, &context.packet, &translation, hop)?;
     Ok(Done::leaving(Outcome::Forwarded, listener.service, interface))
 }
 

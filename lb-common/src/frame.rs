@@ -1,5 +1,7 @@
 //! How the steps reach a packet's bytes.
 
+use crate::parse;
+
 /// Types that any bytes are a valid value of, at any alignment.
 ///
 /// # Safety
@@ -10,6 +12,17 @@ pub unsafe trait Plain: Copy {}
 unsafe impl<const N: usize> Plain for [u8; N] {}
 // SAFETY: bytes of bytes.
 unsafe impl<const N: usize, const M: usize> Plain for [[u8; N]; M] {}
+
+/// What the kernel's routing table says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Interface index.
+    pub interface: u32,
+    /// Our MAC address there.
+    pub source_mac: u64,
+    /// The neighbour's MAC address.
+    pub mac: u64,
+}
 
 /// A packet, from its Ethernet header on.
 pub trait Frame {
@@ -27,6 +40,25 @@ pub trait Frame {
     /// The index of the interface it came in by.
     fn interface(&self) -> u32;
 
+    /// [`parse::tags`], in a function of its own.
+    fn tags(&mut self) -> u64
+    where
+        Self: Sized,
+    {
+        parse::tags(self)
+    }
+
+    /// [`parse::upper_layer`], in a function of its own.
+    fn upper_layer(&mut self, transport: usize, next: u8) -> u64
+    where
+        Self: Sized,
+    {
+        parse::upper_layer(self, transport, next)
+    }
+
+    /// Asks the kernel's routing table for the way to an address (words), as if forwarding this packet.
+    fn route(&mut self, family: u8, destination: [u64; 2]) -> Option<Route>;
+
     /// Bytes from the Ethernet header to the end.
     fn length(&self) -> usize;
 
@@ -42,7 +74,7 @@ pub use host::Bytes;
 
 #[cfg(not(target_arch = "bpf"))]
 mod host {
-    use super::{Frame, Plain};
+    use super::{Frame, Plain, Route};
 
     /// A packet in memory, with headroom, for host tests.
     #[derive(Clone, Copy, Debug)]
@@ -73,6 +105,10 @@ mod host {
 
         fn interface(&self) -> u32 {
             self.0.interface()
+        }
+
+        fn route(&mut self, family: u8, destination: [u64; 2]) -> Option<Route> {
+            self.0.route(family, destination)
         }
 
         fn length(&self) -> usize {
@@ -122,6 +158,10 @@ mod host {
 
         fn interface(&self) -> u32 {
             self.interface
+        }
+
+        fn route(&mut self, _: u8, _: [u64; 2]) -> Option<Route> {
+            None
         }
 
         fn length(&self) -> usize {

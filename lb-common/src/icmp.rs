@@ -110,11 +110,7 @@ fn quoted<A: Family, F: Frame>(frame: &mut F, packet: &Packet) -> Option<Quoted>
         if header.next_header != protocol::TCP {
             return None;
         }
-        (
-            header.source.map(Be64::word),
-            header.destination.map(Be64::word),
-            network + size_of::<Ipv6>(),
-        )
+        (header.source.map(Be64::word), header.destination.map(Be64::word), network + size_of::<Ipv6>())
     };
     let ports = crate::parse::ports(frame, transport)?;
     Some(Quoted { source, destination, ports, network, transport })
@@ -131,7 +127,7 @@ fn to_backend<A: Family, M: Maps>(
     let listener = maps.listener(id)?;
     let tuple = A::tuple(quoted.destination, quoted.ports.destination, id);
     let query = Query::new::<A>(config, tuple);
-    let found = flow::find_beyond::<A, M>(*maps, query, flow::Slot::NONE)?;
+    let found = flow::find::<A, M>(maps, config, &query)?;
     let backend = maps.backend(found.meta.backend())?;
     if backend.flags.load() & backend_flag::LOCAL != 0 {
         return None;
@@ -158,10 +154,7 @@ fn to_client<A: Family, M: Maps>(
     let ways = A::set(maps, slot.set)?;
     let meta = Meta(A::meta(ways, slot.way).load());
     let backend = maps.backend(meta.backend())?;
-    if !meta.is_live()
-        || backend.address != quoted.destination
-        || backend.port != quoted.ports.destination
-    {
+    if !meta.is_live() || backend.address != quoted.destination || backend.port != quoted.ports.destination {
         return None;
     }
     let (address, port, listener_id) = A::parts(A::load(ways, slot.way));

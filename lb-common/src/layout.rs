@@ -124,6 +124,8 @@ pub struct Config {
     pub debug_mask: u32,
     /// Backend ids from 1 to this may be in use.
     pub last_backend: u32,
+    /// Zero, which the verifier does not know: see `flow::choose`.
+    pub zero: u64,
     /// Where packets come from and go to.
     pub ports: [Port; PORTS],
     /// IPv4 SNAT addresses, as words.
@@ -251,18 +253,20 @@ impl NextHop {
     }
 }
 
-/// A key of the allow list, an LPM trie: service id in network byte order, then the address, IPv4 as
-/// `::ffff:0:0/96`.
-pub type AllowKey = [u8; 20];
+/// A key of the allow list, an LPM trie: service id, then the address, IPv4 as `::ffff:0:0/96`. All of it network
+/// bytes, in words so that it is built without a byte-wise copy.
+pub type AllowKey = [u32; 5];
 
 /// The key for a client's whole address, as words.
 #[inline(always)]
 #[must_use]
 pub const fn allow_key(service: u16, address: [u64; 2]) -> AllowKey {
-    let [s0, s1] = service.to_be_bytes();
-    let [a0, a1, a2, a3, a4, a5, a6, a7] = address[0].to_ne_bytes();
-    let [b0, b1, b2, b3, b4, b5, b6, b7] = address[1].to_ne_bytes();
-    [0, 0, s0, s1, a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7]
+    let [high, low] = address;
+    if cfg!(target_endian = "little") {
+        [(service as u32).to_be(), high as u32, (high >> 32) as u32, low as u32, (low >> 32) as u32]
+    } else {
+        [service as u32, (high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32]
+    }
 }
 
 /// Bits of an [`AllowKey`] before the address.
@@ -279,7 +283,10 @@ mod tests {
         assert_eq!((size_of::<Way4>(), size_of::<Set4>(), align_of::<Set4>()), (16, 64, 64));
         assert_eq!((size_of::<Way6>(), size_of::<Set6>(), align_of::<Set6>()), (32, 128, 64));
         assert_eq!((offset_of!(Way4, meta), offset_of!(Way4, last_ack)), (8, 12));
-        assert_eq!((offset_of!(Way6, port_listener), offset_of!(Way6, meta), offset_of!(Way6, last_ack)), (16, 20, 24));
+        assert_eq!(
+            (offset_of!(Way6, port_listener), offset_of!(Way6, meta), offset_of!(Way6, last_ack)),
+            (16, 20, 24)
+        );
         assert_eq!((size_of::<ReturnHops>(), size_of::<OverflowMarks>()), (8, 8));
         assert_eq!(size_of::<Port>(), 4 + 4 + 8 + 8 + 4 + 4);
         assert_eq!(size_of::<Listener>(), 16 + 2 + 1 + 1 + 2 + 2 + 4 + 4);
@@ -290,11 +297,12 @@ mod tests {
             size_of::<Config>(),
             size_of::<Key>()
                 + 10 * 4
+                + 8
                 + PORTS * size_of::<Port>()
                 + SNAT_ADDRESSES * (4 + 16)
                 + 2 * BUCKETS
         );
-        assert_eq!(offset_of!(Config, ports), 72);
+        assert_eq!(offset_of!(Config, ports), 80);
     }
 
     #[test]

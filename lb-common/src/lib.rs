@@ -10,6 +10,7 @@
 // The kernel's atomic instructions are reached by inline assembly: core has no atomics for this target.
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
+pub mod bench;
 pub mod cell;
 pub mod checksum;
 pub mod flow;

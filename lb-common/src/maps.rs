@@ -1,9 +1,10 @@
 //! What the steps ask of the maps, so that they run over the kernel's and over plain memory in tests.
 
 use crate::{
-    cell::{Cell16, Cell64},
+    cell::{Cell8, Cell16, Cell64},
+    flow::{self, Claim, Claimer, Family, Found, Query, Slot},
     hash::FlowHash,
-    layout::{Backend, Config, Listener, OverflowMarks, Service, Set4, Set6},
+    layout::{Backend, Config, Listener, Service, Set4, Set6},
     outcome::{Counter, Event},
 };
 
@@ -33,9 +34,6 @@ pub trait Maps: Copy {
     fn count_place(&self, service: u16, place: u16);
     /// Counts a new flow of a backend.
     fn count_flow(&self, backend: u8);
-    /// Asks the kernel's routing table for the way to a client, for a packet that came in by `interface`: the
-    /// fallback where none was learned.
-    fn route(&self, interface: u32, family: u8, destination: [u64; 2]) -> Option<Route>;
 
     /// IPv4 flow sets, of all SNAT addresses one after the other.
     fn set4(&self, index: u32) -> Option<&Set4>;
@@ -45,10 +43,25 @@ pub trait Maps: Copy {
     fn return_hop4(&self, set: u32, way: u32) -> Option<&Cell16>;
     /// Ways back to the clients of an IPv6 set.
     fn return_hop6(&self, set: u32, way: u32) -> Option<&Cell16>;
-    /// Overflow marks of IPv4 sets, eight an entry.
-    fn overflow4(&self, index: u32) -> Option<&OverflowMarks>;
-    /// Overflow marks of IPv6 sets.
-    fn overflow6(&self, index: u32) -> Option<&OverflowMarks>;
+    /// An IPv4 set's overflow mark.
+    fn overflow4(&self, set: u32) -> Option<&Cell8>;
+    /// An IPv6 set's overflow mark.
+    fn overflow6(&self, set: u32) -> Option<&Cell8>;
+
+    /// [`flow::find_in`], in a function of its own.
+    fn find_in<F: Family>(&self, query: &Query<F::Tuple>, candidates: u32, except: Slot) -> Option<Found> {
+        flow::find_in::<F, Self>(self, query, candidates, except)
+    }
+
+    /// [`flow::claim`], in a function of its own.
+    fn claim<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer) -> Claim {
+        flow::claim::<F, Self>(self, query, claimer)
+    }
+
+    /// [`flow::take`], in a function of its own.
+    fn take<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer, found: Found) -> Claim {
+        flow::take::<F, Self>(self, query, claimer, found)
+    }
 
     /// Counts what happened on the way.
     #[inline(always)]
@@ -61,15 +74,4 @@ pub trait Maps: Copy {
     fn select(&self, half: u32, hash: FlowHash) -> u8 {
         self.selected(half, hash.selection(crate::maglev::TABLE_SIZE))
     }
-}
-
-/// What the kernel's routing table says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Route {
-    /// Interface index.
-    pub interface: u32,
-    /// Our MAC address there.
-    pub source_mac: u64,
-    /// The neighbour's MAC address.
-    pub mac: u64,
 }

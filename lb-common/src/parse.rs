@@ -3,9 +3,7 @@
 use crate::{
     checksum::fold,
     frame::Frame,
-    headers::{
-        Ethernet, IPV4, IPV6, Ipv4, Ipv6, SERVICE_VLAN, TcpStart, VLAN, VlanTag, protocol, tcp_flag,
-    },
+    headers::{Ethernet, IPV4, IPV6, Ipv4, Ipv6, SERVICE_VLAN, TcpStart, VLAN, VlanTag, protocol, tcp_flag},
     layout::family,
 };
 
@@ -41,23 +39,59 @@ pub struct Link {
 #[inline(always)]
 pub fn link<F: Frame>(frame: &mut F) -> Option<Link> {
     let ethernet = *frame.at::<Ethernet>(0)?;
-    let mut link = Link {
+    let untagged = Tags { kind: ethernet.kind.get(), network: size_of::<Ethernet>(), vlan: 0 };
+    let tags = if is_tag(untagged.kind) { Tags::unpack(frame.tags())? } else { untagged };
+    Some(Link {
         destination: ethernet.destination.number(),
         source: ethernet.source.number(),
-        vlan: 0,
-        kind: ethernet.kind.get(),
-        network: size_of::<Ethernet>(),
-    };
+        vlan: tags.vlan,
+        kind: tags.kind,
+        network: tags.network,
+    })
+}
+
+/// The VLAN tags of a frame that has some.
+#[derive(Clone, Copy)]
+struct Tags {
+    kind: u16,
+    network: usize,
+    vlan: u32,
+}
+
+impl Tags {
+    #[inline(always)]
+    fn pack(self) -> u64 {
+        u64::from(self.kind) | (self.network as u64 & 0xff) << 16 | u64::from(self.vlan) << 32
+    }
+
+    #[inline(always)]
+    fn unpack(word: u64) -> Option<Self> {
+        let network = (word >> 16) as usize & 0xff;
+        (network != 0).then_some(Self { kind: word as u16, network, vlan: (word >> 32) as u32 })
+    }
+}
+
+/// Reads the tags of a frame that has some, as one word; 0: it is cut short. See [`Frame::tags`].
+#[inline(always)]
+pub fn tags<F: Frame>(frame: &mut F) -> u64 {
+    let mut tags = Tags { kind: VLAN, network: size_of::<Ethernet>(), vlan: 0 };
     for _ in 0..TAGS {
-        if link.kind != VLAN && link.kind != SERVICE_VLAN {
+        if !is_tag(tags.kind) {
             break;
         }
-        let tag = *frame.at::<VlanTag>(link.network)?;
-        link.vlan = link.vlan << 16 | u32::from(tag.control.get() & VLAN_ID);
-        link.kind = tag.kind.get();
-        link.network += size_of::<VlanTag>();
+        let Some(tag) = frame.at::<VlanTag>(tags.network) else {
+            return 0;
+        };
+        tags.vlan = tags.vlan << 16 | u32::from(tag.control.get() & VLAN_ID);
+        tags.kind = tag.kind.get();
+        tags.network += size_of::<VlanTag>();
     }
-    Some(link)
+    tags.pack()
+}
+
+#[inline(always)]
+const fn is_tag(kind: u16) -> bool {
+    kind == VLAN || kind == SERVICE_VLAN
 }
 
 /// A packet's addresses, and where its TCP header or ICMP message begins. Addresses are words: an IPv4 address is
@@ -134,30 +168,12 @@ pub fn ipv6<F: Frame>(frame: &mut F, network: usize) -> Option<(Packet, Carries)
     if header.version_class_flow.get() >> 28 != 6 {
         return None;
     }
-    let mut transport = network + size_of::<Ipv6>();
-    let mut next = header.next_header;
-    let mut fragment = false;
-    let mut later_fragment = false;
-    if next != protocol::TCP {
-        for _ in 0..EXTENSION_HEADERS {
-            if !is_extension(next) {
-                break;
-            }
-            let start = *frame.at::<[u8; 8]>(transport)?;
-            let size = if next == protocol::FRAGMENT {
-                let fragment_field = u16::from_be_bytes([start[2], start[3]]);
-                later_fragment |= fragment_field & 0xfff8 != 0;
-                fragment |= fragment_field & 0xfff9 != 0;
-                8
-            } else {
-                8 + usize::from(start[1]) * 8
-            };
-            next = start[0];
-            transport += size;
-        }
+    let mut upper = Upper { next: header.next_header, fragment: 0, transport: network + size_of::<Ipv6>() };
+    if is_extension(upper.next) {
+        upper = Upper::unpack(frame.upper_layer(upper.transport, upper.next))?;
     }
-    let carries = match next {
-        _ if later_fragment => Carries::Other,
+    let carries = match upper.next {
+        _ if upper.fragment == LATER_FRAGMENT => Carries::Other,
         protocol::TCP => Carries::Tcp,
         protocol::ICMP6 => Carries::Icmp,
         other if is_extension(other) => Carries::TooMuch,
@@ -169,12 +185,68 @@ pub fn ipv6<F: Frame>(frame: &mut F, network: usize) -> Option<(Packet, Carries)
         source: header.source.map(|half| half.word()),
         destination: header.destination.map(|half| half.word()),
         network,
-        transport,
+        transport: upper.transport,
         end: if end <= length { end } else { 0 },
-        fragment,
+        fragment: upper.fragment != 0,
         ttl: header.hop_limit,
     };
     Some((packet, carries))
+}
+
+/// [`Upper::fragment`] of a first fragment.
+const FIRST_FRAGMENT: u8 = 1;
+/// [`Upper::fragment`] of another.
+const LATER_FRAGMENT: u8 = 2;
+
+/// What follows the extension headers.
+#[derive(Clone, Copy)]
+struct Upper {
+    next: u8,
+    /// 0: no fragment.
+    fragment: u8,
+    transport: usize,
+}
+
+impl Upper {
+    #[inline(always)]
+    fn pack(self) -> u64 {
+        u64::from(self.next) | u64::from(self.fragment) << 8 | (self.transport as u64 & 0x3fff) << 16
+    }
+
+    #[inline(always)]
+    fn unpack(word: u64) -> Option<Self> {
+        let transport = (word >> 16) as usize & 0x3fff;
+        (transport != 0).then_some(Self { next: word as u8, fragment: (word >> 8) as u8, transport })
+    }
+}
+
+/// Walks the extension headers from `transport` on, the first of which is a `next`. The result is one word; 0: the
+/// packet is cut short. See [`Frame::upper_layer`].
+#[inline(always)]
+pub fn upper_layer<F: Frame>(frame: &mut F, transport: usize, next: u8) -> u64 {
+    let mut upper = Upper { next, fragment: 0, transport };
+    for _ in 0..EXTENSION_HEADERS {
+        if !is_extension(upper.next) {
+            break;
+        }
+        let Some(start) = frame.at::<[u8; 8]>(upper.transport & 0x3fff) else {
+            return 0;
+        };
+        let size = if upper.next == protocol::FRAGMENT {
+            let field = u16::from_be_bytes([start[2], start[3]]);
+            if field & 0xfff8 != 0 {
+                upper.fragment = LATER_FRAGMENT;
+            } else if field & 1 != 0 {
+                upper.fragment = FIRST_FRAGMENT;
+            }
+            8
+        } else {
+            8 + usize::from(start[1]) * 8
+        };
+        upper.next = start[0];
+        upper.transport += size;
+    }
+    upper.pack()
 }
 
 #[inline(always)]

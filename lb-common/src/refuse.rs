@@ -39,7 +39,7 @@ pub fn refuse<F: Frame>(
         destination: Be16::from_word(ports.source),
         sequence: Be32::new(0),
         acknowledgement: Be32::new(acknowledgement),
-        data_offset: (size_of::<Tcp>() / 4 << 4) as u8,
+        data_offset: ((size_of::<Tcp>() / 4) << 4) as u8,
         flags: tcp_flag::RST | tcp_flag::ACK,
         window: Be16::new(0),
         checksum: Be16::new(0),

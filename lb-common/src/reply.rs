@@ -6,7 +6,7 @@ use crate::{
     forward::{another, finish},
     frame::Frame,
     headers::Be16,
-    layout::{BACKENDS, Listener, NextHop, PORTS},
+    layout::{Listener, NextHop, PORTS},
     maps::Maps,
     meta::{Kind, Meta, RESET},
     outcome::{Event, Outcome},
@@ -15,6 +15,9 @@ use crate::{
     rewrite,
     transition::{self, Step},
 };
+
+/// Backends that a packet without a slot is compared with.
+const NAMED_BACKENDS: u8 = 24;
 
 /// Sends a backend's packet to the client whose slot it names.
 #[inline(always)]
@@ -127,12 +130,10 @@ fn transmit<A: Family, F: Frame, M: Maps>(
     let translation = to_client(context, client.listener, client.address, client.port);
     let service = client.listener.service;
     let interface = match learned::<A, M>(maps, client.slot) {
-        Some(hop) => {
-            rewrite::send(frame, context.config, &context.link, &context.packet, &translation, hop)?
-        }
+        Some(hop) => rewrite::send(frame, context.config, &context.link, &context.packet, &translation, hop)?,
         None => {
-            let arrived = frame.interface();
-            let hop = NextHop(routed::<A, M>(*maps, arrived, client.address[0], client.address[1]));
+            let [high, low] = client.address;
+            let hop = NextHop(routed::<A, _, M>(frame.again(), *maps, high, low));
             if hop == NextHop::UNKNOWN {
                 return Err(Outcome::NextHopUnknown);
             }
@@ -179,8 +180,8 @@ pub fn learned<A: Family, M: Maps>(maps: &M, slot: Slot) -> Option<NextHop> {
 
 /// The way back by the routing table: for clients whose neighbour could not be remembered.
 #[inline(never)]
-fn routed<A: Family, M: Maps>(maps: M, arrived: u32, high: u64, low: u64) -> u64 {
-    let (Some(config), Some(route)) = (maps.config(), maps.route(arrived, A::NUMBER, [high, low])) else {
+fn routed<A: Family, F: Frame, M: Maps>(mut frame: F, maps: M, high: u64, low: u64) -> u64 {
+    let (Some(config), Some(route)) = (maps.config(), frame.route(A::NUMBER, [high, low])) else {
         return 0;
     };
     for index in 0..PORTS {
@@ -212,11 +213,11 @@ fn is_backend<A: Family, M: Maps>(maps: M, high: u64, low: u64, port: u16) -> bo
     let Some(config) = maps.config() else {
         return false;
     };
-    for id in 1..BACKENDS as u16 {
+    for id in 1..=NAMED_BACKENDS {
         if u32::from(id) > config.last_backend {
             break;
         }
-        let Some(backend) = maps.backend(id as u8) else {
+        let Some(backend) = maps.backend(id) else {
             break;
         };
         if backend.family == A::NUMBER && backend.port == port && backend.address == [high, low] {

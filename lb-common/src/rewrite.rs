@@ -81,12 +81,7 @@ pub fn network<F: Frame>(
 
 /// Readies the Ethernet header and VLAN tags for the next hop. Returns the index of the interface to leave by.
 #[inline(always)]
-pub fn deliver<F: Frame>(
-    frame: &mut F,
-    config: &Config,
-    link: &Link,
-    hop: NextHop,
-) -> Result<u32, Outcome> {
+pub fn deliver<F: Frame>(frame: &mut F, config: &Config, link: &Link, hop: NextHop) -> Result<u32, Outcome> {
     let port = &config.ports[usize::from(hop.port()) % PORTS];
     let untagged = size_of::<Ethernet>();
     if (link.network != untagged || port.tag_count != 0) && !retag(frame, link, port) {

@@ -139,7 +139,8 @@ mod tests {
     }
 
     const HALF_OPEN: Meta = Meta::new(Kind::HalfOpen, 7, 0);
-    const HANDSHAKE: &[(char, u8, usize)] = &[('b', SYN | ACK, 0), ('c', ACK, 0), ('c', ACK, 200), ('b', ACK, 0)];
+    const HANDSHAKE: &[(char, u8, usize)] =
+        &[('b', SYN | ACK, 0), ('c', ACK, 0), ('c', ACK, 200), ('b', ACK, 0)];
 
     #[test]
     fn a_handshake_alone_proves_nothing_the_backends_next_segment_does() {
@@ -152,15 +153,18 @@ mod tests {
     #[test]
     fn who_closes_first_decides_the_quarantine() {
         let flow = after(HALF_OPEN, HANDSHAKE);
-        let by_client = after(flow, &[('c', FIN | ACK, 0), ('b', ACK, 0), ('b', FIN | ACK, 0), ('c', ACK, 0)]);
+        let by_client =
+            after(flow, &[('c', FIN | ACK, 0), ('b', ACK, 0), ('b', FIN | ACK, 0), ('c', ACK, 0)]);
         assert!(by_client.is(Kind::ClosedByClient));
-        let by_backend = after(flow, &[('b', FIN | ACK, 0), ('c', ACK, 0), ('c', FIN | ACK, 0), ('b', ACK, 0)]);
+        let by_backend =
+            after(flow, &[('b', FIN | ACK, 0), ('c', ACK, 0), ('c', FIN | ACK, 0), ('b', ACK, 0)]);
         assert!(by_backend.is(Kind::ClosedByBackend));
     }
 
     #[test]
     fn one_fin_keeps_a_half_closed_stream() {
-        let flow = after(after(HALF_OPEN, HANDSHAKE), &[('c', FIN | ACK, 0), ('b', ACK, 1000), ('c', ACK, 0)]);
+        let flow =
+            after(after(HALF_OPEN, HANDSHAKE), &[('c', FIN | ACK, 0), ('b', ACK, 1000), ('c', ACK, 0)]);
         assert!(flow.is(Kind::Established));
     }
 

@@ -1,11 +1,19 @@
 //! A packet as the kernel lends it. All access to packet memory in the programs goes through here.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{
     EbpfContext as _,
-    helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
+    bindings::{BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibParameters},
+    helpers::{bpf_fib_lookup, bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
     programs::XdpContext,
 };
-use lb_common::frame::{Frame, Plain};
+use lb_common::{
+    frame::{Frame, Plain, Route},
+    layout::family,
+};
+
+use crate::subprograms::{self, laundered};
 
 /// The linear part of an XDP packet: in a packet of several fragments, the first; headers are always there.
 pub struct XdpFrame<'a> {
@@ -63,6 +71,48 @@ impl Frame for XdpFrame<'_> {
     }
 
     #[inline(always)]
+    fn route(&mut self, number: u8, destination: [u64; 2]) -> Option<Route> {
+        let mut parameters = MaybeUninit::<FibParameters>::uninit();
+        const { assert!(size_of::<FibParameters>() == 8 * size_of::<u64>()) };
+        for word in 0..8 {
+            // SAFETY: within the structure. Volatile, or LLVM calls memset, a loop over bytes.
+            unsafe { parameters.as_mut_ptr().cast::<u64>().add(word).write_volatile(0) };
+        }
+        // SAFETY: a plain structure of integers, all of them set.
+        let parameters = unsafe { parameters.assume_init_mut() };
+        parameters.ifindex = self.interface();
+        if number == family::IPV4 {
+            parameters.family = 2; // AF_INET
+            parameters.__bindgen_anon_4.ipv4_dst = destination[0] as u32;
+        } else {
+            parameters.family = 10; // AF_INET6
+            parameters.__bindgen_anon_4.ipv6_dst = halves(destination);
+        }
+        // SAFETY: our own context, and a parameter block with its true size.
+        let result = unsafe {
+            bpf_fib_lookup(self.context.as_ptr(), &raw mut *parameters, size_of::<FibParameters>() as i32, 0)
+        };
+        if result != i64::from(BPF_FIB_LKUP_RET_SUCCESS) {
+            return None;
+        }
+        Some(Route {
+            interface: parameters.ifindex,
+            source_mac: mac_number(&parameters.smac),
+            mac: mac_number(&parameters.dmac),
+        })
+    }
+
+    #[inline(always)]
+    fn tags(&mut self) -> u64 {
+        laundered(subprograms::frame_tags(self.context.ctx))
+    }
+
+    #[inline(always)]
+    fn upper_layer(&mut self, transport: usize, next: u8) -> u64 {
+        laundered(subprograms::frame_upper_layer(self.context.ctx, transport as u64, next.into()))
+    }
+
+    #[inline(always)]
     fn length(&self) -> usize {
         self.end - self.start
     }
@@ -83,4 +133,24 @@ impl Frame for XdpFrame<'_> {
         (self.start, self.end) = bounds(self.context);
         result == 0
     }
+}
+
+/// A MAC address on the stack as a number. In halves, because the verifier wants stack loads aligned and an array of
+/// bytes does not tell LLVM how it is.
+#[inline(always)]
+fn mac_number(mac: &[u8; 6]) -> u64 {
+    let halves = mac.as_ptr().cast::<u16>();
+    let mut number = 0;
+    for index in 0..3 {
+        // SAFETY: within the six bytes, which are at an even place in the kernel's structure.
+        let half = unsafe { halves.add(index).read_volatile() };
+        number |= u64::from(u16::from_le(half)) << (16 * index);
+    }
+    number
+}
+
+/// An IPv6 address as the kernel's structure has it.
+#[inline(always)]
+fn halves(address: [u64; 2]) -> [u32; 4] {
+    [address[0] as u32, (address[0] >> 32) as u32, address[1] as u32, (address[1] >> 32) as u32]
 }

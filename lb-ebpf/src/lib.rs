@@ -1,11 +1,13 @@
 //! sheave's kernel side: the maps, the one unsafe frame, and what a verdict means to XDP.
 //!
 //! Empty on the host: this crate only makes sense for the BPF target, and `lb-userspace` builds it.
-#![cfg_attr(target_arch = "bpf", no_std)]
+#![cfg_attr(target_arch = "bpf", no_std, feature(asm_experimental_arch))]
 
 #[cfg(target_arch = "bpf")]
 pub mod frame;
 #[cfg(target_arch = "bpf")]
 pub mod maps;
+#[cfg(target_arch = "bpf")]
+pub mod subprograms;
 #[cfg(target_arch = "bpf")]
 pub mod xdp;

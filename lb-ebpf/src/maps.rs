@@ -4,26 +4,25 @@
 //! how, is said at the layouts (`lb_common::layout`) and, for slots, in `lb_common::flow`.
 
 use aya_ebpf::{
-    EbpfContext as _,
-    bindings::{BPF_F_MMAPABLE, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibParameters},
-    btf_maps::{
-        Array, LpmTrie, PerCpuArray,
-        lpm_trie::Key,
-    },
-    helpers::{bpf_fib_lookup, bpf_jiffies64},
+    bindings::BPF_F_MMAPABLE,
+    btf_maps::{Array, LpmTrie, PerCpuArray, lpm_trie::Key},
+    helpers::bpf_jiffies64,
     macros::btf_map,
-    programs::XdpContext,
 };
 use lb_common::{
-    cell::{Cell16, Cell64},
-    headers::Mac,
+    cell::{Cell8, Cell16, Cell64},
+    flow::{Claim, Claimer, Family, Found, Query, Slot},
     layout::{
         AllowKey, BACKENDS, Backend, Config, LISTENERS, Listener, NEXT_HOPS, OverflowMarks, ReturnHops,
-        SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, Service, Set4, Set6, WAYS, allow_key, family,
+        SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, Service, Set4, Set6, WAYS, allow_key,
+        family,
     },
-    maps::{Maps, Route},
+    maps::Maps,
+    meta::Meta,
     outcome::COUNTERS,
 };
+
+use crate::subprograms::{self, laundered};
 
 const MAPPED: usize = BPF_F_MMAPABLE as usize;
 /// Sets of one SNAT address: the loader multiplies these maps by the number of addresses.
@@ -72,21 +71,43 @@ static BACKEND_FLOWS: PerCpuArray<u64, { BACKENDS as usize }> = PerCpuArray::new
 #[btf_map]
 static CLOCK: Array<u64, 1, MAPPED> = Array::new();
 
-/// The maps, with the context that some helpers want.
+/// The maps.
 #[derive(Clone, Copy)]
-pub struct KernelMaps<'a> {
-    context: &'a XdpContext,
-}
+pub struct KernelMaps;
 
-impl<'a> KernelMaps<'a> {
-    /// The maps, for a program called with `context`.
+impl Maps for KernelMaps {
     #[inline(always)]
-    pub fn new(context: &'a XdpContext) -> Self {
-        Self { context }
+    fn find_in<F: Family>(&self, query: &Query<F::Tuple>, candidates: u32, except: Slot) -> Option<Found> {
+        let except = Found::pack(Some(Found { slot: except, meta: Meta::FREE }));
+        let query = (&raw const *query).cast::<()>();
+        Found::unpack(laundered(if F::NUMBER == family::IPV4 {
+            subprograms::flow4_find(query.cast(), candidates, except)
+        } else {
+            subprograms::flow6_find(query.cast(), candidates, except)
+        }))
     }
-}
 
-impl Maps for KernelMaps<'_> {
+    #[inline(always)]
+    fn claim<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer) -> Claim {
+        let query = (&raw const *query).cast::<()>();
+        Claim::unpack(laundered(if F::NUMBER == family::IPV4 {
+            subprograms::flow4_claim(query.cast(), claimer)
+        } else {
+            subprograms::flow6_claim(query.cast(), claimer)
+        }))
+    }
+
+    #[inline(always)]
+    fn take<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer, found: Found) -> Claim {
+        let found = Found::pack(Some(found));
+        let query = (&raw const *query).cast::<()>();
+        Claim::unpack(laundered(if F::NUMBER == family::IPV4 {
+            subprograms::flow4_take(query.cast(), claimer, found)
+        } else {
+            subprograms::flow6_take(query.cast(), claimer, found)
+        }))
+    }
+
     #[inline(always)]
     fn config(&self) -> Option<&Config> {
         CONFIG.get(0)
@@ -169,37 +190,6 @@ impl Maps for KernelMaps<'_> {
     }
 
     #[inline(always)]
-    fn route(&self, interface: u32, family_number: u8, destination: [u64; 2]) -> Option<Route> {
-        // SAFETY: a plain structure of integers.
-        let mut parameters: FibParameters = unsafe { core::mem::zeroed() };
-        parameters.ifindex = interface;
-        if family_number == family::IPV4 {
-            parameters.family = 2; // AF_INET
-            parameters.__bindgen_anon_4.ipv4_dst = destination[0] as u32;
-        } else {
-            parameters.family = 10; // AF_INET6
-            parameters.__bindgen_anon_4.ipv6_dst = halves(destination);
-        }
-        // SAFETY: our own context, and a parameter block with its true size.
-        let result = unsafe {
-            bpf_fib_lookup(
-                self.context.as_ptr(),
-                &raw mut parameters,
-                size_of::<FibParameters>() as i32,
-                0,
-            )
-        };
-        if result != i64::from(BPF_FIB_LKUP_RET_SUCCESS) {
-            return None;
-        }
-        Some(Route {
-            interface: parameters.ifindex,
-            source_mac: Mac::new(parameters.smac).number(),
-            mac: Mac::new(parameters.dmac).number(),
-        })
-    }
-
-    #[inline(always)]
     fn set4(&self, index: u32) -> Option<&Set4> {
         FLOW4.get(index)
     }
@@ -211,34 +201,38 @@ impl Maps for KernelMaps<'_> {
 
     #[inline(always)]
     fn return_hop4(&self, set: u32, way: u32) -> Option<&Cell16> {
-        Some(&RETURN_HOP4.get(set)?.ways[way as usize % WAYS])
+        let hops = RETURN_HOP4.get(set)?;
+        Some(&hops.ways[checked(way) as usize % WAYS])
     }
 
     #[inline(always)]
     fn return_hop6(&self, set: u32, way: u32) -> Option<&Cell16> {
-        Some(&RETURN_HOP6.get(set)?.ways[way as usize % WAYS])
+        let hops = RETURN_HOP6.get(set)?;
+        Some(&hops.ways[checked(way) as usize % WAYS])
     }
 
     #[inline(always)]
-    fn overflow4(&self, index: u32) -> Option<&OverflowMarks> {
-        OVERFLOW4.get(index)
+    fn overflow4(&self, set: u32) -> Option<&Cell8> {
+        let marks = OVERFLOW4.get(set / 8)?;
+        Some(&marks.sets[checked(set) as usize % 8])
     }
 
     #[inline(always)]
-    fn overflow6(&self, index: u32) -> Option<&OverflowMarks> {
-        OVERFLOW6.get(index)
+    fn overflow6(&self, set: u32) -> Option<&Cell8> {
+        let marks = OVERFLOW6.get(set / 8)?;
+        Some(&marks.sets[checked(set) as usize % 8])
     }
 }
 
-/// An IPv6 address as the kernel's structure has it.
+/// An index, known only after the map's value was found to be there: otherwise LLVM adds it to the pointer first, and
+/// the verifier allows no arithmetic on a pointer that may be null.
 #[inline(always)]
-fn halves(address: [u64; 2]) -> [u32; 4] {
-    [
-        address[0] as u32,
-        (address[0] >> 32) as u32,
-        address[1] as u32,
-        (address[1] >> 32) as u32,
-    ]
+fn checked(index: u32) -> u32 {
+    let mut index = index;
+    // SAFETY: moves a register onto itself. (Without an instruction two source lines would share one, which the
+    // kernel refuses.)
+    unsafe { core::arch::asm!("{0} = {0}", inout(wreg) index, options(nomem, nostack)) };
+    index
 }
 
 /// Leaves the tick counter where the daemon can read it.

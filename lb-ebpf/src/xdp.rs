@@ -16,9 +16,8 @@ use crate::{frame::XdpFrame, maps::KernelMaps};
 /// Takes a packet to its end: decides, counts, and says what the kernel is to do.
 #[inline(always)]
 pub fn handle(context: &XdpContext) -> u32 {
-    let maps = KernelMaps::new(context);
-    let done = process(&mut XdpFrame::new(context), &maps);
-    maps.count_place(done.service(), done.outcome_index());
+    let done = process(&mut XdpFrame::new(context), &KernelMaps);
+    KernelMaps.count_place(done.service(), done.outcome_index());
     action(context, done)
 }
 

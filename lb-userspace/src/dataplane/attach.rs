@@ -1,0 +1,169 @@
+//! Putting the program on an interface, and only where nobody else's is.
+
+use aya::programs::{ProgramError, XdpMode, loaded_programs};
+
+use super::{Dataplane, DataplaneError};
+
+/// How the program is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// In the driver.
+    Native,
+    /// In the network stack.
+    Generic,
+}
+
+impl Mode {
+    /// As it is called in the configuration and in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Generic => "generic",
+        }
+    }
+
+    fn aya(self) -> XdpMode {
+        match self {
+            Self::Native => XdpMode::Driver,
+            Self::Generic => XdpMode::Skb,
+        }
+    }
+}
+
+/// An interface that the program is on, until the [`Dataplane`] is dropped.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attached {
+    /// The interface's name.
+    pub name: String,
+    /// The interface's index.
+    pub interface: u32,
+    /// How.
+    pub mode: Mode,
+}
+
+/// An interface to attach to.
+#[derive(Clone, Debug)]
+pub struct Target<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its index.
+    pub index: u32,
+    /// Its driver's name, empty if unknown.
+    pub driver: &'a str,
+    /// The id of the XDP program that is there already.
+    pub occupied_by: Option<u32>,
+}
+
+/// Drivers of virtual machines: their peers leave checksums to be finished by a card that is not there, and in generic
+/// mode such packets come through unfinished.
+const UNSAFE_IN_GENERIC: [&str; 4] = ["virtio_net", "xen_netfront", "hv_netvsc", "veth"];
+
+impl Dataplane {
+    /// Attaches the program. With None the mode is chosen: native, or generic where the driver cannot and it is safe.
+    pub fn attach(&mut self, target: &Target<'_>, mode: Option<Mode>) -> Result<Attached, DataplaneError> {
+        if let Some(id) = target.occupied_by {
+            return Err(DataplaneError::Occupied { interface: target.name.to_owned(), owner: owner(id) });
+        }
+        let attached = match mode {
+            Some(mode) => {
+                self.attach_in(target, mode).map_err(|source| failure(target, mode, source))?;
+                mode
+            }
+            None => self.attach_in_best(target)?,
+        };
+        let attached = Attached { name: target.name.to_owned(), interface: target.index, mode: attached };
+        self.attached.push(attached.clone());
+        Ok(attached)
+    }
+
+    fn attach_in_best(&mut self, target: &Target<'_>) -> Result<Mode, DataplaneError> {
+        let Err(source) = self.attach_in(target, Mode::Native) else {
+            return Ok(Mode::Native);
+        };
+        if !is_unsupported(&source) {
+            return Err(failure(target, Mode::Native, source));
+        }
+        if UNSAFE_IN_GENERIC.contains(&target.driver) {
+            return Err(DataplaneError::NoNativeMode {
+                interface: target.name.to_owned(),
+                driver: target.driver.to_owned(),
+                fix: native_fix(target.driver),
+                source: Box::new(source),
+            });
+        }
+        tracing::warn!(
+            "{}: driver {} has no native XDP, attaching in generic mode: slower, but the same",
+            target.name,
+            target.driver
+        );
+        self.attach_in(target, Mode::Generic).map_err(|source| failure(target, Mode::Generic, source))?;
+        Ok(Mode::Generic)
+    }
+
+    fn attach_in(&mut self, target: &Target<'_>, mode: Mode) -> Result<(), ProgramError> {
+        let program: &mut aya::programs::Xdp = match self.ebpf.program_mut("sheave") {
+            Some(program) => program.try_into()?,
+            None => return Err(ProgramError::NotLoaded),
+        };
+        program.attach_to_if_index(target.index, mode.aya())?;
+        Ok(())
+    }
+
+    /// Where the program is.
+    pub fn attached(&self) -> &[Attached] {
+        &self.attached
+    }
+
+    /// The kernel's id of the program.
+    pub fn program_id(&self) -> Option<u32> {
+        match self.ebpf.program("sheave")? {
+            aya::programs::Program::Xdp(program) => program.info().ok().map(|info| info.id()),
+            _ => None,
+        }
+    }
+}
+
+fn failure(target: &Target<'_>, mode: Mode, source: ProgramError) -> DataplaneError {
+    if let Some(libc::EBUSY) = errno(&source) {
+        return DataplaneError::Occupied { interface: target.name.to_owned(), owner: String::new() };
+    }
+    DataplaneError::Attach { interface: target.name.to_owned(), mode: mode.name(), source: Box::new(source) }
+}
+
+fn errno(error: &ProgramError) -> Option<i32> {
+    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = source {
+        if let Some(io) = error.downcast_ref::<std::io::Error>() {
+            return io.raw_os_error();
+        }
+        source = error.source();
+    }
+    None
+}
+
+fn is_unsupported(error: &ProgramError) -> bool {
+    matches!(errno(error), Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ERANGE | libc::ENOMEM | libc::ENOSPC))
+}
+
+fn native_fix(driver: &str) -> &'static str {
+    match driver {
+        "virtio_net" => {
+            "give the virtual machine more queues than processors (in libvirt `<driver queues=…>`) and switch off guest_tso4, guest_tso6 and guest_ecn"
+        }
+        _ => {
+            "lower the MTU to 3498 or below and leave the driver at least one free transmit queue for each processor"
+        }
+    }
+}
+
+/// Who an XDP program is, as far as the kernel tells.
+fn owner(id: u32) -> String {
+    let name = loaded_programs()
+        .filter_map(Result::ok)
+        .find(|program| program.id() == id)
+        .and_then(|program| program.name_as_str().map(str::to_owned));
+    match name {
+        Some(name) => format!(" (id {id}, `{name}`)"),
+        None => format!(" (id {id})"),
+    }
+}

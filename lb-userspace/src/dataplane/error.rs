@@ -1,0 +1,119 @@
+//! What can go wrong between the daemon and the kernel, and what to do about it.
+
+use std::io;
+
+use thiserror::Error;
+
+/// An operation on programs, maps or interfaces that failed.
+#[derive(Debug, Error)]
+pub enum DataplaneError {
+    /// The kernel refused the object.
+    #[error(
+        "the kernel does not take the program: {0}\n  needed: root (or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON) and Linux 5.18 or newer; `sheave doctor` says what is missing"
+    )]
+    Load(#[source] Box<aya::EbpfError>),
+    /// The verifier, or the kernel's lack of a feature.
+    #[error("the kernel does not take program {name}: {source}\n  `sheave doctor` says what is missing")]
+    Program {
+        /// Which.
+        name: &'static str,
+        /// Why.
+        source: Box<aya::programs::ProgramError>,
+    },
+    /// The object is not the one this code was written for.
+    #[error("the embedded program has no {0}: this build is broken, build it again with `cargo xtask build`")]
+    Missing(&'static str),
+    /// The build was told to leave the program out.
+    #[error("this build has no kernel program in it (SHEAVE_SKIP_EBPF was set): build it again without")]
+    Empty,
+    /// A map of another type.
+    #[error("map {name} is not an array: this build is broken, build it again with `cargo xtask build`")]
+    NotAnArray {
+        /// Which.
+        name: &'static str,
+    },
+    /// A map's description could not be read.
+    #[error("cannot ask the kernel about map {name}: {source}")]
+    MapInfo {
+        /// Which.
+        name: &'static str,
+        /// Why.
+        source: aya::maps::MapError,
+    },
+    /// A map with other values than this code's.
+    #[error("map {name} has values of {found} bytes, expected {expected}: this build is broken")]
+    ValueSize {
+        /// Which.
+        name: &'static str,
+        /// This code's.
+        expected: usize,
+        /// The map's.
+        found: u32,
+    },
+    /// A map could not be mapped into memory.
+    #[error("cannot map {name} into memory: {source}")]
+    MapMemory {
+        /// Which.
+        name: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// A map could not be read or written.
+    #[error("cannot change map {name}: {source}")]
+    Map {
+        /// Which.
+        name: &'static str,
+        /// Why.
+        source: aya::maps::MapError,
+    },
+    /// Somebody else's XDP program is on the interface.
+    #[error(
+        "another XDP program is on {interface} already{owner}; sheave never replaces a program that is not its own\n  see what it is with `bpftool net show dev {interface}`; take it off with its own tool, or with `ip link set dev {interface} xdp off`"
+    )]
+    Occupied {
+        /// The interface's name.
+        interface: String,
+        /// Its id and name, where known.
+        owner: String,
+    },
+    /// The driver has no XDP, and generic mode would lose data there.
+    #[error(
+        "{interface}: driver {driver} does not take the program in native mode ({source}), and generic mode would corrupt packets with unfinished checksums there\n  {fix}, or set `xdp_mode = \"generic\"` after `ethtool -K {interface} rx off` on this host"
+    )]
+    NoNativeMode {
+        /// The interface's name.
+        interface: String,
+        /// Its driver.
+        driver: String,
+        /// What usually helps.
+        fix: &'static str,
+        /// What the kernel said.
+        source: Box<aya::programs::ProgramError>,
+    },
+    /// The program could not be attached.
+    #[error("cannot attach to {interface} in {mode} mode: {source}")]
+    Attach {
+        /// The interface's name.
+        interface: String,
+        /// Which mode was tried.
+        mode: &'static str,
+        /// What the kernel said.
+        source: Box<aya::programs::ProgramError>,
+    },
+    /// More than fit into a map.
+    #[error("too many {what}: at most {limit}")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// How many there may be.
+        limit: usize,
+    },
+    /// A system call beside the maps.
+    #[error("{call}: {source}")]
+    System {
+        /// Which.
+        call: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}

@@ -1,0 +1,242 @@
+//! The flow table from the daemon's side: counting, forgetting what is over, keeping look-ups short.
+//!
+//! The daemon only ever frees, and only by compare-and-exchange on the word it has examined: a slot that changed
+//! meanwhile is somebody's, and left alone (`lb_common::flow`).
+
+use std::{collections::HashSet, time::Duration};
+
+use lb_common::{
+    cell::Cell8,
+    flow::{Family, LONG_QUARANTINE, Query, V4, V6},
+    layout::{Config, OverflowMarks, WAYS},
+    meta::{Kind, Meta, RESET},
+    transition::RESET_QUARANTINE,
+};
+
+use super::{Dataplane, DataplaneError, Mapped, grace};
+
+/// How long a handshake may take, and a proven flow that nobody finished: RFC 5382 REQ-5, the transitory timeout.
+const TRANSITORY: Duration = Duration::from_secs(240);
+
+/// What a round of the reaper found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reaped {
+    /// Flows of each backend that are not closed, by id.
+    pub active: Vec<u64>,
+    /// Slots that became free or closed.
+    pub freed: u64,
+    /// Slots in use, closed ones in quarantine included.
+    pub occupied: u64,
+    /// Slots there are.
+    pub slots: u64,
+}
+
+/// What the reaper knows when it looks at a slot.
+struct Round<'a> {
+    now: u16,
+    transitory: u16,
+    /// By listener id.
+    idle: &'a [u16],
+    /// By backend id.
+    local: &'a [bool],
+}
+
+impl Round<'_> {
+    /// What a slot should be instead; None: it is fine.
+    fn verdict(&self, meta: Meta, listener: u16) -> Option<Meta> {
+        let age = meta.age(self.now);
+        // Between reading the clock and the slot, a packet may have come: younger than now is not very old.
+        if age > u16::MAX - 4 {
+            return None;
+        }
+        let idle = self.idle.get(usize::from(listener)).copied().unwrap_or(self.transitory);
+        let local = self.local.get(usize::from(meta.backend())).copied().unwrap_or(false);
+        if meta.is(Kind::Claiming) {
+            // Its CPU was lost, or the program was replaced.
+            (age > 1).then_some(Meta::FREE)
+        } else if meta.is(Kind::HalfOpen) {
+            // Replies of a local backend are not seen: its flows never become more than this.
+            (age > if local { idle } else { self.transitory }).then_some(Meta::FREE)
+        } else if meta.is(Kind::Established) && meta.has(RESET) {
+            (age > RESET_QUARANTINE).then(|| meta.without_flags().become_kind(Kind::ClosedByClient))
+        } else if meta.is(Kind::Established) {
+            // The backend may hold on to it: as if it had closed first.
+            (age > idle).then(|| meta.without_flags().become_kind(Kind::ClosedByBackend))
+        } else if meta.is_closed() {
+            (age > LONG_QUARANTINE).then_some(Meta::FREE)
+        } else {
+            None
+        }
+    }
+}
+
+impl Dataplane {
+    /// Counts the flows and frees those that are over. `idle` is the idle timeout of each service, in configuration
+    /// order.
+    pub fn reap(&mut self, idle: &[Duration]) -> Result<Reaped, DataplaneError> {
+        let now = (self.jiffies()? >> self.ticks.shift()) as u16;
+        let idle: Vec<u16> = (0..self.listeners.len())
+            .map(|id| {
+                let service = self.listeners.read(id).map_or(0, |listener| usize::from(listener.service));
+                let timeout = service.checked_sub(1).and_then(|index| idle.get(index));
+                self.ticks.units(timeout.copied().unwrap_or(TRANSITORY))
+            })
+            .collect();
+        let local: Vec<bool> = (0..self.backends.len())
+            .map(|id| {
+                self.backends
+                    .get(id)
+                    .is_some_and(|backend| backend.flags.load() & lb_common::layout::backend_flag::LOCAL != 0)
+            })
+            .collect();
+        let round = Round { now, transitory: self.ticks.units(TRANSITORY), idle: &idle, local: &local };
+        let mut reaped = Reaped { active: vec![0; self.backends.len()], ..Reaped::default() };
+        let config = self.settings();
+        if config.snat4_count > 0 {
+            sweep::<V4>(&self.flows4, &round, &mut reaped);
+        }
+        if config.snat6_count > 0 {
+            sweep::<V6>(&self.flows6, &round, &mut reaped);
+        }
+        Ok(reaped)
+    }
+
+    /// Clears overflow marks that no flow needs any more, so that look-ups need not go beyond the second candidate.
+    /// Waits for a grace period: about 8 ms.
+    ///
+    /// Marks carry the epoch they were set in. A new epoch begins; once every program works in it, a flow that is not
+    /// yet to be seen in the table marks with the new one. So a mark of an older epoch whose flows are not in the
+    /// table has none, and whoever needs it meanwhile overwrites it, which the compare-and-exchange notices.
+    pub fn clear_marks(&mut self) -> Result<(), DataplaneError> {
+        if !any_marks(&self.overflow4) && !any_marks(&self.overflow6) {
+            return Ok(());
+        }
+        let mut config = self.settings();
+        config.epoch = config.epoch % 255 + 1;
+        self.config.write(0, config);
+        grace::wait().map_err(|source| DataplaneError::System { call: "membarrier", source })?;
+        clear::<V4>(&self.flows4, &self.overflow4, &config);
+        clear::<V6>(&self.flows6, &self.overflow6, &config);
+        Ok(())
+    }
+}
+
+fn sweep<F: Family>(flows: &Mapped<F::Set>, round: &Round<'_>, reaped: &mut Reaped) {
+    for index in 0..flows.len() {
+        let Some(set) = flows.get(index) else {
+            continue;
+        };
+        for way in 0..WAYS as u32 {
+            reaped.slots += 1;
+            let word = F::meta(set, way);
+            let meta = Meta(word.load());
+            if meta.is(Kind::Free) {
+                continue;
+            }
+            let (_, _, listener) = F::parts(F::load(set, way));
+            if let Some(next) = round.verdict(meta, listener)
+                && word.compare_exchange(meta.0, next.0) == meta.0
+            {
+                reaped.freed += 1;
+                continue;
+            }
+            reaped.occupied += 1;
+            if meta.is_live() && !meta.is_closed() && !meta.has(RESET) {
+                reaped.active[usize::from(meta.backend())] += 1;
+            }
+        }
+    }
+}
+
+fn any_marks(marks: &Mapped<OverflowMarks>) -> bool {
+    (0..marks.len())
+        .filter_map(|index| marks.get(index))
+        .any(|eight| eight.sets.iter().any(|mark| mark.load() != 0))
+}
+
+fn clear<F: Family>(flows: &Mapped<F::Set>, marks: &Mapped<OverflowMarks>, config: &Config) {
+    let mut needed = HashSet::new();
+    for index in 0..flows.len() {
+        let Some(set) = flows.get(index) else {
+            continue;
+        };
+        for way in 0..WAYS as u32 {
+            if Meta(F::meta(set, way).load()).is_live() {
+                let query = Query::new::<F>(config, F::load(set, way));
+                if query.candidate(0) != index as u32 && query.candidate(1) != index as u32 {
+                    needed.insert(query.candidate(0));
+                }
+            }
+        }
+    }
+    for index in 0..marks.len() {
+        let Some(eight) = marks.get(index) else {
+            continue;
+        };
+        for (offset, mark) in eight.sets.iter().enumerate() {
+            let set = (index * eight.sets.len() + offset) as u32;
+            clear_one(mark, config.epoch as u8, needed.contains(&set));
+        }
+    }
+}
+
+fn clear_one(mark: &Cell8, epoch: u8, needed: bool) {
+    let found = mark.load();
+    if found != 0 && found != epoch && !needed {
+        mark.compare_exchange(found, 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROUND: Round<'static> =
+        Round { now: 1000, transitory: 240, idle: &[0, 10_000], local: &[false, false, true] };
+
+    fn verdict(kind: Kind, flags: u32, backend: u8, age: u16) -> Option<Kind> {
+        let meta = Meta::new(kind, backend, 1000u16.wrapping_sub(age)).with(flags);
+        ROUND.verdict(meta, 1).map(|next| {
+            [Kind::Free, Kind::ClosedByClient, Kind::ClosedByBackend]
+                .into_iter()
+                .find(|kind| next.is(*kind))
+                .unwrap()
+        })
+    }
+
+    #[test]
+    fn a_slot_is_forgotten_in_its_time_and_not_before() {
+        assert_eq!(verdict(Kind::Claiming, 0, 1, 1), None);
+        assert_eq!(verdict(Kind::Claiming, 0, 1, 2), Some(Kind::Free));
+        assert_eq!(verdict(Kind::HalfOpen, 0, 1, 240), None);
+        assert_eq!(verdict(Kind::HalfOpen, 0, 1, 241), Some(Kind::Free));
+        assert_eq!(
+            verdict(Kind::HalfOpen, 0, 2, 9_999),
+            None,
+            "a local backend's flow lives on the idle timeout"
+        );
+        assert_eq!(verdict(Kind::HalfOpen, 0, 2, 10_001), Some(Kind::Free));
+        assert_eq!(verdict(Kind::Established, 0, 1, 10_000), None);
+        assert_eq!(verdict(Kind::Established, 0, 1, 10_001), Some(Kind::ClosedByBackend));
+        assert_eq!(verdict(Kind::Established, RESET, 1, 10), None);
+        assert_eq!(verdict(Kind::Established, RESET, 1, 11), Some(Kind::ClosedByClient));
+        assert_eq!(verdict(Kind::ClosedByBackend, 0, 1, 60), None);
+        assert_eq!(verdict(Kind::ClosedByBackend, 0, 1, 61), Some(Kind::Free));
+    }
+
+    #[test]
+    fn a_slot_seen_after_the_clock_was_read_is_not_old() {
+        assert_eq!(verdict(Kind::Claiming, 0, 1, 0u16.wrapping_sub(2)), None);
+        assert_eq!(verdict(Kind::Established, 0, 1, 0u16.wrapping_sub(1)), None);
+    }
+
+    #[test]
+    fn only_marks_of_past_epochs_are_cleared() {
+        for (value, needed, expected) in [(0, false, 0), (1, false, 0), (1, true, 1), (2, false, 2)] {
+            let mark = Cell8::default();
+            mark.store(value);
+            clear_one(&mark, 2, needed);
+            assert_eq!(mark.load(), expected);
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! An array map in this process's memory: the boundary behind which the rest of the daemon sees plain values.
+
+use std::{fs::File, os::fd::AsFd, ptr::NonNull};
+
+use aya::maps::{Map, MapData};
+use memmap2::{MmapOptions, MmapRaw};
+
+use super::DataplaneError;
+
+/// The values of a `BPF_F_MMAPABLE` array map. The kernel programs read and write them at the same time.
+pub struct Mapped<T> {
+    memory: MmapRaw,
+    values: NonNull<T>,
+    length: usize,
+}
+
+// SAFETY: the memory is the map's and lives as long as `memory`; T is words, each accessed whole.
+unsafe impl<T: Send> Send for Mapped<T> {}
+// SAFETY: as above; shared values are read by volatile loads or are cells.
+unsafe impl<T: Sync> Sync for Mapped<T> {}
+
+impl<T> Mapped<T> {
+    /// Maps the map called `name`.
+    pub fn new(name: &'static str, map: &Map) -> Result<Self, DataplaneError> {
+        // The kernel rounds values up to eight bytes.
+        const { assert!(size_of::<T>() % 8 == 0) };
+        let data = data(map).ok_or(DataplaneError::NotAnArray { name })?;
+        let error = |source| DataplaneError::MapMemory { name, source };
+        let info = data.info().map_err(|source| DataplaneError::MapInfo { name, source })?;
+        if info.value_size() as usize != size_of::<T>() {
+            return Err(DataplaneError::ValueSize {
+                name,
+                expected: size_of::<T>(),
+                found: info.value_size(),
+            });
+        }
+        let length = info.max_entries() as usize;
+        let file = File::from(data.fd().as_fd().try_clone_to_owned().map_err(error)?);
+        let memory = MmapOptions::new().len(length * size_of::<T>()).map_raw(&file).map_err(error)?;
+        let values = NonNull::new(memory.as_mut_ptr().cast::<T>())
+            .ok_or_else(|| error(std::io::Error::other("mapped at zero")))?;
+        Ok(Self { memory, values, length })
+    }
+
+    /// How many values there are.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Bytes of map memory.
+    pub fn bytes(&self) -> usize {
+        self.memory.len()
+    }
+
+    /// A value made of cells, to be read and changed word by word.
+    pub fn get(&self, index: usize) -> Option<&T> {
+        // SAFETY: in range, aligned (the kernel aligns values to eight bytes and maps whole pages), and the kernel
+        // changes it only word by word.
+        (index < self.length).then(|| unsafe { &*self.values.as_ptr().add(index) })
+    }
+}
+
+impl Mapped<lb_common::layout::Backend> {
+    /// Writes an entry that nobody refers to yet.
+    pub fn place(&self, index: usize, entry: lb_common::layout::Backend) {
+        assert!(index < self.length, "index {index} of {}", self.length);
+        // SAFETY: in range; the id is new, so no program and no slot looks at the entry.
+        unsafe { self.values.as_ptr().add(index).write(entry) }
+    }
+}
+
+impl<T: Copy> Mapped<T> {
+    /// A copy of a value.
+    pub fn read(&self, index: usize) -> Option<T> {
+        // SAFETY: in range; only plain values are Copy.
+        (index < self.length).then(|| unsafe { self.values.as_ptr().add(index).read_volatile() })
+    }
+
+    /// Writes a value. Words are written whole, but one after the other: nobody may depend on more than one of them
+    /// before the last is written.
+    pub fn write(&self, index: usize, value: T) {
+        assert!(index < self.length, "index {index} of {}", self.length);
+        // SAFETY: in range.
+        unsafe { self.values.as_ptr().add(index).write_volatile(value) }
+    }
+}
+
+fn data(map: &Map) -> Option<&MapData> {
+    match map {
+        Map::Array(data) => Some(data),
+        _ => None,
+    }
+}

@@ -1,0 +1,596 @@
+//! The kernel side, as the controller sees it: the only module that knows aya and the maps.
+//!
+//! Nothing here decides anything. The controller says which listeners, backends and selections there are; this module
+//! writes them so that a packet never sees a half-written state: values that belong together are written before the
+//! one word that makes them count, and what was taken out is not reused before a grace period is over.
+
+mod attach;
+mod clock;
+mod error;
+mod flows;
+mod grace;
+mod mapped;
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
+    time::{Duration, Instant},
+};
+
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{LpmTrie, Map, MapData, PerCpuArray, lpm_trie::Key},
+    programs::{TestRun as _, TestRunOptions, Xdp},
+};
+use ipnet::IpNet;
+use lb_common::{
+    cell::Cell64,
+    hash,
+    layout::{
+        self, ALLOW_SERVICE_BITS, AllowKey, BACKENDS, BUCKETS, LISTENERS, NextHop, OverflowMarks, PORTS,
+        ReturnHops, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Set4, Set6, WAYS, allow_key,
+        backend_flag, family,
+    },
+    maglev::{self, TABLE_SIZE},
+    outcome::{COUNTERS, Counter},
+    rewrite::endpoint_sum,
+};
+
+pub use attach::{Attached, Mode};
+pub use clock::Ticks;
+pub use error::DataplaneError;
+pub use flows::Reaped;
+use grace::Grace;
+pub use grace::wait as wait_grace_period;
+pub use mapped::Mapped;
+
+/// What must be known before the maps exist, and does not change afterwards.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Source addresses towards the backends, of both families, at most [`SNAT_ADDRESSES`] of each.
+    pub snat_addresses: Vec<IpAddr>,
+    /// Source ports towards the backends.
+    pub snat_ports: RangeInclusive<u16>,
+    /// What flows are hashed with: shared by the load balancers of a VIP, else random.
+    pub secret: [u64; 2],
+    /// Log one packet in this many, rounded to a power of two. None: the program has no logging in it.
+    pub log_one_in: Option<u32>,
+}
+
+/// An interface or a VLAN on one, as the data path is told about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// The interface that packets are received on: below every VLAN.
+    pub interface: u32,
+    /// EtherType and VLAN id of each tag, outermost first, at most two.
+    pub tags: Vec<(u16, u16)>,
+    /// The interface's MAC address.
+    pub mac: [u8; 6],
+}
+
+/// A listener, as the data path is told about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// What clients connect to.
+    pub address: SocketAddr,
+    /// The service's number: its place in the configuration, from 0.
+    pub service: usize,
+}
+
+/// The data path: maps, programs, and the links that keep them attached.
+pub struct Dataplane {
+    ebpf: Ebpf,
+    config: Mapped<layout::Config>,
+    listener_ports: Mapped<u64>,
+    listeners: Mapped<layout::Listener>,
+    services: Mapped<layout::Service>,
+    backends: Mapped<layout::Backend>,
+    selection: Mapped<u64>,
+    flows4: Mapped<Set4>,
+    flows6: Mapped<Set6>,
+    return_hops4: Mapped<ReturnHops>,
+    return_hops6: Mapped<ReturnHops>,
+    overflow4: Mapped<OverflowMarks>,
+    overflow6: Mapped<OverflowMarks>,
+    blocked: Mapped<u64>,
+    next_hops: Mapped<Cell64>,
+    clock: Mapped<u64>,
+    allow: LpmTrie<MapData, AllowKey, u32>,
+    counters: PerCpuArray<MapData, u64>,
+    backend_flows: PerCpuArray<MapData, u64>,
+    ticks: Ticks,
+    loaded: (u64, Instant),
+    grace: Grace,
+    attached: Vec<Attached>,
+}
+
+impl Dataplane {
+    /// Loads the object and fills what does not depend on the network. Nothing is attached yet.
+    pub fn load(object: &[u8], settings: &Settings) -> Result<Self, DataplaneError> {
+        if object.is_empty() {
+            return Err(DataplaneError::Empty);
+        }
+        let count = |wanted: fn(&IpAddr) -> bool| {
+            settings.snat_addresses.iter().filter(|address| wanted(address)).count()
+        };
+        let (count4, count6) = (count(IpAddr::is_ipv4), count(IpAddr::is_ipv6));
+        if count4.max(count6) > SNAT_ADDRESSES {
+            return Err(DataplaneError::TooMany {
+                what: "SNAT addresses of one family",
+                limit: SNAT_ADDRESSES,
+            });
+        }
+        let mut ebpf = load_object(object, count4, count6, settings.log_one_in.is_some())?;
+        load_program(&mut ebpf, "sheave")?;
+        load_program(&mut ebpf, "read_clock")?;
+        let mut dataplane = Self::over_maps(ebpf)?;
+        dataplane.configure(settings);
+        dataplane.loaded = (dataplane.jiffies()?, Instant::now());
+        Ok(dataplane)
+    }
+
+    fn over_maps(mut ebpf: Ebpf) -> Result<Self, DataplaneError> {
+        Ok(Self {
+            config: mapped(&mut ebpf, "CONFIG")?,
+            listener_ports: mapped(&mut ebpf, "LISTENER_PORTS")?,
+            listeners: mapped(&mut ebpf, "LISTENER")?,
+            services: mapped(&mut ebpf, "SERVICE")?,
+            backends: mapped(&mut ebpf, "BACKEND")?,
+            selection: mapped(&mut ebpf, "SELECTION")?,
+            flows4: mapped(&mut ebpf, "FLOW4")?,
+            flows6: mapped(&mut ebpf, "FLOW6")?,
+            return_hops4: mapped(&mut ebpf, "RETURN_HOP4")?,
+            return_hops6: mapped(&mut ebpf, "RETURN_HOP6")?,
+            overflow4: mapped(&mut ebpf, "OVERFLOW4")?,
+            overflow6: mapped(&mut ebpf, "OVERFLOW6")?,
+            blocked: mapped(&mut ebpf, "BLOCKED")?,
+            next_hops: mapped(&mut ebpf, "NEXT_HOP")?,
+            clock: mapped(&mut ebpf, "CLOCK")?,
+            allow: typed(&mut ebpf, "ALLOW")?,
+            counters: typed(&mut ebpf, "COUNTER")?,
+            backend_flows: typed(&mut ebpf, "BACKEND_FLOWS")?,
+            ticks: Ticks { frequency: 250 },
+            loaded: (0, Instant::now()),
+            grace: Grace::default(),
+            attached: Vec::new(),
+            ebpf,
+        })
+    }
+
+    fn configure(&self, settings: &Settings) {
+        let mut config = layout::Config {
+            key: hash::Key::new(settings.secret),
+            epoch: 1,
+            debug_mask: settings.log_one_in.map_or(0, |one_in| one_in.next_power_of_two() - 1),
+            ..self.settings()
+        };
+        // Whole sets only, so that a slot's port says which set it is in.
+        let ways = WAYS as u32;
+        config.first_set = u32::from(*settings.snat_ports.start()).div_ceil(ways);
+        config.sets = (u32::from(*settings.snat_ports.end()) + 1) / ways - config.first_set;
+        for address in &settings.snat_addresses {
+            match address {
+                IpAddr::V4(_) => {
+                    config.snat4[config.snat4_count as usize] = words(*address)[0] as u32;
+                    config.snat4_count += 1;
+                }
+                IpAddr::V6(_) => {
+                    config.snat6[config.snat6_count as usize] = words(*address);
+                    config.snat6_count += 1;
+                }
+            }
+        }
+        config.bucket4 = deal_buckets(&settings.snat_addresses, IpAddr::is_ipv4);
+        config.bucket6 = deal_buckets(&settings.snat_addresses, IpAddr::is_ipv6);
+        self.apply_ticks(&mut config);
+        self.config.write(0, config);
+    }
+
+    /// Finds out how fast the kernel's clock ticks, for which some time must have passed since loading. To be called
+    /// once, before anything is attached.
+    pub fn calibrate(&mut self) -> Result<(), DataplaneError> {
+        /// Ten ticks at 250 Hz, four at 100: enough to tell the four frequencies apart.
+        const ENOUGH: Duration = Duration::from_millis(40);
+        let (jiffies, at) = self.loaded;
+        std::thread::sleep(ENOUGH.saturating_sub(at.elapsed()));
+        let passed = self.jiffies()?.wrapping_sub(jiffies);
+        self.ticks = Ticks::measured(passed, at.elapsed());
+        let mut config = self.settings();
+        self.apply_ticks(&mut config);
+        self.config.write(0, config);
+        Ok(())
+    }
+
+    fn apply_ticks(&self, config: &mut layout::Config) {
+        config.jiffies_shift = self.ticks.shift();
+        config.half_open_jiffies = self.ticks.jiffies(Duration::from_millis(200));
+    }
+
+    /// The tick counter as it is now.
+    fn jiffies(&mut self) -> Result<u64, DataplaneError> {
+        const NAME: &str = "read_clock";
+        let error = |source| DataplaneError::Program { name: NAME, source: Box::new(source) };
+        let program: &mut Xdp =
+            self.ebpf.program_mut(NAME).ok_or(DataplaneError::Missing(NAME))?.try_into().map_err(error)?;
+        // The shortest packet that the kernel takes.
+        let packet = [0u8; 64];
+        program.test_run(TestRunOptions { data_in: Some(&packet), ..Default::default() }).map_err(error)?;
+        Ok(self.clock.read(0).unwrap_or_default())
+    }
+
+    fn settings(&self) -> layout::Config {
+        self.config.read(0).expect("the configuration map has one entry")
+    }
+
+    /// Tells the program about interfaces and VLANs. Ports keep their numbers for as long as the daemon runs: new ones
+    /// are to be appended.
+    pub fn set_ports(&mut self, ports: &[Port]) -> Result<(), DataplaneError> {
+        if ports.len() > PORTS {
+            return Err(DataplaneError::TooMany { what: "interfaces and VLANs", limit: PORTS });
+        }
+        let mut config = self.settings();
+        for (entry, port) in config.ports.iter_mut().zip(ports) {
+            *entry = port.layout();
+        }
+        // The count last: an entry is looked at only below it.
+        config.port_count = ports.len() as u32;
+        self.config.write(0, config);
+        Ok(())
+    }
+
+    /// Tells the program about the listeners, each open on all `ports`. To be called once.
+    pub fn set_listeners(&mut self, listeners: &[Listener], ports: usize) -> Result<(), DataplaneError> {
+        if listeners.len() >= LISTENERS as usize {
+            return Err(DataplaneError::TooMany { what: "listeners", limit: LISTENERS as usize - 1 });
+        }
+        for (index, listener) in listeners.iter().enumerate() {
+            let (id, number) = (index as u16 + 1, usize::from(listener.address.port()));
+            let (word, shift) = (number / 4, number % 4 * 16);
+            let head = self.listener_ports.read(word).unwrap_or_default();
+            let address = words(listener.address.ip());
+            let port = listener.address.port().to_be();
+            self.listeners.write(
+                usize::from(id),
+                layout::Listener {
+                    address,
+                    port,
+                    family: family_of(listener.address.ip()),
+                    reserved: 0,
+                    service: service_id(listener.service),
+                    next: (head >> shift) as u16,
+                    ports: (1u64 << ports).wrapping_sub(1) as u32,
+                    sum: endpoint_sum(address, port),
+                },
+            );
+            self.listener_ports.write(word, head & !(0xffff << shift) | u64::from(id) << shift);
+            self.block(listener.address.port());
+        }
+        Ok(())
+    }
+
+    /// Never uses a port as a slot from now on. A flow that has it keeps it.
+    pub fn block(&mut self, port: u16) {
+        let word = usize::from(port / 64);
+        let bits = self.blocked.read(word).unwrap_or_default();
+        self.blocked.write(word, bits | 1 << (port % 64));
+    }
+
+    /// Restricts a service to clients in `prefixes`; none: everyone. To be called once for each service.
+    pub fn set_allowed(&mut self, service: usize, prefixes: &[IpNet]) -> Result<(), DataplaneError> {
+        let id = service_id(service);
+        for prefix in prefixes {
+            let (address, bits) = match prefix {
+                IpNet::V4(net) => (net.network().to_ipv6_mapped(), u32::from(net.prefix_len()) + 96),
+                IpNet::V6(net) => (net.network(), u32::from(net.prefix_len())),
+            };
+            let key = Key::new(bits + ALLOW_SERVICE_BITS, allow_key(id, words(address.into())));
+            self.allow.insert(&key, 1, 0).map_err(|source| DataplaneError::Map { name: "ALLOW", source })?;
+        }
+        let mut entry = self.services.read(usize::from(id)).unwrap_or_default();
+        entry.restricted = u32::from(!prefixes.is_empty());
+        self.services.write(usize::from(id), entry);
+        Ok(())
+    }
+
+    /// Gives a backend the id `id`, which must be new: from 1, and never used for another address.
+    pub fn add_backend(&mut self, id: u8, address: SocketAddr, local: bool) {
+        let ip = words(address.ip());
+        let port = address.port().to_be();
+        let entry = layout::Backend {
+            address: ip,
+            port,
+            family: family_of(address.ip()),
+            flags: lb_common::cell::Cell32::default(),
+            sum: endpoint_sum(ip, port),
+            ..Default::default()
+        };
+        entry.flags.store(if local { backend_flag::LOCAL } else { 0 });
+        self.backends.place(usize::from(id), entry);
+        let mut config = self.settings();
+        config.last_backend = config.last_backend.max(u32::from(id));
+        self.config.write(0, config);
+    }
+
+    /// Says whether a retransmitted SYN may stay with a backend.
+    pub fn set_accepts(&self, id: u8, accepts: bool) {
+        if let Some(backend) = self.backends.get(usize::from(id)) {
+            let flags = backend.flags.load() & !backend_flag::ACCEPTS;
+            backend.flags.store(flags | if accepts { backend_flag::ACCEPTS } else { 0 });
+        }
+    }
+
+    /// Says where a backend's packets go: the neighbour's MAC address and the number of the port it is behind.
+    pub fn set_next_hop(&self, id: u8, hop: Option<([u8; 6], usize)>) {
+        if let Some(backend) = self.backends.get(usize::from(id)) {
+            backend.next_hop.store(next_hop(hop).0);
+        }
+    }
+
+    /// Makes a selection table of `members` (backend id, name, weight) the one that new flows of a service and family
+    /// find their backend in; with no member of weight above 0, new flows are refused.
+    ///
+    /// The idle half is written, then one word is flipped. Before a half is written again, every program that may
+    /// still read it has ended.
+    pub fn select(
+        &mut self,
+        service: usize,
+        ipv6: bool,
+        members: &[(u8, &str, u16)],
+    ) -> Result<(), DataplaneError> {
+        let id = usize::from(service_id(service));
+        let mut entry = self.services.read(id).unwrap_or_default();
+        let current = if ipv6 { &mut entry.selection6 } else { &mut entry.selection4 };
+        match selection_table(members) {
+            None => *current = 0,
+            Some(table) => {
+                self.grace
+                    .finish()
+                    .map_err(|source| DataplaneError::System { call: "membarrier", source })?;
+                let first = (id as u32 * 2 + u32::from(ipv6)) * 2;
+                let half = if *current == first + 1 { first + 1 } else { first };
+                self.write_half(half, &table);
+                *current = half + 1;
+            }
+        }
+        self.services.write(id, entry);
+        self.grace.begin();
+        Ok(())
+    }
+
+    fn write_half(&self, half: u32, table: &[u8]) {
+        let start = (half * SELECTION_WORDS) as usize;
+        for (index, entries) in table.chunks(8).enumerate() {
+            let mut word = [0; 8];
+            word[..entries.len()].copy_from_slice(entries);
+            self.selection.write(start + index, u64::from_le_bytes(word));
+        }
+    }
+
+    /// Counters of a service, or with None those that no service is known for.
+    pub fn counters(&self, service: Option<usize>) -> Result<Vec<(Counter, u64)>, DataplaneError> {
+        let base = u32::from(service.map_or(0, service_id)) * COUNTERS as u32;
+        Counter::all()
+            .map(|counter| Ok((counter, sum(&self.counters, "COUNTER", base + counter.index() as u32)?)))
+            .collect()
+    }
+
+    /// Flows that a backend was given since it has its id.
+    pub fn total_flows(&self, id: u8) -> Result<u64, DataplaneError> {
+        sum(&self.backend_flows, "BACKEND_FLOWS", id.into())
+    }
+
+    /// The learned ways back to clients: index, MAC address and the number of the port.
+    pub fn learned_hops(&self) -> Vec<(usize, [u8; 6], usize)> {
+        (1..self.next_hops.len())
+            .filter_map(|index| {
+                let hop = NextHop(self.next_hops.get(index)?.load());
+                (hop != NextHop::UNKNOWN).then(|| {
+                    let mac = lb_common::headers::Mac::from_number(hop.mac()).bytes();
+                    (index, mac, usize::from(hop.port()))
+                })
+            })
+            .collect()
+    }
+
+    /// Points a learned way back at another neighbour.
+    pub fn correct_learned_hop(&self, index: usize, hop: ([u8; 6], usize)) {
+        if let Some(entry) = self.next_hops.get(index) {
+            entry.store(next_hop(Some(hop)).0);
+        }
+    }
+
+    /// How fast the kernel's clock ticks.
+    pub fn ticks(&self) -> Ticks {
+        self.ticks
+    }
+
+    /// Bytes of map memory that this process sees: the maps apart, it is small.
+    pub fn mapped_bytes(&self) -> usize {
+        self.flows4.bytes()
+            + self.flows6.bytes()
+            + self.return_hops4.bytes()
+            + self.return_hops6.bytes()
+            + self.overflow4.bytes()
+            + self.overflow6.bytes()
+            + self.selection.bytes()
+    }
+}
+
+impl Port {
+    fn layout(&self) -> layout::Port {
+        let mut tags = [0; 2];
+        let mut vlan = 0;
+        for (place, (protocol, id)) in tags.iter_mut().zip(&self.tags) {
+            let ([p0, p1], [i0, i1]) = (protocol.to_be_bytes(), id.to_be_bytes());
+            *place = u32::from_ne_bytes([p0, p1, i0, i1]);
+            vlan = vlan << 16 | u32::from(*id);
+        }
+        layout::Port {
+            interface: self.interface,
+            vlan,
+            mac: lb_common::headers::Mac::new(self.mac).number(),
+            tags,
+            tag_count: self.tags.len().min(2) as u32,
+            reserved: 0,
+        }
+    }
+}
+
+/// What tests reach in for.
+impl Dataplane {
+    /// A map's values, for tests and benchmarks.
+    pub fn map<T>(&mut self, name: &'static str) -> Result<Mapped<T>, DataplaneError> {
+        mapped(&mut self.ebpf, name)
+    }
+
+    /// The loaded program.
+    pub fn program(&mut self, name: &'static str) -> Result<&mut Xdp, DataplaneError> {
+        self.ebpf
+            .program_mut(name)
+            .ok_or(DataplaneError::Missing(name))?
+            .try_into()
+            .map_err(|source| DataplaneError::Program { name, source: Box::new(source) })
+    }
+}
+
+fn load_object(object: &[u8], count4: usize, count6: usize, logging: bool) -> Result<Ebpf, DataplaneError> {
+    let mut loader = EbpfLoader::new();
+    for (maps, addresses) in
+        [(["FLOW4", "RETURN_HOP4", "OVERFLOW4"], count4), (["FLOW6", "RETURN_HOP6", "OVERFLOW6"], count6)]
+    {
+        let sets = SETS_PER_ADDRESS * addresses as u32;
+        for name in maps {
+            let entries = if name.starts_with("OVERFLOW") { sets / 8 } else { sets };
+            // A map of a family without addresses is never looked at, and cannot be empty.
+            loader.map_max_entries(name, entries.max(1));
+        }
+    }
+    let level = u8::from(logging) * aya_log::Level::Debug as u8;
+    loader.override_global("AYA_LOG_LEVEL", &level, false);
+    loader.load(object).map_err(|error| DataplaneError::Load(Box::new(error)))
+}
+
+fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DataplaneError> {
+    let error = |source| DataplaneError::Program { name, source: Box::new(source) };
+    let program: &mut Xdp =
+        ebpf.program_mut(name).ok_or(DataplaneError::Missing(name))?.try_into().map_err(error)?;
+    program.load().map_err(error)
+}
+
+fn mapped<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<Mapped<T>, DataplaneError> {
+    Mapped::new(name, ebpf.map(name).ok_or(DataplaneError::Missing(name))?)
+}
+
+fn typed<T: TryFrom<Map, Error = aya::maps::MapError>>(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+) -> Result<T, DataplaneError> {
+    ebpf.take_map(name)
+        .ok_or(DataplaneError::Missing(name))?
+        .try_into()
+        .map_err(|source| DataplaneError::Map { name, source })
+}
+
+fn sum(map: &PerCpuArray<MapData, u64>, name: &'static str, index: u32) -> Result<u64, DataplaneError> {
+    let values = map.get(&index, 0).map_err(|source| DataplaneError::Map { name, source })?;
+    Ok(values.iter().sum())
+}
+
+/// Backend ids by entry, or None when nobody has weight.
+fn selection_table(members: &[(u8, &str, u16)]) -> Option<Vec<u8>> {
+    // Every load balancer must build the same table.
+    let mut sorted = members.to_vec();
+    sorted.sort_unstable_by_key(|(_, name, _)| *name);
+    let mut turns: Vec<_> = sorted
+        .iter()
+        .map(|(_, name, weight)| maglev::Member::new(name, u32::from(*weight), TABLE_SIZE))
+        .collect();
+    let mut table = vec![0u16; TABLE_SIZE as usize];
+    maglev::fill(&mut turns, &mut table)
+        .then(|| table.into_iter().map(|index| sorted[usize::from(index)].0).collect())
+}
+
+/// Deals the buckets out to the SNAT addresses of a family by rendezvous: one more address moves only its own share.
+fn deal_buckets(addresses: &[IpAddr], wanted: fn(&IpAddr) -> bool) -> [u8; BUCKETS] {
+    let addresses: Vec<_> = addresses.iter().filter(|address| wanted(address)).collect();
+    let load = BUCKETS.div_ceil(addresses.len().max(1));
+    let mut loads = vec![0; addresses.len()];
+    std::array::from_fn(|bucket| {
+        let score = |index: &usize| {
+            let [high, low] = words(*addresses[*index]);
+            hash::split_mix(hash::split_mix(high ^ low.rotate_left(1)) ^ bucket as u64)
+        };
+        // Bounded, because an address that got more than its share would be full before the others.
+        let best = (0..addresses.len()).filter(|index| loads[*index] < load).max_by_key(score).unwrap_or(0);
+        if let Some(load) = loads.get_mut(best) {
+            *load += 1;
+        }
+        best as u8
+    })
+}
+
+/// An address as the maps have it: network bytes as native words, IPv4 in the lower half of the first.
+pub fn words(address: IpAddr) -> [u64; 2] {
+    match address {
+        IpAddr::V4(address) => [u32::from_ne_bytes(address.octets()).into(), 0],
+        IpAddr::V6(address) => {
+            let number = u128::from_ne_bytes(address.octets());
+            if cfg!(target_endian = "little") {
+                [number as u64, (number >> 64) as u64]
+            } else {
+                [(number >> 64) as u64, number as u64]
+            }
+        }
+    }
+}
+
+fn family_of(address: IpAddr) -> u8 {
+    if address.is_ipv4() { family::IPV4 } else { family::IPV6 }
+}
+
+/// A service's id: 0 stands for none.
+fn service_id(service: usize) -> u16 {
+    debug_assert!(service + 1 < SERVICES as usize, "the configuration allows fewer");
+    service as u16 + 1
+}
+
+fn next_hop(hop: Option<([u8; 6], usize)>) -> NextHop {
+    hop.map_or(NextHop::UNKNOWN, |(mac, port)| {
+        NextHop::new(lb_common::headers::Mac::new(mac).number(), port as u16)
+    })
+}
+
+const _: () = assert!(BACKENDS as usize == u8::MAX as usize + 1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_are_dealt_out_evenly() {
+        let addresses: Vec<IpAddr> = (1..=5).map(|last| IpAddr::from([10, 0, 0, last])).collect();
+        let buckets = deal_buckets(&addresses, IpAddr::is_ipv4);
+        for index in 0..5 {
+            let share = buckets.iter().filter(|bucket| **bucket == index).count();
+            assert!((48..=52).contains(&share), "address {index} has {share} of 256 buckets");
+        }
+    }
+
+    #[test]
+    fn a_selection_is_the_same_in_whatever_order_the_backends_come() {
+        let members = [(1, "a", 1), (2, "b", 1), (3, "c", 2)];
+        let reversed: Vec<_> = members.iter().rev().copied().collect();
+        assert_eq!(selection_table(&members), selection_table(&reversed));
+        assert_eq!(selection_table(&[(1, "a", 0)]), None);
+        assert_eq!(selection_table(&[]), None);
+    }
+
+    #[test]
+    fn an_address_is_its_network_bytes() {
+        let address: IpAddr = "2001:db8::102".parse().unwrap();
+        let bytes: Vec<u8> = words(address).iter().flat_map(|word| word.to_ne_bytes()).collect();
+        assert_eq!(bytes[..4], [0x20, 0x01, 0x0d, 0xb8]);
+        assert_eq!(bytes[14..], [1, 2]);
+        assert_eq!(words("1.2.3.4".parse().unwrap())[0] as u32, u32::from_ne_bytes([1, 2, 3, 4]));
+    }
+}

@@ -1,0 +1,345 @@
+//! `sheave-bench`: what the data path costs, measured with the frame method.
+//!
+//! A wrapper program writes a fresh packet, then calls the very code that the daemon loads, a million times for each
+//! figure; the wrapper without the call is the empty program. Both are run in turns, and the least of the rounds
+//! counts: everything else that happens on a machine only adds.
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context, Result, ensure};
+use aya::programs::{TestRun as _, TestRunOptions, Xdp};
+use clap::{Parser, Subcommand};
+use etherparse::PacketBuilder;
+use lb_common::{
+    bench::{FLOWS, PACKET, Place, Plan, call, client, direction},
+    flow::{Family, V4, V6},
+    layout::{SETS_PER_ADDRESS, Set4, Set6, WAYS},
+    meta::{CLIENT_ACK, Kind, Meta, SYN_ACK},
+};
+use lb_userspace::dataplane::{Dataplane, Listener, Mapped, Port, Settings};
+
+/// Measures sheave.
+#[derive(Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Nanoseconds a packet costs in the XDP program.
+    Datapath {
+        /// Print one JSON array instead of a table.
+        #[arg(long)]
+        json: bool,
+        /// Rounds; the least of them counts.
+        #[arg(long, default_value_t = 11)]
+        rounds: u32,
+        /// Packets a round.
+        #[arg(long, default_value_t = 1 << 20)]
+        packets: u32,
+    },
+}
+
+fn main() -> Result<()> {
+    match Arguments::parse().what {
+        What::Datapath { json, rounds, packets } => datapath(json, rounds, packets),
+    }
+}
+
+/// Flow counts that are measured.
+const FLOW_COUNTS: [u32; 4] = [1, 4096, 65_536, FLOWS];
+/// Slots of one SNAT address with the default range of ports.
+const SLOTS: u32 = 64_512;
+const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const NEIGHBOUR: [u8; 6] = [2, 0, 0, 0, 0, 2];
+const LISTENER_PORT: u16 = 6443;
+const BACKENDS: u8 = 3;
+
+/// One line of the result.
+#[derive(serde::Serialize)]
+struct Figure {
+    case: &'static str,
+    family: &'static str,
+    flows: u32,
+    ns: u32,
+    empty_ns: u32,
+}
+
+fn datapath(json: bool, rounds: u32, packets: u32) -> Result<()> {
+    ensure!(rounds >= 1 && packets >= 1, "--rounds and --packets must be at least 1");
+    let mut figures = Vec::new();
+    for ipv6 in [false, true] {
+        for flows in FLOW_COUNTS {
+            let mut bench = Bench::new(ipv6, flows)?;
+            for case in Case::ALL {
+                let figure = bench.measure(case, rounds, packets)?;
+                if !json {
+                    print_row(&figure, figures.is_empty());
+                }
+                figures.push(figure);
+            }
+        }
+    }
+    if json {
+        println!("{}", serde_json::to_string(&figures)?);
+    }
+    Ok(())
+}
+
+fn print_row(figure: &Figure, first: bool) {
+    if first {
+        println!(
+            "{:<20} {:<5} {:>7} {:>6} {:>6} {:>6} {:>6}",
+            "case", "ip", "flows", "ns", "empty", "net", "ratio"
+        );
+    }
+    let Figure { case, family, flows, ns, empty_ns } = figure;
+    let ratio = f64::from(*ns) / f64::from(*empty_ns);
+    println!("{case:<20} {family:<5} {flows:>7} {ns:>6} {empty_ns:>6} {:>6} {ratio:>6.1}", ns - empty_ns);
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Case {
+    NotOurs,
+    Forward,
+    Reply,
+    NewFlow,
+}
+
+impl Case {
+    const ALL: [Self; 4] = [Self::NotOurs, Self::Forward, Self::Reply, Self::NewFlow];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::NotOurs => "not-ours",
+            Self::Forward => "established-forward",
+            Self::Reply => "established-reply",
+            Self::NewFlow => "new-flow",
+        }
+    }
+}
+
+struct Bench {
+    dataplane: Dataplane,
+    plan: Mapped<Plan>,
+    ipv6: bool,
+    flows: u32,
+}
+
+impl Bench {
+    /// A data path in which `flows` flows are established and half of all slots are taken.
+    fn new(ipv6: bool, flows: u32) -> Result<Self> {
+        let addresses = flows.div_ceil(SLOTS / 2 + SLOTS / 4).max(1);
+        let mut dataplane = Dataplane::load(&object()?, &settings(ipv6, addresses))?;
+        dataplane.calibrate()?;
+        let port = Port { interface: 1, tags: Vec::new(), mac: MAC };
+        dataplane.set_ports(&[port])?;
+        let listener = SocketAddr::new(vip(ipv6, 0), LISTENER_PORT);
+        dataplane.set_listeners(&[Listener { address: listener, service: 0 }], 1)?;
+        let names = ["a", "b", "c"];
+        for id in 1..=BACKENDS {
+            dataplane.add_backend(id, SocketAddr::new(backend(ipv6, id), LISTENER_PORT), false);
+            dataplane.set_accepts(id, true);
+            dataplane.set_next_hop(id, Some((NEIGHBOUR, 0)));
+        }
+        let members: Vec<_> = (1..=BACKENDS).zip(names).map(|(id, name)| (id, name, 1)).collect();
+        dataplane.select(0, ipv6, &members)?;
+        dataplane.program("bench")?.load()?;
+        let plan = dataplane.map("PLAN")?;
+        let mut bench = Self { dataplane, plan, ipv6, flows };
+        bench.establish(addresses)?;
+        Ok(bench)
+    }
+
+    /// Opens the flows that are measured, then others until half of all slots are taken.
+    fn establish(&mut self, addresses: u32) -> Result<()> {
+        let others = (addresses * SLOTS / 2).saturating_sub(self.flows);
+        self.run(&self.plan(Case::NewFlow, call::PROGRAM, 0, self.flows), self.flows)?;
+        self.run(&self.plan(Case::NewFlow, call::PROGRAM, FLOWS, FLOWS), others)?;
+        let places = self.dataplane.map("PLACE")?;
+        let claimed = if self.ipv6 {
+            let flows: Mapped<Set6> = self.dataplane.map("FLOW6")?;
+            prove::<V6>(&flows, &places, self.ipv6)
+        } else {
+            let flows: Mapped<Set4> = self.dataplane.map("FLOW4")?;
+            prove::<V4>(&flows, &places, self.ipv6)
+        };
+        ensure!(claimed == self.flows + others, "{claimed} of {} flows have a slot", self.flows + others);
+        Ok(())
+    }
+
+    fn plan(&self, case: Case, call: u32, first: u32, flows: u32) -> Plan {
+        let direction = match case {
+            Case::NotOurs => direction::FIXED,
+            Case::Forward | Case::NewFlow => direction::FORWARD,
+            Case::Reply => direction::REPLY,
+        };
+        Plan {
+            call,
+            direction,
+            ipv6: self.ipv6.into(),
+            flow_mask: flows.next_power_of_two() - 1,
+            next: 0,
+            first,
+            packet: packet(case, self.ipv6),
+        }
+    }
+
+    /// The least of the rounds, with and without the program, in turns.
+    fn measure(&mut self, case: Case, rounds: u32, packets: u32) -> Result<Figure> {
+        let (call, first) = match case {
+            Case::NewFlow => (call::PROGRAM_AND_FREE, 2 * FLOWS),
+            _ => (call::PROGRAM, 0),
+        };
+        let with = self.plan(case, call, first, self.flows);
+        let without = Plan { call: call::NOTHING, ..with };
+        let (mut ns, mut empty_ns) = (u32::MAX, u32::MAX);
+        for _ in 0..rounds {
+            empty_ns = empty_ns.min(self.run(&without, packets)?);
+            ns = ns.min(self.run(&with, packets)?);
+        }
+        self.check(case, u64::from(rounds * packets))?;
+        let family = if self.ipv6 { "ipv6" } else { "ipv4" };
+        Ok(Figure { case: case.name(), family, flows: self.flows, ns, empty_ns })
+    }
+
+    /// Runs a plan `packets` times; nanoseconds each.
+    fn run(&mut self, plan: &Plan, packets: u32) -> Result<u32> {
+        if packets == 0 {
+            return Ok(0);
+        }
+        self.plan.write(0, *plan);
+        let program: &mut Xdp = self.dataplane.program("bench")?;
+        let result = program.test_run(TestRunOptions {
+            data_in: Some(&plan.packet),
+            repeat: packets,
+            ..Default::default()
+        })?;
+        Ok(u32::try_from(result.duration.as_nanos())?)
+    }
+
+    /// Every packet must have met the fate that is measured.
+    fn check(&self, case: Case, packets: u64) -> Result<()> {
+        let name = match case {
+            Case::NotOurs => "not_ours",
+            Case::Forward | Case::NewFlow => "forwarded",
+            Case::Reply => "replied",
+        };
+        let service = (case != Case::NotOurs).then_some(0);
+        let counters = self.dataplane.counters(service)?;
+        let counted = counters.iter().find(|(counter, _)| counter.name() == name).map_or(0, |(_, n)| *n);
+        ensure!(counted >= packets, "{counted} of {packets} packets were {name}: {counters:?}");
+        Ok(())
+    }
+}
+
+/// Makes every claimed slot an established flow's, and notes where each of the measured flows is.
+fn prove<F: Family>(flows: &Mapped<F::Set>, places: &Mapped<Place>, ipv6: bool) -> u32 {
+    let mut claimed = 0;
+    for index in 0..flows.len() as u32 {
+        let Some(set) = flows.get(index as usize) else { continue };
+        for way in 0..WAYS as u32 {
+            let meta = Meta(F::meta(set, way).load());
+            if !meta.is(Kind::HalfOpen) {
+                continue;
+            }
+            claimed += 1;
+            F::meta(set, way).store(meta.become_kind(Kind::Established).with(SYN_ACK | CLIENT_ACK).0);
+            let (address, port, _) = F::parts(F::load(set, way));
+            let last = if ipv6 { (address[1] >> 32) as u32 } else { address[0] as u32 };
+            let flow = (u32::from_be(last) - client(0).0) << 12 | u32::from(u16::from_be(port) - client(0).1);
+            let snat_port = ((index % SETS_PER_ADDRESS) * WAYS as u32 + way) as u16;
+            if flow < FLOWS {
+                places.write(
+                    flow as usize,
+                    Place {
+                        snat: last_four(vip(ipv6, index / SETS_PER_ADDRESS)),
+                        backend: last_four(backend(ipv6, meta.backend())),
+                        port: u32::from(snat_port.to_be()),
+                        reserved: 0,
+                    },
+                );
+            }
+        }
+    }
+    claimed
+}
+
+fn object() -> Result<Vec<u8>> {
+    let path = std::env::var_os("SHEAVE_BENCH_OBJECT")
+        .context("SHEAVE_BENCH_OBJECT is not set: run `cargo xtask bench`")?;
+    std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn settings(ipv6: bool, addresses: u32) -> Settings {
+    Settings {
+        snat_addresses: (0..addresses).map(|index| vip(ipv6, index)).collect(),
+        snat_ports: 1024..=65_535,
+        secret: [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210],
+        log_one_in: None,
+    }
+}
+
+fn vip(ipv6: bool, index: u32) -> IpAddr {
+    let last = 100 + index as u8;
+    if ipv6 {
+        IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0x0a00, u16::from(last)])
+    } else {
+        IpAddr::from([10, 0, 0, last])
+    }
+}
+
+fn backend(ipv6: bool, id: u8) -> IpAddr {
+    if ipv6 {
+        IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0x0a00, 0x0100 + u16::from(id)])
+    } else {
+        IpAddr::from([10, 0, 1, id])
+    }
+}
+
+fn last_four(address: IpAddr) -> u32 {
+    match address {
+        IpAddr::V4(address) => u32::from_ne_bytes(address.octets()),
+        IpAddr::V6(address) => {
+            let [.., a, b, c, d] = address.octets();
+            u32::from_ne_bytes([a, b, c, d])
+        }
+    }
+}
+
+/// The packet of a case, as the wrapper is given it.
+fn packet(case: Case, ipv6: bool) -> [u8; PACKET] {
+    let outsider =
+        if ipv6 { IpAddr::from([0xfd09, 0, 0, 0, 0, 0, 0, 9]) } else { IpAddr::from([10, 9, 9, 9]) };
+    let (source, destination) = match case {
+        Case::NotOurs => (outsider, outsider),
+        // In the way of clients, whose last four bytes the wrapper writes.
+        Case::Forward | Case::NewFlow if ipv6 => {
+            (IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0x0a40, 0]), vip(ipv6, 0))
+        }
+        Case::Forward | Case::NewFlow => (IpAddr::from([10, 64, 0, 0]), vip(ipv6, 0)),
+        Case::Reply => (backend(ipv6, 1), vip(ipv6, 0)),
+    };
+    let builder = PacketBuilder::ethernet2(NEIGHBOUR, MAC);
+    let builder = match (source, destination) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            builder.ipv4(source.octets(), destination.octets(), 64)
+        }
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            builder.ipv6(source.octets(), destination.octets(), 64)
+        }
+        _ => unreachable!("one family"),
+    };
+    let builder = match case {
+        Case::NotOurs => builder.tcp(40_000, 22, 1, 1000).ack(1),
+        Case::Forward => builder.tcp(20_000, LISTENER_PORT, 1, 1000).ack(1),
+        Case::NewFlow => builder.tcp(20_000, LISTENER_PORT, 1, 1000).syn(),
+        Case::Reply => builder.tcp(LISTENER_PORT, 20_000, 1, 1000).ack(1),
+    };
+    let headers = if ipv6 { 74 } else { 54 };
+    let payload = vec![0; PACKET - headers];
+    let mut bytes = Vec::with_capacity(PACKET);
+    builder.write(&mut bytes, &payload).expect("a vector takes any bytes");
+    bytes.try_into().expect("as long as the plan's packet")
+}
