@@ -21,6 +21,9 @@ mod transition;
 mod unverified;
 mod validate;
 
+#[cfg(test)]
+mod tests;
+
 pub use certificate::CertificateFacts;
 pub use fallback::{Candidate, OperatorState, Selection, SelectionReason, select};
 pub use report::{CheckCode, CheckReport, Failure, Outcome};
