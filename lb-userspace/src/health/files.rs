@@ -286,4 +286,40 @@ mod tests {
         let mut watched = watched(directory.path().to_owned(), false);
         assert!(read(&mut watched).unwrap_err().contains("is not a file"));
     }
+
+    #[test]
+    fn each_change_is_logged_once() {
+        use std::sync::{Arc, Mutex};
+        #[derive(Clone, Default)]
+        struct Log(Arc<Mutex<Vec<u8>>>);
+        impl io::Write for Log {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().write(bytes)
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber =
+            tracing_subscriber::fmt().with_writer(move || writer.clone()).with_ansi(false).finish();
+        tracing::subscriber::with_default(subscriber, || {
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("number");
+            let mut watched = watched(path.clone(), false);
+            let mut read_twice = || (read(&mut watched), read(&mut watched));
+            let _ = read_twice();
+            fs::write(&path, "hunter2").unwrap();
+            let _ = read_twice();
+            fs::write(&path, "1").unwrap();
+            let _ = read_twice();
+            fs::write(&path, "22").unwrap();
+            let _ = read_twice();
+        });
+        let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        let levels: Vec<_> = log.lines().map(|line| line.split_whitespace().nth(1).unwrap()).collect();
+        assert_eq!(levels, ["WARN", "ERROR", "INFO"], "{log}");
+        assert!(!log.contains("hunter2"), "{log}");
+    }
 }

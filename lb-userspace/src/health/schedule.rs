@@ -93,15 +93,13 @@ pub fn spawn(targets: Vec<Target>, events: mpsc::Sender<Event>) -> Handle {
     let mut store = Store::default();
     let mut wake = HashMap::with_capacity(targets.len());
     let mut tasks = JoinSet::new();
-    let count = u32::try_from(targets.len()).unwrap_or(u32::MAX).max(1);
+    let count = u32::try_from(targets.len()).unwrap_or(u32::MAX);
     let begin = Instant::now();
     for (target, index) in targets.into_iter().zip(0_u32..) {
         let woken = Arc::new(Notify::new());
         wake.insert(target.id, Arc::clone(&woken));
         let prober = Prober::new(target.address, &target.check, store.credentials(&target.check));
-        // Half a step, so that a single target's second check does not follow its first at once.
-        let phase = target.check.interval / count * index + target.check.interval / count / 2;
-        let rhythm = Rhythm { begin: begin + phase, check: target.check.clone() };
+        let rhythm = Rhythm::new(begin, target.check.clone(), index, count);
         tasks.spawn(watch(target.id, prober, rhythm, woken, events.clone()));
     }
     Handle { wake, _tasks: tasks }
@@ -124,7 +122,6 @@ async fn watch(
     let mut machine = Machine::new(Thresholds { rise: at_least_one(rise), fall: at_least_one(fall) });
     let mut since = SystemTime::now();
     loop {
-        let start = Instant::now();
         let report = prober.check().await;
         let end = Instant::now();
         let change = machine.observe(report.outcome, end.into_std());
@@ -144,7 +141,7 @@ async fn watch(
         if events.send(event).await.is_err() {
             return;
         }
-        let next = rhythm.next(start, end, machine.verdict_pending());
+        let next = rhythm.next(end, machine.verdict_pending());
         tokio::select! {
             // A backend without checks is asked only by `check_now`.
             () = sleep_until(next), if kind != CheckKind::None => {}
@@ -161,17 +158,88 @@ struct Rhythm {
 }
 
 impl Rhythm {
-    fn next(&self, start: Instant, end: Instant, pending: bool) -> Instant {
+    /// The `index`th of `count` targets that begin together.
+    fn new(begin: Instant, check: Check, index: u32, count: u32) -> Self {
+        let step = check.interval / count.max(1);
+        // Half a step, so that the first target's second check does not follow its first at once.
+        Self { begin: begin + step * index + step / 2, check }
+    }
+
+    /// When to check next, after a check that ended at `end`.
+    fn next(&self, end: Instant, verdict_pending: bool) -> Instant {
         let Check { interval, fast_interval, .. } = self.check;
-        let interval = interval.max(Duration::from_millis(1));
-        // Also after a check that took long there is a pause.
-        let soonest = end + fast_interval.min(interval);
-        if pending {
-            return soonest;
+        if verdict_pending {
+            return end + fast_interval.min(interval);
         }
-        let soonest = soonest.max(start + interval / 2);
+        let interval = interval.max(Duration::from_millis(1));
+        let soonest = end + fast_interval.min(interval / 2);
         let passed = soonest.saturating_duration_since(self.begin);
         let steps = u32::try_from(passed.as_nanos().div_ceil(interval.as_nanos())).unwrap_or(u32::MAX);
-        self.begin.checked_add(interval.saturating_mul(steps)).unwrap_or(soonest).max(soonest)
+        self.begin.checked_add(interval.saturating_mul(steps)).unwrap_or(soonest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INTERVAL: Duration = Duration::from_secs(1);
+    const FAST: Duration = Duration::from_millis(200);
+
+    fn rhythm(begin: Instant, index: u32, count: u32) -> Rhythm {
+        let check = Check {
+            kind: CheckKind::Tcp,
+            path: String::new(),
+            expect: Vec::new(),
+            interval: INTERVAL,
+            fast_interval: FAST,
+            connect_timeout: INTERVAL,
+            timeout: INTERVAL,
+            rise: 2,
+            fall: 2,
+            port: None,
+            address: None,
+            server_name: None,
+            ca_file: None,
+            client_cert: None,
+            token_file: None,
+            insecure_skip_tls_verify: false,
+        };
+        Rhythm::new(begin, check, index, count)
+    }
+
+    #[test]
+    fn checks_are_spread_over_the_interval() {
+        let begin = Instant::now();
+        let offset = |index| rhythm(begin, index, 4).next(begin, false) - begin;
+        let mut offsets: Vec<_> = (0..4).map(offset).collect();
+        offsets.sort_unstable();
+        assert!(offsets.windows(2).all(|pair| pair[1] - pair[0] == INTERVAL / 4), "{offsets:?}");
+    }
+
+    #[test]
+    fn a_standing_verdict_is_checked_once_an_interval_however_long_checks_take() {
+        let begin = Instant::now();
+        let rhythm = rhythm(begin, 1, 3);
+        let mut start = rhythm.next(begin, false);
+        for milliseconds in [0, 4, 100, 799] {
+            let next = rhythm.next(start + Duration::from_millis(milliseconds), false);
+            assert_eq!(next - start, INTERVAL, "{milliseconds}");
+            start = next;
+        }
+        let next = rhythm.next(start + Duration::from_millis(900), false);
+        assert_eq!(next - start, 2 * INTERVAL, "never one after the other without a pause");
+    }
+
+    #[test]
+    fn a_pending_verdict_is_checked_soon_and_then_the_spread_is_as_before() {
+        let begin = Instant::now();
+        let rhythm = rhythm(begin, 2, 3);
+        let hurried = rhythm.next(begin, true);
+        assert_eq!(hurried - begin, FAST);
+        let offset = rhythm.next(begin, false) - begin;
+        let after = rhythm.next(hurried, false) - begin;
+        assert_eq!(after.as_nanos() % INTERVAL.as_nanos(), offset.as_nanos() % INTERVAL.as_nanos());
+        assert!(after - FAST <= INTERVAL + FAST);
     }
 }
