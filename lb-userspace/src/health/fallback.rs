@@ -193,6 +193,8 @@ mod tests {
             Candidate { connected: false, certificate_rejected: true, ..candidate(State::Draining) };
         assert_eq!(selected(&[untrusted, untrusted]), (vec![0, 1], SelectionReason::CertificateRejected));
         assert_eq!(selected(&[untrusted, answering(500)]), (vec![1], SelectionReason::Draining));
+        let drained = Candidate { operator: OperatorState::Drain, ..candidate(State::Ready) };
+        assert_eq!(selected(&[untrusted, drained]), (vec![1], SelectionReason::OperatorDrained));
     }
 
     #[test]

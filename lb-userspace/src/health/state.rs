@@ -159,8 +159,6 @@ impl Machine {
         match self.state {
             _ if self.silences >= fall => State::Silent,
             _ if self.failures >= fall => State::Draining,
-            // An answer ends the silence, even while the verdict on the answer is pending.
-            State::Silent if self.silences == 0 => State::Draining,
             standing => standing,
         }
     }
