@@ -1,6 +1,6 @@
 //! Health: asks every backend whether it is ready, and draws the conclusions.
 //!
-//! [`spawn`] checks backends ([`probe`]) on a schedule and sends an [`Event`] for every finished check. A
+//! [`spawn`] checks backends on a schedule and sends an [`Event`] for every finished check. A
 //! [`Machine`] turns results into a [`State`]; [`select`] says who gets new flows, also when nobody is ready. Both
 //! are pure. Nothing here knows of maps, of configuration files or of who listens.
 //!

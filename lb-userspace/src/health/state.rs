@@ -155,11 +155,14 @@ impl Machine {
             self.silences = 0;
             self.silent_since = None;
         }
+        // While silent there are always `fall` failures behind us: the first answer makes it draining.
         let fall = self.thresholds.fall.get();
-        match self.state {
-            _ if self.silences >= fall => State::Silent,
-            _ if self.failures >= fall => State::Draining,
-            standing => standing,
+        if self.silences >= fall {
+            State::Silent
+        } else if self.failures >= fall {
+            State::Draining
+        } else {
+            self.state
         }
     }
 }
