@@ -1,0 +1,162 @@
+//! HTTP/1.1 over a standing connection: one request at a time, a small reply.
+
+use std::{error::Error as _, io, time::Duration};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Empty};
+use hyper::{
+    Request, Response, StatusCode,
+    body::Incoming,
+    client::conn::http1::{self, SendRequest},
+};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    sync::oneshot,
+    time::{Instant, timeout, timeout_at},
+};
+
+use super::{
+    connect::{Transport, Trouble, io_text, tls_error, tls_text},
+    report::{CheckCode, Failure},
+};
+
+/// More of a body is not read: `/readyz` gives 2 bytes, or 2 kB of failed checks.
+const MAX_BODY: usize = 64 << 10;
+
+/// hyper's least, and enough for a reply's head.
+const MAX_HEAD: usize = 16 << 10;
+
+/// For a connection to say good-bye.
+const CLOSING: Duration = Duration::from_secs(1);
+
+/// A connection that HTTP is spoken on. Dropping it closes it.
+pub(super) struct Connection {
+    sender: SendRequest<Empty<Bytes>>,
+    /// Tells the task that moves the bytes that we are done.
+    _open: oneshot::Sender<()>,
+}
+
+/// A status, and as much of the body as there was.
+pub(super) struct Reply {
+    pub(super) status: StatusCode,
+    /// At most [`MAX_BODY`] bytes.
+    pub(super) body: Vec<u8>,
+    pub(super) end: End,
+}
+
+/// How the body ended.
+pub(super) enum End {
+    /// As announced: the connection may be used again.
+    Complete,
+    /// There is more than we want.
+    TooLarge,
+    /// Otherwise.
+    Broken(Trouble),
+}
+
+impl Connection {
+    pub(super) async fn open(transport: Box<dyn Transport>) -> Result<Self, Trouble> {
+        let (sender, connection) = http1::Builder::new()
+            .max_buf_size(MAX_HEAD)
+            .handshake(TokioIo::new(transport))
+            .await
+            .map_err(|error| trouble(&error))?;
+        let (open, closed) = oneshot::channel::<()>();
+        tokio::spawn(async move {
+            let mut connection = std::pin::pin!(connection);
+            tokio::select! {
+                // Its end and its errors are seen by whoever waits for a reply.
+                _ = &mut connection => {}
+                _ = closed => { let _ = timeout(CLOSING, connection).await; }
+            }
+        });
+        Ok(Self { sender, _open: open })
+    }
+
+    /// One request and its reply, within `limit`.
+    pub(super) async fn ask(
+        &mut self,
+        request: Request<Empty<Bytes>>,
+        limit: Duration,
+    ) -> Result<Reply, Trouble> {
+        let deadline = Instant::now() + limit;
+        let head = async {
+            self.sender.ready().await?;
+            self.sender.send_request(request).await
+        };
+        match timeout_at(deadline, head).await {
+            Ok(Ok(response)) => Ok(read(response, deadline).await),
+            Ok(Err(error)) => Err(trouble(&error)),
+            Err(_) => Err(late("")),
+        }
+    }
+}
+
+async fn read(response: Response<Incoming>, deadline: Instant) -> Reply {
+    let status = response.status();
+    let mut incoming = response.into_body();
+    let mut body = Vec::new();
+    let end = loop {
+        let frame = match timeout_at(deadline, incoming.frame()).await {
+            Ok(None) => break End::Complete,
+            Ok(Some(Ok(frame))) => frame,
+            Ok(Some(Err(error))) => break End::Broken(trouble(&error)),
+            Err(_) => break End::Broken(late("the reply did not end in time")),
+        };
+        let Some(data) = frame.data_ref() else { continue };
+        body.extend_from_slice(&data[..data.len().min(MAX_BODY - body.len())]);
+        if body.len() == MAX_BODY {
+            break End::TooLarge;
+        }
+    };
+    Reply { status, body, end }
+}
+
+fn late(info: &str) -> Trouble {
+    Trouble::failed(Failure::NoAnswer, CheckCode::L7Tout, info)
+}
+
+/// Whatever came, it was no HTTP reply. A connection that breaks off now is an answer too: TLS had completed.
+fn trouble(error: &hyper::Error) -> Trouble {
+    let info = if error.is_parse() {
+        "not an HTTP/1 reply".to_owned()
+    } else if error.is_incomplete_message() {
+        "connection closed before the end of the reply".to_owned()
+    } else {
+        match error.source().and_then(|source| source.downcast_ref::<io::Error>()) {
+            Some(error) => tls_error(error).map_or_else(|| io_text(error), tls_text),
+            None => error.to_string(),
+        }
+    };
+    Trouble::failed(Failure::NotExpected, CheckCode::L7Rsp, info)
+}
+
+/// What a wrong status says about itself: the sub-checks an apiserver names as failed, else the status in words.
+pub(super) fn explain(status: StatusCode, body: &[u8]) -> String {
+    let failed: Vec<&str> = std::str::from_utf8(body)
+        .unwrap_or_default()
+        .lines()
+        .filter_map(|line| line.strip_prefix("[-]")?.split(' ').next())
+        .filter(|name| !name.is_empty() && name.len() <= 64)
+        .filter(|name| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_./:".contains(&byte)))
+        .take(4)
+        .collect();
+    match failed.as_slice() {
+        [] => status.canonical_reason().unwrap_or_default().to_owned(),
+        names => format!("failed: {}", names.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_500_names_the_failed_checks() {
+        let body =
+            b"[+]ping ok\n[-]etcd failed: reason withheld\n[-]shutdown failed: reason withheld\nreadyz check failed";
+        assert_eq!(explain(StatusCode::INTERNAL_SERVER_ERROR, body), "failed: etcd, shutdown");
+        assert_eq!(explain(StatusCode::UNAUTHORIZED, b"{\"kind\":\"Status\"}"), "Unauthorized");
+        assert_eq!(explain(StatusCode::FORBIDDEN, b"[-]\x1b[31mevil\" failed\n[-]"), "Forbidden");
+    }
+}

@@ -1,0 +1,245 @@
+//! When each backend is checked, and who hears of it.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    num::NonZeroU32,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use tokio::{
+    sync::{Notify, mpsc},
+    task::JoinSet,
+    time::{Instant, sleep_until},
+};
+
+use super::{
+    credentials::Store,
+    probe::Prober,
+    report::CheckReport,
+    state::{Change, Machine, State, Thresholds},
+    transition::Transition,
+};
+use crate::config::{Check, CheckKind};
+
+/// Whose result an [`Event`] is. Chosen by the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TargetId {
+    /// Index of the service.
+    pub service: usize,
+    /// Index of the backend within it.
+    pub backend: usize,
+}
+
+/// One backend to be checked.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// Whose results these are. Unique among the targets of one [`spawn`].
+    pub id: TargetId,
+    /// The service's name, for messages.
+    pub service: String,
+    /// The backend's name, for messages.
+    pub backend: String,
+    /// The backend's address. The check may name another address or port.
+    pub address: SocketAddr,
+    /// How it is checked.
+    pub check: Check,
+}
+
+/// One finished check.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// Whose.
+    pub id: TargetId,
+    /// What it found.
+    pub report: CheckReport,
+    /// The verdict that stands after it.
+    pub state: State,
+    /// Since when. For [`State::Unknown`]: since checks began.
+    pub since: SystemTime,
+    /// The change of state it brought about.
+    pub transition: Option<Transition>,
+    /// Successes in a row.
+    pub successes: u32,
+    /// Failures in a row.
+    pub failures: u32,
+    /// When the backend's silence began, if it has lasted without a break until now.
+    pub silent_since: Option<std::time::Instant>,
+}
+
+/// Running checks. Dropping it stops them.
+#[derive(Debug)]
+pub struct Handle {
+    wake: HashMap<TargetId, Arc<Notify>>,
+    _tasks: JoinSet<()>,
+}
+
+impl Handle {
+    /// Checks a backend now, or again as soon as the check that is running ends. `false`: no such target.
+    pub fn check_now(&self, id: TargetId) -> bool {
+        let Some(wake) = self.wake.get(&id) else { return false };
+        wake.notify_one();
+        true
+    }
+}
+
+/// Checks every target until the handle is dropped, each in a task of its own. The first checks start at once;
+/// later ones are spread over the interval. Every finished check is sent to `events`: whoever does not receive
+/// them delays the checks.
+///
+/// Must be called within a tokio runtime that has I/O and time enabled.
+pub fn spawn(targets: Vec<Target>, events: mpsc::Sender<Event>) -> Handle {
+    let mut store = Store::default();
+    let mut wake = HashMap::with_capacity(targets.len());
+    let mut tasks = JoinSet::new();
+    let count = u32::try_from(targets.len()).unwrap_or(u32::MAX);
+    let begin = Instant::now();
+    for (target, index) in targets.into_iter().zip(0_u32..) {
+        let woken = Arc::new(Notify::new());
+        wake.insert(target.id, Arc::clone(&woken));
+        let prober = Prober::new(target.address, &target.check, store.credentials(&target.check));
+        let rhythm = Rhythm::new(begin, target.check.clone(), index, count);
+        tasks.spawn(watch(target.id, prober, rhythm, woken, events.clone()));
+    }
+    Handle { wake, _tasks: tasks }
+}
+
+/// Checks one backend once, as [`spawn`] would the first time.
+pub async fn check_once(address: SocketAddr, check: &Check) -> CheckReport {
+    Prober::new(address, check, Store::default().credentials(check)).check().await
+}
+
+async fn watch(
+    id: TargetId,
+    mut prober: Prober,
+    rhythm: Rhythm,
+    woken: Arc<Notify>,
+    events: mpsc::Sender<Event>,
+) {
+    let at_least_one = |count| NonZeroU32::new(count).unwrap_or(NonZeroU32::MIN);
+    let Check { rise, fall, kind, .. } = rhythm.check;
+    let mut machine = Machine::new(Thresholds { rise: at_least_one(rise), fall: at_least_one(fall) });
+    let mut since = SystemTime::now();
+    loop {
+        let report = prober.check().await;
+        let end = Instant::now();
+        let change = machine.observe(report.outcome, end.into_std());
+        if change.is_some() {
+            since = SystemTime::now();
+        }
+        let event = Event {
+            id,
+            transition: change.map(|Change { from, to }| Transition { from, to, report: report.clone() }),
+            report,
+            state: machine.state(),
+            since,
+            successes: machine.successes(),
+            failures: machine.failures(),
+            silent_since: machine.silent_since(),
+        };
+        if events.send(event).await.is_err() {
+            return;
+        }
+        let next = rhythm.next(end, machine.verdict_pending());
+        tokio::select! {
+            // A backend without checks is asked only by `check_now`.
+            () = sleep_until(next), if kind != CheckKind::None => {}
+            () = woken.notified() => {}
+        }
+    }
+}
+
+/// Checks of standing verdicts fall on a grid of the interval that is shifted for each backend, so that they stay
+/// spread however long the checks and the hurried ones in between take.
+struct Rhythm {
+    begin: Instant,
+    check: Check,
+}
+
+impl Rhythm {
+    /// The `index`th of `count` targets that begin together.
+    fn new(begin: Instant, check: Check, index: u32, count: u32) -> Self {
+        let step = check.interval / count.max(1);
+        // Half a step, so that the first target's second check does not follow its first at once.
+        Self { begin: begin + step * index + step / 2, check }
+    }
+
+    /// When to check next, after a check that ended at `end`.
+    fn next(&self, end: Instant, verdict_pending: bool) -> Instant {
+        let Check { interval, fast_interval, .. } = self.check;
+        if verdict_pending {
+            return end + fast_interval.min(interval);
+        }
+        let interval = interval.max(Duration::from_millis(1));
+        let soonest = end + fast_interval.min(interval / 2);
+        let passed = soonest.saturating_duration_since(self.begin);
+        let steps = u32::try_from(passed.as_nanos().div_ceil(interval.as_nanos())).unwrap_or(u32::MAX);
+        self.begin.checked_add(interval.saturating_mul(steps)).unwrap_or(soonest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INTERVAL: Duration = Duration::from_secs(1);
+    const FAST: Duration = Duration::from_millis(200);
+
+    fn rhythm(begin: Instant, index: u32, count: u32) -> Rhythm {
+        let check = Check {
+            kind: CheckKind::Tcp,
+            path: String::new(),
+            expect: Vec::new(),
+            interval: INTERVAL,
+            fast_interval: FAST,
+            connect_timeout: INTERVAL,
+            timeout: INTERVAL,
+            rise: 2,
+            fall: 2,
+            port: None,
+            address: None,
+            server_name: None,
+            ca_file: None,
+            client_cert: None,
+            token_file: None,
+            insecure_skip_tls_verify: false,
+        };
+        Rhythm::new(begin, check, index, count)
+    }
+
+    #[test]
+    fn checks_are_spread_over_the_interval() {
+        let begin = Instant::now();
+        let offset = |index| rhythm(begin, index, 4).next(begin, false) - begin;
+        let mut offsets: Vec<_> = (0..4).map(offset).collect();
+        offsets.sort_unstable();
+        assert!(offsets.windows(2).all(|pair| pair[1] - pair[0] == INTERVAL / 4), "{offsets:?}");
+    }
+
+    #[test]
+    fn a_standing_verdict_is_checked_once_an_interval_however_long_checks_take() {
+        let begin = Instant::now();
+        let rhythm = rhythm(begin, 1, 3);
+        let mut start = rhythm.next(begin, false);
+        for milliseconds in [0, 4, 100, 799] {
+            let next = rhythm.next(start + Duration::from_millis(milliseconds), false);
+            assert_eq!(next - start, INTERVAL, "{milliseconds}");
+            start = next;
+        }
+        let next = rhythm.next(start + Duration::from_millis(900), false);
+        assert_eq!(next - start, 2 * INTERVAL, "never one after the other without a pause");
+    }
+
+    #[test]
+    fn a_pending_verdict_is_checked_soon_and_then_the_spread_is_as_before() {
+        let begin = Instant::now();
+        let rhythm = rhythm(begin, 2, 3);
+        let hurried = rhythm.next(begin, true);
+        assert_eq!(hurried - begin, FAST);
+        let offset = rhythm.next(begin, false) - begin;
+        let after = rhythm.next(hurried, false) - begin;
+        assert_eq!(after.as_nanos() % INTERVAL.as_nanos(), offset.as_nanos() % INTERVAL.as_nanos());
+        assert!(after - FAST <= INTERVAL + FAST);
+    }
+}

@@ -1,0 +1,117 @@
+//! A service's checks as the controller sees them.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use tokio::{sync::mpsc, time::timeout};
+
+use super::*;
+use crate::health::{Event, State, Target, TargetId, spawn};
+
+fn target(backend: usize, address: SocketAddr, check: Check) -> Target {
+    let id = TargetId { service: 0, backend };
+    Target { id, service: "api".to_owned(), backend: format!("master-{backend}"), address, check }
+}
+
+async fn receive(events: &mut mpsc::Receiver<Event>) -> Event {
+    timeout(AMPLE, events.recv()).await.expect("an event in time").expect("running checks")
+}
+
+async fn until(events: &mut mpsc::Receiver<Event>, state: State) -> Event {
+    loop {
+        let event = receive(events).await;
+        if event.state == state {
+            return event;
+        }
+    }
+}
+
+#[tokio::test]
+async fn first_checks_are_made_at_once_and_all_together() {
+    let cluster = Cluster::new();
+    let server = cluster.apiserver(|_| Answer::ok()).await;
+    let frozen = Server::start(Layer::Frozen, |_| Answer::ok()).await;
+    let (sender, mut events) = mpsc::channel(16);
+    let hour = Duration::from_secs(3600);
+    let check = Check { interval: hour, fast_interval: hour, ..cluster.check() };
+    let addresses = [frozen.address, server.address, server.address];
+    let targets =
+        addresses.iter().zip(0..).map(|(address, backend)| target(backend, *address, check.clone()));
+    let handle = spawn(targets.collect(), sender);
+
+    // The frozen one, though first, keeps nobody waiting.
+    let mut ready = Vec::new();
+    for _ in 0..2 {
+        let event = receive(&mut events).await;
+        assert_eq!((event.state, event.successes, event.failures), (State::Ready, 1, 0));
+        assert_eq!(event.transition.unwrap().from, State::Unknown);
+        ready.push(event.id.backend);
+    }
+    ready.sort_unstable();
+    assert_eq!(ready, [1, 2]);
+
+    let id = TargetId { service: 0, backend: 1 };
+    assert!(handle.check_now(id));
+    let event = receive(&mut events).await;
+    assert_eq!((event.id, event.successes, event.transition), (id, 2, None));
+    assert!(!handle.check_now(TargetId { service: 1, backend: 0 }));
+
+    drop(handle);
+    assert!(timeout(AMPLE, events.recv()).await.unwrap().is_none(), "nobody is left to send events");
+}
+
+#[tokio::test]
+async fn a_backend_falls_hurriedly_and_rises_again() {
+    let cluster = Cluster::new();
+    let well = Arc::new(AtomicBool::new(true));
+    let says = Arc::clone(&well);
+    let server = cluster
+        .apiserver(move |_| match says.load(Ordering::Relaxed) {
+            true => Answer::ok(),
+            false => Answer::status("500 Internal Server Error", "[-]shutdown failed: reason withheld\n"),
+        })
+        .await;
+    let (sender, mut events) = mpsc::channel(1);
+    let check = Check { interval: Duration::from_millis(100), ..cluster.check() };
+    let _handle = spawn(vec![target(0, server.address, check)], sender);
+    until(&mut events, State::Ready).await;
+
+    well.store(false, Ordering::Relaxed);
+    let event = until(&mut events, State::Draining).await;
+    assert_eq!(event.failures, 2);
+    let transition = event.transition.unwrap();
+    assert_eq!((transition.from, transition.to), (State::Ready, State::Draining));
+    assert_eq!(transition.report, event.report);
+    assert_eq!(event.report.info, "failed: shutdown");
+
+    well.store(true, Ordering::Relaxed);
+    let event = until(&mut events, State::Ready).await;
+    assert_eq!(event.successes, 2);
+}
+
+#[tokio::test]
+async fn a_frozen_backend_becomes_silent_and_its_silence_is_timed() {
+    let server = Server::start(Layer::Frozen, |_| Answer::ok()).await;
+    let (sender, mut events) = mpsc::channel(1);
+    let check = Check { connect_timeout: SHORT, ..check(CheckKind::Https) };
+    let _handle = spawn(vec![target(0, server.address, check)], sender);
+    let first = receive(&mut events).await;
+    assert_eq!((first.state, first.failures), (State::Unknown, 1));
+    let second = receive(&mut events).await;
+    assert_eq!((second.state, second.failures), (State::Silent, 2));
+    assert_eq!(second.silent_since, first.silent_since);
+}
+
+#[tokio::test]
+async fn a_backend_without_checks_is_ready_and_left_alone() {
+    let (sender, mut events) = mpsc::channel(1);
+    let nowhere = "192.0.2.1:6443".parse().unwrap();
+    let check = Check { interval: Duration::from_millis(1), ..check(CheckKind::None) };
+    let handle = spawn(vec![target(0, nowhere, check)], sender);
+    assert_eq!(receive(&mut events).await.state, State::Ready);
+    assert!(timeout(SHORT, events.recv()).await.is_err());
+    handle.check_now(TargetId { service: 0, backend: 0 });
+    assert_eq!(receive(&mut events).await.successes, 2);
+}

@@ -1,0 +1,126 @@
+//! One line per change of state, worded as HAProxy does.
+
+use std::fmt::Write as _;
+
+use super::{report::CheckReport, state::State};
+
+/// A change of state and the check that brought it about.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Transition {
+    /// Before.
+    pub from: State,
+    /// After.
+    pub to: State,
+    /// The check that made the verdict.
+    pub report: CheckReport,
+}
+
+impl Transition {
+    /// Whether it is bad news, to be logged as a warning.
+    #[must_use]
+    pub fn is_down(&self) -> bool {
+        self.to != State::Ready
+    }
+}
+
+/// The log line of a transition, with the service's `ready_left` of `total` backends after it.
+///
+/// It begins as HAProxy's does, for the sake of those who grep for it, and ends with the word and meaning of the
+/// state, because "DOWN" alone does not say what becomes of established flows.
+#[must_use]
+pub fn transition_line(
+    service: &str,
+    backend: &str,
+    transition: &Transition,
+    ready_left: usize,
+    total: usize,
+) -> String {
+    let Transition { from, to, report } = transition;
+    let verb = match (from, to) {
+        (_, State::Ready) => "is UP",
+        (State::Draining | State::Silent, _) => "is still DOWN",
+        _ => "is DOWN",
+    };
+    let mut line = format!("Server {service}/{backend} {verb}, reason: {}", report.code.description());
+    // Writing to a String cannot fail.
+    if let Some(status) = report.http_status {
+        let _ = write!(line, ", code: {status}");
+    }
+    if !report.info.is_empty() {
+        let _ = write!(line, ", info: \"{}\"", report.info);
+    }
+    let left = if *to == State::Ready { "online" } else { "left" };
+    let plural = if ready_left == 1 { "" } else { "s" };
+    let _ = write!(
+        line,
+        ", check duration: {}ms. {ready_left} active server{plural} {left} of {total}. {from} -> {to}: {}.",
+        report.duration.as_millis(),
+        meaning(*to)
+    );
+    line
+}
+
+fn meaning(state: State) -> &'static str {
+    match state {
+        State::Unknown => "not checked yet",
+        State::Ready => "gets new flows",
+        State::Draining | State::Silent => "no new flows, established ones are kept",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::health::report::{CheckCode, Failure, Outcome};
+
+    fn transition(from: State, to: State, report: CheckReport) -> Transition {
+        Transition { from, to, report: CheckReport { duration: Duration::from_millis(4), ..report } }
+    }
+
+    #[test]
+    fn going_down_reads_like_haproxy() {
+        let mut report = CheckReport::new(Outcome::Fail(Failure::NotExpected), CheckCode::L7Sts);
+        report.http_status = Some(500);
+        assert_eq!(
+            transition_line(
+                "api",
+                "master-2",
+                &transition(State::Ready, State::Draining, report.clone()),
+                2,
+                3
+            ),
+            "Server api/master-2 is DOWN, reason: Layer7 wrong status, code: 500, check duration: 4ms. \
+             2 active servers left of 3. ready -> draining: no new flows, established ones are kept."
+        );
+        report.info = "failed: etcd".to_owned();
+        let line =
+            transition_line("api", "master-2", &transition(State::Ready, State::Draining, report), 1, 3);
+        assert!(line.contains("code: 500, info: \"failed: etcd\", check duration"), "{line}");
+        assert!(line.contains("1 active server left of 3"), "{line}");
+    }
+
+    #[test]
+    fn coming_up_reads_like_haproxy() {
+        let mut report = CheckReport::new(Outcome::Pass, CheckCode::L7Ok);
+        report.http_status = Some(200);
+        assert_eq!(
+            transition_line("api", "master-2", &transition(State::Draining, State::Ready, report), 3, 3),
+            "Server api/master-2 is UP, reason: Layer7 check passed, code: 200, check duration: 4ms. \
+             3 active servers online of 3. draining -> ready: gets new flows."
+        );
+    }
+
+    #[test]
+    fn from_bad_to_worse_is_not_going_down_again() {
+        let report = CheckReport::new(Outcome::Fail(Failure::Silent), CheckCode::L4Tout);
+        let line =
+            transition_line("api", "master-2", &transition(State::Draining, State::Silent, report), 2, 3);
+        assert!(
+            line.starts_with("Server api/master-2 is still DOWN, reason: Layer4 timeout, check"),
+            "{line}"
+        );
+        assert!(line.contains("draining -> silent: no new flows, established ones are kept"), "{line}");
+    }
+}
