@@ -23,14 +23,14 @@ const ANSWER_SIZE_MAX: usize = 4 << 20;
 pub enum ClientError {
     /// Nobody listens.
     #[error(
-        "no sheave daemon answers at {}: {source}\n   = help: {}",
-        .path.display(), connect_help(source)
+        "no sheave daemon answers at {}: {reason}\n   = help: {}",
+        .path.display(), connect_help(reason)
     )]
     NoDaemon {
         /// The socket.
         path: PathBuf,
         /// What the kernel said.
-        source: io::Error,
+        reason: io::Error,
     },
     /// It accepted, and said nothing.
     #[error("the sheave daemon at {} did not answer within {limit:?}", .path.display())]
@@ -66,8 +66,8 @@ fn connect_help(error: &io::Error) -> &'static str {
 impl ClientError {
     /// Whether there is no daemon at all.
     pub fn is_no_daemon(&self) -> bool {
-        matches!(self, Self::NoDaemon { source, .. }
-            if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused))
+        matches!(self, Self::NoDaemon { reason, .. }
+            if matches!(reason.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused))
     }
 }
 
@@ -107,7 +107,7 @@ impl Client {
     async fn exchange<T: DeserializeOwned>(&self, method: Method, uri: &str) -> Result<T, ClientError> {
         let stream = UnixStream::connect(&self.path)
             .await
-            .map_err(|source| ClientError::NoDaemon { path: self.path.clone(), source })?;
+            .map_err(|reason| ClientError::NoDaemon { path: self.path.clone(), reason })?;
         let (mut sender, connection) =
             http1::handshake(TokioIo::new(stream)).await.map_err(|error| self.strange(error))?;
         let request = hyper::Request::builder()

@@ -43,14 +43,14 @@ pub enum BindError {
     #[error("{} exists and is not a socket; remove it, or set `admin.socket` to another path", .0.display())]
     NotASocket(PathBuf),
     /// Anything else.
-    #[error("cannot {action} {}: {source}", .path.display())]
+    #[error("cannot {action} {}: {reason}", .path.display())]
     Io {
         /// What was tried.
         action: &'static str,
         /// With what.
         path: PathBuf,
         /// What the kernel said.
-        source: io::Error,
+        reason: io::Error,
     },
 }
 
@@ -69,7 +69,7 @@ pub struct AdminListener {
 pub fn bind(path: &Path) -> Result<AdminListener, BindError> {
     let failed = |action, path: &Path| {
         let path = path.to_owned();
-        move |source| BindError::Io { action, path, source }
+        move |reason| BindError::Io { action, path, reason }
     };
     let directory = match path.parent() {
         Some(directory) if directory != Path::new("") => directory,
@@ -114,7 +114,7 @@ fn lock(directory: &Path) -> io::Result<Flock<fs::File>> {
 }
 
 fn remove_dead_socket(path: &Path) -> Result<(), BindError> {
-    let failed = |action| move |source| BindError::Io { action, path: path.to_owned(), source };
+    let failed = |action| move |reason| BindError::Io { action, path: path.to_owned(), reason };
     let metadata = match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         result => result.map_err(failed("look at"))?,

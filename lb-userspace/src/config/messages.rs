@@ -433,7 +433,11 @@ fn too_many() {
     let many =
         |count: usize, item: &dyn Fn(usize) -> String| (0..count).map(item).collect::<Vec<_>>().join(", ");
     let backends = many(256, &|n| format!("\"10.1.{}.{}:6443\"", n / 200, n % 200 + 1));
-    let listeners = many(257, &|n| format!("\"192.0.2.1:{}\"", 1000 + n));
+    let listeners = many(256, &|n| format!("\"192.0.2.1:{}\"", 1000 + n));
+    let one_port = many(33, &|n| format!("\"192.0.2.{}:6443\"", n + 1));
+    let vips = many(17, &|n| format!("\"192.0.2.{}:6443\"", n + 1));
+    let prefixes = many(4097, &|n| format!("\"10.{}.{}.1\"", n / 200, n % 200));
+    let snat = many(17, &|n| format!("\"198.51.100.{}\"", n + 1));
     let service = |n: usize| {
         format!(
             "[[service]]\nname = \"s{n}\"\nlisten = [\"192.0.2.1:{}\"]\nbackends = [\"10.0.0.1:1\"]\n",
@@ -441,18 +445,24 @@ fn too_many() {
         )
     };
     let head = "[[service]]\nname = \"a\"\n";
+    let listening = |on: &str| format!("{head}listen = [{on}]\nbackends = [\"10.0.0.1:1\"]");
     assert_messages(&[
         (
             &format!("{head}listen = [\"192.0.2.1:1\"]\nbackends = [{backends}]"),
             "more than 255 backends in all",
         ),
+        (&listening(&listeners), "more than 255 listeners in all"),
+        (&listening(&one_port), "more than 32 listeners on port 6443 in all"),
+        (&listening(&vips), "more than 16 VIPs of one family"),
+        (&service_with(&format!("allow = [{prefixes}]")), "more than 4096 \"allow\" prefixes in all"),
         (
-            &format!("{head}listen = [{listeners}]\nbackends = [\"10.0.0.1:1\"]"),
-            "more than 256 listeners in all",
+            &format!("[dataplane]\nsnat_addresses = [{snat}]\n{RIGHT}"),
+            "more than 16 \"snat_addresses\" of one family",
         ),
         (&(0..65).map(service).collect::<String>(), "more than 64 services in all"),
     ]);
     right(&(0..64).map(service).collect::<String>());
+    right(&format!("[dataplane]\nsnat_addresses = [\"198.51.100.1\"]\n{}", listening(&vips)));
 }
 
 #[test]

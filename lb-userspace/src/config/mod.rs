@@ -31,12 +31,12 @@ const FILE_SIZE_MAX: u64 = 1 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file could not be read.
-    #[error("cannot read the configuration {file}: {source}{}", read_help(source))]
+    #[error("cannot read the configuration {file}: {reason}{}", read_help(reason))]
     Read {
         /// As it was given.
         file: String,
         /// What the kernel said.
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     /// The file was read and is wrong.
     #[error("{0}")]
@@ -57,7 +57,7 @@ impl Config {
     /// Reads and checks a file. Relative paths in it are taken from the directory it is in.
     pub fn load(path: &Path) -> Result<(Self, Vec<Warning>), ConfigError> {
         let file_name = path.display().to_string();
-        let text = read_limited(path).map_err(|source| ConfigError::Read { file: file_name, source })?;
+        let text = read_limited(path).map_err(|reason| ConfigError::Read { file: file_name, reason })?;
         Self::parse(&text, path)
     }
 

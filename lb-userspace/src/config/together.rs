@@ -1,9 +1,11 @@
 //! What holds between services, and between listeners and backends.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
 };
+
+use lb_common::layout;
 
 use super::{
     Dataplane,
@@ -12,12 +14,12 @@ use super::{
     service::ReadService,
 };
 
-/// Backends of all services: the data path numbers them from 1 in one byte.
-const BACKENDS_MAX: usize = 255;
-/// Each has its selection tables in the kernel's memory.
-const SERVICES_MAX: usize = 64;
-/// Of all services.
-const LISTENERS_MAX: usize = 256;
+// The data path's ids begin with 1.
+const BACKENDS_MAX: usize = layout::BACKENDS as usize - 1;
+const SERVICES_MAX: usize = layout::SERVICES as usize - 1;
+const LISTENERS_MAX: usize = layout::LISTENERS as usize - 1;
+/// Of all services: what the data path's prefix map holds.
+const ALLOW_MAX: usize = 4096;
 
 /// Rejects what no single service can see.
 pub(super) fn examine(
@@ -33,7 +35,7 @@ pub(super) fn examine(
         warn(service, document);
     }
     snat_is_no_backend(dataplane, services)?;
-    few_enough(services)
+    few_enough(dataplane, services)
 }
 
 fn distinct_names(services: &[ReadService]) -> Result<(), Problem> {
@@ -172,13 +174,56 @@ fn snat_is_no_backend(dataplane: &Dataplane, services: &[ReadService]) -> Result
     Ok(())
 }
 
-fn few_enough(services: &[ReadService]) -> Result<(), Problem> {
+fn few_enough(dataplane: &Dataplane, services: &[ReadService]) -> Result<(), Problem> {
     let listeners = services.iter().flat_map(|service| &service.listen_spans);
     let backends = services.iter().flat_map(|service| &service.backend_spans);
     let names = services.iter().map(|service| &service.name_span);
+    let prefixes = services.iter().flat_map(|read| read.service.allow.iter().map(|_prefix| &read.allow_span));
     beyond(names, SERVICES_MAX, "services")?;
     beyond(listeners, LISTENERS_MAX, "listeners")?;
-    beyond(backends, BACKENDS_MAX, "backends")
+    beyond(backends, BACKENDS_MAX, "backends")?;
+    beyond(prefixes, ALLOW_MAX, "\"allow\" prefixes")?;
+    few_listeners_per_port(services)?;
+    few_snat_addresses(dataplane, services)
+}
+
+fn few_listeners_per_port(services: &[ReadService]) -> Result<(), Problem> {
+    let mut ports: HashMap<u16, Vec<&Span>> = HashMap::new();
+    for (listener, span) in listeners(services) {
+        let spans = ports.entry(listener.port()).or_default();
+        spans.push(span);
+        let what = format!("listeners on port {}", listener.port());
+        beyond(spans.iter().copied(), layout::LISTENERS_PER_PORT, &what)?;
+    }
+    Ok(())
+}
+
+/// Without SNAT addresses of their own, flows leave from the listeners' addresses.
+fn few_snat_addresses(dataplane: &Dataplane, services: &[ReadService]) -> Result<(), Problem> {
+    let most = layout::SNAT_ADDRESSES;
+    for ipv4 in [true, false] {
+        let named = dataplane.snat_addresses.iter().filter(|address| address.is_ipv4() == ipv4).count();
+        if named > most {
+            return Err(Problem::of_file(format!("more than {most} \"snat_addresses\" of one family"))
+                .help(format!("write at most {most}: each is good for 64,000 flows")));
+        }
+        if !dataplane.snat_addresses.is_empty() {
+            continue;
+        }
+        let mut vips = HashSet::new();
+        for (listener, span) in listeners(services).filter(|(listener, _)| listener.is_ipv4() == ipv4) {
+            vips.insert(listener.ip());
+            if vips.len() > most {
+                return Err(Problem::at(span.clone(), format!("more than {most} VIPs of one family"))
+                    .help(format!("name up to {most} addresses that flows leave from: \"snat_addresses\"")));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn listeners(services: &[ReadService]) -> impl Iterator<Item = (&SocketAddr, &Span)> {
+    services.iter().flat_map(|read| read.service.listen.iter().zip(&read.listen_spans))
 }
 
 fn beyond<'s>(mut spans: impl Iterator<Item = &'s Span>, most: usize, what: &str) -> Result<(), Problem> {
