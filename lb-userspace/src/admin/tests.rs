@@ -157,14 +157,24 @@ async fn a_dead_daemons_socket_is_replaced() {
 
 #[test]
 fn of_daemons_that_start_together_one_wins() {
+    const RACERS: usize = 4;
     let directory = tempfile::tempdir().expect("a directory");
     let path = directory.path().join("admin.sock");
-    drop(std::os::unix::net::UnixListener::bind(&path).expect("a dead socket to fight for"));
-    let results: Vec<_> = std::thread::scope(|scope| {
-        let racers: Vec<_> = (0..8).map(|_| scope.spawn(|| bind(&path))).collect();
-        racers.into_iter().map(|racer| racer.join().expect("no panic")).collect()
-    });
-    assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1, "{results:?}");
+    for _ in 0..50 {
+        drop(std::os::unix::net::UnixListener::bind(&path).expect("a dead socket to fight for"));
+        let start = std::sync::Barrier::new(RACERS);
+        let race = || {
+            start.wait();
+            bind(&path)
+        };
+        let results: Vec<_> = std::thread::scope(|scope| {
+            let racers: Vec<_> = (0..RACERS).map(|_| scope.spawn(race)).collect();
+            racers.into_iter().map(|racer| racer.join().expect("no panic")).collect()
+        });
+        let told = |result: &Result<_, BindError>| matches!(result, Err(BindError::InUse { .. }));
+        assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1, "{results:?}");
+        assert_eq!(results.iter().filter(|result| told(result)).count(), RACERS - 1, "{results:?}");
+    }
 }
 
 #[test]
