@@ -1,5 +1,7 @@
 //! sheave's control plane: checks the apiservers and keeps the data path's maps true.
 
+pub mod admin;
+pub mod cli;
 pub mod config;
 pub mod dataplane;
 pub mod health;

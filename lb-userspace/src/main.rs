@@ -1,2 +1,5 @@
 //! The `sheave` command.
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    lb_userspace::cli::main()
+}

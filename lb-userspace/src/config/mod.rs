@@ -1,5 +1,146 @@
 //! The configuration file: what it may say, and what is wrong with it.
+//!
+//! The text becomes a TOML tree that knows where each value stands ([`toml::de::DeTable`]), the tree becomes the
+//! [model](Config). The tree is walked by hand rather than through serde: the message is the product here, and
+//! serde's own ("unknown field `x`, expected one of twenty") cannot say what to write instead.
 
+mod address;
+mod check;
+mod diagnostic;
 mod model;
+mod section;
+mod service;
+mod together;
+mod values;
 
+#[cfg(test)]
+mod messages;
+
+use std::{io::Read as _, path::Path};
+
+use diagnostic::Problem;
+pub use diagnostic::{Diagnostic, Warning};
 pub use model::*;
+use section::{Document, Section};
+use toml::de::DeTable;
+
+/// Larger than any real file; keeps `--config /dev/zero` from eating the host.
+const FILE_SIZE_MAX: u64 = 1 << 20;
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("cannot read the configuration {file}: {reason}{}", read_help(reason))]
+    Read {
+        /// As it was given.
+        file: String,
+        /// What the kernel said.
+        reason: std::io::Error,
+    },
+    /// The file was read and is wrong.
+    #[error("{0}")]
+    Invalid(Box<Diagnostic>),
+}
+
+fn read_help(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => {
+            "\n   = help: name another file with --config FILE; `sheave run --help` shows a first one"
+        }
+        std::io::ErrorKind::PermissionDenied => "\n   = help: run as root, or as a user who may read it",
+        _ => "",
+    }
+}
+
+impl Config {
+    /// Reads and checks a file. Relative paths in it are taken from the directory it is in.
+    pub fn load(path: &Path) -> Result<(Self, Vec<Warning>), ConfigError> {
+        let file_name = path.display().to_string();
+        let text = read_limited(path).map_err(|reason| ConfigError::Read { file: file_name, reason })?;
+        Self::parse(&text, path)
+    }
+
+    /// Checks the text of a file. `file_name` appears in messages, and relative paths are taken from its directory.
+    pub fn parse(text: &str, file_name: impl AsRef<Path>) -> Result<(Self, Vec<Warning>), ConfigError> {
+        let file_name = file_name.as_ref();
+        let locate = |problem: Problem| problem.locate(&file_name.display().to_string(), text);
+        let mut document = Document::new(file_name);
+        let config = read_document(text, &mut document)
+            .map_err(|problem| ConfigError::Invalid(Box::new(locate(problem))))?;
+        Ok((config, document.into_warnings().into_iter().map(locate).collect()))
+    }
+}
+
+fn read_limited(path: &Path) -> std::io::Result<String> {
+    let mut text = String::new();
+    let read = std::fs::File::open(path)?.take(FILE_SIZE_MAX + 1).read_to_string(&mut text)?;
+    if read as u64 > FILE_SIZE_MAX {
+        return Err(std::io::Error::other("it is larger than 1 MiB, which no configuration is"));
+    }
+    Ok(text)
+}
+
+fn read_document(text: &str, document: &mut Document) -> Result<Config, Problem> {
+    let tree = DeTable::parse(text).map_err(|error| diagnostic::syntax_error(&error, text))?;
+    let root = Section::root(&tree, &["dataplane", "vip", "admin", "service"])?;
+    let config = Config {
+        dataplane: read_dataplane(&root, document)?,
+        vip: read_vip(&root)?,
+        admin: read_admin(&root, document)?,
+        services: Vec::new(),
+    };
+    let services = service::read_all(&root, document)?;
+    together::examine(&config.dataplane, &services, document)?;
+    Ok(Config { services: services.into_iter().map(|service| service.service).collect(), ..config })
+}
+
+fn read_dataplane(root: &Section, document: &Document) -> Result<Dataplane, Problem> {
+    let section = root.section(
+        "dataplane",
+        &["interfaces", "xdp_mode", "snat_addresses", "snat_ports", "hash_key_file", "state_dir"],
+    )?;
+    Ok(Dataplane {
+        interfaces: values::interfaces(&section)?,
+        xdp_mode: section.choice(
+            "xdp_mode",
+            XdpMode::Auto,
+            &[("auto", XdpMode::Auto), ("native", XdpMode::Native), ("generic", XdpMode::Generic)],
+            &[],
+        )?,
+        snat_addresses: address::snat_addresses(&section)?,
+        snat_ports: values::snat_ports(&section)?,
+        hash_key_file: section.path("hash_key_file", document)?,
+        state_dir: section
+            .path("state_dir", document)?
+            .unwrap_or_else(|| Path::new(Dataplane::STATE_DIR).to_owned()),
+    })
+}
+
+fn read_vip(root: &Section) -> Result<Vip, Problem> {
+    let section = root.section("vip", &["mode"])?;
+    let mode = section.choice(
+        "mode",
+        VipMode::Follow,
+        &[("follow", VipMode::Follow), ("own", VipMode::Own)],
+        &[],
+    )?;
+    Ok(Vip { mode })
+}
+
+fn read_admin(root: &Section, document: &Document) -> Result<Admin, Problem> {
+    let section = root.section("admin", &["socket", "listen"])?;
+    section.not_built_yet("listen", "leave it out; `sheave status --json` gives the same facts")?;
+    let socket = values::socket_path(&section, document)?;
+    Ok(Admin { socket: socket.unwrap_or_else(|| Path::new(Admin::SOCKET).to_owned()) })
+}
+
+impl Dataplane {
+    /// `state_dir` where the file names none.
+    pub const STATE_DIR: &str = "/var/lib/sheave";
+}
+
+impl Admin {
+    /// `socket` where the file names none.
+    pub const SOCKET: &str = "/run/sheave/admin.sock";
+}

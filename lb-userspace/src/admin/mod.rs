@@ -1,0 +1,20 @@
+//! The daemon's admin socket: HTTP over a Unix socket, for the commands and for whoever has curl.
+//!
+//! ```text
+//! curl --unix-socket /run/sheave/admin.sock http://sheave/v1/status
+//! ```
+//!
+//! The server side knows nothing of the daemon: it turns requests into [`Request`]s, which the controller answers.
+
+mod client;
+mod server;
+pub mod socket;
+mod status;
+
+#[cfg(test)]
+mod tests;
+
+pub use client::{Client, ClientError};
+pub use server::Request;
+pub use socket::{AdminListener, BindError, bind};
+pub use status::*;

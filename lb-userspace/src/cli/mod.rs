@@ -1,0 +1,190 @@
+//! The commands of `sheave`, one file each.
+
+mod alive;
+mod check_config;
+mod completions;
+mod doctor;
+mod link;
+mod output;
+mod run;
+mod status;
+mod table;
+mod unload;
+
+use std::{
+    io::{self, IsTerminal as _},
+    path::PathBuf,
+    process::ExitCode,
+};
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{Admin, ConfigError};
+
+/// Where the configuration is when nothing else is said.
+pub const CONFIG_FILE: &str = "/etc/sheave/sheave.toml";
+
+const FAILED: u8 = 1;
+const USAGE: u8 = 2;
+const NOT_READY: u8 = 3;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  fine
+  1  failed
+  2  wrong usage or configuration
+  3  status: a service has no ready backend";
+
+const HELP: &str = "\
+Examples:
+  sheave check-config                 is /etc/sheave/sheave.toml right?
+  sheave doctor                       can this host do it, and what to change if not
+  sheave run                          balance, until stopped
+  sheave status                       services, backends and their last checks
+  watch -n1 sheave status             the same, all the time
+  sheave completions bash > /etc/bash_completion.d/sheave
+
+In keepalived, instead of `pgrep haproxy`:
+  vrrp_script sheave { script \"/usr/local/bin/sheave alive\" interval 2 timeout 2 rise 2 fall 2 }
+";
+
+/// Load balancer for kube-apiservers, in the kernel (XDP): no proxy, no TLS termination.
+#[derive(Debug, Parser)]
+#[command(
+    name = "sheave",
+    version,
+    arg_required_else_help = true,
+    subcommand_required = true,
+    disable_help_subcommand = true,
+    after_help = concat_help(HELP)
+)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+fn concat_help(examples: &str) -> String {
+    format!("{examples}\n{EXIT_CODES}")
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Balance as the configuration says, until stopped
+    Run(run::Arguments),
+    /// Say whether a configuration file is right, and load nothing
+    CheckConfig(check_config::Arguments),
+    /// Show services, backends and their last checks
+    Status(status::Arguments),
+    /// Look for what would keep this host from balancing, each with its fix
+    Doctor(doctor::Arguments),
+    /// Say whether this load balancer works, whatever its backends do (for keepalived)
+    Alive(alive::Arguments),
+    /// Take sheave's programs, maps and addresses off this host
+    Unload(unload::Arguments),
+    /// Print the completions of a shell
+    Completions(completions::Arguments),
+}
+
+/// `--socket`, shared by the commands that talk to the daemon.
+#[derive(Debug, clap::Args)]
+struct SocketArgument {
+    /// The daemon's admin socket
+    #[arg(long, value_name = "PATH", default_value = Admin::SOCKET)]
+    socket: PathBuf,
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match dispatch(arguments.command) {
+        Ok(code) => code,
+        Err(error) => {
+            // Also where stderr is closed.
+            let _ = io::Write::write_all(&mut io::stderr(), format!("error: {error:#}\n").as_bytes());
+            exit_code(&error)
+        }
+    }
+}
+
+fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Run(arguments) => run::run(arguments),
+        Command::CheckConfig(arguments) => check_config::run(arguments),
+        Command::Status(arguments) => status::run(arguments),
+        Command::Doctor(arguments) => doctor::run(arguments),
+        Command::Alive(arguments) => alive::run(arguments),
+        Command::Unload(arguments) => unload::run(arguments),
+        Command::Completions(arguments) => completions::run(arguments),
+    }
+}
+
+/// The user's mistakes are told apart from the host's.
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    let mistake = error.is::<ConfigError>() || error.is::<UsageError>();
+    ExitCode::from(if mistake { USAGE } else { FAILED })
+}
+
+/// The command line is wrong in a way that clap cannot see.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct UsageError(String);
+
+/// Logs to stderr: `filter`, else `RUST_LOG`, else `default`.
+fn init_logging(filter: Option<&str>, default: &str) -> Result<(), UsageError> {
+    let from_environment = std::env::var(EnvFilter::DEFAULT_ENV).ok().filter(|text| !text.is_empty());
+    let text = filter.map(str::to_owned).or(from_environment).unwrap_or_else(|| default.to_owned());
+    let filter = EnvFilter::try_new(&text).map_err(|error| {
+        UsageError(format!(
+            "{text:?} is no log filter: {error}\n   = help: write \"debug\", or \"info,lb_userspace::health=debug\""
+        ))
+    })?;
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(output::colours(io::stderr().is_terminal()));
+    // A second subscriber exists in tests only.
+    let _ = subscriber.try_init();
+    Ok(())
+}
+
+/// Runs a command's future on this thread: a command waits for one thing at a time.
+fn block_on<T>(future: impl Future<Output = T>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(runtime.block_on(future))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn help_shows_every_command_on_one_line_and_the_exit_codes() {
+        let help = Arguments::command().render_help().to_string();
+        for name in ["run", "check-config", "status", "doctor", "alive", "unload", "completions"] {
+            let line = help.lines().find(|line| line.trim_start().starts_with(&format!("{name} ")));
+            assert!(line.is_some(), "{name} is missing in\n{help}");
+        }
+        assert!(help.contains("Exit codes:"), "{help}");
+    }
+
+    #[test]
+    fn a_wrong_configuration_is_the_users_mistake() {
+        let config_error = crate::config::Config::parse("", "a").expect_err("no service");
+        assert_eq!(exit_code(&config_error.into()), ExitCode::from(2));
+        assert_eq!(exit_code(&anyhow::anyhow!("the kernel said no")), ExitCode::from(1));
+    }
+
+    #[test]
+    fn a_wrong_log_filter_is_the_users_mistake() {
+        let error = init_logging(Some("a=b=c"), "info").expect_err("not a filter");
+        assert!(error.to_string().contains("\"a=b=c\" is no log filter"), "{error}");
+    }
+}

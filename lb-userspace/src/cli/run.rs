@@ -1,0 +1,37 @@
+//! `sheave run`
+
+use std::{path::PathBuf, process::ExitCode};
+
+use crate::config::Config;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+A first configuration, for three masters behind a VIP that keepalived (or you) put on this host:
+
+  [[service]]
+  name = \"kube-apiserver\"
+  listen = [\"192.168.2.140:6443\"]
+  backends = [\"192.168.2.151:6443\", \"192.168.2.152:6443\", \"192.168.2.153:6443\"]
+
+  [service.check]
+  ca_file = \"/etc/kubernetes/pki/ca.crt\"
+
+Needs root. Stop it with Ctrl-C or SIGTERM.")]
+pub(super) struct Arguments {
+    /// The configuration file
+    #[arg(long, short, value_name = "FILE", default_value = super::CONFIG_FILE)]
+    config: PathBuf,
+    /// What to log, such as `debug` or `info,lb_userspace::health=debug` [default: $RUST_LOG, else info]
+    #[arg(long, value_name = "FILTER")]
+    log: Option<String>,
+}
+
+pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    super::init_logging(arguments.log.as_deref(), "info")?;
+    let (config, warnings) = Config::load(&arguments.config)?;
+    for warning in &warnings {
+        tracing::warn!("{}", warning.one_line());
+    }
+    super::link::run_daemon(config)?;
+    Ok(ExitCode::SUCCESS)
+}

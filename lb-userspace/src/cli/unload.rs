@@ -1,0 +1,31 @@
+//! `sheave unload`
+
+use std::{process::ExitCode, time::Duration};
+
+use super::{SocketArgument, block_on, link, output};
+use crate::admin::Client;
+
+/// Longer than the daemon takes at most.
+const LIMIT: Duration = Duration::from_secs(25);
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Removes what sheave put on this host, and nothing else: its programs, its maps, and VIPs of `mode = \"own\"`.
+Connections through this load balancer end. A running daemon does it and stops.
+
+Exit codes: 0 nothing of sheave is left, 1 failed, 2 wrong usage.")]
+pub(super) struct Arguments {
+    #[command(flatten)]
+    socket: SocketArgument,
+}
+
+pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let removed = match block_on(Client::new(&arguments.socket.socket, LIMIT).unload())? {
+        Ok(unloaded) => unloaded.removed,
+        Err(error) if error.is_no_daemon() => link::unload_leftovers()?,
+        Err(error) => return Err(error.into()),
+    };
+    let lines: String = removed.iter().map(|what| format!("removed {}\n", output::printable(what))).collect();
+    output::print(if lines.is_empty() { "nothing of sheave was here\n" } else { &lines })?;
+    Ok(ExitCode::SUCCESS)
+}

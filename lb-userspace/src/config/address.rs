@@ -1,0 +1,183 @@
+//! Addresses: listeners, backends, SNAT addresses, source prefixes.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use ipnet::IpNet;
+use toml::Spanned;
+
+use super::{diagnostic::Problem, section::Section};
+
+/// What an address and port is for: the same mistakes, other advice.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    Listener,
+    Backend,
+}
+
+/// `"192.168.2.140:6443"` or `"[fd00::140]:6443"`.
+pub(super) fn socket_address(written: &Spanned<String>, role: Role) -> Result<SocketAddr, Problem> {
+    let text = written.get_ref().as_str();
+    let Ok(address) = text.parse::<SocketAddr>() else { return Err(not_an_address(written, role)) };
+    if address.port() == 0 {
+        return Err(problem(written, format!("port 0 in {text:?}"), "write the port, 1 to 65535"));
+    }
+    if role == Role::Listener && address.ip().is_unspecified() {
+        return Err(every_address(written));
+    }
+    unicast(address.ip(), written)?;
+    match role {
+        _ if !address.ip().is_loopback() => Ok(address),
+        Role::Listener => Err(problem(
+            written,
+            format!("a listener on loopback ({text}) is not built yet"),
+            "listen on the VIP; programs on this host itself cannot be clients yet",
+        )),
+        Role::Backend => Err(problem(
+            written,
+            format!("{} is a loopback address, packets cannot be forwarded there", address.ip()),
+            "write this host's own address, and let the server listen on it",
+        )),
+    }
+}
+
+/// Why `text` is no address and port; most people's mistake has its own answer.
+fn not_an_address(written: &Spanned<String>, role: Role) -> Problem {
+    let text = written.get_ref().as_str();
+    let example = match role {
+        Role::Listener => "\"192.168.2.140:6443\" or \"[fd00::140]:6443\"",
+        Role::Backend => "\"192.168.2.151:6443\" or \"[fd00::151]:6443\"",
+    };
+    if let Ok(address) = text.trim_matches(['[', ']']).parse::<IpAddr>() {
+        let with_port = SocketAddr::new(address, 6443);
+        return problem(written, format!("{text:?} has no port"), &format!("write \"{with_port}\""));
+    }
+    if let Some((_, rest)) = text.split_once("://") {
+        let rest = rest.trim_end_matches('/');
+        return problem(written, format!("{text:?} is a URL"), &format!("write {rest:?}"));
+    }
+    let (host, port) = text.rsplit_once(':').unwrap_or((text, ""));
+    if ["", "*"].contains(&host) && !port.is_empty() && role == Role::Listener {
+        return every_address(written);
+    }
+    if host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok() {
+        return problem(written, format!("{port:?} is not a port"), "write a number from 1 to 65535");
+    }
+    let host_name = host.contains(|character: char| character.is_ascii_alphabetic())
+        && host.chars().all(|character| character.is_ascii_alphanumeric() || "-._".contains(character));
+    match role {
+        Role::Backend if host_name => problem(
+            written,
+            format!("a backend by name ({host}) is not built yet"),
+            &format!("write its address: {example}"),
+        ),
+        Role::Listener if host_name => problem(
+            written,
+            format!("{host} is a name; names are not looked up"),
+            &format!("write its address: {example}"),
+        ),
+        _ => problem(written, format!("{text:?} is not an address and port"), &format!("write {example}")),
+    }
+}
+
+fn problem(written: &Spanned<String>, message: String, help: &str) -> Problem {
+    Problem::at(written.span(), message).help(help)
+}
+
+fn every_address(written: &Spanned<String>) -> Problem {
+    problem(
+        written,
+        format!("{:?} stands for every address of the host", written.get_ref()),
+        "write the VIP itself: packets are matched by their exact destination",
+    )
+}
+
+/// An address that one host on the network can have.
+fn unicast(address: IpAddr, written: &Spanned<String>) -> Result<(), Problem> {
+    let (message, help) = match address {
+        _ if address.is_unspecified() => {
+            (format!("{address} is no host's address"), "write the address that is meant".to_owned())
+        }
+        _ if address.is_multicast() || address == Ipv4Addr::BROADCAST => {
+            (format!("{address} is not the address of one host"), "write a unicast address".to_owned())
+        }
+        IpAddr::V6(v6) if v6.is_unicast_link_local() => (
+            format!("{address} is a link-local address, which is not forwarded"),
+            "write a global or unique local (fd00::/8) one".to_owned(),
+        ),
+        IpAddr::V6(v6) => match v6.to_ipv4_mapped() {
+            Some(v4) => (format!("{address} is an IPv4 address in IPv6 notation"), format!("write {v4}")),
+            None => return Ok(()),
+        },
+        IpAddr::V4(_) => return Ok(()),
+    };
+    Err(problem(written, message, &help))
+}
+
+/// `dataplane.snat_addresses`.
+pub(super) fn snat_addresses(section: &Section) -> Result<Vec<IpAddr>, Problem> {
+    let written = section.texts("snat_addresses", "\"192.168.2.141\"")?.unwrap_or_default();
+    let mut addresses = Vec::with_capacity(written.len());
+    for text in &written {
+        let address = ip_address(text)?;
+        if address.is_loopback() {
+            return Err(problem(
+                text,
+                format!("{address} is a loopback address, backends cannot answer to it"),
+                "write an address that the backends have a route to",
+            ));
+        }
+        if let Some(first) = addresses.iter().position(|earlier| *earlier == address) {
+            return Err(problem(text, format!("{address} is given twice"), "remove one of them")
+                .first_at(written[first].span()));
+        }
+        addresses.push(address);
+    }
+    Ok(addresses)
+}
+
+/// An address without a port.
+pub(super) fn ip_address(written: &Spanned<String>) -> Result<IpAddr, Problem> {
+    let text = written.get_ref();
+    let Ok(address) = text.parse::<IpAddr>() else {
+        return Err(match text.parse::<SocketAddr>() {
+            Ok(with_port) => problem(
+                written,
+                format!("{text:?} has a port"),
+                &format!("write the address alone: \"{}\"", with_port.ip()),
+            ),
+            Err(_) => problem(
+                written,
+                format!("{text:?} is not an address"),
+                "write one such as \"192.168.2.141\" or \"fd00::141\"",
+            ),
+        });
+    };
+    unicast(address, written)?;
+    Ok(address)
+}
+
+/// `service.allow`: prefixes, or single addresses.
+pub(super) fn prefixes(section: &Section) -> Result<Vec<IpNet>, Problem> {
+    let written = section.texts("allow", "\"10.0.0.0/8\"")?.unwrap_or_default();
+    written.iter().map(prefix).collect()
+}
+
+fn prefix(written: &Spanned<String>) -> Result<IpNet, Problem> {
+    let text = written.get_ref();
+    if let Ok(address) = text.parse::<IpAddr>() {
+        return Ok(IpNet::from(address));
+    }
+    match text.parse::<IpNet>() {
+        Ok(prefix) if prefix == prefix.trunc() => Ok(prefix),
+        Ok(prefix) => Err(problem(
+            written,
+            format!("{text:?} has bits set after its prefix"),
+            &format!("write \"{}\" for the network, or \"{}\" for the host", prefix.trunc(), prefix.addr()),
+        )),
+        Err(_) => Err(problem(
+            written,
+            format!("{text:?} is not a source prefix"),
+            "write one such as \"10.0.0.0/8\" or \"fd00::/8\"",
+        )),
+    }
+}
