@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{BufRead as _, BufReader},
-    ops::AddAssign,
+    ops::Add,
     path::Path,
     process::{Command, Stdio},
 };
@@ -29,20 +29,25 @@ impl Options {
         let sheave = Binary::SHEAVE.build()?;
 
         process::phase("unit, property, packet and end-to-end tests");
-        let mut outcome = run(workspace_tests(&sheave)?, self.filter.as_deref())?;
-        if self.filter.as_deref().is_none_or(|filter| filter.contains("loom")) {
+        let tests = run(workspace_tests(&sheave)?, self.filter.as_deref())?;
+        let model = if self.filter.as_deref().is_none_or(|filter| filter.contains("loom")) {
             process::phase("model check of the flow table");
-            let model = run(model_check()?, Some("loom"))?;
-            ensure!(
-                model.tally.executed() > 0,
-                "the model check of lb-common ran no test: none has loom in its path"
-            );
-            outcome += model;
-        }
+            Some(run(model_check()?, Some("loom"))?)
+        } else {
+            None
+        };
+        let total = model.into_iter().fold(tests.tally, |total, model| total + model.tally);
         // Continuous integration reads this line: nothing may follow it on standard output.
-        println!("\n{}", outcome.tally.line());
-        ensure!(outcome.tally.executed() > 0, "no test ran");
-        ensure!(outcome.success && outcome.tally.failed == 0, "not all tests passed");
+        println!("\n{}", total.line());
+        for outcome in [Some(tests), model].into_iter().flatten() {
+            ensure!(outcome.success && outcome.tally.failed == 0, "not all tests built and passed");
+        }
+        ensure!(total.executed() > 0, "no test ran");
+        // A check that checks nothing would go unnoticed among the others.
+        ensure!(
+            model.is_none_or(|model| model.tally.executed() > 0),
+            "no test of lb-common has loom in its path"
+        );
         Ok(())
     }
 }
@@ -88,7 +93,7 @@ fn run(mut cargo: Command, filter: Option<&str>) -> Result<Outcome> {
         let line = line.context("cannot read the tests' output")?;
         let line = String::from_utf8_lossy(&line);
         println!("{line}");
-        tally += Tally::parse(&line).unwrap_or_default();
+        tally = tally + Tally::parse(&line).unwrap_or_default();
     }
     Ok(Outcome { tally, success: child.wait()?.success() })
 }
@@ -105,18 +110,11 @@ fn mount_bpffs() -> Result<()> {
 }
 
 /// How a run ended.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct Outcome {
     tally: Tally,
     /// False also when a test binary did not build or died.
     success: bool,
-}
-
-impl AddAssign for Outcome {
-    fn add_assign(&mut self, other: Self) {
-        self.tally += other.tally;
-        self.success &= other.success;
-    }
 }
 
 /// Numbers of tests.
@@ -151,11 +149,15 @@ impl Tally {
     }
 }
 
-impl AddAssign for Tally {
-    fn add_assign(&mut self, other: Self) {
-        self.passed += other.passed;
-        self.failed += other.failed;
-        self.skipped += other.skipped;
+impl Add for Tally {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            passed: self.passed + other.passed,
+            failed: self.failed + other.failed,
+            skipped: self.skipped + other.skipped,
+        }
     }
 }
 
@@ -173,11 +175,8 @@ test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 2 filtered out; fini
 test result: FAILED. 10 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out; finished in 4.20s
 a test that prints test result: ok. 99 passed; 0 failed; 0 ignored
 ";
-        let mut tally = Tally::default();
-        for line in output.lines() {
-            tally += Tally::parse(line).unwrap_or_default();
-        }
-        assert_eq!(tally.line(), "13 passed, 2 failed, 1 skipped");
+        let total = output.lines().filter_map(Tally::parse).fold(Tally::default(), Tally::add);
+        assert_eq!(total.line(), "13 passed, 2 failed, 1 skipped");
     }
 
     #[test]
