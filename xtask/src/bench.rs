@@ -1,0 +1,28 @@
+//! `cargo xtask bench`
+
+use std::ffi::OsString;
+
+use anyhow::Result;
+
+use crate::{
+    build::{Binary, Profile},
+    process, setup,
+};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// What to measure, and flags for it; `--help` lists them
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    arguments: Vec<OsString>,
+}
+
+impl Options {
+    pub(crate) fn run(self) -> Result<()> {
+        setup::ensure_toolchain()?;
+        setup::ensure_tools(&setup::TEST_TOOLS)?;
+        let sheave = Binary::SHEAVE.build()?;
+        let bench =
+            Binary { package: "lb-tests", name: "sheave-bench", profile: Profile::Release }.build()?;
+        process::replace_with(process::as_root(bench)?.args(self.arguments).env("SHEAVE", sheave))
+    }
+}

@@ -1,0 +1,35 @@
+//! `cargo xtask demo`
+
+use std::ffi::OsString;
+
+use anyhow::Result;
+
+use crate::{
+    build::{Binary, Profile},
+    process, setup,
+};
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Tell the story once, unattended, and end with 0 only if no request was lost
+    #[arg(long)]
+    once: bool,
+    /// Passed to the demo
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<OsString>,
+}
+
+impl Options {
+    pub(crate) fn run(self) -> Result<()> {
+        setup::ensure_toolchain()?;
+        setup::ensure_tools(&setup::DEMO_TOOLS)?;
+        let sheave = Binary::SHEAVE.build()?;
+        // The tests use the same build.
+        let demo = Binary { package: "lb-tests", name: "sheave-demo", profile: Profile::Dev }.build()?;
+        let mut command = process::as_root(demo)?;
+        if self.once {
+            command.arg("--once");
+        }
+        process::replace_with(command.args(self.arguments).env("SHEAVE", sheave))
+    }
+}
