@@ -197,7 +197,7 @@ impl Cluster {
     ///
     /// # Errors
     /// When it does not come up.
-    pub fn balance(&self) -> Result<Daemon<'_>> {
+    pub fn balance(&self) -> Result<Daemon> {
         let mut daemon = Daemon::start(&self.lb, self.lab.directory(), &self.settings()?)?;
         daemon.wait_ready(self.apiservers.len())?;
         Ok(daemon)

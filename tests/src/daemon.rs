@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;
 
-use crate::lab::{Host, Process, eventually, process::Signal, run};
+use crate::lab::{Host, Process, eventually, namespace::command_in, process::Signal, run};
 
 /// Loading, first checks and attaching take well under a second on an idle machine; the suite shares two cores.
 const READY_LIMIT: Duration = Duration::from_secs(30);
@@ -78,9 +78,10 @@ impl Settings {
 
 /// `sheave run` on a host. Dropping it kills it.
 #[derive(Debug)]
-pub struct Daemon<'host> {
+pub struct Daemon {
     process: Process,
-    host: &'host Host,
+    /// Of the host it runs on.
+    namespace: PathBuf,
     socket: PathBuf,
 }
 
@@ -132,12 +133,12 @@ impl Status {
     }
 }
 
-impl<'host> Daemon<'host> {
+impl Daemon {
     /// Writes the configuration and starts the daemon. It may not be ready yet.
     ///
     /// # Errors
     /// When the program is missing.
-    pub fn start(host: &'host Host, directory: &Path, settings: &Settings) -> Result<Self> {
+    pub fn start(host: &Host, directory: &Path, settings: &Settings) -> Result<Self> {
         let directory = directory.join(format!("{}-sheave", host.name()));
         fs::create_dir_all(&directory)?;
         let config = directory.join("sheave.toml");
@@ -145,7 +146,7 @@ impl<'host> Daemon<'host> {
         let mut command = host.command(program()?);
         command.arg("run").arg("--config").arg(&config);
         let process = host.start("sheave", command)?;
-        Ok(Self { process, host, socket: directory.join("admin.sock") })
+        Ok(Self { process, namespace: host.namespace().path(), socket: directory.join("admin.sock") })
     }
 
     /// Waits until every service has this many ready backends.
@@ -190,7 +191,7 @@ impl<'host> Daemon<'host> {
     /// # Errors
     /// When the program is missing.
     pub fn command(&self, subcommand: &str) -> Result<Command> {
-        let mut command = self.host.command(program()?);
+        let mut command = command_in(&self.namespace, program()?);
         command.arg(subcommand).arg("--socket").arg(&self.socket);
         Ok(command)
     }

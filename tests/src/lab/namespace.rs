@@ -1,6 +1,7 @@
 //! A named network namespace that goes away with its value, and the sweep for those of killed runs.
 
 use std::{
+    ffi::OsStr,
     fs::{self, File},
     panic,
     path::{Path, PathBuf},
@@ -52,12 +53,9 @@ impl Namespace {
         Path::new(NAMESPACES).join(&self.name)
     }
 
-    /// A command that runs inside. `nsenter` and not `ip netns exec`: the latter mounts a new `/sys`, which hides
-    /// the BPF file system and the cgroups.
-    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
-        let mut command = Command::new("nsenter");
-        command.arg(format!("--net={}", self.path().display())).arg("--").arg(program);
-        command
+    /// A command that runs inside.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        command_in(&self.path(), program)
     }
 
     /// Runs `ip <arguments>` inside.
@@ -85,6 +83,14 @@ impl Namespace {
         let path = Path::new("/proc/sys").join(key);
         self.enter(|| fs::write(&path, value).with_context(|| format!("writing {}", path.display())))?
     }
+}
+
+/// A command that runs inside the namespace that `path` stands for. `nsenter` and not `ip netns exec`: the latter
+/// mounts a new `/sys`, which hides the BPF file system and the cgroups.
+pub fn command_in(path: &Path, program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("nsenter");
+    command.arg(format!("--net={}", path.display())).arg("--").arg(program);
+    command
 }
 
 /// Runs a closure on a thread of its own inside the namespace that `path` stands for. A panic in it goes on in the
