@@ -175,21 +175,25 @@ impl Host {
         Ok(())
     }
 
-    /// A counter from `/proc/net/snmp` or `/proc/net/netstat`, such as `("Tcp", "OutRsts")`.
+    /// A counter from `/proc/net/snmp`, `netstat` or `snmp6`, such as `("Tcp", "OutRsts")`.
     ///
     /// # Errors
     /// When the kernel has no such counter.
     pub fn counter(&self, group: &str, name: &str) -> Result<u64> {
         // `/proc/net` would show the namespace of the process' first thread.
         let tables = self.in_namespace(|| -> Result<String> {
-            Ok(fs::read_to_string("/proc/thread-self/net/snmp")?
-                + &fs::read_to_string("/proc/thread-self/net/netstat")?)
+            let tables = ["snmp", "netstat", "snmp6"];
+            Ok(tables
+                .map(|table| fs::read_to_string(format!("/proc/thread-self/net/{table}")))
+                .into_iter()
+                .collect::<Result<_, _>>()?)
         })??;
         find_counter(&tables, group, name).with_context(|| format!("no counter {group}{name}"))
     }
 }
 
-/// The tables come as pairs of lines: `Tcp: OutRsts ...` and `Tcp: 3 ...`.
+/// IPv4's tables come as pairs of lines, `Tcp: OutRsts ...` and `Tcp: 3 ...`; IPv6's has a counter a line,
+/// `Icmp6OutPktTooBigs 3`.
 fn find_counter(tables: &str, group: &str, name: &str) -> Option<u64> {
     let mut lines =
         tables.lines().filter_map(|line| line.strip_prefix(group).and_then(|line| line.strip_prefix(": ")));
@@ -199,7 +203,8 @@ fn find_counter(tables: &str, group: &str, name: &str) -> Option<u64> {
             return value.parse().ok();
         }
     }
-    None
+    let own_lines = tables.lines().filter_map(|line| line.strip_prefix(group)?.strip_prefix(name));
+    own_lines.filter(|rest| rest.starts_with([' ', '\t'])).find_map(|value| value.trim().parse().ok())
 }
 
 #[cfg(test)]
@@ -208,8 +213,10 @@ mod tests {
 
     #[test]
     fn a_counter_is_found_by_group_and_name() {
-        let tables = "Ip: Forwarding OutRsts\nIp: 1 9\nTcp: InSegs OutRsts\nTcp: 7 3\n";
+        let tables = "Ip: Forwarding OutRsts\nIp: 1 9\nTcp: InSegs OutRsts\nTcp: 7 3\n\
+                      Icmp6OutErrorsTotal\t8\nIcmp6OutErrors  \t5\n";
         assert_eq!(find_counter(tables, "Tcp", "OutRsts"), Some(3));
+        assert_eq!(find_counter(tables, "Icmp6", "OutErrors"), Some(5));
         assert_eq!(find_counter(tables, "Tcp", "Nonsense"), None);
     }
 }
