@@ -70,6 +70,13 @@ impl Lab {
         // The switch itself is no IP host.
         net.sysctl("net/ipv6/conf/all/disable_ipv6", "1")?;
         net.sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
+        // Where br_netfilter is present a bridge drops frames with an invalid IP header.
+        for family in ["iptables", "ip6tables", "arptables"] {
+            let key = format!("net/bridge/bridge-nf-call-{family}");
+            if Path::new("/proc/sys").join(&key).exists() {
+                net.sysctl(&key, "0")?;
+            }
+        }
         Ok(Self { prefix, directory, net })
     }
 
