@@ -20,7 +20,7 @@ use hyper_util::{
 use rustls::{ServerConfig, server::danger::ClientCertVerifier};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
     pin,
     signal::unix::{SignalKind, signal},
@@ -28,7 +28,7 @@ use tokio::{
     task::JoinSet,
     time::{sleep, timeout},
 };
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{
     answers::AnonymousMode,
@@ -45,6 +45,8 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(32);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(90);
 /// Streams of one HTTP/2 connection.
 const MAX_STREAMS: u32 = 100;
+/// Between the last byte sent and the end of the socket.
+const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Between the order to stop and the closing of the listener, when no delay is configured.
 const CLOSING_DELAY: Duration = Duration::from_millis(30);
 /// How long a watch may go on after the listener has closed.
@@ -179,10 +181,16 @@ async fn connection(server: Arc<Server>, acceptor: TlsAcceptor, tcp: TcpStream, 
         return;
     }
     let _ = tcp.set_nodelay(true);
+    let Ok((tcp, twin)) = duplicate(tcp) else { return };
     let handshake = async {
         if speaks_tls(&tcp).await { acceptor.accept(tcp).await.ok() } else { refuse_plain_http(tcp).await }
     };
     let Ok(Some(tls)) = timeout(HANDSHAKE_TIMEOUT, handshake).await else { return };
+    serve_connection(server, tls, peer).await;
+    linger(twin).await;
+}
+
+async fn serve_connection(server: Arc<Server>, tls: TlsStream<TcpStream>, peer: SocketAddr) {
     let presented = tls.get_ref().1.peer_certificates().unwrap_or_default();
     let certificate = credentials::of_certificates(&*server.client_verifier, presented);
 
@@ -211,6 +219,20 @@ async fn connection(server: Arc<Server>, acceptor: TlsAcceptor, tcp: TcpStream, 
         connection.as_mut().graceful_shutdown();
         let _ = connection.await;
     }
+}
+
+/// Two handles for one socket: it closes when both are gone.
+fn duplicate(tcp: TcpStream) -> std::io::Result<(TcpStream, TcpStream)> {
+    let tcp = tcp.into_std()?;
+    let twin = tcp.try_clone()?;
+    Ok((TcpStream::from_std(tcp)?, TcpStream::from_std(twin)?))
+}
+
+/// Reads what the client still sends until it closes as well. A socket closed with something unread in it sends a
+/// RST, which takes from the client what it has not read yet.
+async fn linger(mut tcp: TcpStream) {
+    let mut rest = [0; 4096];
+    let _ = timeout(LINGER_TIMEOUT, async { while matches!(tcp.read(&mut rest).await, Ok(1..)) {} }).await;
 }
 
 /// Answers one request, and asks for the connection's end where the real server does: an HTTP/2 connection whose
