@@ -1,1 +1,11 @@
-//! The laboratory.
+//! sheave's laboratory: hosts in network namespaces, a stub apiserver, real clients and the real daemon.
+//!
+//! Everything here needs root. What a test builds disappears with the values that stand for it, also when the
+//! test panics; what a killed run left behind is removed by the next one ([`lab::Lab::new`]).
+
+pub mod cluster;
+pub mod daemon;
+pub mod lab;
+pub mod load;
+pub mod pattern;
+pub mod stub;

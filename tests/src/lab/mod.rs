@@ -1,0 +1,206 @@
+//! Hosts as network namespaces, joined by bridges.
+//!
+//! ```text
+//!   client ──┐
+//!   lb ──────┤ bridge in the namespace `net`, one per segment
+//!   api-1 ───┘
+//! ```
+//!
+//! All names carry the prefix `sh<pid>-<n>-`, so that runs and tests side by side never meet, and a later run
+//! can tell which namespaces belong to a process that is gone.
+
+pub mod authority;
+pub mod capture;
+pub mod host;
+pub mod namespace;
+pub mod process;
+pub mod wait;
+
+use std::{
+    fs,
+    net::{Ipv4Addr, Ipv6Addr},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+pub use host::{Host, Link};
+pub use namespace::Namespace;
+pub use process::{Process, run};
+pub use wait::eventually;
+
+/// Files of a lab live below this directory, one directory per lab.
+const DIRECTORY: &str = "/tmp/sheave-lab";
+
+/// Several labs of one process are told apart by this number.
+static NEXT_LAB: AtomicU32 = AtomicU32::new(0);
+
+/// A set of hosts and the network between them. Dropping it removes everything.
+#[derive(Debug)]
+pub struct Lab {
+    prefix: String,
+    directory: PathBuf,
+    /// Holds the bridges. Dropped with the lab: the veth pairs of all hosts end in it.
+    net: Namespace,
+}
+
+/// One L2 segment: a bridge that hosts are plugged into, with an IPv4 and an IPv6 subnet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    number: u8,
+}
+
+impl Lab {
+    /// Makes an empty lab, and first removes what killed runs have left behind.
+    ///
+    /// # Errors
+    /// Without root, or when `ip` is missing.
+    pub fn new() -> Result<Self> {
+        ensure!(
+            nix::unistd::geteuid().is_root(),
+            "the lab makes network namespaces: run this as root (cargo xtask does it with sudo)"
+        );
+        namespace::sweep_stale()?;
+        sweep_stale_directories();
+        let prefix = format!("sh{}-{}-", std::process::id(), NEXT_LAB.fetch_add(1, Ordering::Relaxed));
+        let directory = Path::new(DIRECTORY).join(prefix.trim_end_matches('-'));
+        fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
+        let net = Namespace::create(&format!("{prefix}net"))?;
+        // The switch itself is no IP host.
+        net.sysctl("net/ipv6/conf/all/disable_ipv6", "1")?;
+        net.sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
+        // Where br_netfilter is present a bridge drops frames with an invalid IP header.
+        for family in ["iptables", "ip6tables", "arptables"] {
+            let key = format!("net/bridge/bridge-nf-call-{family}");
+            if Path::new("/proc/sys").join(&key).exists() {
+                net.sysctl(&key, "0")?;
+            }
+        }
+        Ok(Self { prefix, directory, net })
+    }
+
+    /// What the names of this lab's namespaces begin with.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// A directory for certificates, sockets and logs, removed with the lab.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Adds a segment with the subnets `10.77.<number>.0/24` and `fd77:<number>::/64`.
+    ///
+    /// # Errors
+    /// When the number is taken.
+    pub fn segment(&self, number: u8) -> Result<Segment> {
+        let segment = Segment { number };
+        let bridge = segment.bridge();
+        self.net.ip(&format!("link add {bridge} type bridge forward_delay 0 mcast_snooping 0"))?;
+        self.net.ip(&format!("link set {bridge} up"))?;
+        Ok(segment)
+    }
+
+    /// Adds a host that is not yet plugged in anywhere.
+    ///
+    /// # Errors
+    /// When the name is taken.
+    pub fn host(&self, name: &str) -> Result<Host> {
+        Host::new(name, Namespace::create(&format!("{}{name}", self.prefix))?, &self.directory)
+    }
+
+    /// Plugs a host into a segment: a new interface `eth0`, `eth1`, ... with the addresses
+    /// [`Segment::v4`] and [`Segment::v6`] of `number`.
+    ///
+    /// # Errors
+    /// When `ip` or `ethtool` fails.
+    pub fn plug(&self, host: &mut Host, segment: Segment, number: u8) -> Result<()> {
+        let interface = format!("eth{}", host.links().len());
+        let port = format!("{}.{}", host.name(), host.links().len());
+        self.net.ip(&format!(
+            "link add {port} type veth peer name {interface} netns {}",
+            host.namespace().name()
+        ))?;
+        self.net.ip(&format!("link set {port} master {} up", segment.bridge()))?;
+        for (namespace, device) in [(&self.net, &port), (host.namespace(), &interface)] {
+            prepare_for_native_xdp(namespace, device)?;
+        }
+        host.connected(Link { interface, port, segment, v4: segment.v4(number), v6: segment.v6(number) })
+    }
+
+    /// Pulls the plug of a host's first link: frames stop, the host itself sees its carrier go.
+    ///
+    /// # Errors
+    /// When the host has no link.
+    pub fn unplug(&self, host: &Host) -> Result<()> {
+        self.net.ip(&format!("link set {} down", host.link()?.port))
+    }
+
+    /// Undoes [`Lab::unplug`].
+    ///
+    /// # Errors
+    /// When the host has no link.
+    pub fn replug(&self, host: &Host) -> Result<()> {
+        self.net.ip(&format!("link set {} up", host.link()?.port))
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // A directory that cannot be removed is left to the next run's sweep.
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+impl Segment {
+    fn bridge(self) -> String {
+        format!("br{}", self.number)
+    }
+
+    /// The IPv4 address of the host with this number.
+    pub fn v4(self, host: u8) -> Ipv4Addr {
+        Ipv4Addr::new(10, 77, self.number, host)
+    }
+
+    /// The IPv6 address of the host with this number: its last group *looks* like the number, so that
+    /// `10.77.1.100` and `fd77:1::100` belong together at a glance.
+    pub fn v6(self, host: u8) -> Ipv6Addr {
+        let looks_like = |number: u8| {
+            let (hundreds, tens, ones) = (number / 100, number / 10 % 10, number % 10);
+            u16::from(hundreds) << 8 | u16::from(tens) << 4 | u16::from(ones)
+        };
+        Ipv6Addr::new(0xfd77, looks_like(self.number), 0, 0, 0, 0, 0, looks_like(host))
+    }
+}
+
+/// A veth behaves as a network card only with these: no frame leaves with an unfinished checksum (an XDP program
+/// on the way would pass it on as it is), and the receiving end polls (a frame sent by `XDP_TX` is dropped by a
+/// peer that does not).
+fn prepare_for_native_xdp(namespace: &Namespace, device: &str) -> Result<()> {
+    run(namespace.command("ethtool").args(["-K", device, "tx", "off", "gro", "on"]))?;
+    Ok(())
+}
+
+/// Removes directories of labs whose process is gone.
+fn sweep_stale_directories() {
+    let Ok(entries) = fs::read_dir(DIRECTORY) else { return };
+    for entry in entries.flatten() {
+        if entry.file_name().to_str().is_some_and(namespace::owner_is_gone) {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Segment;
+
+    #[test]
+    fn both_addresses_of_a_host_look_alike() {
+        let segment = Segment { number: 2 };
+        assert_eq!(segment.v4(150).to_string(), "10.77.2.150");
+        assert_eq!(segment.v6(150).to_string(), "fd77:2::150");
+        assert_eq!(segment.v6(9).to_string(), "fd77:2::9");
+    }
+}

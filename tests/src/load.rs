@@ -1,0 +1,322 @@
+//! Clients that count: every request's fate, and which server it met.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Empty};
+use hyper::{Request, Response, StatusCode, body::Incoming, client::conn::http1, header::HOST};
+use hyper_util::rt::TokioIo;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use rustls::ClientConfig;
+use rustls_pki_types::ServerName;
+use tokio::{net::TcpStream, runtime::Runtime, task::JoinSet, time::timeout};
+use tokio_rustls::TlsConnector;
+
+use crate::{
+    lab::Host,
+    stub::credentials::{provider, roots},
+};
+
+/// One request's fate.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// When it was begun, its connection included.
+    pub started: Instant,
+    /// When it succeeded or failed.
+    pub ended: Instant,
+    /// The server that answered, or what went wrong.
+    pub result: Result<String, String>,
+}
+
+/// The fates of many requests.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// In the order in which they ended.
+    pub outcomes: Vec<Outcome>,
+}
+
+impl Report {
+    /// How many were answered.
+    pub fn answered(&self) -> usize {
+        self.outcomes.len() - self.failures().count()
+    }
+
+    /// Those that failed.
+    pub fn failures(&self) -> impl Iterator<Item = &Outcome> {
+        self.outcomes.iter().filter(|outcome| outcome.result.is_err())
+    }
+
+    /// How many each server answered.
+    pub fn by_server(&self) -> BTreeMap<&str, usize> {
+        let mut counts = BTreeMap::new();
+        for server in self.outcomes.iter().filter_map(|outcome| outcome.result.as_deref().ok()) {
+            *counts.entry(server).or_default() += 1;
+        }
+        counts
+    }
+
+    /// Fails unless all of `expected` requests were answered.
+    ///
+    /// # Errors
+    /// The first few failures.
+    pub fn require_all(&self, expected: usize) -> Result<()> {
+        let errors: Vec<_> = self.failures().filter_map(|outcome| outcome.result.as_ref().err()).collect();
+        ensure!(
+            errors.is_empty() && self.answered() == expected,
+            "{} of {expected} requests answered, {} failed: {:#?}",
+            self.answered(),
+            errors.len(),
+            &errors[..errors.len().min(5)]
+        );
+        Ok(())
+    }
+}
+
+/// An HTTPS client for one address. Cheap to clone.
+#[derive(Clone)]
+pub struct Client {
+    tls: TlsConnector,
+    target: SocketAddr,
+    limit: Duration,
+}
+
+/// One open HTTP/1.1 connection.
+#[derive(Debug)]
+pub struct Connection {
+    sender: http1::SendRequest<Empty<Bytes>>,
+    host: String,
+    limit: Duration,
+}
+
+impl std::fmt::Debug for Client {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Client").field("target", &self.target).finish_non_exhaustive()
+    }
+}
+
+impl Client {
+    /// A client that trusts the authority in `ca_file`, asks `target`, and gives up on a connection or an answer
+    /// after `limit`. TLS sessions are not resumed: each connection is a full handshake.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn new(ca_file: &Path, target: SocketAddr, limit: Duration) -> Result<Self> {
+        let mut config = ClientConfig::builder_with_provider(provider())
+            .with_safe_default_protocol_versions()?
+            .with_root_certificates(roots(ca_file)?)
+            .with_no_client_auth();
+        config.resumption = rustls::client::Resumption::disabled();
+        Ok(Self { tls: Arc::new(config).into(), target, limit })
+    }
+
+    /// Opens a connection.
+    ///
+    /// # Errors
+    /// When it is refused, reset or not there in time.
+    pub async fn connect(&self) -> Result<Connection> {
+        let connecting = async {
+            let tcp = TcpStream::connect(self.target).await.context("TCP")?;
+            tcp.set_nodelay(true)?;
+            let tls = self.tls.connect(ServerName::from(self.target.ip()), tcp).await.context("TLS")?;
+            let (sender, driver) = http1::handshake(TokioIo::new(tls)).await?;
+            tokio::spawn(driver);
+            anyhow::Ok(sender)
+        };
+        let sender = timeout(self.limit, connecting).await.context("connecting")??;
+        Ok(Connection { sender, host: self.target.to_string(), limit: self.limit })
+    }
+
+    /// Asks for the server's name on a new connection.
+    pub async fn ask_name(&self) -> Outcome {
+        let started = Instant::now();
+        let result = async { self.connect().await?.name().await }.await;
+        Outcome { started, ended: Instant::now(), result: result.map_err(|error| format!("{error:#}")) }
+    }
+}
+
+impl Connection {
+    /// Sends a GET and returns the head of the response, its body still to be read.
+    ///
+    /// # Errors
+    /// When the connection is gone, the answer late, or the status not 200.
+    pub async fn get(&mut self, path: &str) -> Result<Response<Incoming>> {
+        let request = Request::get(path).header(HOST, &self.host).body(Empty::new())?;
+        let response = timeout(self.limit, self.sender.send_request(request)).await.context("waiting")??;
+        ensure!(response.status() == StatusCode::OK, "GET {path}: {}", response.status());
+        Ok(response)
+    }
+
+    /// The name of the server at the other end.
+    ///
+    /// # Errors
+    /// As [`Connection::get`].
+    pub async fn name(&mut self) -> Result<String> {
+        let body =
+            timeout(self.limit, self.get("/name").await?.into_body().collect()).await.context("reading")?;
+        Ok(String::from_utf8(body?.to_bytes().into())?)
+    }
+}
+
+/// Sends `count` requests one after another, each on a new connection.
+///
+/// # Errors
+/// When the host cannot be entered.
+pub fn sequential(host: &Host, client: &Client, count: usize) -> Result<Report> {
+    host.in_namespace(|| {
+        runtime()?.block_on(async {
+            let mut report = Report::default();
+            for _ in 0..count {
+                report.outcomes.push(client.ask_name().await);
+            }
+            Ok(report)
+        })
+    })?
+}
+
+/// Sends `count` requests at the same time, each on a new connection.
+///
+/// # Errors
+/// When the host cannot be entered.
+pub fn parallel(host: &Host, client: &Client, count: usize) -> Result<Report> {
+    raise_descriptor_limit()?;
+    host.in_namespace(|| {
+        runtime()?.block_on(async {
+            let mut requests = JoinSet::new();
+            for _ in 0..count {
+                let client = client.clone();
+                requests.spawn(async move { client.ask_name().await });
+            }
+            Ok(Report { outcomes: requests.join_all().await })
+        })
+    })?
+}
+
+/// Connections that are open at the same time and stay open.
+#[derive(Debug)]
+pub struct Crowd {
+    connections: Vec<Connection>,
+    runtime: Runtime,
+}
+
+impl Crowd {
+    /// Opens `count` connections from a host.
+    ///
+    /// # Errors
+    /// When one of them fails.
+    pub fn open(host: &Host, client: &Client, count: usize) -> Result<Self> {
+        raise_descriptor_limit()?;
+        // A socket belongs to the namespace it was made in; afterwards any thread may use it.
+        host.in_namespace(|| {
+            let runtime = runtime()?;
+            let connections = runtime.block_on(async {
+                let mut opening = JoinSet::new();
+                for _ in 0..count {
+                    let client = client.clone();
+                    opening.spawn(async move { client.connect().await });
+                }
+                opening.join_all().await.into_iter().collect::<Result<_>>()
+            })?;
+            Ok(Self { connections, runtime })
+        })?
+    }
+
+    /// Sends a request on each of them, one after another.
+    pub fn ask_names(&mut self) -> Report {
+        let Self { connections, runtime } = self;
+        runtime.block_on(async {
+            let mut report = Report::default();
+            for connection in connections {
+                let started = Instant::now();
+                let result = connection.name().await.map_err(|error| format!("{error:#}"));
+                report.outcomes.push(Outcome { started, ended: Instant::now(), result });
+            }
+            report
+        })
+    }
+}
+
+/// A client that keeps asking, a new connection each time, on a thread of its own. Dropping it ends it.
+#[derive(Debug)]
+pub struct Asker {
+    report: Arc<Mutex<Report>>,
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Asker {
+    /// Starts asking from a host, `lanes` requests at a time, so that one that hangs does not stop the others,
+    /// and with a `pause` after each.
+    pub fn start(host: &Host, client: &Client, lanes: usize, pause: Duration) -> Self {
+        let report = Arc::default();
+        let stop = Arc::new(AtomicBool::new(false));
+        let threads = (0..lanes)
+            .map(|_| {
+                let (client, report, stop) = (client.clone(), Arc::clone(&report), Arc::clone(&stop));
+                let namespace = host.namespace().path();
+                thread::spawn(move || {
+                    let asked = crate::lab::namespace::enter(&namespace, || -> Result<()> {
+                        runtime()?.block_on(ask_until(&client, pause, &report, &stop));
+                        Ok(())
+                    });
+                    if let Err(error) = asked.and_then(|inner| inner) {
+                        eprintln!("a client could not start: {error:#}");
+                    }
+                })
+            })
+            .collect();
+        Self { report, stop, threads }
+    }
+
+    /// What has happened so far.
+    pub fn report(&self) -> Report {
+        self.report.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Lets the requests under way end and returns what has happened.
+    pub fn stop(mut self) -> Report {
+        self.end();
+        self.report()
+    }
+
+    fn end(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Asker {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+async fn ask_until(client: &Client, pause: Duration, report: &Mutex<Report>, stop: &AtomicBool) {
+    while !stop.load(Ordering::Relaxed) {
+        let outcome = client.ask_name().await;
+        report.lock().unwrap_or_else(PoisonError::into_inner).outcomes.push(outcome);
+        tokio::time::sleep(pause).await;
+    }
+}
+
+fn runtime() -> Result<Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting tokio")
+}
+
+/// Thousands of connections need more descriptors than the usual 1,024.
+fn raise_descriptor_limit() -> Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raising RLIMIT_NOFILE")
+}

@@ -1,0 +1,193 @@
+//! A stub apiserver: answers as kube-apiserver 1.36 was measured to, and falls ill on demand.
+//!
+//! It is a process of its own (`sheave-stub-apiserver`), so that it can be killed and frozen like the real one.
+
+pub mod answers;
+pub mod credentials;
+pub mod faults;
+mod responses;
+mod server;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{BufRead as _, BufReader, Write as _},
+    net::IpAddr,
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+pub use answers::AnonymousMode;
+pub use faults::{Door, Health, Order};
+pub use server::{Options, serve};
+
+use crate::lab::{
+    Host, Process,
+    authority::{Authority, Identity},
+    eventually,
+    process::{Signal, sibling_program},
+};
+
+/// The bearer token that every stub takes for a user without roles.
+pub const TOKEN: &str = "lab-token";
+/// The port every stub listens on.
+pub const PORT: u16 = 6443;
+/// A process start, a TLS configuration and a bind take this long at most, on a busy machine.
+const START_LIMIT: Duration = Duration::from_secs(20);
+
+/// A stub apiserver running on a host.
+#[derive(Debug)]
+pub struct Stub {
+    name: String,
+    identity: Identity,
+    client_ca: PathBuf,
+    token_file: PathBuf,
+    control: PathBuf,
+    anonymous: AnonymousMode,
+    shutdown_delay: Duration,
+    process: Option<Process>,
+}
+
+impl Stub {
+    /// Makes a stub called like its host, with a certificate for `addresses` in `directory`. It is not started.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn new(host: &Host, authority: &Authority, addresses: &[IpAddr]) -> Result<Self> {
+        let name = host.name().to_owned();
+        let identity = authority.server(&name, addresses)?;
+        let token_file = identity.certificate.with_extension("token");
+        fs::write(&token_file, TOKEN)?;
+        Ok(Self {
+            control: identity.certificate.with_extension("sock"),
+            name,
+            identity,
+            client_ca: authority.file(),
+            token_file,
+            anonymous: AnonymousMode::default(),
+            shutdown_delay: Duration::ZERO,
+            process: None,
+        })
+    }
+
+    /// What it answers to `/name`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Changes what anonymous callers may do, from the next start on.
+    pub fn set_anonymous(&mut self, mode: AnonymousMode) {
+        self.anonymous = mode;
+    }
+
+    /// Changes `--shutdown-delay-duration`, from the next start on.
+    pub fn set_shutdown_delay(&mut self, delay: Duration) {
+        self.shutdown_delay = delay;
+    }
+
+    /// Starts it on its host and returns when it takes orders and listens.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start(&mut self, host: &Host) -> Result<()> {
+        let _ = fs::remove_file(&self.control);
+        let mut command = host.command(sibling_program("sheave-stub-apiserver")?);
+        command.args(["--name", &self.name, "--listen", &format!("[::]:{PORT}")]);
+        command.arg("--certificate").arg(&self.identity.certificate).arg("--key").arg(&self.identity.key);
+        command.arg("--client-ca").arg(&self.client_ca).arg("--token-file").arg(&self.token_file);
+        command.arg("--control").arg(&self.control);
+        command.args(["--anonymous", &self.anonymous.to_string()]);
+        command.args(["--shutdown-delay", &self.shutdown_delay.as_millis().to_string()]);
+        let mut process = host.start("apiserver", command)?;
+        eventually(START_LIMIT, &format!("{} listens", self.name), || {
+            ensure!(process.exited()?.is_none(), "{} ended: {}", self.name, process.log());
+            let listening = host.run(&format!("ss -Hltn sport = :{PORT}"))?;
+            ensure!(!listening.is_empty(), "nobody listens on port {PORT}");
+            Ok(())
+        })?;
+        self.process = Some(process);
+        Ok(())
+    }
+
+    /// The running process.
+    ///
+    /// # Errors
+    /// When it is not running.
+    pub fn process(&mut self) -> Result<&mut Process> {
+        self.process.as_mut().with_context(|| format!("{} is not running", self.name))
+    }
+
+    /// SIGKILL: port closed, connections reset by the kernel.
+    ///
+    /// # Errors
+    /// When it is not running.
+    pub fn kill(&mut self) -> Result<()> {
+        self.process()?.kill()?;
+        self.process = None;
+        Ok(())
+    }
+
+    /// SIGSTOP: the kernel goes on accepting connections, nobody answers.
+    ///
+    /// # Errors
+    /// When it is not running.
+    pub fn freeze(&mut self) -> Result<()> {
+        self.process()?.signal(Signal::SIGSTOP)
+    }
+
+    /// SIGCONT.
+    ///
+    /// # Errors
+    /// When it is not running.
+    pub fn thaw(&mut self) -> Result<()> {
+        self.process()?.signal(Signal::SIGCONT)
+    }
+
+    /// Changes how its health endpoints answer.
+    ///
+    /// # Errors
+    /// When it takes no orders (frozen, killed).
+    pub fn health(&self, health: Health) -> Result<()> {
+        self.order(Order::Health(health)).map(drop)
+    }
+
+    /// Changes what happens to new connections, and returns when it is so.
+    ///
+    /// # Errors
+    /// When it takes no orders (frozen, killed).
+    pub fn door(&self, host: &Host, door: Door) -> Result<()> {
+        self.order(Order::Door(door))?;
+        eventually(START_LIMIT, &format!("{} has its door {door:?}", self.name), || {
+            let listening = !host.run(&format!("ss -Hltn sport = :{PORT}"))?.is_empty();
+            ensure!(listening == (door != Door::Refusing), "listening: {listening}");
+            Ok(())
+        })
+    }
+
+    /// How many connections have carried anything but health checks, by source address.
+    ///
+    /// # Errors
+    /// When it takes no orders (frozen, killed).
+    pub fn connections(&self) -> Result<BTreeMap<IpAddr, u64>> {
+        let json: serde_json::Value = serde_json::from_str(&self.order(Order::Connections)?)?;
+        let entries = json.as_object().context("no JSON object")?;
+        entries
+            .iter()
+            .map(|(source, count)| Ok((source.parse()?, count.as_u64().context("no number")?)))
+            .collect()
+    }
+
+    fn order(&self, order: Order) -> Result<String> {
+        let mut stream = UnixStream::connect(&self.control)
+            .with_context(|| format!("connecting to {}", self.control.display()))?;
+        stream.set_read_timeout(Some(START_LIMIT))?;
+        writeln!(stream, "{order}")?;
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer)?;
+        ensure!(!answer.starts_with("error"), "{order}: {answer}");
+        Ok(answer.trim_end().to_owned())
+    }
+}
