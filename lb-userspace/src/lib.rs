@@ -1,3 +1,5 @@
 //! sheave's control plane: checks the apiservers and keeps the data path's maps true.
 
 pub mod config;
+pub mod network;
+mod state;
