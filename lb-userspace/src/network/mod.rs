@@ -114,11 +114,12 @@ struct Tables {
 }
 
 /// The network of the namespace in which it was opened. Cheap to clone; following ends with the last clone.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Network {
     inner: Arc<Inner>,
 }
 
+#[derive(Debug)]
 struct Inner {
     requests: rtnetlink::Handle,
     tables: Arc<RwLock<Tables>>,

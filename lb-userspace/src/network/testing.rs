@@ -66,7 +66,6 @@ impl Peer {
 
 fn quiet(link: &str) {
     std::fs::write(format!("/proc/sys/net/ipv6/conf/{link}/accept_dad"), "0").unwrap();
-    ip(&format!("link set {link} addrgenmode none"));
 }
 
 /// Runs `ip` and returns what it printed.

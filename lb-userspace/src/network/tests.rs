@@ -57,15 +57,14 @@ fn an_unknown_next_hop_is_asked_for_and_reported_when_it_answers() {
         let peer = lan();
         ip("route add 10.2.0.0/16 via 10.1.0.2");
         let (network, mut changes) = Network::open().await.unwrap();
-        for destination in ["10.2.3.4", "fd01::2"] {
-            network.next_hop(address(destination)).await.unwrap();
-            eventually("a neighbour change", async || changes.recv().await == Some(Change::Neighbours)).await;
-            eventually("the answer", async || {
-                let hop = network.next_hop(address(destination)).await.unwrap();
-                hop.mac == Some([2, 0, 0, 0, 0, 2])
-            })
-            .await;
-        }
+        let answered = async |destination| {
+            let hop = network.next_hop(address(destination)).await.unwrap();
+            hop.mac == Some([2, 0, 0, 0, 0, 2])
+        };
+        network.next_hop(address("10.2.3.4")).await.unwrap();
+        eventually("a neighbour change", async || changes.recv().await == Some(Change::Neighbours)).await;
+        eventually("the router's answer", async || answered("10.2.3.4").await).await;
+        eventually("the server's answer", async || answered("fd01::2").await).await;
         // A router is replaced by one with another MAC address, and says so.
         peer.ip("link set far address 02:00:00:00:00:03");
         ip("neigh replace 10.1.0.2 lladdr 02:00:00:00:00:03 nud reachable dev lan");
