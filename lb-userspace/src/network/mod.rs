@@ -62,21 +62,13 @@ pub enum Change {
 /// Why a question about the network has no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
-    /// The kernel refused a socket or a setting on it.
+    /// The kernel refused.
     #[error("cannot {doing}: {source}")]
-    Socket {
+    Kernel {
         /// What was tried.
         doing: &'static str,
         /// The kernel's answer.
         source: io::Error,
-    },
-    /// The kernel refused a netlink request.
-    #[error("cannot {doing}: {source}")]
-    Netlink {
-        /// What was tried.
-        doing: &'static str,
-        /// The kernel's answer.
-        source: rtnetlink::Error,
     },
     /// No route leads there.
     #[error("no route to {address} ({reason}): `ip route get {address}` should name an interface")]
@@ -103,6 +95,14 @@ pub enum NetworkError {
     /// The interface has no Ethernet address, so that no frame can be built for it.
     #[error("{0} is not an Ethernet interface: clients and backends must be reached over Ethernet")]
     NotEthernet(String),
+}
+
+/// The kernel's answer without its wrapping.
+pub(crate) fn io_error(error: rtnetlink::Error) -> io::Error {
+    match error {
+        rtnetlink::Error::NetlinkError(error) => error.to_io(),
+        other => io::Error::other(other),
+    }
 }
 
 /// The followed tables.
@@ -153,12 +153,12 @@ impl Network {
     ///
     /// The receiver may be slow: a change is kept until there is room for it, and never twice.
     pub async fn open() -> Result<(Self, mpsc::Receiver<Change>), NetworkError> {
-        let socket = |doing| move |source| NetworkError::Socket { doing, source };
+        let failed = |doing| move |source| NetworkError::Kernel { doing, source };
         let (connection, requests, _) =
-            rtnetlink::new_connection().map_err(socket("open a netlink socket"))?;
+            rtnetlink::new_connection().map_err(failed("open a netlink socket"))?;
         let connection = tokio::spawn(connection).abort_handle();
         // Subscribed before the dump: what happens meanwhile waits in the socket and is applied on top.
-        let events = Events::subscribe().map_err(socket("subscribe to the kernel's network changes"))?;
+        let events = Events::subscribe().map_err(failed("subscribe to the kernel's network changes"))?;
         let tables = Arc::new(RwLock::new(dump(&requests).await?));
         let (sender, changes) = mpsc::channel(8);
         let follower = tokio::spawn(follow(events, requests.clone(), tables.clone(), sender)).abort_handle();
@@ -215,7 +215,7 @@ impl Network {
 
 /// The whole tables, as they are now.
 async fn dump(requests: &rtnetlink::Handle) -> Result<Tables, NetworkError> {
-    let failed = |doing| move |source| NetworkError::Netlink { doing, source };
+    let failed = |doing| move |error| NetworkError::Kernel { doing, source: io_error(error) };
     let mut tables = Tables::default();
     let mut links = requests.link().get().execute();
     while let Some(message) = links.try_next().await.map_err(failed("list the interfaces"))? {

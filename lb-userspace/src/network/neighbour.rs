@@ -6,7 +6,7 @@ use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
 };
 
-use super::{Mac, Network, NetworkError};
+use super::{Mac, Network, NetworkError, io_error};
 
 /// What the kernel knows about a host on the same link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +66,10 @@ impl Network {
             .replace()
             .execute()
             .await
-            .map_err(|source| NetworkError::Netlink { doing: "ask for a neighbour's MAC address", source })
+            .map_err(|error| NetworkError::Kernel {
+                doing: "ask for a neighbour's MAC address",
+                source: io_error(error),
+            })
     }
 
     /// Keeps the next hops to these addresses known: call it every few seconds. Packets forwarded by the data path do

@@ -8,7 +8,7 @@ use netlink_packet_route::{
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteType, RouteVia},
 };
 
-use super::{Mac, Network, NetworkError, Port};
+use super::{Mac, Network, NetworkError, Port, io_error};
 
 /// The kernel's route to an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,8 +76,7 @@ impl Network {
             Ok(Some(answer)) => Route::from_message(&answer)
                 .ok_or_else(|| no_route(format!("{:?}", answer.header.kind).to_lowercase())),
             Ok(None) => Err(no_route("no answer".to_owned())),
-            Err(rtnetlink::Error::NetlinkError(error)) => Err(no_route(error.to_io().to_string())),
-            Err(source) => Err(NetworkError::Netlink { doing: "ask for a route", source }),
+            Err(error) => Err(no_route(io_error(error).to_string())),
         }
     }
 

@@ -11,7 +11,7 @@ mod own;
 mod record;
 
 pub use follow::{Follower, Presence};
-pub use own::{Owner, Rival};
+pub use own::{Owner, Rival, holder};
 pub use record::{Placed, leftovers, remove_leftovers};
 
 /// Why a VIP cannot be put on this host, or taken away.
@@ -80,7 +80,7 @@ pub enum VipError {
         /// Where.
         interface: String,
         /// The kernel's answer.
-        source: rtnetlink::Error,
+        source: io::Error,
     },
     /// The record of what was put where could not be read or written.
     #[error("{path}: {source}: without it nobody could take the VIP away after a crash", path = path.display())]

@@ -26,7 +26,7 @@ use super::{
     link::Link,
     record::{Placed, Record},
 };
-use crate::network::{Interface, Mac, Network, NetworkError, display_mac};
+use crate::network::{Interface, Mac, Network, NetworkError, display_mac, io_error};
 
 /// RFC 5227 asks three times over up to 7 s, for networks where everybody configures themselves at once and links may
 /// still be coming up. Hosts answer within a millisecond; an operator waits for us.
@@ -97,7 +97,7 @@ impl Owner {
         let mut additions = Vec::new();
         let mut links = Vec::new();
         for vip in vips {
-            match plan(network, vip, &record).await? {
+            match plan(network, vip, Some(&record)).await? {
                 Plan::Add(interface) => additions.push((open(&interface, vip)?, interface)),
                 Plan::Adopt(interface) => links.push((open(&interface, vip)?, interface)),
                 Plan::Leave => {
@@ -155,12 +155,23 @@ impl Owner {
     }
 }
 
-async fn plan(network: &Network, vip: IpAddr, record: &Record) -> Result<Plan, VipError> {
+/// Who answers for a VIP that is not on this host, if anybody.
+pub async fn holder(network: &Network, vip: IpAddr) -> Result<Option<Mac>, VipError> {
+    let Plan::Add(interface) = plan(network, vip, None).await? else { return Ok(None) };
+    let link = open(&interface, vip)?;
+    match probe(&link, &interface).await {
+        Ok(()) => Ok(None),
+        Err(VipError::InUse { mac, .. }) => Ok(Some(mac)),
+        Err(error) => Err(error),
+    }
+}
+
+async fn plan(network: &Network, vip: IpAddr, record: Option<&Record>) -> Result<Plan, VipError> {
     let failed = |source| VipError::Network { vip, source };
     if let Some(index) = network.interface_carrying(vip) {
         let interface = network.interface(index).map_err(failed)?;
         let placed = Placed { vip, interface: interface.name.clone() };
-        let ours = record.placed().contains(&placed);
+        let ours = record.is_some_and(|record| record.placed().contains(&placed));
         return Ok(if ours { Plan::Adopt(interface) } else { Plan::Leave });
     }
     let route = network.route_to(vip).await.map_err(failed)?;
@@ -241,7 +252,12 @@ fn address_message(index: u32, vip: IpAddr) -> AddressMessage {
 }
 
 async fn add_address(network: &Network, interface: &Interface, vip: IpAddr) -> Result<(), VipError> {
-    let failed = |source| VipError::Address { doing: "add", vip, interface: interface.name.clone(), source };
+    let failed = |error| VipError::Address {
+        doing: "add",
+        vip,
+        interface: interface.name.clone(),
+        source: io_error(error),
+    };
     let mut request = network.requests().address().add(interface.index, vip, 32);
     *request.message_mut() = address_message(interface.index, vip);
     request.execute().await.map_err(failed)
@@ -251,20 +267,12 @@ async fn add_address(network: &Network, interface: &Interface, vip: IpAddr) -> R
 pub(super) async fn remove_address(network: &Network, placed: &Placed) -> Result<(), VipError> {
     let Ok(interface) = network.interface_named(&placed.interface) else { return Ok(()) };
     let message = address_message(interface.index, placed.vip);
-    match network.requests().address().del(message).execute().await {
-        Err(rtnetlink::Error::NetlinkError(error))
-            if matches!(-error.raw_code(), libc::EADDRNOTAVAIL | libc::ENODEV) =>
-        {
-            Ok(())
-        }
-        Err(source) => Err(VipError::Address {
-            doing: "remove",
-            vip: placed.vip,
-            interface: placed.interface.clone(),
-            source,
-        }),
-        Ok(()) => Ok(()),
+    let Err(error) = network.requests().address().del(message).execute().await else { return Ok(()) };
+    let source = io_error(error);
+    if matches!(source.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::ENODEV)) {
+        return Ok(());
     }
+    Err(VipError::Address { doing: "remove", vip: placed.vip, interface: placed.interface.clone(), source })
 }
 
 /// Announces the address, and listens for others that say they have it, for as long as we do.
