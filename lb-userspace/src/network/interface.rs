@@ -22,7 +22,7 @@ pub struct Interface {
     pub mtu: u32,
     /// Switched on by the administrator.
     pub up: bool,
-    /// There is a cable and a link partner.
+    /// It can carry packets: there is a cable and a link partner, and the kernel has taken note.
     pub carrier: bool,
     /// What it is.
     pub kind: Kind,
@@ -138,7 +138,6 @@ impl Interface {
         let mut name = None;
         let mut mac = None;
         let mut mtu = None;
-        let mut carrier = flags.contains(LinkFlags::Running);
         let mut master = None;
         let mut xdp = Vec::new();
         for attribute in &message.attributes {
@@ -146,7 +145,6 @@ impl Interface {
                 LinkAttribute::IfName(value) => name = Some(value.clone()),
                 LinkAttribute::Address(value) => mac = Mac::try_from(value.as_slice()).ok(),
                 LinkAttribute::Mtu(value) => mtu = Some(*value),
-                LinkAttribute::Carrier(value) => carrier = *value != 0,
                 LinkAttribute::Controller(value) => master = Some(*value),
                 LinkAttribute::Xdp(values) => xdp = attached_programs(values),
                 _ => {}
@@ -158,7 +156,7 @@ impl Interface {
             mac: mac.filter(|_| message.header.link_layer_type == LinkLayerType::Ether),
             mtu: mtu?,
             up: flags.contains(LinkFlags::Up),
-            carrier,
+            carrier: flags.contains(LinkFlags::Running),
             kind: kind(message),
             master,
             driver: ethtool::driver(&name).ok(),

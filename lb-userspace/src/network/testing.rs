@@ -1,6 +1,11 @@
 //! Network namespaces for tests: nameless, so that the kernel removes them with the thread that made them.
 
-use std::{fs::File, future::Future, os::fd::AsRawFd, process::Command, time::Duration};
+use std::{
+    fs::File,
+    os::fd::AsRawFd,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use nix::sched::{CloneFlags, setns, unshare};
 
@@ -46,7 +51,9 @@ impl Peer {
             ip("link set lo up");
             quiet(far);
             ip(&format!("link set {far} up"));
+            until_running(far);
         });
+        until_running(link);
         peer
     }
 
@@ -61,6 +68,15 @@ impl Peer {
     /// Runs `ip` on that host.
     pub(crate) fn ip(&self, arguments: &str) {
         self.run(|| ip(arguments));
+    }
+}
+
+/// A link that has just come up has no queue for a moment, and drops what is sent.
+fn until_running(link: &str) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !ip(&format!("link show {link}")).contains("state UP") {
+        assert!(Instant::now() < deadline, "{link} does not come up");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

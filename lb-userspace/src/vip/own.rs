@@ -31,6 +31,8 @@ use crate::network::{Interface, Mac, Network, NetworkError, display_mac, io_erro
 /// RFC 5227 asks three times over up to 7 s, for networks where everybody configures themselves at once and links may
 /// still be coming up. Hosts answer within a millisecond; an operator waits for us.
 const PROBES: u32 = 3;
+/// Tries to send that many, before the interface is given up.
+const ATTEMPTS: u32 = 15;
 const PROBE_INTERVAL: Duration = Duration::from_millis(150);
 /// How long after the last probe an answer is waited for.
 const PROBE_WAIT: Duration = Duration::from_millis(250);
@@ -200,15 +202,24 @@ fn link_error(vip: IpAddr, interface: &Interface) -> impl Fn(io::Error) -> VipEr
 /// (RFC 5227 §2.1.1, RFC 4862 §5.4).
 async fn probe(link: &Link, interface: &Interface) -> Result<(), VipError> {
     let failed = link_error(link.address, interface);
-    for round in 1..=PROBES {
-        link.probe().map_err(&failed)?;
-        let wait = if round == PROBES { PROBE_WAIT } else { PROBE_INTERVAL };
+    let mut sent = 0;
+    for _ in 0..ATTEMPTS {
+        match link.probe() {
+            Ok(()) => sent += 1,
+            // An interface that has just come up has no queue yet.
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+            Err(error) => return Err(failed(error)),
+        }
+        let wait = if sent == PROBES { PROBE_WAIT } else { PROBE_INTERVAL };
         if let Ok(heard) = timeout_at(Instant::now() + wait, link.hear()).await {
             let mac = heard.map_err(&failed)?.mac;
             return Err(VipError::InUse { vip: link.address, mac, interface: interface.name.clone() });
         }
+        if sent == PROBES {
+            return Ok(());
+        }
     }
-    Ok(())
+    Err(failed(io::Error::from_raw_os_error(libc::ENOBUFS)))
 }
 
 async fn take_back(network: &Network, record: &mut Record, added: &[Placed]) {
