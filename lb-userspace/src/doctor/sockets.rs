@@ -39,13 +39,8 @@ pub(super) async fn examine(network: &Network, config: &Config) -> Vec<Finding> 
             return findings;
         }
     };
-    let clients: BTreeSet<_> = sockets
-        .iter()
-        .filter(|socket| is_client(socket, &listeners))
-        .collect::<Vec<_>>()
-        .into_iter()
-        .map(|socket| (owner(socket), socket.remote))
-        .collect();
+    let clients = sockets.iter().filter(|socket| is_client(socket, &listeners));
+    let clients: BTreeSet<_> = clients.map(|socket| (owner(socket), socket.remote)).collect();
     for (process, vip) in clients {
         let what = format!("{process} on this host is a client of {vip}: {NEEDS_HOOK}");
         findings.push(

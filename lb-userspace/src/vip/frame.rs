@@ -208,9 +208,9 @@ mod tests {
         }
     }
 
-    /// Taken from keepalived's neighbour of choice, iputils' arping: `arping -D`, and an answer to it.
+    /// Byte by byte as RFC 826 and RFC 5227 §1.1 lay them out: a probe, and a padded answer to it.
     #[test]
-    fn arp_is_as_others_send_it() {
+    fn arp_is_laid_out_as_the_standards_say() {
         let [address, _] = addresses();
         let probe = probe(address, MAC);
         assert_eq!(
