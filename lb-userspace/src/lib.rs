@@ -4,4 +4,8 @@ pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod dataplane;
+pub mod doctor;
 pub mod health;
+pub mod network;
+mod state;
+pub mod vip;

@@ -1,0 +1,133 @@
+//! Whether the kernel can run the data path, and lets us.
+
+use std::fs;
+
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+
+use super::{Finding, failure, note, ok, warning};
+
+/// Compare-and-swap in BPF, on which every claim of a slot rests, came with 5.12; programs on bonds with 5.15, which is
+/// also the oldest kernel that is still looked after.
+const NEEDED: (u32, u32) = (5, 12);
+const TESTED: (u32, u32) = (5, 15);
+/// Since then BPF memory counts toward the control group, not toward this limit.
+const MEMLOCK_UNUSED: (u32, u32) = (5, 11);
+
+pub(super) fn examine() -> Vec<Finding> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mut findings = vec![version(release.trim()), privileges(&status)];
+    findings.extend(fs::read_to_string("/sys/kernel/security/lockdown").ok().and_then(|it| lockdown(&it)));
+    findings.push(btf(fs::exists("/sys/kernel/btf/vmlinux").unwrap_or(false)));
+    findings.extend(fs::read_to_string("/proc/sys/net/core/bpf_jit_enable").ok().map(|it| jit(it.trim())));
+    let limit = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(RLIM_INFINITY, |(soft, _)| soft);
+    findings.push(memlock(release.trim(), limit));
+    findings
+}
+
+fn parse_version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|letter: char| !letter.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+fn version(release: &str) -> Finding {
+    match parse_version(release) {
+        None => warning("kernel", format!("cannot read the kernel's version from {release:?}")),
+        Some(version) if version < NEEDED => {
+            failure("kernel", format!("Linux {release} has no compare-and-swap in BPF, which sheave needs"))
+                .fix("install Linux 5.15 or later")
+        }
+        Some(version) if version < TESTED => {
+            warning("kernel", format!("Linux {release} may do; sheave is meant for 5.15 and later"))
+                .fix("install Linux 5.15 or later")
+        }
+        Some(_) => ok("kernel", format!("Linux {release}")),
+    }
+}
+
+fn privileges(status: &str) -> Finding {
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let set = effective.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()).unwrap_or(0);
+    // Numbers from linux/capability.h. CAP_SYS_ADMIN includes the two younger ones.
+    let has = |bit: u32| set & (1 << bit) != 0;
+    let needed = [
+        ("CAP_NET_ADMIN", has(12)),
+        ("CAP_NET_RAW", has(13)),
+        ("CAP_PERFMON", has(38) || has(21)),
+        ("CAP_BPF", has(39) || has(21)),
+    ];
+    let missing: Vec<_> = needed.iter().filter(|(_, held)| !held).map(|(name, _)| *name).collect();
+    match missing.as_slice() {
+        [] => ok("privileges", "may load BPF programs and attach them"),
+        missing => failure("privileges", format!("lacks {}", missing.join(", ")))
+            .fix("run sheave as root, or give its unit AmbientCapabilities=CAP_BPF CAP_NET_ADMIN CAP_NET_RAW CAP_PERFMON"),
+    }
+}
+
+fn lockdown(modes: &str) -> Option<Finding> {
+    modes.contains("[confidentiality]").then(|| {
+        note("lockdown", "the kernel is locked down (confidentiality): BPF programs may not trace it, forwarding is allowed")
+    })
+}
+
+fn btf(present: bool) -> Finding {
+    if present {
+        ok("BTF", "the kernel describes its types (/sys/kernel/btf/vmlinux)")
+    } else {
+        warning("BTF", "the kernel does not describe its types: tools cannot show sheave's maps with names")
+            .fix("use a kernel with CONFIG_DEBUG_INFO_BTF=y (every distribution's own since 2021)")
+    }
+}
+
+fn jit(value: &str) -> Finding {
+    if value == "0" {
+        warning("BPF JIT", "programs are interpreted, several times slower")
+            .fix("sysctl -w net.core.bpf_jit_enable=1")
+    } else {
+        ok("BPF JIT", "on")
+    }
+}
+
+fn memlock(release: &str, limit: u64) -> Finding {
+    let counted = parse_version(release).is_some_and(|version| version < MEMLOCK_UNUSED);
+    if counted && limit != RLIM_INFINITY {
+        warning("locked memory", format!("limited to {} KiB, the flow table needs more", limit / 1024))
+            .fix("LimitMEMLOCK=infinity in the unit, or `ulimit -l unlimited`")
+    } else {
+        ok("locked memory", "not limited for BPF")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::Level, *};
+
+    #[test]
+    fn old_kernels_are_told_from_new_ones() {
+        for (release, level) in [
+            ("4.19.0-27-amd64", Level::Failure),
+            ("5.4.0", Level::Failure),
+            ("5.12.1", Level::Warning),
+            ("5.15.0-119-generic", Level::Ok),
+            ("6.18.44-fc-v595", Level::Ok),
+            ("10.0", Level::Ok),
+            ("unknown", Level::Warning),
+        ] {
+            assert_eq!(version(release).level, level, "{release}");
+        }
+        assert_eq!(memlock("5.4.0", 65536).level, Level::Warning);
+        assert_eq!(memlock("6.1.0", 65536).level, Level::Ok);
+    }
+
+    #[test]
+    fn missing_capabilities_are_named() {
+        assert_eq!(privileges("CapEff:\t000001ffffffffff\n").level, Level::Ok);
+        assert_eq!(
+            privileges("CapEff:\t0000000000203000\n").level,
+            Level::Ok,
+            "an older unit with CAP_SYS_ADMIN"
+        );
+        let finding = privileges("CapEff:\t0000000000003000\n");
+        assert_eq!((finding.level, finding.what.as_str()), (Level::Failure, "lacks CAP_PERFMON, CAP_BPF"));
+    }
+}

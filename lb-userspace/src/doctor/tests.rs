@@ -1,0 +1,216 @@
+use std::{
+    net::{SocketAddr, TcpListener, TcpStream},
+    process::Command,
+    sync::Arc,
+    time::Duration,
+};
+
+use rustls_pki_types::{PrivateKeyDer, pem::PemObject};
+
+use super::*;
+use crate::{
+    config::{Admin, Backend, Balance, Check, CheckKind, Dataplane, Forward, Service, Vip, VipMode, XdpMode},
+    network::testing::{Peer, in_namespace, ip},
+};
+
+/// Two hosts: this one, and a backend.
+fn lan() -> Peer {
+    let peer = Peer::behind("lan", "far");
+    ip("addr add 10.1.0.1/24 dev lan");
+    peer.ip("addr add 10.1.0.151/24 dev far");
+    peer
+}
+
+fn config(listen: &str, backends: &[SocketAddr]) -> Config {
+    let backend = |address: &SocketAddr| Backend { name: address.to_string(), address: *address, weight: 1 };
+    Config {
+        dataplane: Dataplane {
+            interfaces: Interfaces::Auto,
+            xdp_mode: XdpMode::Auto,
+            snat_addresses: vec![],
+            snat_ports: 1024..=65535,
+            hash_key_file: None,
+            state_dir: "/nonexistent".into(),
+        },
+        vip: Vip { mode: VipMode::Follow },
+        admin: Admin { socket: "/nonexistent".into() },
+        services: vec![Service {
+            name: "api".to_owned(),
+            listen: vec![listen.parse().unwrap()],
+            balance: Balance::Maglev,
+            forward: Forward::Nat,
+            idle_timeout: Duration::from_secs(3600),
+            allow: vec![],
+            check: Check {
+                kind: CheckKind::Https,
+                path: "/readyz".to_owned(),
+                expect: vec![200..=200],
+                interval: Duration::from_secs(1),
+                fast_interval: Duration::from_millis(200),
+                connect_timeout: Duration::from_secs(1),
+                timeout: Duration::from_secs(5),
+                rise: 2,
+                fall: 2,
+                port: None,
+                address: None,
+                server_name: None,
+                ca_file: None,
+                client_cert: None,
+                token_file: None,
+                insecure_skip_tls_verify: false,
+            },
+            backends: backends.iter().map(backend).collect(),
+        }],
+    }
+}
+
+fn socket(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+/// The only finding about a subject that says this.
+#[track_caller]
+fn expect(findings: &[Finding], level: Level, subject: &str, what: &str) -> Finding {
+    let found: Vec<_> =
+        findings.iter().filter(|it| it.subject.starts_with(subject) && it.what.contains(what)).collect();
+    let [finding] = found.as_slice() else { panic!("{what:?} is not there once: {findings:#?}") };
+    assert_eq!(finding.level, level, "{finding:?}");
+    (*finding).clone()
+}
+
+#[test]
+fn a_host_in_order_has_no_failures() {
+    in_namespace(async || {
+        let _peer = lan();
+        ip("addr add 10.1.0.140/32 dev lan");
+        let findings = examine(Some(&config("10.1.0.140:6443", &[socket("10.1.0.151:6443")]))).await;
+        expect(&findings, Level::Ok, "VIP 10.1.0.140", "is here, on lan");
+        expect(&findings, Level::Ok, "backend api/10.1.0.151:6443", "next hop 10.1.0.151 is at");
+        expect(&findings, Level::Ok, "interface lan", "driver veth: native XDP");
+        let failures: Vec<_> = findings.iter().filter(|finding| finding.level == Level::Failure).collect();
+        assert!(failures.is_empty(), "{failures:#?}");
+    });
+}
+
+#[test]
+fn every_failure_says_what_to_do() {
+    in_namespace(async || {
+        let peer = lan();
+        peer.ip("addr add 10.1.0.141/32 dev far");
+        let backends = ["10.1.0.152:6443", "10.9.0.1:6443", "10.1.0.1:7443"].map(socket);
+        let mut config = config("10.1.0.140:6443", &backends);
+        config.services[0].listen.push(socket("10.1.0.141:6443"));
+        let findings = examine(Some(&config)).await;
+        expect(&findings, Level::Failure, "VIP 10.1.0.140", "is nowhere");
+        expect(&findings, Level::Note, "VIP 10.1.0.141", "is on another host now");
+        expect(&findings, Level::Failure, "backend api/10.1.0.152:6443", "does not answer on the link");
+        expect(&findings, Level::Failure, "backend api/10.9.0.1:6443", "no route to 10.9.0.1");
+        expect(&findings, Level::Failure, "backend api/10.1.0.1:7443", "is this host, on port 7443");
+        for finding in findings.iter().filter(|finding| finding.level >= Level::Warning) {
+            assert!(finding.fix.is_some(), "{finding:?}");
+        }
+        config.vip.mode = VipMode::Own;
+        let findings = examine(Some(&config)).await;
+        expect(&findings, Level::Ok, "VIP 10.1.0.140", "is free");
+        expect(&findings, Level::Failure, "VIP 10.1.0.141", "answers for it");
+    });
+}
+
+#[test]
+fn clients_and_servers_on_this_host_are_named() {
+    in_namespace(async || {
+        let _peer = lan();
+        ip("addr add 10.1.0.140/32 dev lan");
+        let server = TcpListener::bind("10.1.0.140:0").unwrap();
+        let listener = server.local_addr().unwrap();
+        let _client = TcpStream::connect(listener).unwrap();
+        let findings = examine(Some(&config(&listener.to_string(), &[socket("10.1.0.151:6443")]))).await;
+        let us = format!("(pid {})", std::process::id());
+        let client = expect(&findings, Level::Failure, "client", "on this host is a client of 10.1.0.140");
+        assert!(client.what.contains(&us) && client.what.contains("connect hook, which is not built yet"));
+        let shadowed = expect(&findings, Level::Warning, "server", &format!("listens on {listener}"));
+        assert!(shadowed.what.contains(&us));
+
+        // A server of its own that is also a backend is reached as before.
+        ip("addr del 10.1.0.140/32 dev lan");
+        let wildcard = TcpListener::bind("0.0.0.0:0").unwrap();
+        let port = wildcard.local_addr().unwrap().port();
+        let own = SocketAddr::new("10.1.0.1".parse().unwrap(), port);
+        let findings = examine(Some(&config(&format!("10.1.0.140:{port}"), &[own]))).await;
+        expect(&findings, Level::Ok, "backend", "is this host: its packets are passed");
+        assert!(!findings.iter().any(|finding| finding.subject.starts_with("server")), "{findings:#?}");
+    });
+}
+
+#[test]
+fn firewall_rules_that_xdp_passes_by_are_listed() {
+    in_namespace(async || {
+        let _peer = lan();
+        let rules = "
+            table inet filter {
+                chain input {
+                    type filter hook input priority 0; policy drop;
+                    ct state established accept
+                    tcp dport { 22, 6000-6500 } accept
+                    tcp dport 22 accept
+                    ip saddr 10.1.0.0/24 tcp dport 6443 accept
+                    udp dport 6443 accept
+                }
+            }";
+        assert!(Command::new("nft").arg(rules).status().unwrap().success());
+        let findings = examine(Some(&config("10.1.0.140:6443", &[socket("10.1.0.151:6443")]))).await;
+        expect(&findings, Level::Note, "firewall", "chain inet filter input drops");
+        let rules = findings.iter().filter(|it| it.subject == "firewall" && it.level == Level::Warning);
+        assert_eq!(rules.count(), 2, "{findings:#?}");
+    });
+}
+
+/// A TLS server on loopback with a certificate for these addresses.
+async fn tls_server(names: &[&str]) -> SocketAddr {
+    let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+    let rcgen::CertifiedKey { cert, signing_key } = rcgen::generate_simple_self_signed(names).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(signing_key.serialize_pem().as_bytes()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![cert.der().clone()], key)
+        .unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((connection, _)) = listener.accept().await {
+            let _ = acceptor.accept(connection).await;
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn a_certificate_without_the_vip_is_named_with_the_way_to_add_it() {
+    let server = tls_server(&["192.0.2.140", "kubernetes"]).await;
+    let findings = certificates::examine(&config("192.0.2.140:6443", &[server])).await;
+    expect(&findings, Level::Ok, "certificate of api/", "holds every listener's address");
+    expect(&findings, Level::Ok, "certificate of api/", "valid for");
+
+    let findings = certificates::examine(&config("[fd00::140]:6443", &[server])).await;
+    let finding = expect(
+        &findings,
+        Level::Warning,
+        "certificate of api/",
+        "does not hold the listener's address fd00::140",
+    );
+    assert!(finding.fix.unwrap().contains("add \"fd00::140\" to apiServer.certSANs"));
+}
+
+#[test]
+fn findings_are_written_with_lower_case_levels() {
+    let finding = warning("firewall", "in the way").fix("nft flush ruleset");
+    let json = serde_json::to_string(&finding).unwrap();
+    assert_eq!(
+        json,
+        r#"{"level":"warning","subject":"firewall","what":"in the way","fix":"nft flush ruleset"}"#
+    );
+}

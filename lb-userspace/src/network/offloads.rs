@@ -1,0 +1,121 @@
+//! Offloads that would keep packets, or parts of them, from the data path. They are switched off where the program is
+//! attached, and what was on is remembered so that it can be switched on again.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    path::{Path, PathBuf},
+};
+
+use super::ethtool;
+use crate::state;
+
+/// What is switched off in either mode.
+pub const HARMFUL: [&str; 3] = [
+    "rx-vlan-hw-parse", // takes the VLAN tag out of the frame before XDP sees it
+    "rx-lro",           // merges segments in a way that cannot be undone
+    "rx-gro-hw",        // likewise
+];
+
+/// What is harmful in generic mode only: the checksum of such a frame may not have been computed yet.
+pub const HARMFUL_IN_GENERIC_MODE: &str = "rx-checksum";
+
+/// Why offloads could not be switched.
+#[derive(Debug, thiserror::Error)]
+pub enum OffloadError {
+    /// The network card's driver refused.
+    #[error(
+        "cannot {doing} on {interface}: {source}; try `ethtool -K {interface} rxvlan off lro off rx-gro-hw off`"
+    )]
+    Driver {
+        /// What was tried.
+        doing: &'static str,
+        /// On which interface.
+        interface: String,
+        /// The driver's answer.
+        source: io::Error,
+    },
+    /// The record of what was on could not be read or written.
+    #[error("{path}: {source}: the directory must be writable for what was changed to be restored later", path = path.display())]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// The offloads at work on an interface that harm the data path. Empty for an interface that has none.
+pub fn harmful(interface: &str, generic: bool) -> io::Result<Vec<String>> {
+    let features = ethtool::features(interface)?;
+    let names = HARMFUL.into_iter().chain(generic.then_some(HARMFUL_IN_GENERIC_MODE));
+    Ok(names.filter(|name| features.get(*name).is_some_and(|it| it.active)).map(str::to_owned).collect())
+}
+
+/// Switches the harmful offloads of an interface off and records them in `state_dir`. Returns those that were on and
+/// could be switched. What the driver has fixed stays as it is: see `doctor`.
+pub fn turn_off(interface: &str, generic: bool, state_dir: &Path) -> Result<Vec<String>, OffloadError> {
+    let failed =
+        |doing| move |source| OffloadError::Driver { doing, interface: interface.to_owned(), source };
+    let names = harmful(interface, generic).map_err(failed("read the offloads"))?;
+    let features = ethtool::features(interface).map_err(failed("read the offloads"))?;
+    let changeable = |name: &String| features.get(name).is_some_and(|feature| feature.changeable);
+    let names: Vec<String> = names.into_iter().filter(changeable).collect();
+    if names.is_empty() {
+        return Ok(names);
+    }
+    // Recorded first: an offload that stays off for ever is worse than one switched on that never was off.
+    let mut record = Record::load(state_dir)?;
+    record.was_on.entry(interface.to_owned()).or_default().extend(names.iter().cloned());
+    record.save(state_dir)?;
+    switch(interface, &names, false).map_err(failed("switch offloads off"))?;
+    Ok(names)
+}
+
+/// Switches on again what [`turn_off`] switched off. An interface that is gone is forgotten. Returns the interfaces
+/// restored.
+pub fn restore(state_dir: &Path) -> Result<Vec<String>, OffloadError> {
+    let mut record = Record::load(state_dir)?;
+    let mut restored = Vec::new();
+    while let Some((interface, names)) = record.was_on.pop_first() {
+        let names: Vec<String> = names.into_iter().collect();
+        match switch(&interface, &names, true) {
+            Ok(()) => restored.push(interface),
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
+            Err(source) => {
+                return Err(OffloadError::Driver { doing: "switch offloads on again", interface, source });
+            }
+        }
+        record.save(state_dir)?;
+    }
+    Ok(restored)
+}
+
+fn switch(interface: &str, names: &[String], on: bool) -> io::Result<()> {
+    let features = ethtool::features(interface)?;
+    let wanted: Vec<_> = names.iter().filter_map(|name| Some((*features.get(name)?, on))).collect();
+    ethtool::set_features(interface, &wanted)
+}
+
+/// The offloads that were on before we came, by interface.
+#[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
+struct Record {
+    was_on: BTreeMap<String, BTreeSet<String>>,
+}
+
+impl Record {
+    fn path(state_dir: &Path) -> PathBuf {
+        state_dir.join("offloads.json")
+    }
+
+    fn load(state_dir: &Path) -> Result<Self, OffloadError> {
+        let path = Self::path(state_dir);
+        state::load(&path).map_err(|source| OffloadError::Record { path, source })
+    }
+
+    fn save(&self, state_dir: &Path) -> Result<(), OffloadError> {
+        let path = Self::path(state_dir);
+        let content = (!self.was_on.is_empty()).then_some(self);
+        state::save(&path, content).map_err(|source| OffloadError::Record { path, source })
+    }
+}

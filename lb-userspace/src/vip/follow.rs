@@ -1,0 +1,50 @@
+//! `vip.mode = "follow"`: somebody else moves the VIP, we look on.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use crate::network::Network;
+
+/// What became of a VIP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// It is on this host now, on the interface with this index (also: it moved to that interface).
+    Here {
+        /// The VIP.
+        vip: IpAddr,
+        /// Index of its interface.
+        interface: u32,
+    },
+    /// It is not on this host (any more).
+    Elsewhere {
+        /// The VIP.
+        vip: IpAddr,
+    },
+}
+
+/// Remembers where the VIPs were when last looked at.
+#[derive(Debug)]
+pub struct Follower {
+    known: BTreeMap<IpAddr, Option<Option<u32>>>,
+}
+
+impl Follower {
+    /// Nothing is known about these VIPs yet: the first look reports each of them.
+    pub fn new(vips: impl IntoIterator<Item = IpAddr>) -> Self {
+        Self { known: vips.into_iter().map(|vip| (vip, None)).collect() }
+    }
+
+    /// What is different since the last look. Call it after [`Change::Addresses`](crate::network::Change).
+    pub fn look(&mut self, network: &Network) -> Vec<Presence> {
+        let mut news = Vec::new();
+        for (&vip, known) in &mut self.known {
+            let interface = network.interface_carrying(vip);
+            if known.replace(interface) != Some(interface) {
+                news.push(match interface {
+                    Some(interface) => Presence::Here { vip, interface },
+                    None => Presence::Elsewhere { vip },
+                });
+            }
+        }
+        news
+    }
+}
