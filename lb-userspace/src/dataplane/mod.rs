@@ -44,6 +44,13 @@ use grace::Grace;
 pub use grace::wait as wait_grace_period;
 pub use mapped::Mapped;
 
+/// The kernel programs, as the build script compiled them. Empty if it was told to leave them out.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-ebpf"));
+
+/// The same programs inside the benchmark's wrapper.
+#[cfg(feature = "bench-object")]
+pub static BENCH_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-ebpf-bench"));
+
 /// What must be known before the maps exist, and does not change afterwards.
 #[derive(Clone, Debug)]
 pub struct Settings {

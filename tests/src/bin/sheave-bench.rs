@@ -6,7 +6,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use clap::{Parser, Subcommand};
 use etherparse::PacketBuilder;
@@ -16,7 +16,7 @@ use lb_common::{
     layout::{SETS_PER_ADDRESS, Set4, Set6, WAYS},
     meta::{CLIENT_ACK, Kind, Meta, SYN_ACK},
 };
-use lb_userspace::dataplane::{Dataplane, Listener, Mapped, Port, Settings};
+use lb_userspace::dataplane::{BENCH_OBJECT, Dataplane, Listener, Mapped, Port, Settings};
 
 /// Measures sheave.
 #[derive(Parser)]
@@ -131,7 +131,7 @@ impl Bench {
     /// A data path in which `flows` flows are established and half of all slots are taken.
     fn new(ipv6: bool, flows: u32) -> Result<Self> {
         let addresses = flows.div_ceil(SLOTS / 2 + SLOTS / 4).max(1);
-        let mut dataplane = Dataplane::load(&object()?, &settings(ipv6, addresses))?;
+        let mut dataplane = Dataplane::load(BENCH_OBJECT, &settings(ipv6, addresses))?;
         dataplane.calibrate()?;
         let port = Port { interface: 1, tags: Vec::new(), mac: MAC };
         dataplane.set_ports(&[port])?;
@@ -264,12 +264,6 @@ fn prove<F: Family>(flows: &Mapped<F::Set>, places: &Mapped<Place>, ipv6: bool) 
         }
     }
     claimed
-}
-
-fn object() -> Result<Vec<u8>> {
-    let path = std::env::var_os("SHEAVE_BENCH_OBJECT")
-        .context("SHEAVE_BENCH_OBJECT is not set: run `cargo xtask bench`")?;
-    std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
 }
 
 fn settings(ipv6: bool, addresses: u32) -> Settings {
