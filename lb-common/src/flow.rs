@@ -24,7 +24,7 @@ use crate::{
     layout::{Config, SETS_PER_ADDRESS, Set4, Set6, WAYS, Way4, Way6, family},
     maps::Maps,
     meta::{Kind, Meta, RESET, SYN_ACK},
-    outcome::Event,
+    outcome::{Event, Outcome},
     transition::RESET_QUARANTINE,
 };
 
@@ -93,6 +93,11 @@ impl Found {
         }
     }
 
+    #[inline(always)]
+    const fn slot_of(word: u64) -> Slot {
+        Slot { set: (word >> 34) as u32 & 0x07ff_ffff, way: (word >> 32) as u32 & 3 }
+    }
+
     /// From one word.
     #[inline(always)]
     #[must_use]
@@ -100,8 +105,7 @@ impl Found {
         if word & Self::SOME == 0 {
             return None;
         }
-        let slot = Slot { set: (word >> 34) as u32 & 0x1fff_ffff, way: (word >> 32) as u32 & 3 };
-        Some(Self { slot, meta: Meta(word as u32) })
+        Some(Self { slot: Self::slot_of(word), meta: Meta(word as u32) })
     }
 }
 
@@ -382,13 +386,11 @@ impl<T: Copy> Query<T> {
 /// The live slot of a tuple.
 #[inline(always)]
 pub fn find<F: Family, M: Maps>(maps: &M, config: &Config, query: &Query<F::Tuple>) -> Option<Found> {
-    // One way out, and through a zero that the verifier cannot see through: otherwise it follows everything that comes
-    // after separately for each of the eight ways.
-    let found = Found::unpack(Found::pack(find_first::<F, M>(maps, query)) ^ config.zero);
-    if found.is_some() || F::overflow(maps, query.candidate(0))?.load() == 0 {
-        return found;
+    let mut found = find_first::<F, M>(maps, query);
+    if found.is_none() && F::overflow(maps, query.candidate(0))?.load() != 0 {
+        found = maps.find_in::<F>(query, CANDIDATES, Slot::NONE);
     }
-    maps.find_in::<F>(query, CANDIDATES, Slot::NONE)
+    Found::unpack(config.blur(Found::pack(found)))
 }
 
 /// The live slot of a tuple in the candidates that are always looked at.
@@ -443,38 +445,58 @@ pub fn find_in<F: Family, M: Maps>(
     None
 }
 
-/// How a claim ended.
+/// How a claim ended: [`Claim::FULL`], [`Claim::RACED`], or a slot.
+///
+/// A word and not an enum: for the variants without a slot LLVM would copy a register that was never set, which the
+/// verifier does not allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Claim {
-    /// The flow has this slot.
-    Won(Slot),
-    /// Every candidate is taken.
-    Full,
-    /// Another CPU has, or had, the same tuple in hand.
-    Raced,
-}
+pub struct Claim(u64);
 
 impl Claim {
+    /// Every candidate is taken.
+    pub const FULL: Self = Self(0);
+    /// Another CPU has, or had, the same tuple in hand.
+    pub const RACED: Self = Self(1);
+
+    /// The flow has this slot.
+    #[inline(always)]
+    #[must_use]
+    pub const fn won(slot: Slot) -> Self {
+        Self(Found::pack(Some(Found { slot, meta: Meta::FREE })))
+    }
+
+    /// What becomes of the packet when there is no slot.
+    #[inline(always)]
+    #[must_use]
+    pub const fn failure(self) -> Option<Outcome> {
+        if self.0 & Found::SOME != 0 {
+            None
+        } else if self.0 == Self::FULL.0 {
+            Some(Outcome::TableFull)
+        } else {
+            Some(Outcome::SynRace)
+        }
+    }
+
+    /// The slot, of a claim that has not failed.
+    #[inline(always)]
+    #[must_use]
+    pub const fn slot(self) -> Slot {
+        Found::slot_of(self.0)
+    }
+
     /// As one word.
     #[inline(always)]
     #[must_use]
-    pub const fn pack(self) -> u64 {
-        match self {
-            Self::Full => 0,
-            Self::Raced => 1,
-            Self::Won(slot) => Found::pack(Some(Found { slot, meta: Meta::FREE })),
-        }
+    pub const fn word(self) -> u64 {
+        self.0
     }
 
     /// From one word.
     #[inline(always)]
     #[must_use]
-    pub const fn unpack(word: u64) -> Self {
-        match Found::unpack(word) {
-            Some(found) => Self::Won(found.slot),
-            None if word == 0 => Self::Full,
-            None => Self::Raced,
-        }
+    pub const fn from_word(word: u64) -> Self {
+        Self(word)
     }
 }
 
@@ -530,11 +552,11 @@ impl Cost {
     }
 
     #[inline(always)]
-    fn event(self) -> Option<Event> {
+    fn haste(self) -> u64 {
         match self.0 >> 16 {
-            0 => None,
-            1 | 2 => Some(Event::ReusedEarly),
-            _ => Some(Event::HalfOpenReclaimed),
+            0 => 0,
+            1 | 2 => 1,
+            _ => 2,
         }
     }
 }
@@ -554,25 +576,59 @@ pub struct Claimer {
 /// Finds a slot for a tuple that has none, and takes it.
 #[inline(always)]
 pub fn claim<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &Claimer) -> Claim {
-    let Some(config) = maps.config() else {
-        return Claim::Full;
+    let Some(choice) = maps.choose::<F>(query, claimer) else {
+        return Claim::FULL;
     };
-    let Some(slot) = choose::<F, M>(maps, config, query, claimer) else {
-        return Claim::Full;
-    };
-    let Some(ways) = F::set(maps, slot.set) else {
-        return Claim::Full;
-    };
-    // Examined again, now for the word that is exchanged.
-    let (cost, meta) = Cost::of::<F>(ways, slot.way, claimer.backend as u8, claimer.clock, config);
-    if cost == Cost::NEVER {
-        return Claim::Raced;
-    }
-    let claim = maps.take::<F>(query, claimer, Found { slot, meta });
-    if let (Claim::Won(_), Some(event)) = (claim, cost.event()) {
+    let claim = maps.take::<F>(query, claimer, choice.found);
+    if let (None, Some(event)) = (claim.failure(), choice.event()) {
         maps.count_event(claimer.service as u16, event);
     }
     claim
+}
+
+/// A slot that a flow may have.
+#[derive(Clone, Copy, Debug)]
+pub struct Choice {
+    /// The slot as it was examined.
+    pub found: Found,
+    /// 0: nobody minds. 1: it was still resting. 2: somebody's handshake ends here.
+    haste: u64,
+}
+
+impl Choice {
+    /// Where [`Found::pack`] leaves room.
+    const HASTE: u32 = 61;
+
+    /// As one word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn pack(choice: Option<Self>) -> u64 {
+        match choice {
+            Some(choice) => Found::pack(Some(choice.found)) | choice.haste << Self::HASTE,
+            None => 0,
+        }
+    }
+
+    /// From one word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn unpack(word: u64) -> Option<Self> {
+        match Found::unpack(word) {
+            Some(found) => Some(Self { found, haste: (word >> Self::HASTE) & 3 }),
+            None => None,
+        }
+    }
+
+    /// What there is to count when the slot is taken.
+    #[inline(always)]
+    #[must_use]
+    pub const fn event(self) -> Option<Event> {
+        match self.haste {
+            0 => None,
+            1 => Some(Event::ReusedEarly),
+            _ => Some(Event::HalfOpenReclaimed),
+        }
+    }
 }
 
 /// The way that is taken most willingly. Cost, candidate and way make up one number, of which the least is kept.
@@ -580,12 +636,8 @@ pub fn claim<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &Cl
 /// The number is mixed with a zero that the verifier cannot see through: otherwise it follows each of the 10 × 4
 /// ways with each of its possible costs separately, and gives up.
 #[inline(always)]
-fn choose<F: Family, M: Maps>(
-    maps: &M,
-    config: &Config,
-    query: &Query<F::Tuple>,
-    claimer: &Claimer,
-) -> Option<Slot> {
+pub fn choose<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &Claimer) -> Option<Choice> {
+    let config = maps.config()?;
     let home = taken::<F>(F::set(maps, query.candidate(0))?);
     let second = taken::<F>(F::set(maps, query.candidate(1))?);
     // 1 if the second has fewer ways taken.
@@ -600,7 +652,8 @@ fn choose<F: Family, M: Maps>(
             let (cost, _) = Cost::of::<F>(ways, way, claimer.backend as u8, claimer.clock, config);
             // A blocked way costs what one that is never taken costs.
             let cost = cost.0 | (blocked >> way & 1).wrapping_neg();
-            let numbered = (u64::from(cost) << 32 | u64::from(number << 2 | way)) ^ config.zero;
+            let numbered = u64::from(cost) << 32 | u64::from(number << 2 | way);
+            let numbered = config.blur(numbered);
             if numbered < best {
                 best = numbered;
             }
@@ -609,8 +662,14 @@ fn choose<F: Family, M: Maps>(
             break;
         }
     }
-    let (number, way) = (best as u32 >> 2, best as u32 & 3);
-    (best >> 32 != u64::from(Cost::NEVER.0)).then(|| Slot { set: query.candidate(number), way })
+    if best >> 32 == u64::from(Cost::NEVER.0) {
+        return None;
+    }
+    let slot = Slot { set: query.candidate((best as u32 >> 2) & 0xf), way: best as u32 & 3 };
+    // Examined again, now for the word that is exchanged.
+    let (cost, meta) =
+        Cost::of::<F>(F::set(maps, slot.set)?, slot.way, claimer.backend as u8, claimer.clock, config);
+    (cost != Cost::NEVER).then_some(Choice { found: Found { slot, meta }, haste: cost.haste() })
 }
 
 /// Ways that are not free for the taking.
@@ -629,12 +688,12 @@ fn taken<F: Family>(ways: &F::Set) -> u32 {
 pub fn take<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &Claimer, found: Found) -> Claim {
     let Found { slot, meta } = found;
     let (Some(config), Some(ways)) = (maps.config(), F::set(maps, slot.set)) else {
-        return Claim::Full;
+        return Claim::FULL;
     };
     let word = F::meta(ways, slot.way);
     let claiming = Meta::new(Kind::Claiming, claimer.backend as u8, claimer.clock.seen);
     if word.compare_exchange(meta.0, claiming.0) != meta.0 {
-        return Claim::Raced;
+        return Claim::RACED;
     }
     let home = query.candidate(0);
     let mark = F::overflow(maps, home);
@@ -657,7 +716,7 @@ pub fn take<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &Cla
     };
     if maps.find_in::<F>(query, candidates, slot).is_some() {
         word.compare_exchange(half_open.0, Meta::FREE.0);
-        return Claim::Raced;
+        return Claim::RACED;
     }
-    Claim::Won(slot)
+    Claim::won(slot)
 }

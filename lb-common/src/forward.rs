@@ -2,7 +2,7 @@
 
 use crate::{
     checksum::{Delta, sum64},
-    flow::{self, Claim, Claimer, Clock, Family, Found, Query, Slot},
+    flow::{self, Claimer, Clock, Family, Found, Query, Slot},
     frame::Frame,
     headers::{Be16, tcp_flag},
     layout::{Backend, Listener, NextHop, Service, backend_flag, family},
@@ -142,10 +142,11 @@ fn reopen<A: Family, M: Maps>(
     // Without a usable backend the old one hears of it: it is the one to say no.
     let backend = if chosen == 0 { found.meta.backend() } else { chosen };
     let claimer = Claimer { service: listener.service.into(), backend: backend.into(), clock };
-    match maps.take::<A>(query, &claimer, *found) {
-        Claim::Won(slot) => Ok(won::<A, M>(maps, context, &claimer, slot)),
-        Claim::Full | Claim::Raced => Err(Outcome::SynRace),
+    let claim = maps.take::<A>(query, &claimer, *found);
+    if claim.failure().is_some() {
+        return Err(Outcome::SynRace);
     }
+    Ok(won::<A, M>(maps, context, &claimer, claim.slot()))
 }
 
 /// A retransmitted SYN: on to its backend, or to another if that one takes no new flows any more.
@@ -206,11 +207,11 @@ fn begin<A: Family, M: Maps>(
         backend: backend.into(),
         clock: Clock::read(maps, context.config),
     };
-    match maps.claim::<A>(query, &claimer) {
-        Claim::Won(slot) => Ok(won::<A, M>(maps, context, &claimer, slot)),
-        Claim::Full => Err(Outcome::TableFull),
-        Claim::Raced => Err(Outcome::SynRace),
+    let claim = flow::claim::<A, M>(maps, query, &claimer);
+    if let Some(outcome) = claim.failure() {
+        return Err(outcome);
     }
+    Ok(won::<A, M>(maps, context, &claimer, claim.slot()))
 }
 
 /// May the client use the service?

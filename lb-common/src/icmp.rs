@@ -49,13 +49,12 @@ struct Target {
 }
 
 /// Translates an ICMP error about a flow; anything else is not ours.
-#[inline(never)]
-pub fn translate<A: Family, F: Frame, M: Maps>(mut frame: F, maps: M) -> Done {
-    let frame = &mut frame;
+#[inline(always)]
+pub fn translate<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
     let (Some(config), Some(link)) = (maps.config(), parse::link(frame)) else {
         return Done::NOT_OURS;
     };
-    let Some((packet, _)) = parse::packet(frame, &link) else {
+    let Some((packet, _)) = parse::packet::<A, F>(frame, &link) else {
         return Done::NOT_OURS;
     };
     let Some(quoted) = quoted::<A, F>(frame, &packet) else {
@@ -64,9 +63,9 @@ pub fn translate<A: Family, F: Frame, M: Maps>(mut frame: F, maps: M) -> Done {
     if quoted.source != packet.destination || process::arrival(config, frame.interface(), &link).is_none() {
         return Done::NOT_OURS;
     }
-    let target = match process::listener::<A, M>(&maps, quoted.source, quoted.ports.source) {
-        Some(id) => to_backend::<A, M>(&maps, config, &quoted, id),
-        None => to_client::<A, M>(&maps, config, &quoted),
+    let target = match process::listener::<A, M>(maps, quoted.source, quoted.ports.source) {
+        0 => to_client::<A, M>(maps, config, &quoted),
+        id => to_backend::<A, M>(maps, config, &quoted, id),
     };
     let Some(target) = target else {
         return Done::NOT_OURS;

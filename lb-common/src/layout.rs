@@ -124,7 +124,7 @@ pub struct Config {
     pub debug_mask: u32,
     /// Backend ids from 1 to this may be in use.
     pub last_backend: u32,
-    /// Zero, which the verifier does not know: see `flow::choose`.
+    /// Zero, which the verifier does not know: see [`Config::blur`].
     pub zero: u64,
     /// Where packets come from and go to.
     pub ports: [Port; PORTS],
@@ -136,6 +136,19 @@ pub struct Config {
     pub bucket4: [u8; BUCKETS],
     /// Which IPv6 SNAT address a bucket belongs to.
     pub bucket6: [u8; BUCKETS],
+}
+
+impl Config {
+    /// The same number, unknown to the verifier.
+    ///
+    /// Where several paths meet with different constants, the verifier follows what comes after once for each of them,
+    /// and constants that end up in an index or a pointer multiply. Mixed with a zero that it cannot see through, they
+    /// are all the same to it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn blur(&self, number: u64) -> u64 {
+        number ^ self.zero
+    }
 }
 
 /// An interface, or a VLAN on one.

@@ -2,7 +2,7 @@
 
 use crate::{
     cell::{Cell8, Cell16, Cell64},
-    flow::{self, Claim, Claimer, Family, Found, Query, Slot},
+    flow::{self, Choice, Claim, Claimer, Family, Found, Query, Slot},
     hash::FlowHash,
     layout::{Backend, Config, Listener, Service, Set4, Set6},
     outcome::{Counter, Event},
@@ -53,9 +53,9 @@ pub trait Maps: Copy {
         flow::find_in::<F, Self>(self, query, candidates, except)
     }
 
-    /// [`flow::claim`], in a function of its own.
-    fn claim<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer) -> Claim {
-        flow::claim::<F, Self>(self, query, claimer)
+    /// [`flow::choose`], in a function of its own.
+    fn choose<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer) -> Option<Choice> {
+        flow::choose::<F, Self>(self, query, claimer)
     }
 
     /// [`flow::take`], in a function of its own.

@@ -2,6 +2,7 @@
 
 use crate::{
     checksum::fold,
+    flow::Family,
     frame::Frame,
     headers::{Ethernet, IPV4, IPV6, Ipv4, Ipv6, SERVICE_VLAN, TcpStart, VLAN, VlanTag, protocol, tcp_flag},
     layout::family,
@@ -108,7 +109,7 @@ pub struct Packet {
     pub network: usize,
     /// Where the transport header begins.
     pub transport: usize,
-    /// Where the packet ends by its own account, padding left out. 0: the headers contradict each other.
+    /// Where the packet ends by its own account, padding left out; a lie if that is beyond the frame.
     pub end: usize,
     /// The first fragment of several.
     pub fragment: bool,
@@ -132,7 +133,6 @@ pub enum Carries {
 /// Reads an IPv4 header. None: cut short, or not IPv4.
 #[inline(always)]
 pub fn ipv4<F: Frame>(frame: &mut F, network: usize) -> Option<(Packet, Carries)> {
-    let length = frame.length();
     let header = *frame.at::<Ipv4>(network)?;
     let header_length = usize::from(header.version_length & 0x0f) * 4;
     if header.version_length >> 4 != 4 || header_length < size_of::<Ipv4>() {
@@ -153,7 +153,7 @@ pub fn ipv4<F: Frame>(frame: &mut F, network: usize) -> Option<(Packet, Carries)
         destination: [u64::from(header.destination.word()), 0],
         network,
         transport: network + header_length,
-        end: if end <= length { end } else { 0 },
+        end,
         fragment: fragment & FRAGMENTED != 0,
         ttl,
     };
@@ -163,7 +163,6 @@ pub fn ipv4<F: Frame>(frame: &mut F, network: usize) -> Option<(Packet, Carries)
 /// Reads an IPv6 header and what extension headers follow. None: cut short, or not IPv6.
 #[inline(always)]
 pub fn ipv6<F: Frame>(frame: &mut F, network: usize) -> Option<(Packet, Carries)> {
-    let length = frame.length();
     let header = *frame.at::<Ipv6>(network)?;
     if header.version_class_flow.get() >> 28 != 6 {
         return None;
@@ -186,7 +185,7 @@ pub fn ipv6<F: Frame>(frame: &mut F, network: usize) -> Option<(Packet, Carries)
         destination: header.destination.map(|half| half.word()),
         network,
         transport: upper.transport,
-        end: if end <= length { end } else { 0 },
+        end,
         fragment: upper.fragment != 0,
         ttl: header.hop_limit,
     };
@@ -257,12 +256,12 @@ const fn is_extension(next: u8) -> bool {
     )
 }
 
-/// Reads the network header that follows `link`.
+/// Reads the network header that follows `link`, if it is of this family.
 #[inline(always)]
-pub fn packet<F: Frame>(frame: &mut F, link: &Link) -> Option<(Packet, Carries)> {
+pub fn packet<A: Family, F: Frame>(frame: &mut F, link: &Link) -> Option<(Packet, Carries)> {
     match link.kind {
-        IPV4 => ipv4(frame, link.network),
-        IPV6 => ipv6(frame, link.network),
+        IPV4 if A::NUMBER == family::IPV4 => ipv4(frame, link.network),
+        IPV6 if A::NUMBER == family::IPV6 => ipv6(frame, link.network),
         _ => None,
     }
 }
@@ -318,7 +317,10 @@ pub fn segment<F: Frame>(frame: &mut F, packet: &Packet) -> Option<Segment> {
     let tcp = *frame.at::<crate::headers::Tcp>(packet.transport)?;
     let header_length = usize::from(tcp.data_offset >> 4) * 4;
     let payload_start = packet.transport + header_length;
-    if header_length < size_of::<crate::headers::Tcp>() || packet.end < payload_start {
+    if header_length < size_of::<crate::headers::Tcp>()
+        || packet.end < payload_start
+        || packet.end > frame.length()
+    {
         return None;
     }
     Some(Segment {

@@ -23,6 +23,8 @@ pub struct Done(u64);
 impl Done {
     /// Left alone.
     pub const NOT_OURS: Self = Self::with(Outcome::NotOurs, 0);
+    /// Not yet: see [`segments`].
+    pub const ICMP: Self = Self(0xffff);
 
     /// A packet that leaves by no interface of ours.
     #[inline(always)]
@@ -36,6 +38,20 @@ impl Done {
     #[must_use]
     pub const fn leaving(outcome: Outcome, service: u16, interface: u32) -> Self {
         Self(outcome as u64 | (service as u64) << 16 | (interface as u64) << 32)
+    }
+
+    /// As one word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn word(self) -> u64 {
+        self.0
+    }
+
+    /// From one word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_word(word: u64) -> Self {
+        Self(word)
     }
 
     /// What became of it: the place of its counter, see [`Outcome::ALL`].
@@ -95,46 +111,52 @@ pub fn process<F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
         return Done::NOT_OURS;
     };
     match link.kind {
-        IPV4 => match parse::ipv4(frame, link.network) {
-            Some((packet, carries)) => classify::<V4, F, M>(frame, maps, link, packet, carries),
-            None => Done::NOT_OURS,
-        },
-        IPV6 => match parse::ipv6(frame, link.network) {
-            Some((packet, carries)) => classify::<V6, F, M>(frame, maps, link, packet, carries),
-            None => Done::NOT_OURS,
-        },
+        IPV4 => finish::<V4, F, M>(frame, maps),
+        IPV6 => finish::<V6, F, M>(frame, maps),
         _ => Done::NOT_OURS,
     }
 }
 
 #[inline(always)]
-fn classify<A: Family, F: Frame, M: Maps>(
-    frame: &mut F,
-    maps: &M,
-    link: Link,
-    packet: Packet,
-    carries: Carries,
-) -> Done {
+fn finish<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
+    match segments::<A, F, M>(frame, maps) {
+        Done::ICMP => icmp::translate::<A, F, M>(frame, maps),
+        done => done,
+    }
+}
+
+/// Takes a TCP packet of one family to its outcome. [`Done::ICMP`]: it is none, but [`icmp::translate`]'s.
+///
+/// The two are apart because together they need more stack than the kernel gives.
+#[inline(always)]
+pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
+    let Some(link) = parse::link(frame) else {
+        return Done::NOT_OURS;
+    };
+    let Some((packet, carries)) = parse::packet::<A, F>(frame, &link) else {
+        return Done::NOT_OURS;
+    };
     match carries {
         Carries::Tcp => {}
-        Carries::Icmp => return icmp::translate::<A, _, M>(frame.again(), *maps),
+        Carries::Icmp => return Done::ICMP,
         Carries::TooMuch => return too_much::<A, F, M>(frame, maps, &link, &packet),
         Carries::Other => return Done::NOT_OURS,
     }
     let Some(ports) = parse::ports(frame, packet.transport) else {
         return Done::NOT_OURS;
     };
-    if let Some(id) = listener::<A, M>(maps, packet.destination, ports.destination) {
-        return match enter(frame, maps, &link, packet, ports) {
+    let Some(config) = maps.config() else {
+        return Done::NOT_OURS;
+    };
+    let id = config.blur(listener::<A, M>(maps, packet.destination, ports.destination).into()) as u16;
+    if id != 0 {
+        return match enter(frame, config, &link, packet, ports) {
             Some(context) => forward::forward::<A, F, M>(frame, maps, &context, id),
             None => Done::NOT_OURS,
         };
     }
-    let Some(config) = maps.config() else {
-        return Done::NOT_OURS;
-    };
     if let Some(slot) = slot::<A>(config, packet.destination, ports.destination) {
-        return match enter(frame, maps, &link, packet, ports) {
+        return match enter(frame, config, &link, packet, ports) {
             Some(context) => reply::reply::<A, F, M>(frame, maps, &context, slot),
             None => Done::NOT_OURS,
         };
@@ -142,21 +164,23 @@ fn classify<A: Family, F: Frame, M: Maps>(
     Done::NOT_OURS
 }
 
-/// The id of the listener at an address (words) and port (word).
+/// The id of the listener at an address (words) and port (word); 0: there is none.
 #[inline(always)]
-pub fn listener<A: Family, M: Maps>(maps: &M, address: [u64; 2], port: u16) -> Option<u16> {
+pub fn listener<A: Family, M: Maps>(maps: &M, address: [u64; 2], port: u16) -> u16 {
     let mut id = maps.first_listener(u16::from_be(port));
     for _ in 0..LISTENERS_PER_PORT {
         if id == 0 {
-            return None;
+            break;
         }
-        let listener = maps.listener(id)?;
+        let Some(listener) = maps.listener(id) else {
+            return 0;
+        };
         if listener.family == A::NUMBER && listener.address == address {
-            return Some(id);
+            return id;
         }
         id = listener.next;
     }
-    None
+    0
 }
 
 /// The slot whose SNAT address (words) and port (word) these are, be it anybody's or not.
@@ -174,28 +198,30 @@ pub fn slot<A: Family>(config: &Config, address: [u64; 2], port: u16) -> Option<
 /// Which SNAT address this is.
 #[inline(always)]
 pub fn snat_index<A: Family>(config: &Config, address: [u64; 2]) -> Option<u32> {
+    let mut found = SNAT_ADDRESSES as u64;
     for index in 0..SNAT_ADDRESSES {
         if index as u32 >= A::snat_count(config) {
-            return None;
+            break;
         }
         if A::snat(config, index) == address {
-            return Some(index as u32);
+            found = index as u64;
+            break;
         }
     }
-    None
+    let found = config.blur(found) as u32;
+    (found < SNAT_ADDRESSES as u32).then_some(found)
 }
 
 /// Finds the port a packet came in by, and makes sure that the frame was meant for this host: a bridge or a switch
 /// also floods frames for others, and a standby with the same configuration must not answer them.
 #[inline(always)]
-fn enter<'a, F: Frame, M: Maps>(
+fn enter<'a, F: Frame>(
     frame: &mut F,
-    maps: &'a M,
+    config: &'a Config,
     link: &Link,
     packet: Packet,
     ports: Ports,
 ) -> Option<Context<'a>> {
-    let config = maps.config()?;
     let port = arrival(config, frame.interface(), link)?;
     Some(Context { config, link: *link, packet, ports, port })
 }
@@ -203,16 +229,21 @@ fn enter<'a, F: Frame, M: Maps>(
 /// The port with this interface and VLAN, if the frame is addressed to it.
 #[inline(always)]
 pub fn arrival(config: &Config, interface: u32, link: &Link) -> Option<u16> {
+    let mut found = PORTS as u64;
     for index in 0..PORTS {
         if index as u32 >= config.port_count {
-            return None;
+            break;
         }
         let port = &config.ports[index];
         if port.interface == interface && port.vlan == link.vlan {
-            return (port.mac == link.destination).then_some(index as u16);
+            if port.mac == link.destination {
+                found = index as u64;
+            }
+            break;
         }
     }
-    None
+    let found = config.blur(found) as u16;
+    (found < PORTS as u16).then_some(found)
 }
 
 /// Everything that must hold before a packet of a flow is touched.

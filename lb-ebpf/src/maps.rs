@@ -11,7 +11,7 @@ use aya_ebpf::{
 };
 use lb_common::{
     cell::{Cell8, Cell16, Cell64},
-    flow::{Claim, Claimer, Family, Found, Query, Slot},
+    flow::{Choice, Claim, Claimer, Family, Found, Query, Slot},
     layout::{
         AllowKey, BACKENDS, Backend, Config, LISTENERS, Listener, NEXT_HOPS, OverflowMarks, ReturnHops,
         SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, Service, Set4, Set6, WAYS, allow_key,
@@ -88,12 +88,12 @@ impl Maps for KernelMaps {
     }
 
     #[inline(always)]
-    fn claim<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer) -> Claim {
+    fn choose<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer) -> Option<Choice> {
         let query = (&raw const *query).cast::<()>();
-        Claim::unpack(laundered(if F::NUMBER == family::IPV4 {
-            subprograms::flow4_claim(query.cast(), claimer)
+        Choice::unpack(laundered(if F::NUMBER == family::IPV4 {
+            subprograms::flow4_choose(query.cast(), claimer)
         } else {
-            subprograms::flow6_claim(query.cast(), claimer)
+            subprograms::flow6_choose(query.cast(), claimer)
         }))
     }
 
@@ -101,7 +101,7 @@ impl Maps for KernelMaps {
     fn take<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer, found: Found) -> Claim {
         let found = Found::pack(Some(found));
         let query = (&raw const *query).cast::<()>();
-        Claim::unpack(laundered(if F::NUMBER == family::IPV4 {
+        Claim::from_word(laundered(if F::NUMBER == family::IPV4 {
             subprograms::flow4_take(query.cast(), claimer, found)
         } else {
             subprograms::flow6_take(query.cast(), claimer, found)

@@ -7,8 +7,9 @@
 
 use aya_ebpf::{bindings::xdp_md, programs::XdpContext};
 use lb_common::{
-    flow::{Claim, Claimer, Family, Found, Query, Slot, V4, V6, claim, find_in, take},
-    parse,
+    flow::{Choice, Claim, Claimer, Family, Found, Query, Slot, V4, V6, choose, find_in, take},
+    icmp, parse,
+    process::segments,
 };
 
 use crate::{frame::XdpFrame, maps::KernelMaps};
@@ -39,7 +40,23 @@ pub extern "C" fn frame_upper_layer(context: *mut xdp_md, transport: u64, next: 
 }
 
 macro_rules! subprograms {
-    ($family:ty, $find:ident, $claim:ident, $take:ident) => {
+    ($family:ty, $find:ident, $choose:ident, $take:ident, $segments:ident, $icmp:ident) => {
+        /// See [`segments`].
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $segments(context: *mut xdp_md) -> u64 {
+            let context = XdpContext::new(context);
+            segments::<$family, _, _>(&mut XdpFrame::new(&context), &KernelMaps).word()
+        }
+
+        /// See [`icmp::translate`].
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $icmp(context: *mut xdp_md) -> u64 {
+            let context = XdpContext::new(context);
+            icmp::translate::<$family, _, _>(&mut XdpFrame::new(&context), &KernelMaps).word()
+        }
+
         /// See [`find_in`]; `except` and the result are packed.
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -56,18 +73,18 @@ macro_rules! subprograms {
             Found::pack(find_in::<$family, _>(&KernelMaps, query, candidates, except))
         }
 
-        /// See [`claim`]; the result is packed.
+        /// See [`choose`]; the result is packed.
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $claim(
+        pub extern "C" fn $choose(
             query: *const Query<<$family as Family>::Tuple>,
             claimer: *const Claimer,
         ) -> u64 {
             // SAFETY: null, or the caller's structures.
             let (Some(query), Some(claimer)) = (unsafe { (query.as_ref(), claimer.as_ref()) }) else {
-                return Claim::Full.pack();
+                return Choice::pack(None);
             };
-            claim::<$family, _>(&KernelMaps, query, claimer).pack()
+            Choice::pack(choose::<$family, _>(&KernelMaps, query, claimer))
         }
 
         /// See [`take`]; `found` and the result are packed.
@@ -80,15 +97,15 @@ macro_rules! subprograms {
         ) -> u64 {
             // SAFETY: null, or the caller's structures.
             let (Some(query), Some(claimer)) = (unsafe { (query.as_ref(), claimer.as_ref()) }) else {
-                return Claim::Full.pack();
+                return Claim::FULL.word();
             };
             match Found::unpack(found) {
-                Some(found) => take::<$family, _>(&KernelMaps, query, claimer, found).pack(),
-                None => Claim::Full.pack(),
+                Some(found) => take::<$family, _>(&KernelMaps, query, claimer, found).word(),
+                None => Claim::FULL.word(),
             }
         }
     };
 }
 
-subprograms!(V4, flow4_find, flow4_claim, flow4_take);
-subprograms!(V6, flow6_find, flow6_claim, flow6_take);
+subprograms!(V4, flow4_find, flow4_choose, flow4_take, frame4_segments, frame4_icmp);
+subprograms!(V6, flow6_find, flow6_choose, flow6_take, frame6_segments, frame6_icmp);

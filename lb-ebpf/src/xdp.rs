@@ -6,19 +6,43 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use lb_common::{
+    headers::{IPV4, IPV6},
     maps::Maps as _,
     outcome::Action,
-    process::{Done, process},
+    parse,
+    process::Done,
 };
 
-use crate::{frame::XdpFrame, maps::KernelMaps};
+use crate::{
+    frame::XdpFrame,
+    maps::KernelMaps,
+    subprograms::{self, laundered},
+};
 
 /// Takes a packet to its end: decides, counts, and says what the kernel is to do.
 #[inline(always)]
 pub fn handle(context: &XdpContext) -> u32 {
-    let done = process(&mut XdpFrame::new(context), &KernelMaps);
+    let done = process(context);
     KernelMaps.count_place(done.service(), done.outcome_index());
     action(context, done)
+}
+
+/// [`lb_common::process()`], each step in a function that the verifier looks at on its own.
+#[inline(always)]
+fn process(context: &XdpContext) -> Done {
+    let Some(link) = parse::link(&mut XdpFrame::new(context)) else {
+        return Done::NOT_OURS;
+    };
+    let done = match link.kind {
+        IPV4 => subprograms::frame4_segments(context.ctx),
+        IPV6 => subprograms::frame6_segments(context.ctx),
+        _ => return Done::NOT_OURS,
+    };
+    match Done::from_word(laundered(done)) {
+        Done::ICMP if link.kind == IPV4 => Done::from_word(laundered(subprograms::frame4_icmp(context.ctx))),
+        Done::ICMP => Done::from_word(laundered(subprograms::frame6_icmp(context.ctx))),
+        done => done,
+    }
 }
 
 #[inline(always)]
