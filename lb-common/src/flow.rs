@@ -22,7 +22,7 @@ use crate::{
     cell::{Cell8, Cell16, Cell32, Cell64},
     hash::{FlowHash, Key},
     layout::{Config, SETS_PER_ADDRESS, Set4, Set6, WAYS, Way4, Way6, family},
-    maps::Maps,
+    maps::{Maps, Step},
     meta::{Kind, Meta, RESET, SYN_ACK},
     outcome::{Event, Outcome},
     transition::RESET_QUARANTINE,
@@ -50,7 +50,7 @@ pub struct Slot {
 
 impl Slot {
     /// No slot at all.
-    pub const NONE: Self = Self { set: u32::MAX, way: 0 };
+    pub const NONE: Self = Self { set: 0x07ff_ffff, way: 0 };
 
     /// The SNAT port, as a number.
     #[inline(always)]
@@ -67,45 +67,60 @@ impl Slot {
     }
 }
 
-/// A slot as it was found.
+/// A slot as it was found: where it is and what its word was. Or [`Found::NONE`].
 ///
-/// Functions that the verifier looks at on their own return one word: see [`Found::pack`].
-#[derive(Clone, Copy, Debug)]
-pub struct Found {
-    /// Where.
-    pub slot: Slot,
-    /// What its word was.
-    pub meta: Meta,
-}
+/// A word and not an `Option`: functions that the verifier looks at on their own return one, and for None LLVM would
+/// copy registers that were never set, which the verifier does not allow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found(u64);
 
 impl Found {
+    /// No slot.
+    pub const NONE: Self = Self(0);
     const SOME: u64 = 1 << 63;
+    /// Two bits that [`Choice`] uses.
+    const HASTE: u32 = 61;
+
+    /// The slot with this word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(slot: Slot, meta: Meta) -> Self {
+        Self(Self::SOME | (slot.set as u64) << 34 | (slot.way as u64) << 32 | meta.0 as u64)
+    }
+
+    /// Is there one?
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_some(self) -> bool {
+        self.0 & Self::SOME != 0
+    }
+
+    /// Where, if there is one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn slot(self) -> Slot {
+        Slot { set: (self.0 >> 34) as u32 & 0x07ff_ffff, way: (self.0 >> 32) as u32 & 3 }
+    }
+
+    /// What its word was, if there is one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn meta(self) -> Meta {
+        Meta(self.0 as u32)
+    }
 
     /// As one word.
     #[inline(always)]
     #[must_use]
-    pub const fn pack(found: Option<Self>) -> u64 {
-        match found {
-            Some(Self { slot, meta }) => {
-                Self::SOME | (slot.set as u64) << 34 | (slot.way as u64) << 32 | meta.0 as u64
-            }
-            None => 0,
-        }
-    }
-
-    #[inline(always)]
-    const fn slot_of(word: u64) -> Slot {
-        Slot { set: (word >> 34) as u32 & 0x07ff_ffff, way: (word >> 32) as u32 & 3 }
+    pub const fn word(self) -> u64 {
+        self.0
     }
 
     /// From one word.
     #[inline(always)]
     #[must_use]
-    pub const fn unpack(word: u64) -> Option<Self> {
-        if word & Self::SOME == 0 {
-            return None;
-        }
-        Some(Self { slot: Self::slot_of(word), meta: Meta(word as u32) })
+    pub const fn from_word(word: u64) -> Self {
+        Self(word)
     }
 }
 
@@ -239,11 +254,20 @@ pub struct V6;
 
 /// An IPv6 flow's tuple: the client's address, and its port and listener as in [`Way6::port_listener`].
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Eq)]
 pub struct Tuple6 {
     address: [u64; 2],
     // Wider than it needs to be, so that there is no padding: the verifier wants every byte of an argument set.
     port_listener: u64,
+}
+
+/// Without a branch for each part: the verifier would follow every one of them.
+impl PartialEq for Tuple6 {
+    #[inline(always)]
+    fn eq(&self, other: &Self) -> bool {
+        let Self { address: [high, low], port_listener } = *self;
+        (high ^ other.address[0]) | (low ^ other.address[1]) | (port_listener ^ other.port_listener) == 0
+    }
 }
 
 impl Family for V6 {
@@ -385,29 +409,32 @@ impl<T: Copy> Query<T> {
 
 /// The live slot of a tuple.
 #[inline(always)]
-pub fn find<F: Family, M: Maps>(maps: &M, config: &Config, query: &Query<F::Tuple>) -> Option<Found> {
+pub fn find<F: Family, M: Maps>(maps: &M, config: &Config, query: &Query<F::Tuple>) -> Found {
     let mut found = find_first::<F, M>(maps, query);
-    if found.is_none() && F::overflow(maps, query.candidate(0))?.load() != 0 {
+    let beyond = F::overflow(maps, query.candidate(0)).is_some_and(|mark| mark.load() != 0);
+    if !found.is_some() && beyond {
         found = maps.find_in::<F>(query, CANDIDATES, Slot::NONE);
     }
-    Found::unpack(config.blur(Found::pack(found)))
+    Found(config.blur(found.0))
 }
 
 /// The live slot of a tuple in the candidates that are always looked at.
 #[inline(always)]
-fn find_first<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>) -> Option<Found> {
+fn find_first<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>) -> Found {
     for number in 0..FIRST_CANDIDATES {
         let set = query.candidate(number);
-        let ways = F::set(maps, set)?;
+        let Some(ways) = F::set(maps, set) else {
+            return Found::NONE;
+        };
         for way in 0..WAYS as u32 {
             if F::load(ways, way) == query.tuple
                 && let Some(meta) = live::<F>(ways, way, query.tuple)
             {
-                return Some(Found { slot: Slot { set, way }, meta });
+                return Found::new(Slot { set, way }, meta);
             }
         }
     }
-    None
+    Found::NONE
 }
 
 /// The word of a way that had the tuple a moment ago, if it is live and still has it.
@@ -425,24 +452,39 @@ pub fn find_in<F: Family, M: Maps>(
     query: &Query<F::Tuple>,
     candidates: u32,
     except: Slot,
-) -> Option<Found> {
-    for number in 0..CANDIDATES {
-        if number >= candidates {
-            break;
-        }
-        let set = query.candidate(number);
-        let ways = F::set(maps, set)?;
+) -> Found {
+    let mut search = Search::<F, M> { maps: *maps, query, except, found: Found::NONE };
+    maps.repeat(candidates, &mut search);
+    search.found
+}
+
+/// A search through the candidates.
+struct Search<'a, F: Family, M> {
+    maps: M,
+    query: &'a Query<F::Tuple>,
+    except: Slot,
+    found: Found,
+}
+
+impl<F: Family, M: Maps> Step for Search<'_, F, M> {
+    #[inline(always)]
+    fn step(&mut self, number: u32) -> bool {
+        let set = self.query.candidate(number);
+        let Some(ways) = F::set(&self.maps, set) else {
+            return true;
+        };
         for way in 0..WAYS as u32 {
             let slot = Slot { set, way };
-            if F::load(ways, way) == query.tuple
-                && slot != except
-                && let Some(meta) = live::<F>(ways, way, query.tuple)
+            if F::load(ways, way) == self.query.tuple
+                && slot != self.except
+                && let Some(meta) = live::<F>(ways, way, self.query.tuple)
             {
-                return Some(Found { slot, meta });
+                self.found = Found::new(slot, meta);
+                return true;
             }
         }
+        false
     }
-    None
 }
 
 /// How a claim ended: [`Claim::FULL`], [`Claim::RACED`], or a slot.
@@ -462,7 +504,7 @@ impl Claim {
     #[inline(always)]
     #[must_use]
     pub const fn won(slot: Slot) -> Self {
-        Self(Found::pack(Some(Found { slot, meta: Meta::FREE })))
+        Self(Found::new(slot, Meta::FREE).0)
     }
 
     /// What becomes of the packet when there is no slot.
@@ -482,7 +524,7 @@ impl Claim {
     #[inline(always)]
     #[must_use]
     pub const fn slot(self) -> Slot {
-        Found::slot_of(self.0)
+        Found(self.0).slot()
     }
 
     /// As one word.
@@ -515,7 +557,8 @@ impl Cost {
     const NEVER: Self = Self(u32::MAX);
 
     #[inline(always)]
-    fn of<F: Family>(ways: &F::Set, way: u32, backend: u8, clock: Clock, config: &Config) -> (Self, Meta) {
+    fn of<F: Family>(ways: &F::Set, way: u32, claimer: &Claimer, config: &Config) -> (Self, Meta) {
+        let clock = claimer.clock;
         let meta = Meta(F::meta(ways, way).load());
         let age = u32::from(meta.age(clock.seen));
         let older = 0xffff - age;
@@ -525,7 +568,7 @@ impl Cost {
             let rest = if meta.is(Kind::ClosedByBackend) { LONG_QUARANTINE } else { SHORT_QUARANTINE };
             if age >= u32::from(rest) {
                 Self::NONE
-            } else if meta.backend() != backend {
+            } else if u32::from(meta.backend()) != claimer.backend {
                 Self::OTHER_BACKEND
             } else {
                 Self(Self::EARLY | older)
@@ -576,100 +619,116 @@ pub struct Claimer {
 /// Finds a slot for a tuple that has none, and takes it.
 #[inline(always)]
 pub fn claim<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &Claimer) -> Claim {
-    let Some(choice) = maps.choose::<F>(query, claimer) else {
+    let choice = maps.choose::<F>(query, claimer);
+    if !choice.found().is_some() {
         return Claim::FULL;
-    };
-    let claim = maps.take::<F>(query, claimer, choice.found);
+    }
+    let claim = maps.take::<F>(query, claimer, choice.found());
     if let (None, Some(event)) = (claim.failure(), choice.event()) {
         maps.count_event(claimer.service as u16, event);
     }
     claim
 }
 
-/// A slot that a flow may have.
+/// A slot that a flow may have, and who minds.
 #[derive(Clone, Copy, Debug)]
-pub struct Choice {
-    /// The slot as it was examined.
-    pub found: Found,
-    /// 0: nobody minds. 1: it was still resting. 2: somebody's handshake ends here.
-    haste: u64,
-}
+pub struct Choice(u64);
 
 impl Choice {
-    /// Where [`Found::pack`] leaves room.
-    const HASTE: u32 = 61;
+    /// There is none.
+    pub const NONE: Self = Self(0);
 
-    /// As one word.
     #[inline(always)]
-    #[must_use]
-    pub const fn pack(choice: Option<Self>) -> u64 {
-        match choice {
-            Some(choice) => Found::pack(Some(choice.found)) | choice.haste << Self::HASTE,
-            None => 0,
-        }
+    fn new(found: Found, cost: Cost) -> Self {
+        Self(found.0 | cost.haste() << Found::HASTE)
     }
 
-    /// From one word.
+    /// The slot as it was examined.
     #[inline(always)]
     #[must_use]
-    pub const fn unpack(word: u64) -> Option<Self> {
-        match Found::unpack(word) {
-            Some(found) => Some(Self { found, haste: (word >> Self::HASTE) & 3 }),
-            None => None,
-        }
+    pub const fn found(self) -> Found {
+        Found(self.0 & !(3 << Found::HASTE))
     }
 
     /// What there is to count when the slot is taken.
     #[inline(always)]
     #[must_use]
     pub const fn event(self) -> Option<Event> {
-        match self.haste {
+        match (self.0 >> Found::HASTE) & 3 {
             0 => None,
             1 => Some(Event::ReusedEarly),
             _ => Some(Event::HalfOpenReclaimed),
         }
     }
+
+    /// As one word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn word(self) -> u64 {
+        self.0
+    }
+
+    /// From one word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_word(word: u64) -> Self {
+        Self(word)
+    }
 }
 
 /// The way that is taken most willingly. Cost, candidate and way make up one number, of which the least is kept.
-///
-/// The number is mixed with a zero that the verifier cannot see through: otherwise it follows each of the 10 × 4
-/// ways with each of its possible costs separately, and gives up.
 #[inline(always)]
-pub fn choose<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &Claimer) -> Option<Choice> {
-    let config = maps.config()?;
-    let home = taken::<F>(F::set(maps, query.candidate(0))?);
-    let second = taken::<F>(F::set(maps, query.candidate(1))?);
+pub fn choose<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &Claimer) -> Choice {
+    let (Some(config), Some(home), Some(second)) =
+        (maps.config(), F::set(maps, query.candidate(0)), F::set(maps, query.candidate(1)))
+    else {
+        return Choice::NONE;
+    };
     // 1 if the second has fewer ways taken.
-    let swapped = second.wrapping_sub(home) >> 31;
-    let mut best = u64::MAX;
-    for step in 0..CANDIDATES {
-        let number = if step < FIRST_CANDIDATES { step ^ swapped } else { step };
-        let set = query.candidate(number);
-        let ways = F::set(maps, set)?;
-        let blocked = u32::from(maps.blocked(set));
-        for way in 0..WAYS as u32 {
-            let (cost, _) = Cost::of::<F>(ways, way, claimer.backend as u8, claimer.clock, config);
-            // A blocked way costs what one that is never taken costs.
-            let cost = cost.0 | (blocked >> way & 1).wrapping_neg();
-            let numbered = u64::from(cost) << 32 | u64::from(number << 2 | way);
-            let numbered = config.blur(numbered);
-            if numbered < best {
-                best = numbered;
-            }
-        }
-        if best >> 32 <= u64::from(Cost::OTHER_BACKEND.0) {
-            break;
-        }
-    }
+    let swapped = taken::<F>(second).wrapping_sub(taken::<F>(home)) >> 31;
+    let mut weighing = Weighing::<F, M> { maps: *maps, query, claimer, swapped, best: u64::MAX };
+    maps.repeat(CANDIDATES * WAYS as u32, &mut weighing);
+    let best = weighing.best;
     if best >> 32 == u64::from(Cost::NEVER.0) {
-        return None;
+        return Choice::NONE;
     }
     let slot = Slot { set: query.candidate((best as u32 >> 2) & 0xf), way: best as u32 & 3 };
+    let Some(ways) = F::set(maps, slot.set) else {
+        return Choice::NONE;
+    };
     // Examined again, now for the word that is exchanged.
-    let (cost, meta) =
-        Cost::of::<F>(F::set(maps, slot.set)?, slot.way, claimer.backend as u8, claimer.clock, config);
-    (cost != Cost::NEVER).then_some(Choice { found: Found { slot, meta }, haste: cost.haste() })
+    let (cost, meta) = Cost::of::<F>(ways, slot.way, claimer, config);
+    if cost == Cost::NEVER { Choice::NONE } else { Choice::new(Found::new(slot, meta), cost) }
+}
+
+/// A comparison of the candidates' ways, one at a time.
+struct Weighing<'a, F: Family, M> {
+    maps: M,
+    query: &'a Query<F::Tuple>,
+    claimer: &'a Claimer,
+    swapped: u32,
+    best: u64,
+}
+
+impl<F: Family, M: Maps> Step for Weighing<'_, F, M> {
+    #[inline(always)]
+    fn step(&mut self, index: u32) -> bool {
+        let (place, way) = (index / WAYS as u32, index % WAYS as u32);
+        let number = if place < FIRST_CANDIDATES { place ^ self.swapped } else { place };
+        let set = self.query.candidate(number);
+        let (Some(config), Some(ways)) = (self.maps.config(), F::set(&self.maps, set)) else {
+            return true;
+        };
+        let (cost, _) = Cost::of::<F>(ways, way, self.claimer, config);
+        // A blocked way costs what one that is never taken costs.
+        let blocked = u32::from(self.maps.blocked(set)) >> way & 1;
+        let cost = cost.0 | blocked.wrapping_neg();
+        let numbered = config.blur(u64::from(cost) << 32 | u64::from(number << 2 | way));
+        if numbered < self.best {
+            self.best = numbered;
+        }
+        way == WAYS as u32 - 1 && self.best >> 32 <= u64::from(Cost::OTHER_BACKEND.0)
+    }
 }
 
 /// Ways that are not free for the taking.
@@ -686,7 +745,7 @@ fn taken<F: Family>(ways: &F::Set) -> u32 {
 /// Takes a slot that was examined: a free one, one that may be reclaimed, or a closed one of the same tuple.
 #[inline(always)]
 pub fn take<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &Claimer, found: Found) -> Claim {
-    let Found { slot, meta } = found;
+    let (slot, meta) = (found.slot(), found.meta());
     let (Some(config), Some(ways)) = (maps.config(), F::set(maps, slot.set)) else {
         return Claim::FULL;
     };

@@ -51,20 +51,23 @@ fn step<A: Family, F: Frame, M: Maps>(
     let tuple = A::tuple(context.packet.source, context.ports.source, id);
     let query = Query::new::<A>(context.config, tuple);
     let found = flow::find::<A, M>(maps, context.config, &query);
-    if found.is_none() && !segment.is_some_and(|segment| segment.opens()) {
+    if !found.is_some() && !segment.opens() {
         return Err(Outcome::NoFlow);
     }
-    let segment = segment.ok_or(Outcome::Malformed)?;
+    if !segment.valid {
+        return Err(Outcome::Malformed);
+    }
     process::check::<A, F>(frame, &context.packet)?;
-    let flow = match found {
-        Some(found) => known::<A, M>(maps, context, listener, &query, &found, &segment)?,
-        None => match begin::<A, M>(maps, context, listener, &query) {
+    let flow = if found.is_some() {
+        known::<A, M>(maps, context, listener, &query, found, &segment)?
+    } else {
+        match begin::<A, M>(maps, context, listener, &query) {
             Err(outcome @ (Outcome::RefusedNoBackend | Outcome::RefusedNotAllowed)) => {
                 refuse::refuse(frame, &context.link, &context.packet, context.ports, &segment)?;
                 return Ok(Done::leaving(outcome, listener.service, frame.interface()));
             }
             flow => flow?,
-        },
+        }
     };
     transmit::<A, F, M>(frame, maps, context, listener, flow)
 }
@@ -79,10 +82,10 @@ fn known<A: Family, M: Maps>(
     context: &Context<'_>,
     listener: &Listener,
     query: &Query<A::Tuple>,
-    found: &Found,
+    found: Found,
     segment: &Segment,
 ) -> Result<Flow, Outcome> {
-    let Found { slot, mut meta } = *found;
+    let (slot, mut meta) = (found.slot(), found.meta());
     let ways = A::set(maps, slot.set).ok_or(Outcome::Malformed)?;
     let word = A::meta(ways, slot.way);
     let clock = Clock::read(maps, context.config);
@@ -131,7 +134,7 @@ fn reopen<A: Family, M: Maps>(
     context: &Context<'_>,
     listener: &Listener,
     query: &Query<A::Tuple>,
-    found: &Found,
+    found: Found,
     clock: Clock,
 ) -> Result<Flow, Outcome> {
     let service = maps.service(listener.service).ok_or(Outcome::Malformed)?;
@@ -140,9 +143,9 @@ fn reopen<A: Family, M: Maps>(
         half => maps.select(half - 1, query.hash),
     };
     // Without a usable backend the old one hears of it: it is the one to say no.
-    let backend = if chosen == 0 { found.meta.backend() } else { chosen };
+    let backend = if chosen == 0 { found.meta().backend() } else { chosen };
     let claimer = Claimer { service: listener.service.into(), backend: backend.into(), clock };
-    let claim = maps.take::<A>(query, &claimer, *found);
+    let claim = maps.take::<A>(query, &claimer, found);
     if claim.failure().is_some() {
         return Err(Outcome::SynRace);
     }
@@ -151,18 +154,18 @@ fn reopen<A: Family, M: Maps>(
 
 /// A retransmitted SYN: on to its backend, or to another if that one takes no new flows any more.
 #[inline(always)]
-fn retry<A: Family, M: Maps>(maps: &M, listener: &Listener, query: &Query<A::Tuple>, found: &Found) -> Meta {
-    let meta = found.meta;
+fn retry<A: Family, M: Maps>(maps: &M, listener: &Listener, query: &Query<A::Tuple>, found: Found) -> Meta {
+    let meta = found.meta();
     let accepts =
         maps.backend(meta.backend()).is_some_and(|backend| backend.flags.load() & backend_flag::ACCEPTS != 0);
     if accepts || meta.has(SYN_ACK) {
         return meta;
     }
     let other = another::<A, M>(maps, listener.service, query, meta.backend());
-    let Some(ways) = A::set(maps, found.slot.set) else {
+    let Some(ways) = A::set(maps, found.slot().set) else {
         return meta;
     };
-    if other != 0 && A::meta(ways, found.slot.way).compare_exchange(meta.0, meta.on(other).0) == meta.0 {
+    if other != 0 && A::meta(ways, found.slot().way).compare_exchange(meta.0, meta.on(other).0) == meta.0 {
         maps.count_event(listener.service, Event::Rebalanced);
         return meta.on(other);
     }

@@ -1,6 +1,6 @@
 //! How the steps reach a packet's bytes.
 
-use crate::parse;
+use crate::{layout::Config, parse};
 
 /// Types that any bytes are a valid value of, at any alignment.
 ///
@@ -26,19 +26,30 @@ pub struct Route {
 
 /// A packet, from its Ethernet header on.
 pub trait Frame {
-    /// The same packet, for a function of its own.
-    type Again<'a>: Frame
-    where
-        Self: 'a;
-
-    /// The same packet, for a function of its own: a frame whose address is taken cannot live in registers.
-    fn again(&mut self) -> Self::Again<'_>;
-
     /// The `T` at `offset`, unless the packet ends before it does.
     fn at<T: Plain>(&mut self, offset: usize) -> Option<&mut T>;
 
     /// The index of the interface it came in by.
     fn interface(&self) -> u32;
+
+    /// [`crate::reply::routed`], in a function of its own. Without a routing table: 0.
+    fn routed(&mut self, family: u8, address: [u64; 2]) -> u64;
+
+    /// [`parse::option_sum`], in a function of its own.
+    fn option_sum(&mut self, offset: usize, end: usize) -> u64
+    where
+        Self: Sized,
+    {
+        parse::option_sum(self, offset, end)
+    }
+
+    /// [`crate::rewrite::retag`], in a function of its own.
+    fn retag(&mut self, config: &Config, network: usize, kind: u16, port: u16) -> bool
+    where
+        Self: Sized,
+    {
+        crate::rewrite::retag(self, config, network, kind, port)
+    }
 
     /// [`parse::tags`], in a function of its own.
     fn tags(&mut self) -> u64
@@ -85,45 +96,6 @@ mod host {
         interface: u32,
     }
 
-    /// A packet in memory that somebody else holds.
-    #[derive(Debug)]
-    pub struct Borrowed<'b, const CAPACITY: usize>(&'b mut Bytes<CAPACITY>);
-
-    impl<const CAPACITY: usize> Frame for Borrowed<'_, CAPACITY> {
-        type Again<'a>
-            = Borrowed<'a, CAPACITY>
-        where
-            Self: 'a;
-
-        fn again(&mut self) -> Borrowed<'_, CAPACITY> {
-            Borrowed(self.0)
-        }
-
-        fn at<T: Plain>(&mut self, offset: usize) -> Option<&mut T> {
-            self.0.at(offset)
-        }
-
-        fn interface(&self) -> u32 {
-            self.0.interface()
-        }
-
-        fn route(&mut self, family: u8, destination: [u64; 2]) -> Option<Route> {
-            self.0.route(family, destination)
-        }
-
-        fn length(&self) -> usize {
-            self.0.length()
-        }
-
-        fn grow_front(&mut self, bytes: i32) -> bool {
-            self.0.grow_front(bytes)
-        }
-
-        fn truncate(&mut self, length: usize) -> bool {
-            self.0.truncate(length)
-        }
-    }
-
     impl<const CAPACITY: usize> Bytes<CAPACITY> {
         const HEADROOM: usize = 64;
 
@@ -144,12 +116,6 @@ mod host {
     }
 
     impl<const CAPACITY: usize> Frame for Bytes<CAPACITY> {
-        type Again<'a> = Borrowed<'a, CAPACITY>;
-
-        fn again(&mut self) -> Borrowed<'_, CAPACITY> {
-            Borrowed(self)
-        }
-
         fn at<T: Plain>(&mut self, offset: usize) -> Option<&mut T> {
             let bytes = self.buffer[self.start..self.end].get_mut(offset..)?.get_mut(..size_of::<T>())?;
             // SAFETY: the slice is as long as T, and Plain types take any bytes at any alignment.
@@ -158,6 +124,10 @@ mod host {
 
         fn interface(&self) -> u32 {
             self.interface
+        }
+
+        fn routed(&mut self, _: u8, _: [u64; 2]) -> u64 {
+            0
         }
 
         fn route(&mut self, _: u8, _: [u64; 2]) -> Option<Route> {

@@ -60,10 +60,12 @@ pub fn translate<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done 
     let Some(quoted) = quoted::<A, F>(frame, &packet) else {
         return Done::NOT_OURS;
     };
-    if quoted.source != packet.destination || process::arrival(config, frame.interface(), &link).is_none() {
+    if quoted.source != packet.destination
+        || maps.arrival(frame.interface(), link.vlan, link.destination).is_none()
+    {
         return Done::NOT_OURS;
     }
-    let target = match process::listener::<A, M>(maps, quoted.source, quoted.ports.source) {
+    let target = match maps.find_listener(A::NUMBER, quoted.source, quoted.ports.source) {
         0 => to_client::<A, M>(maps, config, &quoted),
         id => to_backend::<A, M>(maps, config, &quoted, id),
     };
@@ -126,17 +128,20 @@ fn to_backend<A: Family, M: Maps>(
     let listener = maps.listener(id)?;
     let tuple = A::tuple(quoted.destination, quoted.ports.destination, id);
     let query = Query::new::<A>(config, tuple);
-    let found = flow::find::<A, M>(maps, config, &query)?;
-    let backend = maps.backend(found.meta.backend())?;
+    let found = flow::find::<A, M>(maps, config, &query);
+    if !found.is_some() {
+        return None;
+    }
+    let backend = maps.backend(found.meta().backend())?;
     if backend.flags.load() & backend_flag::LOCAL != 0 {
         return None;
     }
-    let snat = A::snat(config, found.slot.address());
+    let snat = A::snat(config, found.slot().address());
     Some(Target {
         service: listener.service,
         source: backend.address,
         destination: snat,
-        ports: Ports { source: backend.port, destination: reply::port_word(found.slot) },
+        ports: Ports { source: backend.port, destination: reply::port_word(found.slot()) },
         from: snat,
         hop: NextHop(backend.next_hop.load()),
     })
@@ -149,7 +154,7 @@ fn to_client<A: Family, M: Maps>(
     config: &crate::layout::Config,
     quoted: &Quoted,
 ) -> Option<Target> {
-    let slot = process::slot::<A>(config, quoted.source, quoted.ports.source)?;
+    let slot = process::slot::<A, M>(maps, config, quoted.source, quoted.ports.source)?;
     let ways = A::set(maps, slot.set)?;
     let meta = Meta(A::meta(ways, slot.way).load());
     let backend = maps.backend(meta.backend())?;
@@ -164,7 +169,7 @@ fn to_client<A: Family, M: Maps>(
         destination: listener.address,
         ports: Ports { source: port, destination: listener.port },
         from: listener.address,
-        hop: reply::learned::<A, M>(maps, slot).unwrap_or(NextHop::UNKNOWN),
+        hop: reply::learned::<A, M>(maps, slot),
     })
 }
 

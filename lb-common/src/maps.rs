@@ -5,7 +5,9 @@ use crate::{
     flow::{self, Choice, Claim, Claimer, Family, Found, Query, Slot},
     hash::FlowHash,
     layout::{Backend, Config, Listener, Service, Set4, Set6},
+    next_hop,
     outcome::{Counter, Event},
+    process, reply,
 };
 
 /// The maps, and the little else that the kernel lends. An index out of range gives None or 0.
@@ -48,13 +50,47 @@ pub trait Maps: Copy {
     /// An IPv6 set's overflow mark.
     fn overflow6(&self, set: u32) -> Option<&Cell8>;
 
+    /// Calls the step with 0, 1, … until it is done, `count` times at most.
+    fn repeat<S: Step>(&self, count: u32, step: &mut S) {
+        for index in 0..count {
+            if step.step(index) {
+                break;
+            }
+        }
+    }
+
+    /// [`process::listener`], in a function of its own.
+    fn find_listener(&self, family: u8, address: [u64; 2], port: u16) -> u16 {
+        process::listener(self, family, address, port)
+    }
+
+    /// [`process::snat_index`], in a function of its own.
+    fn snat_index<F: Family>(&self, address: [u64; 2]) -> Option<u32> {
+        process::snat_index::<F, Self>(self, address)
+    }
+
+    /// [`process::arrival`], in a function of its own.
+    fn arrival(&self, interface: u32, vlan: u32, mac: u64) -> Option<u16> {
+        process::arrival(self, interface, vlan, mac)
+    }
+
+    /// [`next_hop::learn`], in a function of its own.
+    fn learn(&self, hop: u64) -> u16 {
+        next_hop::learn(self, hop)
+    }
+
+    /// [`reply::is_backend`], in a function of its own.
+    fn is_backend(&self, family: u8, address: [u64; 2], port: u16) -> bool {
+        reply::is_backend(self, family, address, port)
+    }
+
     /// [`flow::find_in`], in a function of its own.
-    fn find_in<F: Family>(&self, query: &Query<F::Tuple>, candidates: u32, except: Slot) -> Option<Found> {
+    fn find_in<F: Family>(&self, query: &Query<F::Tuple>, candidates: u32, except: Slot) -> Found {
         flow::find_in::<F, Self>(self, query, candidates, except)
     }
 
     /// [`flow::choose`], in a function of its own.
-    fn choose<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer) -> Option<Choice> {
+    fn choose<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer) -> Choice {
         flow::choose::<F, Self>(self, query, claimer)
     }
 
@@ -74,4 +110,10 @@ pub trait Maps: Copy {
     fn select(&self, half: u32, hash: FlowHash) -> u8 {
         self.selected(half, hash.selection(crate::maglev::TABLE_SIZE))
     }
+}
+
+/// Something that is done several times.
+pub trait Step {
+    /// Does it for the time with this number. True: that was the last.
+    fn step(&mut self, index: u32) -> bool;
 }

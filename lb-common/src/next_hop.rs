@@ -25,7 +25,7 @@ pub fn remember<F: Family, M: Maps>(maps: &M, service: u16, slot: Slot, hop: Nex
     if known != 0 && maps.learned_hop(known).is_some_and(|entry| entry.load() == hop.0) {
         return;
     }
-    let learned = learn(*maps, hop.0);
+    let learned = maps.learn(hop.0);
     if learned == 0 {
         maps.count_event(service, Event::NextHopOverflow);
     }
@@ -35,8 +35,8 @@ pub fn remember<F: Family, M: Maps>(maps: &M, service: u16, slot: Slot, hop: Nex
 }
 
 /// The table's index for a neighbour, entered if it is new; 0 when there is no room.
-#[inline(never)]
-fn learn<M: Maps>(maps: M, hop: u64) -> u16 {
+#[inline(always)]
+pub fn learn<M: Maps>(maps: &M, hop: u64) -> u16 {
     let start = scale((split_mix(hop) >> 32) as u32, NEXT_HOPS);
     for probe in 0..PROBES {
         let index = ((start + probe) % NEXT_HOPS) as u16;

@@ -12,8 +12,6 @@ use crate::{
 const TAGS: usize = 2;
 /// IPv6 extension headers that are looked through.
 const EXTENSION_HEADERS: usize = 4;
-/// Words of options that an IPv4 header can have.
-const OPTION_WORDS: usize = 10;
 /// The VLAN id in a tag's control field.
 const VLAN_ID: u16 = 0x0fff;
 /// The fragment offset and "more fragments" of an IPv4 header, as a number.
@@ -285,6 +283,8 @@ pub fn ports<F: Frame>(frame: &mut F, offset: usize) -> Option<Ports> {
 /// What a segment says beyond its ports.
 #[derive(Clone, Copy)]
 pub struct Segment {
+    /// The header makes sense.
+    pub valid: bool,
     /// See [`tcp_flag`].
     pub flags: u8,
     /// Sequence number.
@@ -296,6 +296,9 @@ pub struct Segment {
 }
 
 impl Segment {
+    /// No TCP header, or none that makes sense.
+    pub const NONE: Self = Self { valid: false, flags: 0, sequence: 0, acknowledgement: 0, payload: 0 };
+
     /// Are all of `flags` set?
     #[inline(always)]
     #[must_use]
@@ -311,24 +314,27 @@ impl Segment {
     }
 }
 
-/// Reads the TCP header of a packet that is ours. None: it contradicts the packet's length.
+/// Reads the TCP header of a packet that is ours. [`Segment::NONE`]: it contradicts the packet's length.
+///
+/// (Not an Option: for None LLVM would copy registers that were never set, which the verifier does not allow.)
 #[inline(always)]
-pub fn segment<F: Frame>(frame: &mut F, packet: &Packet) -> Option<Segment> {
-    let tcp = *frame.at::<crate::headers::Tcp>(packet.transport)?;
+pub fn segment<F: Frame>(frame: &mut F, packet: &Packet) -> Segment {
+    let length = frame.length();
+    let Some(tcp) = frame.at::<crate::headers::Tcp>(packet.transport) else {
+        return Segment::NONE;
+    };
     let header_length = usize::from(tcp.data_offset >> 4) * 4;
     let payload_start = packet.transport + header_length;
-    if header_length < size_of::<crate::headers::Tcp>()
-        || packet.end < payload_start
-        || packet.end > frame.length()
-    {
-        return None;
+    if header_length < size_of::<crate::headers::Tcp>() || packet.end < payload_start || packet.end > length {
+        return Segment::NONE;
     }
-    Some(Segment {
+    Segment {
+        valid: true,
         flags: tcp.flags,
         sequence: tcp.sequence.get(),
         acknowledgement: tcp.acknowledgement.get(),
         payload: packet.end - payload_start,
-    })
+    }
 }
 
 /// Is the IPv4 header's checksum right? (RFC 791; a router drops what is not, RFC 1812 §5.2.2.)
@@ -343,24 +349,38 @@ pub fn ipv4_checksum_holds<F: Frame>(frame: &mut F, packet: &Packet) -> bool {
     }
     let options = packet.network + size_of::<Ipv4>();
     if packet.transport > options {
-        sum += option_sum(frame.again(), options, packet.transport);
+        sum += frame.option_sum(options, packet.transport);
     }
     fold(sum) == 0xffff
 }
 
-/// The sum of the words from `offset` to `end`. A function of its own, because LLVM would otherwise see that they are
-/// in the packet and leave out the comparison that the verifier wants to see.
-#[inline(never)]
-fn option_sum<F: Frame>(mut frame: F, mut offset: usize, end: usize) -> u64 {
+/// The sum of the option words from `offset` to `end`, at most ten. 0: the packet ends before them.
+///
+/// One fixed size for each number of words: of a loop LLVM makes a moving pointer, and the verifier loses track of which
+/// part of the packet it may read.
+#[inline(always)]
+pub fn option_sum<F: Frame>(frame: &mut F, offset: usize, end: usize) -> u64 {
+    match end.wrapping_sub(offset) / 4 {
+        1 => words::<1, F>(frame, offset),
+        2 => words::<2, F>(frame, offset),
+        3 => words::<3, F>(frame, offset),
+        4 => words::<4, F>(frame, offset),
+        5 => words::<5, F>(frame, offset),
+        6 => words::<6, F>(frame, offset),
+        7 => words::<7, F>(frame, offset),
+        8 => words::<8, F>(frame, offset),
+        9 => words::<9, F>(frame, offset),
+        10 => words::<10, F>(frame, offset),
+        _ => 0,
+    }
+}
+
+#[inline(always)]
+fn words<const N: usize, F: Frame>(frame: &mut F, offset: usize) -> u64 {
     let mut sum = 0;
-    for _ in 0..OPTION_WORDS {
-        let Some(word) = frame.at::<[u8; 4]>(offset) else {
-            break;
-        };
-        sum += u64::from(u32::from_ne_bytes(*word));
-        offset += 4;
-        if offset >= end {
-            break;
+    if let Some(words) = frame.at::<[[u8; 4]; N]>(offset) {
+        for word in words {
+            sum += u64::from(u32::from_ne_bytes(*word));
         }
     }
     sum

@@ -148,15 +148,20 @@ pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
     let Some(config) = maps.config() else {
         return Done::NOT_OURS;
     };
-    let id = config.blur(listener::<A, M>(maps, packet.destination, ports.destination).into()) as u16;
-    if id != 0 {
-        return match enter(frame, config, &link, packet, ports) {
+    let first = maps.first_listener(u16::from_be(ports.destination));
+    if first != 0 {
+        let id = maps.find_listener(A::NUMBER, packet.destination, ports.destination);
+        if id == 0 {
+            // A listener's port is never a slot, at any address.
+            return Done::NOT_OURS;
+        }
+        return match enter(frame, maps, config, &link, packet, ports) {
             Some(context) => forward::forward::<A, F, M>(frame, maps, &context, id),
             None => Done::NOT_OURS,
         };
     }
-    if let Some(slot) = slot::<A>(config, packet.destination, ports.destination) {
-        return match enter(frame, config, &link, packet, ports) {
+    if let Some(slot) = slot::<A, M>(maps, config, packet.destination, ports.destination) {
+        return match enter(frame, maps, config, &link, packet, ports) {
             Some(context) => reply::reply::<A, F, M>(frame, maps, &context, slot),
             None => Done::NOT_OURS,
         };
@@ -166,7 +171,7 @@ pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
 
 /// The id of the listener at an address (words) and port (word); 0: there is none.
 #[inline(always)]
-pub fn listener<A: Family, M: Maps>(maps: &M, address: [u64; 2], port: u16) -> u16 {
+pub fn listener<M: Maps>(maps: &M, family: u8, address: [u64; 2], port: u16) -> u16 {
     let mut id = maps.first_listener(u16::from_be(port));
     for _ in 0..LISTENERS_PER_PORT {
         if id == 0 {
@@ -175,7 +180,7 @@ pub fn listener<A: Family, M: Maps>(maps: &M, address: [u64; 2], port: u16) -> u
         let Some(listener) = maps.listener(id) else {
             return 0;
         };
-        if listener.family == A::NUMBER && listener.address == address {
+        if listener.family == family && listener.address == address {
             return id;
         }
         id = listener.next;
@@ -185,65 +190,60 @@ pub fn listener<A: Family, M: Maps>(maps: &M, address: [u64; 2], port: u16) -> u
 
 /// The slot whose SNAT address (words) and port (word) these are, be it anybody's or not.
 #[inline(always)]
-pub fn slot<A: Family>(config: &Config, address: [u64; 2], port: u16) -> Option<Slot> {
+pub fn slot<A: Family, M: Maps>(maps: &M, config: &Config, address: [u64; 2], port: u16) -> Option<Slot> {
     let port = u32::from(u16::from_be(port));
     let set = port / WAYS as u32;
     if set.wrapping_sub(config.first_set) >= config.sets {
         return None;
     }
-    let index = snat_index::<A>(config, address)?;
+    let index = if A::snat(config, 0) == address { 0 } else { maps.snat_index::<A>(address)? };
     Some(Slot { set: index * SETS_PER_ADDRESS + set, way: port % WAYS as u32 })
 }
 
 /// Which SNAT address this is.
 #[inline(always)]
-pub fn snat_index<A: Family>(config: &Config, address: [u64; 2]) -> Option<u32> {
-    let mut found = SNAT_ADDRESSES as u64;
+pub fn snat_index<A: Family, M: Maps>(maps: &M, address: [u64; 2]) -> Option<u32> {
+    let config = maps.config()?;
     for index in 0..SNAT_ADDRESSES {
         if index as u32 >= A::snat_count(config) {
             break;
         }
         if A::snat(config, index) == address {
-            found = index as u64;
-            break;
+            return Some(index as u32);
         }
     }
-    let found = config.blur(found) as u32;
-    (found < SNAT_ADDRESSES as u32).then_some(found)
+    None
 }
 
 /// Finds the port a packet came in by, and makes sure that the frame was meant for this host: a bridge or a switch
 /// also floods frames for others, and a standby with the same configuration must not answer them.
 #[inline(always)]
-fn enter<'a, F: Frame>(
+fn enter<'a, F: Frame, M: Maps>(
     frame: &mut F,
+    maps: &M,
     config: &'a Config,
     link: &Link,
     packet: Packet,
     ports: Ports,
 ) -> Option<Context<'a>> {
-    let port = arrival(config, frame.interface(), link)?;
+    let port = maps.arrival(frame.interface(), link.vlan, link.destination)?;
     Some(Context { config, link: *link, packet, ports, port })
 }
 
-/// The port with this interface and VLAN, if the frame is addressed to it.
+/// The port with this interface and VLAN, if `mac` is its own.
 #[inline(always)]
-pub fn arrival(config: &Config, interface: u32, link: &Link) -> Option<u16> {
-    let mut found = PORTS as u64;
+pub fn arrival<M: Maps>(maps: &M, interface: u32, vlan: u32, mac: u64) -> Option<u16> {
+    let config = maps.config()?;
     for index in 0..PORTS {
         if index as u32 >= config.port_count {
             break;
         }
         let port = &config.ports[index];
-        if port.interface == interface && port.vlan == link.vlan {
-            if port.mac == link.destination {
-                found = index as u64;
-            }
-            break;
+        if port.interface == interface && port.vlan == vlan {
+            return (port.mac == mac).then_some(index as u16);
         }
     }
-    let found = config.blur(found) as u16;
-    (found < PORTS as u16).then_some(found)
+    None
 }
 
 /// Everything that must hold before a packet of a flow is touched.
@@ -264,11 +264,8 @@ pub fn check<A: Family, F: Frame>(frame: &mut F, packet: &Packet) -> Result<(), 
 /// A packet whose ports lie behind too many extension headers: ours if it is for an address of ours.
 #[inline(always)]
 fn too_much<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, link: &Link, packet: &Packet) -> Done {
-    let Some(config) = maps.config() else {
-        return Done::NOT_OURS;
-    };
-    match snat_index::<A>(config, packet.destination) {
-        Some(_) if arrival(config, frame.interface(), link).is_some() => {
+    match maps.snat_index::<A>(packet.destination) {
+        Some(_) if maps.arrival(frame.interface(), link.vlan, link.destination).is_some() => {
             Done::with(Outcome::ExtensionHeaders, 0)
         }
         _ => Done::NOT_OURS,

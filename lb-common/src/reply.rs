@@ -6,7 +6,7 @@ use crate::{
     forward::{another, finish},
     frame::Frame,
     headers::Be16,
-    layout::{Listener, NextHop, PORTS},
+    layout::{Config, Listener, NextHop, PORTS},
     maps::Maps,
     meta::{Kind, Meta, RESET},
     outcome::{Event, Outcome},
@@ -73,7 +73,10 @@ fn step<A: Family, F: Frame, M: Maps>(
     client: &Client<'_>,
 ) -> Result<Done, Outcome> {
     process::check::<A, F>(frame, &context.packet)?;
-    let segment = parse::segment(frame, &context.packet).ok_or(Outcome::Malformed)?;
+    let segment = parse::segment(frame, &context.packet);
+    if !segment.valid {
+        return Err(Outcome::Malformed);
+    }
     let word = A::meta(ways, client.slot.way);
     let service = client.listener.service;
     match transition::backend(meta, &segment) {
@@ -129,17 +132,14 @@ fn transmit<A: Family, F: Frame, M: Maps>(
 ) -> Result<Done, Outcome> {
     let translation = to_client(context, client.listener, client.address, client.port);
     let service = client.listener.service;
-    let interface = match learned::<A, M>(maps, client.slot) {
-        Some(hop) => rewrite::send(frame, context.config, &context.link, &context.packet, &translation, hop)?,
-        None => {
-            let [high, low] = client.address;
-            let hop = NextHop(routed::<A, _, M>(frame.again(), *maps, high, low));
-            if hop == NextHop::UNKNOWN {
-                return Err(Outcome::NextHopUnknown);
-            }
-            rewrite::send(frame, context.config, &context.link, &context.packet, &translation, hop)?
-        }
+    let hop = match learned::<A, M>(maps, client.slot) {
+        NextHop::UNKNOWN => NextHop(frame.routed(A::NUMBER, client.address)),
+        hop => hop,
     };
+    if hop == NextHop::UNKNOWN {
+        return Err(Outcome::NextHopUnknown);
+    }
+    let interface = rewrite::send(frame, context.config, &context.link, &context.packet, &translation, hop)?;
     Ok(Done::leaving(Outcome::Replied, service, interface))
 }
 
@@ -167,21 +167,20 @@ fn to_client(
     }
 }
 
-/// The way back that the client's packets taught.
+/// The way back that the client's packets taught, if any is known.
 #[inline(always)]
-pub fn learned<A: Family, M: Maps>(maps: &M, slot: Slot) -> Option<NextHop> {
-    let index = A::return_hop(maps, slot)?.load();
+pub fn learned<A: Family, M: Maps>(maps: &M, slot: Slot) -> NextHop {
+    let index = A::return_hop(maps, slot).map_or(0, |index| index.load());
     if index == 0 {
-        return None;
+        return NextHop::UNKNOWN;
     }
-    let hop = NextHop(maps.learned_hop(index)?.load());
-    (hop != NextHop::UNKNOWN).then_some(hop)
+    NextHop(maps.learned_hop(index).map_or(0, |hop| hop.load()))
 }
 
-/// The way back by the routing table: for clients whose neighbour could not be remembered.
-#[inline(never)]
-fn routed<A: Family, F: Frame, M: Maps>(mut frame: F, maps: M, high: u64, low: u64) -> u64 {
-    let (Some(config), Some(route)) = (maps.config(), frame.route(A::NUMBER, [high, low])) else {
+/// The way back by the routing table, see [`NextHop`]: for clients whose neighbour could not be remembered.
+#[inline(always)]
+pub fn routed<F: Frame>(frame: &mut F, config: &Config, family: u8, address: [u64; 2]) -> u64 {
+    let Some(route) = frame.route(family, address) else {
         return 0;
     };
     for index in 0..PORTS {
@@ -200,16 +199,16 @@ fn routed<A: Family, F: Frame, M: Maps>(mut frame: F, maps: M, high: u64, low: u
 /// when a backend of ours sent it: another load balancer may own the VIP, too.
 #[inline(always)]
 fn stranger<A: Family, M: Maps>(maps: &M, context: &Context<'_>) -> Done {
-    let [high, low] = context.packet.source;
-    if is_backend::<A, M>(*maps, high, low, context.ports.source) {
+    if maps.is_backend(A::NUMBER, context.packet.source, context.ports.source) {
         Done::with(Outcome::ReplyUnknown, 0)
     } else {
         Done::NOT_OURS
     }
 }
 
-#[inline(never)]
-fn is_backend<A: Family, M: Maps>(maps: M, high: u64, low: u64, port: u16) -> bool {
+/// Is this the address (words) and port (word) of one of the first backends?
+#[inline(always)]
+pub fn is_backend<M: Maps>(maps: &M, family: u8, address: [u64; 2], port: u16) -> bool {
     let Some(config) = maps.config() else {
         return false;
     };
@@ -220,7 +219,7 @@ fn is_backend<A: Family, M: Maps>(maps: M, high: u64, low: u64, port: u16) -> bo
         let Some(backend) = maps.backend(id) else {
             break;
         };
-        if backend.family == A::NUMBER && backend.port == port && backend.address == [high, low] {
+        if backend.family == family && backend.port == port && backend.address == address {
             return true;
         }
     }

@@ -4,7 +4,7 @@ use crate::{
     checksum::{Delta, sum64},
     frame::Frame,
     headers::{Be16, Be32, Be64, Ethernet, Ipv4, Ipv6, Mac, MacPair, Tcp},
-    layout::{Config, NextHop, PORTS, Port, family},
+    layout::{Config, NextHop, PORTS, family},
     outcome::Outcome,
     parse::{Link, Packet, Ports},
 };
@@ -84,7 +84,9 @@ pub fn network<F: Frame>(
 pub fn deliver<F: Frame>(frame: &mut F, config: &Config, link: &Link, hop: NextHop) -> Result<u32, Outcome> {
     let port = &config.ports[usize::from(hop.port()) % PORTS];
     let untagged = size_of::<Ethernet>();
-    if (link.network != untagged || port.tag_count != 0) && !retag(frame, link, port) {
+    if (link.network != untagged || port.tag_count != 0)
+        && !frame.retag(config, link.network, link.kind, hop.port())
+    {
         return Err(Outcome::NoRoom);
     }
     write_macs(frame, hop.mac(), port.mac).ok_or(Outcome::NoRoom)?;
@@ -99,10 +101,12 @@ pub fn write_macs<F: Frame>(frame: &mut F, destination: u64, source: u64) -> Opt
     Some(())
 }
 
-/// Gives the frame the port's tags in place of its own. The addresses in front are to be written afterwards.
+/// Gives a frame, whose network header of EtherType `kind` begins at `network`, the tags of port number `port` in
+/// place of its own. The addresses in front are to be written afterwards.
 #[inline(always)]
-fn retag<F: Frame>(frame: &mut F, link: &Link, port: &Port) -> bool {
-    let had = link.network as i32 - size_of::<Ethernet>() as i32;
+pub fn retag<F: Frame>(frame: &mut F, config: &Config, network: usize, kind: u16, port: u16) -> bool {
+    let port = &config.ports[usize::from(port) % PORTS];
+    let had = network as i32 - size_of::<Ethernet>() as i32;
     let needs = port.tag_count as i32 * 4;
     if had != needs && !frame.grow_front(needs - had) {
         return false;
@@ -118,9 +122,9 @@ fn retag<F: Frame>(frame: &mut F, link: &Link, port: &Port) -> bool {
         *place = Be32::from_word(*tag);
         offset += 4;
     }
-    let Some(kind) = frame.at::<Be16>(offset) else {
+    let Some(place) = frame.at::<Be16>(offset) else {
         return false;
     };
-    *kind = Be16::new(link.kind);
+    *place = Be16::new(kind);
     true
 }

@@ -113,7 +113,7 @@ mod tests {
     const RST: u8 = tcp_flag::RST;
 
     fn segment(flags: u8, payload: usize) -> Segment {
-        Segment { flags, sequence: 1, acknowledgement: 1, payload }
+        Segment { valid: true, flags, sequence: 1, acknowledgement: 1, payload }
     }
 
     /// The word after a step, as one CPU alone would leave it.

@@ -148,12 +148,12 @@ mod programs {
         if ipv6 {
             let source = frame.at::<Ipv6>(network)?.source.map(Be64::word);
             let port = frame.at::<Tcp>(network + size_of::<Ipv6>())?.source.word();
-            let slot = process::slot::<V6>(config, source, port)?;
+            let slot = process::slot::<V6, _>(&maps, config, source, port)?;
             V6::meta(maps.set6(slot.set)?, slot.way).store(Meta::FREE.0);
         } else {
             let source = [u64::from(frame.at::<Ipv4>(network)?.source.word()), 0];
             let port = frame.at::<Tcp>(network + size_of::<Ipv4>())?.source.word();
-            let slot = process::slot::<V4>(config, source, port)?;
+            let slot = process::slot::<V4, _>(&maps, config, source, port)?;
             V4::meta(maps.set4(slot.set)?, slot.way).store(Meta::FREE.0);
         }
         Some(())

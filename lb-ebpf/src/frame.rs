@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use lb_common::{
     frame::{Frame, Plain, Route},
-    layout::family,
+    layout::{Config, family},
 };
 
 use crate::subprograms::{self, laundered};
@@ -44,16 +44,6 @@ fn bounds(context: &XdpContext) -> (usize, usize) {
 }
 
 impl Frame for XdpFrame<'_> {
-    type Again<'b>
-        = XdpFrame<'b>
-    where
-        Self: 'b;
-
-    #[inline(always)]
-    fn again(&mut self) -> XdpFrame<'_> {
-        XdpFrame::new(self.context)
-    }
-
     #[inline(always)]
     fn at<T: Plain>(&mut self, offset: usize) -> Option<&mut T> {
         let place = self.start + offset;
@@ -105,6 +95,25 @@ impl Frame for XdpFrame<'_> {
     #[inline(always)]
     fn tags(&mut self) -> u64 {
         laundered(subprograms::frame_tags(self.context.ctx))
+    }
+
+    #[inline(always)]
+    fn routed(&mut self, family: u8, address: [u64; 2]) -> u64 {
+        let [high, low] = address;
+        laundered(subprograms::frame_routed(self.context.ctx, family.into(), high, low))
+    }
+
+    #[inline(always)]
+    fn option_sum(&mut self, offset: usize, end: usize) -> u64 {
+        laundered(subprograms::frame_option_sum(self.context.ctx, offset as u64, end as u64))
+    }
+
+    #[inline(always)]
+    fn retag(&mut self, _: &Config, network: usize, kind: u16, port: u16) -> bool {
+        let (network, kind, port) = (network as u64, kind.into(), port.into());
+        let done = laundered(subprograms::frame_retag(self.context.ctx, network, kind, port));
+        (self.start, self.end) = bounds(self.context);
+        done != 0
     }
 
     #[inline(always)]

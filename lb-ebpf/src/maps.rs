@@ -3,21 +3,23 @@
 //! The daemon maps most of them into its memory and changes words in place; which word may be changed by whom, and
 //! how, is said at the layouts (`lb_common::layout`) and, for slots, in `lb_common::flow`.
 
+use core::ffi::c_void;
+
 use aya_ebpf::{
     bindings::BPF_F_MMAPABLE,
     btf_maps::{Array, LpmTrie, PerCpuArray, lpm_trie::Key},
-    helpers::bpf_jiffies64,
+    helpers::{bpf_jiffies64, bpf_loop},
     macros::btf_map,
 };
 use lb_common::{
     cell::{Cell8, Cell16, Cell64},
     flow::{Choice, Claim, Claimer, Family, Found, Query, Slot},
     layout::{
-        AllowKey, BACKENDS, Backend, Config, LISTENERS, Listener, NEXT_HOPS, OverflowMarks, ReturnHops,
-        SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, Service, Set4, Set6, WAYS, allow_key,
-        family,
+        AllowKey, BACKENDS, Backend, Config, LISTENERS, Listener, NEXT_HOPS, OverflowMarks, PORTS,
+        ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Service,
+        Set4, Set6, WAYS, allow_key, family,
     },
-    maps::Maps,
+    maps::{Maps, Step},
     meta::Meta,
     outcome::COUNTERS,
 };
@@ -77,10 +79,48 @@ pub struct KernelMaps;
 
 impl Maps for KernelMaps {
     #[inline(always)]
-    fn find_in<F: Family>(&self, query: &Query<F::Tuple>, candidates: u32, except: Slot) -> Option<Found> {
-        let except = Found::pack(Some(Found { slot: except, meta: Meta::FREE }));
+    fn repeat<S: Step>(&self, count: u32, step: &mut S) {
+        // SAFETY: the helper calls the callback with `step`, which outlives the call.
+        unsafe {
+            bpf_loop(count, callback::<S> as *mut c_void, (&raw mut *step).cast(), 0);
+        }
+    }
+
+    #[inline(always)]
+    fn find_listener(&self, family: u8, address: [u64; 2], port: u16) -> u16 {
+        let [high, low] = address;
+        laundered(subprograms::map_listener(family.into(), high, low, port.into())) as u16
+    }
+
+    #[inline(always)]
+    fn snat_index<F: Family>(&self, address: [u64; 2]) -> Option<u32> {
+        let [high, low] = address;
+        let index = laundered(subprograms::map_snat_index(F::NUMBER.into(), high, low));
+        (index < SNAT_ADDRESSES as u64).then_some(index as u32)
+    }
+
+    #[inline(always)]
+    fn arrival(&self, interface: u32, vlan: u32, mac: u64) -> Option<u16> {
+        let port = laundered(subprograms::map_arrival(interface.into(), vlan.into(), mac));
+        (port < PORTS as u64).then_some(port as u16)
+    }
+
+    #[inline(always)]
+    fn learn(&self, hop: u64) -> u16 {
+        laundered(subprograms::map_learn(hop)) as u16
+    }
+
+    #[inline(always)]
+    fn is_backend(&self, family: u8, address: [u64; 2], port: u16) -> bool {
+        let [high, low] = address;
+        laundered(subprograms::map_is_backend(family.into(), high, low, port.into())) != 0
+    }
+
+    #[inline(always)]
+    fn find_in<F: Family>(&self, query: &Query<F::Tuple>, candidates: u32, except: Slot) -> Found {
+        let except = Found::new(except, Meta::FREE).word();
         let query = (&raw const *query).cast::<()>();
-        Found::unpack(laundered(if F::NUMBER == family::IPV4 {
+        Found::from_word(laundered(if F::NUMBER == family::IPV4 {
             subprograms::flow4_find(query.cast(), candidates, except)
         } else {
             subprograms::flow6_find(query.cast(), candidates, except)
@@ -88,9 +128,9 @@ impl Maps for KernelMaps {
     }
 
     #[inline(always)]
-    fn choose<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer) -> Option<Choice> {
+    fn choose<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer) -> Choice {
         let query = (&raw const *query).cast::<()>();
-        Choice::unpack(laundered(if F::NUMBER == family::IPV4 {
+        Choice::from_word(laundered(if F::NUMBER == family::IPV4 {
             subprograms::flow4_choose(query.cast(), claimer)
         } else {
             subprograms::flow6_choose(query.cast(), claimer)
@@ -99,7 +139,7 @@ impl Maps for KernelMaps {
 
     #[inline(always)]
     fn take<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer, found: Found) -> Claim {
-        let found = Found::pack(Some(found));
+        let found = found.word();
         let query = (&raw const *query).cast::<()>();
         Claim::from_word(laundered(if F::NUMBER == family::IPV4 {
             subprograms::flow4_take(query.cast(), claimer, found)
@@ -222,6 +262,12 @@ impl Maps for KernelMaps {
         let marks = OVERFLOW6.get(set / 8)?;
         Some(&marks.sets[checked(set) as usize % 8])
     }
+}
+
+/// What `bpf_loop` calls.
+extern "C" fn callback<S: Step>(index: u64, step: *mut S) -> i64 {
+    // SAFETY: the step that `repeat` was called with; nobody else has it meanwhile.
+    i64::from(unsafe { &mut *step }.step(index as u32))
 }
 
 /// An index, known only after the map's value was found to be there: otherwise LLVM adds it to the pointer first, and

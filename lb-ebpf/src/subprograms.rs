@@ -7,9 +7,13 @@
 
 use aya_ebpf::{bindings::xdp_md, programs::XdpContext};
 use lb_common::{
-    flow::{Choice, Claim, Claimer, Family, Found, Query, Slot, V4, V6, choose, find_in, take},
-    icmp, parse,
-    process::segments,
+    flow::{Choice, Claim, Claimer, Family, Found, Query, V4, V6, choose, find_in, take},
+    icmp,
+    layout::{PORTS, SNAT_ADDRESSES, family},
+    maps::Maps as _,
+    next_hop, parse,
+    process::{self, segments},
+    reply, rewrite,
 };
 
 use crate::{frame::XdpFrame, maps::KernelMaps};
@@ -37,6 +41,81 @@ pub extern "C" fn frame_tags(context: *mut xdp_md) -> u64 {
 pub extern "C" fn frame_upper_layer(context: *mut xdp_md, transport: u64, next: u64) -> u64 {
     let transport = transport as usize & 0x3fff;
     parse::upper_layer(&mut XdpFrame::new(&XdpContext::new(context)), transport, next as u8)
+}
+
+/// See [`parse::option_sum`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn frame_option_sum(context: *mut xdp_md, offset: u64, end: u64) -> u64 {
+    let (offset, end) = (offset as usize & 0xff, end as usize & 0xff);
+    parse::option_sum(&mut XdpFrame::new(&XdpContext::new(context)), offset, end)
+}
+
+/// See [`reply::routed`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn frame_routed(context: *mut xdp_md, family: u64, high: u64, low: u64) -> u64 {
+    match KernelMaps.config() {
+        Some(config) => {
+            let context = XdpContext::new(context);
+            reply::routed(&mut XdpFrame::new(&context), config, family as u8, [high, low])
+        }
+        None => 0,
+    }
+}
+
+/// See [`rewrite::retag`]: 1 or 0.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn frame_retag(context: *mut xdp_md, network: u64, kind: u64, port: u64) -> u64 {
+    match KernelMaps.config() {
+        Some(config) => {
+            let context = XdpContext::new(context);
+            let frame = &mut XdpFrame::new(&context);
+            rewrite::retag(frame, config, network as usize & 0xff, kind as u16, port as u16).into()
+        }
+        None => 0,
+    }
+}
+
+/// See [`process::listener`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn map_listener(family: u64, high: u64, low: u64, port: u64) -> u64 {
+    process::listener(&KernelMaps, family as u8, [high, low], port as u16).into()
+}
+
+/// See [`process::snat_index`]; [`SNAT_ADDRESSES`] for none.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn map_snat_index(family_number: u64, high: u64, low: u64) -> u64 {
+    let index = if family_number == u64::from(family::IPV4) {
+        process::snat_index::<V4, _>(&KernelMaps, [high, low])
+    } else {
+        process::snat_index::<V6, _>(&KernelMaps, [high, low])
+    };
+    index.map_or(SNAT_ADDRESSES as u64, u64::from)
+}
+
+/// See [`process::arrival`]; [`PORTS`] for none.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn map_arrival(interface: u64, vlan: u64, mac: u64) -> u64 {
+    process::arrival(&KernelMaps, interface as u32, vlan as u32, mac).map_or(PORTS as u64, u64::from)
+}
+
+/// See [`next_hop::learn`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn map_learn(hop: u64) -> u64 {
+    next_hop::learn(&KernelMaps, hop).into()
+}
+
+/// See [`reply::is_backend`]: 1 or 0.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn map_is_backend(family: u64, high: u64, low: u64, port: u64) -> u64 {
+    reply::is_backend(&KernelMaps, family as u8, [high, low], port as u16).into()
 }
 
 macro_rules! subprograms {
@@ -69,8 +148,8 @@ macro_rules! subprograms {
             let Some(query) = (unsafe { query.as_ref() }) else {
                 return 0;
             };
-            let except = Found::unpack(except).map_or(Slot::NONE, |found| found.slot);
-            Found::pack(find_in::<$family, _>(&KernelMaps, query, candidates, except))
+            let except = Found::from_word(except).slot();
+            find_in::<$family, _>(&KernelMaps, query, candidates, except).word()
         }
 
         /// See [`choose`]; the result is packed.
@@ -82,9 +161,9 @@ macro_rules! subprograms {
         ) -> u64 {
             // SAFETY: null, or the caller's structures.
             let (Some(query), Some(claimer)) = (unsafe { (query.as_ref(), claimer.as_ref()) }) else {
-                return Choice::pack(None);
+                return Choice::NONE.word();
             };
-            Choice::pack(choose::<$family, _>(&KernelMaps, query, claimer))
+            choose::<$family, _>(&KernelMaps, query, claimer).word()
         }
 
         /// See [`take`]; `found` and the result are packed.
@@ -99,10 +178,7 @@ macro_rules! subprograms {
             let (Some(query), Some(claimer)) = (unsafe { (query.as_ref(), claimer.as_ref()) }) else {
                 return Claim::FULL.word();
             };
-            match Found::unpack(found) {
-                Some(found) => take::<$family, _>(&KernelMaps, query, claimer, found).word(),
-                None => Claim::FULL.word(),
-            }
+            take::<$family, _>(&KernelMaps, query, claimer, Found::from_word(found)).word()
         }
     };
 }
