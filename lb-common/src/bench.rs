@@ -44,8 +44,8 @@ pub struct Plan {
     pub next: u32,
     /// Where the flows begin.
     pub first: u32,
-    /// The packet, but for what makes it one flow's.
-    pub packet: [u8; PACKET],
+    /// The packet, but for what makes it one flow's, as words.
+    pub packet: [u64; PACKET / 8],
 }
 
 /// A flow's place, for packets of backends: words of the SNAT address's and the backend's last four bytes, the SNAT

@@ -16,7 +16,7 @@ mod programs {
         bench::{FLOWS, PACKET, Place, Plan, call, client, direction},
         checksum::Delta,
         flow::{Family, V4, V6},
-        frame::{Frame as _, Plain},
+        frame::Frame as _,
         headers::{Be16, Be32, Be64, Ethernet, Ipv4, Ipv6, Tcp},
         maps::Maps as _,
         meta::Meta,
@@ -71,71 +71,66 @@ mod programs {
         action
     }
 
-    #[derive(Clone, Copy)]
-    #[repr(C)]
-    struct Start([u8; PACKET]);
-    // SAFETY: bytes.
-    unsafe impl Plain for Start {}
-
     #[inline(always)]
     fn write(context: &XdpContext, plan: &Plan, flow: u32) -> Option<()> {
         let frame = &mut XdpFrame::new(context);
-        *frame.at::<Start>(0)? = Start(plan.packet);
-        let (source, destination, ports) = match plan.direction {
+        let start = frame.at::<[[u8; 8]; PACKET / 8]>(0)?;
+        for (place, word) in start.iter_mut().zip(&plan.packet) {
+            // SAFETY: a live reference. Volatile, or LLVM calls memcpy, a loop over bytes.
+            unsafe { (&raw mut *place).write_volatile(word.to_ne_bytes()) };
+        }
+        match plan.direction {
             direction::FORWARD => {
                 let (address, port) = client(flow);
-                (Some(Be32::new(address)), None, (Some(Be16::new(port)), None))
+                let tcp = set_source(frame, plan.ipv6 != 0, Be32::new(address))?;
+                frame.at::<Tcp>(tcp)?.source = Be16::new(port);
             }
             direction::REPLY => {
                 let place = PLACE.get(flow)?;
-                (
-                    Some(Be32::from_word(place.backend)),
-                    Some(Be32::from_word(place.snat)),
-                    (None, Some(Be16::from_word(place.port as u16))),
-                )
+                set_source(frame, plan.ipv6 != 0, Be32::from_word(place.backend))?;
+                let tcp = set_destination(frame, plan.ipv6 != 0, Be32::from_word(place.snat))?;
+                frame.at::<Tcp>(tcp)?.destination = Be16::from_word(place.port as u16);
             }
-            _ => (None, None, (None, None)),
-        };
-        let network = size_of::<Ethernet>();
-        if plan.ipv6 == 0 {
-            let header = frame.at::<Ipv4>(network)?;
-            let mut delta = Delta::NONE;
-            if let Some(source) = source {
-                delta = delta.remove(header.source.word()).add(source.word());
-                header.source = source;
-            }
-            if let Some(destination) = destination {
-                delta = delta.remove(header.destination.word()).add(destination.word());
-                header.destination = destination;
-            }
-            header.checksum = Be16::from_word(delta.apply(header.checksum.word()));
-            set_ports(frame.at::<Tcp>(network + size_of::<Ipv4>())?, ports);
-        } else {
-            let header = frame.at::<Ipv6>(network)?;
-            if let Some(source) = source {
-                header.source[1] = last_four(header.source[1], source);
-            }
-            if let Some(destination) = destination {
-                header.destination[1] = last_four(header.destination[1], destination);
-            }
-            set_ports(frame.at::<Tcp>(network + size_of::<Ipv6>())?, ports);
+            _ => {}
         }
         Some(())
+    }
+
+    const NETWORK: usize = size_of::<Ethernet>();
+
+    /// Sets the last four bytes of the source address. Returns where the TCP header is.
+    #[inline(always)]
+    fn set_source(frame: &mut XdpFrame<'_>, ipv6: bool, last: Be32) -> Option<usize> {
+        if ipv6 {
+            let header = frame.at::<Ipv6>(NETWORK)?;
+            header.source[1] = last_four(header.source[1], last);
+            return Some(NETWORK + size_of::<Ipv6>());
+        }
+        let header = frame.at::<Ipv4>(NETWORK)?;
+        let delta = Delta::NONE.remove(header.source.word()).add(last.word());
+        header.source = last;
+        header.checksum = Be16::from_word(delta.apply(header.checksum.word()));
+        Some(NETWORK + size_of::<Ipv4>())
+    }
+
+    /// Sets the last four bytes of the destination address. Returns where the TCP header is.
+    #[inline(always)]
+    fn set_destination(frame: &mut XdpFrame<'_>, ipv6: bool, last: Be32) -> Option<usize> {
+        if ipv6 {
+            let header = frame.at::<Ipv6>(NETWORK)?;
+            header.destination[1] = last_four(header.destination[1], last);
+            return Some(NETWORK + size_of::<Ipv6>());
+        }
+        let header = frame.at::<Ipv4>(NETWORK)?;
+        let delta = Delta::NONE.remove(header.destination.word()).add(last.word());
+        header.destination = last;
+        header.checksum = Be16::from_word(delta.apply(header.checksum.word()));
+        Some(NETWORK + size_of::<Ipv4>())
     }
 
     #[inline(always)]
     fn last_four(half: Be64, last: Be32) -> Be64 {
         Be64::from_word(half.word() & 0xffff_ffff | u64::from(last.word()) << 32)
-    }
-
-    #[inline(always)]
-    fn set_ports(tcp: &mut Tcp, (source, destination): (Option<Be16>, Option<Be16>)) {
-        if let Some(source) = source {
-            tcp.source = source;
-        }
-        if let Some(destination) = destination {
-            tcp.destination = destination;
-        }
     }
 
     /// Frees the slot that the packet's new source names.
@@ -144,15 +139,14 @@ mod programs {
         let maps = KernelMaps;
         let frame = &mut XdpFrame::new(context);
         let config = maps.config()?;
-        let network = size_of::<Ethernet>();
         if ipv6 {
-            let source = frame.at::<Ipv6>(network)?.source.map(Be64::word);
-            let port = frame.at::<Tcp>(network + size_of::<Ipv6>())?.source.word();
+            let source = frame.at::<Ipv6>(NETWORK)?.source.map(Be64::word);
+            let port = frame.at::<Tcp>(NETWORK + size_of::<Ipv6>())?.source.word();
             let slot = process::slot::<V6, _>(&maps, config, source, port)?;
             V6::meta(maps.set6(slot.set)?, slot.way).store(Meta::FREE.0);
         } else {
-            let source = [u64::from(frame.at::<Ipv4>(network)?.source.word()), 0];
-            let port = frame.at::<Tcp>(network + size_of::<Ipv4>())?.source.word();
+            let source = [u64::from(frame.at::<Ipv4>(NETWORK)?.source.word()), 0];
+            let port = frame.at::<Tcp>(NETWORK + size_of::<Ipv4>())?.source.word();
             let slot = process::slot::<V4, _>(&maps, config, source, port)?;
             V4::meta(maps.set4(slot.set)?, slot.way).store(Meta::FREE.0);
         }

@@ -38,12 +38,25 @@ enum What {
         /// Packets a round.
         #[arg(long, default_value_t = 1 << 20)]
         packets: u32,
+        /// Only with so many flows.
+        #[arg(long)]
+        flows: Option<u32>,
+        /// Only this family: ipv4 or ipv6.
+        #[arg(long)]
+        family: Option<String>,
     },
 }
 
 fn main() -> Result<()> {
     match Arguments::parse().what {
-        What::Datapath { json, rounds, packets } => datapath(json, rounds, packets),
+        What::Datapath { json, rounds, packets, flows, family } => {
+            ensure!(rounds >= 1 && packets >= 1, "--rounds and --packets must be at least 1");
+            let wanted = |ipv6: bool, count: u32| {
+                flows.is_none_or(|flows| flows == count)
+                    && family.as_deref().is_none_or(|family| family == family_name(ipv6))
+            };
+            datapath(json, rounds, packets, wanted)
+        }
     }
 }
 
@@ -66,11 +79,14 @@ struct Figure {
     empty_ns: u32,
 }
 
-fn datapath(json: bool, rounds: u32, packets: u32) -> Result<()> {
-    ensure!(rounds >= 1 && packets >= 1, "--rounds and --packets must be at least 1");
+fn family_name(ipv6: bool) -> &'static str {
+    if ipv6 { "ipv6" } else { "ipv4" }
+}
+
+fn datapath(json: bool, rounds: u32, packets: u32, wanted: impl Fn(bool, u32) -> bool) -> Result<()> {
     let mut figures = Vec::new();
     for ipv6 in [false, true] {
-        for flows in FLOW_COUNTS {
+        for flows in FLOW_COUNTS.into_iter().filter(|flows| wanted(ipv6, *flows)) {
             let mut bench = Bench::new(ipv6, flows)?;
             for case in Case::ALL {
                 let figure = bench.measure(case, rounds, packets)?;
@@ -200,8 +216,7 @@ impl Bench {
             ns = ns.min(self.run(&with, packets)?);
         }
         self.check(case, u64::from(rounds * packets))?;
-        let family = if self.ipv6 { "ipv6" } else { "ipv4" };
-        Ok(Figure { case: case.name(), family, flows: self.flows, ns, empty_ns })
+        Ok(Figure { case: case.name(), family: family_name(self.ipv6), flows: self.flows, ns, empty_ns })
     }
 
     /// Runs a plan `packets` times; nanoseconds each.
@@ -210,9 +225,10 @@ impl Bench {
             return Ok(0);
         }
         self.plan.write(0, *plan);
+        let bytes: Vec<u8> = plan.packet.iter().flat_map(|word| word.to_ne_bytes()).collect();
         let program: &mut Xdp = self.dataplane.program("bench")?;
         let result = program.test_run(TestRunOptions {
-            data_in: Some(&plan.packet),
+            data_in: Some(&bytes),
             repeat: packets,
             ..Default::default()
         })?;
@@ -303,7 +319,7 @@ fn last_four(address: IpAddr) -> u32 {
 }
 
 /// The packet of a case, as the wrapper is given it.
-fn packet(case: Case, ipv6: bool) -> [u8; PACKET] {
+fn packet(case: Case, ipv6: bool) -> [u64; PACKET / 8] {
     let outsider =
         if ipv6 { IpAddr::from([0xfd09, 0, 0, 0, 0, 0, 0, 9]) } else { IpAddr::from([10, 9, 9, 9]) };
     let (source, destination) = match case {
@@ -335,5 +351,9 @@ fn packet(case: Case, ipv6: bool) -> [u8; PACKET] {
     let payload = vec![0; PACKET - headers];
     let mut bytes = Vec::with_capacity(PACKET);
     builder.write(&mut bytes, &payload).expect("a vector takes any bytes");
-    bytes.try_into().expect("as long as the plan's packet")
+    let mut words = [0; PACKET / 8];
+    for (word, eight) in words.iter_mut().zip(bytes.as_chunks().0) {
+        *word = u64::from_ne_bytes(*eight);
+    }
+    words
 }
