@@ -21,6 +21,7 @@
 use crate::{
     cell::{Cell8, Cell16, Cell32, Cell64},
     hash::{FlowHash, Key},
+    headers::protocol,
     layout::{Config, SETS_PER_ADDRESS, Set4, Set6, WAYS, Way4, Way6, family},
     maps::{Maps, Step},
     meta::{Kind, Meta, RESET, SYN_ACK},
@@ -128,6 +129,8 @@ impl Found {
 pub trait Family: Copy + 'static {
     /// See [`family`].
     const NUMBER: u8;
+    /// ICMP's protocol number.
+    const ICMP: u8;
     /// Client address and port and listener id, as compared.
     type Tuple: Copy + PartialEq;
     /// A set of ways.
@@ -169,6 +172,7 @@ pub struct V4;
 
 impl Family for V4 {
     const NUMBER: u8 = family::IPV4;
+    const ICMP: u8 = protocol::ICMP;
     type Tuple = u64;
     type Set = Set4;
 
@@ -272,6 +276,7 @@ impl PartialEq for Tuple6 {
 
 impl Family for V6 {
     const NUMBER: u8 = family::IPV6;
+    const ICMP: u8 = protocol::ICMP6;
     type Tuple = Tuple6;
     type Set = Set6;
 
@@ -410,7 +415,7 @@ impl<T: Copy> Query<T> {
 /// The live slot of a tuple.
 #[inline(always)]
 pub fn find<F: Family, M: Maps>(maps: &M, config: &Config, query: &Query<F::Tuple>) -> Found {
-    let mut found = find_first::<F, M>(maps, query);
+    let mut found = find_first::<F, M>(maps, query, Slot::NONE);
     let beyond = F::overflow(maps, query.candidate(0)).is_some_and(|mark| mark.load() != 0);
     if !found.is_some() && beyond {
         found = maps.find_in::<F>(query, CANDIDATES, Slot::NONE);
@@ -420,7 +425,7 @@ pub fn find<F: Family, M: Maps>(maps: &M, config: &Config, query: &Query<F::Tupl
 
 /// The live slot of a tuple in the candidates that are always looked at.
 #[inline(always)]
-fn find_first<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>) -> Found {
+fn find_first<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, except: Slot) -> Found {
     for number in 0..FIRST_CANDIDATES {
         let set = query.candidate(number);
         let Some(ways) = F::set(maps, set) else {
@@ -428,6 +433,7 @@ fn find_first<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>) -> Found {
         };
         for way in 0..WAYS as u32 {
             if F::load(ways, way) == query.tuple
+                && (Slot { set, way }) != except
                 && let Some(meta) = live::<F>(ways, way, query.tuple)
             {
                 return Found::new(Slot { set, way }, meta);
@@ -686,7 +692,12 @@ pub fn choose<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &C
     };
     // 1 if the second has fewer ways taken.
     let swapped = taken::<F>(second).wrapping_sub(taken::<F>(home)) >> 31;
-    let mut weighing = Weighing::<F, M> { maps: *maps, query, claimer, swapped, best: u64::MAX };
+    let emptier = if swapped == 0 { home } else { second };
+    let set = query.candidate(swapped);
+    if let Some(found) = free::<F>(emptier, set, maps.blocked(set)) {
+        return Choice::new(found, Cost::NONE);
+    }
+    let mut weighing = Weighing::<F, M> { maps: *maps, query, claimer, swapped, best: config.blur(u64::MAX) };
     maps.repeat(CANDIDATES * WAYS as u32, &mut weighing);
     let best = weighing.best;
     if best >> 32 == u64::from(Cost::NEVER.0) {
@@ -699,6 +710,18 @@ pub fn choose<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &C
     // Examined again, now for the word that is exchanged.
     let (cost, meta) = Cost::of::<F>(ways, slot.way, claimer, config);
     if cost == Cost::NEVER { Choice::NONE } else { Choice::new(Found::new(slot, meta), cost) }
+}
+
+/// A way that is nobody's: what is found for most flows, without weighing.
+#[inline(always)]
+fn free<F: Family>(ways: &F::Set, set: u32, blocked: u8) -> Option<Found> {
+    for way in 0..WAYS as u32 {
+        let meta = Meta(F::meta(ways, way).load());
+        if meta.is(Kind::Free) && blocked & 1 << way == 0 {
+            return Some(Found::new(Slot { set, way }, meta));
+        }
+    }
+    None
 }
 
 /// A comparison of the candidates' ways, one at a time.
@@ -769,11 +792,13 @@ pub fn take<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &Cla
     let half_open = Meta::new(Kind::HalfOpen, claimer.backend as u8, claimer.clock.seen);
     word.swap(half_open.0);
     // A rival may be beyond the second candidate only if it marked the first, and it marked before it published.
-    let candidates = match mark {
-        Some(mark) if mark.load() == 0 => FIRST_CANDIDATES,
-        _ => CANDIDATES,
+    let beyond = mark.is_none_or(|mark| mark.load() != 0);
+    let other = if beyond {
+        maps.find_in::<F>(query, CANDIDATES, slot)
+    } else {
+        find_first::<F, M>(maps, query, slot)
     };
-    if maps.find_in::<F>(query, candidates, slot).is_some() {
+    if other.is_some() {
         word.compare_exchange(half_open.0, Meta::FREE.0);
         return Claim::RACED;
     }

@@ -4,6 +4,7 @@ use crate::{
     checksum::{Delta, sum64},
     flow::{self, Claimer, Clock, Family, Found, Query, Slot},
     frame::Frame,
+    hash::FlowHash,
     headers::{Be16, tcp_flag},
     layout::{Backend, Listener, NextHop, Service, backend_flag, family},
     maps::Maps,
@@ -12,12 +13,12 @@ use crate::{
     outcome::{Event, Outcome},
     parse::{self, Ports, Segment},
     process::{self, Context, Done},
-    refuse, rewrite,
+    rewrite,
     transition::{self, Step},
 };
 
 /// Entries of the selection table that are tried for another backend than the one that refused.
-const ALTERNATIVES: u32 = 16;
+const ALTERNATIVES: u32 = 8;
 
 /// Forwards a packet for listener `id`.
 #[inline(always)]
@@ -61,13 +62,7 @@ fn step<A: Family, F: Frame, M: Maps>(
     let flow = if found.is_some() {
         known::<A, M>(maps, context, listener, &query, found, &segment)?
     } else {
-        match begin::<A, M>(maps, context, listener, &query) {
-            Err(outcome @ (Outcome::RefusedNoBackend | Outcome::RefusedNotAllowed)) => {
-                refuse::refuse(frame, &context.link, &context.packet, context.ports, &segment)?;
-                return Ok(Done::leaving(outcome, listener.service, frame.interface()));
-            }
-            flow => flow?,
-        }
+        begin::<A, M>(maps, context, listener, &query)?
     };
     transmit::<A, F, M>(frame, maps, context, listener, flow)
 }
@@ -161,7 +156,7 @@ fn retry<A: Family, M: Maps>(maps: &M, listener: &Listener, query: &Query<A::Tup
     if accepts || meta.has(SYN_ACK) {
         return meta;
     }
-    let other = another::<A, M>(maps, listener.service, query, meta.backend());
+    let other = maps.another::<A>(listener.service, query.hash, meta.backend());
     let Some(ways) = A::set(maps, found.slot().set) else {
         return meta;
     };
@@ -172,15 +167,15 @@ fn retry<A: Family, M: Maps>(maps: &M, listener: &Listener, query: &Query<A::Tup
     meta
 }
 
-/// A backend for this flow that takes new flows and is not `refused`; 0: there is none.
+/// A backend for a flow with this hash that takes new flows and is not `refused`; 0: there is none.
 #[inline(always)]
-pub fn another<A: Family, M: Maps>(maps: &M, service: u16, query: &Query<A::Tuple>, refused: u8) -> u8 {
+pub fn another<A: Family, M: Maps>(maps: &M, service: u16, hash: FlowHash, refused: u8) -> u8 {
     let half = maps.service(service).map_or(0, A::selection);
     if half == 0 {
         return 0;
     }
     for number in 0..ALTERNATIVES {
-        let entry = query.hash.candidate(number, crate::maglev::TABLE_SIZE);
+        let entry = hash.candidate(number, crate::maglev::TABLE_SIZE);
         let id = maps.selected(half - 1, entry);
         if id != 0 && id != refused {
             return id;

@@ -3,6 +3,7 @@
 use crate::{
     cell::{Cell8, Cell16, Cell64},
     flow::{self, Choice, Claim, Claimer, Family, Found, Query, Slot},
+    forward,
     hash::FlowHash,
     layout::{Backend, Config, Listener, Service, Set4, Set6},
     next_hop,
@@ -72,6 +73,11 @@ pub trait Maps: Copy {
     /// [`process::arrival`], in a function of its own.
     fn arrival(&self, interface: u32, vlan: u32, mac: u64) -> Option<u16> {
         process::arrival(self, interface, vlan, mac)
+    }
+
+    /// [`forward::another`], in a function of its own.
+    fn another<F: Family>(&self, service: u16, hash: FlowHash, refused: u8) -> u8 {
+        forward::another::<F, Self>(self, service, hash, refused)
     }
 
     /// [`next_hop::learn`], in a function of its own.

@@ -246,8 +246,9 @@ pub fn upper_layer<F: Frame>(frame: &mut F, transport: usize, next: u8) -> u64 {
     upper.pack()
 }
 
+/// Is there another header behind this one?
 #[inline(always)]
-const fn is_extension(next: u8) -> bool {
+pub const fn is_extension(next: u8) -> bool {
     matches!(
         next,
         protocol::HOP_BY_HOP | protocol::ROUTING | protocol::FRAGMENT | protocol::DESTINATION_OPTIONS

@@ -4,13 +4,13 @@ use crate::{
     flow::{Family, Slot, V4, V6},
     forward,
     frame::Frame,
-    headers::{IPV4, IPV6},
+    headers::{IPV4, IPV6, Ipv4, Ipv6, protocol},
     icmp,
     layout::{Config, LISTENERS_PER_PORT, PORTS, SETS_PER_ADDRESS, SNAT_ADDRESSES, WAYS, family},
     maps::Maps,
     outcome::{Action, Outcome},
     parse::{self, Carries, Link, Packet, Ports},
-    reply,
+    refuse, reply,
 };
 
 /// What became of a packet: [`Outcome`], service (0 where none is known) and the index of the interface it leaves by.
@@ -38,6 +38,21 @@ impl Done {
     #[must_use]
     pub const fn leaving(outcome: Outcome, service: u16, interface: u32) -> Self {
         Self(outcome as u64 | (service as u64) << 16 | (interface as u64) << 32)
+    }
+
+    /// The same, leaving by an interface.
+    #[inline(always)]
+    #[must_use]
+    pub const fn by(self, interface: u32) -> Self {
+        Self(self.0 | (interface as u64) << 32)
+    }
+
+    /// Is it a SYN that [`refuse::answer`] has still to answer?
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_refused(self) -> bool {
+        let outcome = self.outcome_index();
+        outcome == Outcome::RefusedNoBackend as u16 || outcome == Outcome::RefusedNotAllowed as u16
     }
 
     /// As one word.
@@ -121,13 +136,45 @@ pub fn process<F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
 fn finish<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
     match segments::<A, F, M>(frame, maps) {
         Done::ICMP => icmp::translate::<A, F, M>(frame, maps),
+        done if done.is_refused() => refuse::answer::<A, F>(frame, done),
         done => done,
     }
 }
 
-/// Takes a TCP packet of one family to its outcome. [`Done::ICMP`]: it is none, but [`icmp::translate`]'s.
+/// Could this TCP segment be ours? Its port is a listener's, or its address one of ours: for most packets of a host that
+/// does other things as well this is the last question.
+#[inline(always)]
+pub fn concerns<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, link: &Link) -> bool {
+    let (transport, protocol, destination) = if A::NUMBER == family::IPV4 {
+        let Some(header) = frame.at::<Ipv4>(link.network) else {
+            return false;
+        };
+        let length = usize::from(header.version_length & 0x0f) * 4;
+        let [_, protocol] = header.ttl_protocol.get().to_be_bytes();
+        (link.network + length, protocol, [u64::from(header.destination.word()), 0])
+    } else {
+        let Some(header) = frame.at::<Ipv6>(link.network) else {
+            return false;
+        };
+        let destination = [header.destination[0].word(), header.destination[1].word()];
+        (link.network + size_of::<Ipv6>(), header.next_header, destination)
+    };
+    if protocol != protocol::TCP {
+        // An error about a flow, or TCP behind extension headers.
+        return protocol == A::ICMP || (A::NUMBER == family::IPV6 && parse::is_extension(protocol));
+    }
+    let (Some(config), Some(ports)) = (maps.config(), parse::ports(frame, transport)) else {
+        return false;
+    };
+    maps.first_listener(u16::from_be(ports.destination)) != 0
+        || A::snat_count(config) > 1
+        || same(A::snat(config, 0), destination)
+}
+
+/// Takes a TCP packet of one family to its outcome. [`Done::ICMP`]: it is none, but [`icmp::translate`]'s. Refused: the
+/// answer is [`refuse::answer`]'s to write.
 ///
-/// The two are apart because together they need more stack than the kernel gives.
+/// They are apart because together they need more stack than the kernel gives.
 #[inline(always)]
 pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
     let Some(link) = parse::link(frame) else {
@@ -150,7 +197,7 @@ pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
     };
     let first = maps.first_listener(u16::from_be(ports.destination));
     if first != 0 {
-        let id = maps.find_listener(A::NUMBER, packet.destination, ports.destination);
+        let id = listener_from::<A, M>(maps, first, packet.destination, ports.destination);
         if id == 0 {
             // A listener's port is never a slot, at any address.
             return Done::NOT_OURS;
@@ -169,6 +216,21 @@ pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
     Done::NOT_OURS
 }
 
+/// [`listener`], where the first one on the port is `first`: nearly always it is the one.
+#[inline(always)]
+fn listener_from<A: Family, M: Maps>(maps: &M, first: u16, address: [u64; 2], port: u16) -> u16 {
+    match maps.listener(first) {
+        Some(listener) if listener.family == A::NUMBER && same(listener.address, address) => first,
+        _ => maps.find_listener(A::NUMBER, address, port),
+    }
+}
+
+/// Are the addresses the same? Without a branch for each half.
+#[inline(always)]
+pub const fn same(one: [u64; 2], other: [u64; 2]) -> bool {
+    (one[0] ^ other[0]) | (one[1] ^ other[1]) == 0
+}
+
 /// The id of the listener at an address (words) and port (word); 0: there is none.
 #[inline(always)]
 pub fn listener<M: Maps>(maps: &M, family: u8, address: [u64; 2], port: u16) -> u16 {
@@ -180,7 +242,7 @@ pub fn listener<M: Maps>(maps: &M, family: u8, address: [u64; 2], port: u16) -> 
         let Some(listener) = maps.listener(id) else {
             return 0;
         };
-        if listener.family == family && listener.address == address {
+        if listener.family == family && same(listener.address, address) {
             return id;
         }
         id = listener.next;
@@ -196,7 +258,7 @@ pub fn slot<A: Family, M: Maps>(maps: &M, config: &Config, address: [u64; 2], po
     if set.wrapping_sub(config.first_set) >= config.sets {
         return None;
     }
-    let index = if A::snat(config, 0) == address { 0 } else { maps.snat_index::<A>(address)? };
+    let index = if same(A::snat(config, 0), address) { 0 } else { maps.snat_index::<A>(address)? };
     Some(Slot { set: index * SETS_PER_ADDRESS + set, way: port % WAYS as u32 })
 }
 
@@ -208,7 +270,7 @@ pub fn snat_index<A: Family, M: Maps>(maps: &M, address: [u64; 2]) -> Option<u32
         if index as u32 >= A::snat_count(config) {
             break;
         }
-        if A::snat(config, index) == address {
+        if same(A::snat(config, index), address) {
             return Some(index as u32);
         }
     }
@@ -226,7 +288,15 @@ fn enter<'a, F: Frame, M: Maps>(
     packet: Packet,
     ports: Ports,
 ) -> Option<Context<'a>> {
-    let port = maps.arrival(frame.interface(), link.vlan, link.destination)?;
+    // Most have one port.
+    let first = &config.ports[0];
+    let interface = frame.interface();
+    let differs = u64::from((first.interface ^ interface) | (first.vlan ^ link.vlan));
+    let port = if differs | (first.mac ^ link.destination) == 0 {
+        0
+    } else {
+        maps.arrival(interface, link.vlan, link.destination)?
+    };
     Some(Context { config, link: *link, packet, ports, port })
 }
 

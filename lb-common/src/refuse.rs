@@ -5,11 +5,13 @@
 
 use crate::{
     checksum::{Delta, sum64},
+    flow::Family,
     frame::Frame,
     headers::{Be16, Be32, Be64, Ipv4, Ipv6, Tcp, protocol, tcp_flag},
     layout::family,
     outcome::Outcome,
-    parse::{Link, Packet, Ports, Segment},
+    parse::{self, Link, Packet, Ports, Segment},
+    process::Done,
     rewrite::write_macs,
 };
 
@@ -17,9 +19,27 @@ use crate::{
 const TTL: u8 = 64;
 const TCP_LENGTH: u16 = size_of::<Tcp>() as u16;
 
-/// Turns a SYN into the RST that refuses it, to be sent back where it came from. Err: it could not be done, drop it.
+/// Turns a SYN that was refused into the RST that says so, to be sent back where it came from.
 #[inline(always)]
-pub fn refuse<F: Frame>(
+pub fn answer<A: Family, F: Frame>(frame: &mut F, refused: Done) -> Done {
+    match parsed::<A, F>(frame) {
+        Ok(()) => refused.by(frame.interface()),
+        Err(outcome) => Done::with(outcome, refused.service()),
+    }
+}
+
+#[inline(always)]
+fn parsed<A: Family, F: Frame>(frame: &mut F) -> Result<(), Outcome> {
+    let link = parse::link(frame).ok_or(Outcome::NoRoom)?;
+    let (packet, _) = parse::packet::<A, F>(frame, &link).ok_or(Outcome::NoRoom)?;
+    let ports = parse::ports(frame, packet.transport).ok_or(Outcome::NoRoom)?;
+    let segment = parse::segment(frame, &packet);
+    build(frame, &link, &packet, ports, &segment)
+}
+
+/// Err: it could not be done, drop it.
+#[inline(always)]
+fn build<F: Frame>(
     frame: &mut F,
     link: &Link,
     packet: &Packet,

@@ -2,8 +2,8 @@
 
 use crate::{
     checksum::{Delta, sum64},
-    flow::{Clock, Family, Query, Slot},
-    forward::{another, finish},
+    flow::{Clock, Family, Slot},
+    forward::finish,
     frame::Frame,
     headers::Be16,
     layout::{Config, Listener, NextHop, PORTS},
@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Backends that a packet without a slot is compared with.
-const NAMED_BACKENDS: u8 = 24;
+const NAMED_BACKENDS: u8 = 12;
 
 /// Sends a backend's packet to the client whose slot it names.
 #[inline(always)]
@@ -112,8 +112,8 @@ fn second_chance<A: Family, M: Maps>(
 ) -> Result<(), Outcome> {
     if !meta.has(RESET) {
         let tuple = A::tuple(client.address, client.port, client.listener_id);
-        let query = Query::new::<A>(context.config, tuple);
-        let other = another::<A, M>(maps, client.listener.service, &query, meta.backend());
+        let hash = A::hash(&context.config.key, tuple);
+        let other = maps.another::<A>(client.listener.service, hash, meta.backend());
         if other != 0 && word.compare_exchange(meta.0, meta.on(other).with(RESET).0) == meta.0 {
             return Err(Outcome::SecondChance);
         }

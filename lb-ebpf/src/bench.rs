@@ -31,6 +31,7 @@ mod programs {
 
     /// The product, as `main.rs` has it.
     #[xdp(frags)]
+    #[inline(always)]
     fn sheave(context: XdpContext) -> u32 {
         lb_ebpf::xdp::handle(&context)
     }
@@ -50,6 +51,7 @@ mod programs {
 
     /// Writes the plan's next packet and calls the program on it.
     #[xdp(frags)]
+    #[inline(always)]
     fn bench(context: XdpContext) -> u32 {
         let Some(plan) = PLAN.get_ptr_mut(0) else {
             return XDP_PASS;

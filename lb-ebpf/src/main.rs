@@ -7,6 +7,7 @@ mod programs {
 
     /// The load balancer, on every interface that clients or backends are reached by.
     #[xdp(frags)]
+    #[inline(always)]
     fn sheave(context: XdpContext) -> u32 {
         lb_ebpf::xdp::handle(&context)
     }

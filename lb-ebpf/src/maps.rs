@@ -14,6 +14,7 @@ use aya_ebpf::{
 use lb_common::{
     cell::{Cell8, Cell16, Cell64},
     flow::{Choice, Claim, Claimer, Family, Found, Query, Slot},
+    hash::FlowHash,
     layout::{
         AllowKey, BACKENDS, Backend, Config, LISTENERS, Listener, NEXT_HOPS, OverflowMarks, PORTS,
         ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Service,
@@ -103,6 +104,12 @@ impl Maps for KernelMaps {
     fn arrival(&self, interface: u32, vlan: u32, mac: u64) -> Option<u16> {
         let port = laundered(subprograms::map_arrival(interface.into(), vlan.into(), mac));
         (port < PORTS as u64).then_some(port as u16)
+    }
+
+    #[inline(always)]
+    fn another<F: Family>(&self, service: u16, hash: FlowHash, refused: u8) -> u8 {
+        let (service, family) = (service.into(), F::NUMBER.into());
+        laundered(subprograms::map_another(family, service, hash.0, refused.into())) as u8
     }
 
     #[inline(always)]
@@ -202,8 +209,8 @@ impl Maps for KernelMaps {
 
     #[inline(always)]
     fn allows(&self, service: u16, client: [u64; 2]) -> bool {
-        let bits = 8 * size_of::<AllowKey>() as u32;
-        ALLOW.get(&Key::new(bits, allow_key(service, client))).is_some()
+        let [high, low] = client;
+        laundered(subprograms::map_allows(service.into(), high, low)) != 0
     }
 
     #[inline(always)]
@@ -279,6 +286,13 @@ fn checked(index: u32) -> u32 {
     // kernel refuses.)
     unsafe { core::arch::asm!("{0} = {0}", inout(wreg) index, options(nomem, nostack)) };
     index
+}
+
+/// Is the client in one of the service's prefixes?
+#[inline(always)]
+pub fn allows(service: u16, client: [u64; 2]) -> bool {
+    let bits = 8 * size_of::<AllowKey>() as u32;
+    ALLOW.get(&Key::new(bits, allow_key(service, client))).is_some()
 }
 
 /// Leaves the tick counter where the daemon can read it.

@@ -8,15 +8,20 @@
 use aya_ebpf::{bindings::xdp_md, programs::XdpContext};
 use lb_common::{
     flow::{Choice, Claim, Claimer, Family, Found, Query, V4, V6, choose, find_in, take},
+    forward,
+    hash::FlowHash,
     icmp,
     layout::{PORTS, SNAT_ADDRESSES, family},
     maps::Maps as _,
     next_hop, parse,
-    process::{self, segments},
-    reply, rewrite,
+    process::{self, Done, segments},
+    refuse, reply, rewrite,
 };
 
-use crate::{frame::XdpFrame, maps::KernelMaps};
+use crate::{
+    frame::XdpFrame,
+    maps::{self, KernelMaps},
+};
 
 /// A subprogram's result, as the verifier sees it: any number. LLVM knows the callee and would leave out the masks that
 /// keep the number in bounds.
@@ -104,6 +109,25 @@ pub extern "C" fn map_arrival(interface: u64, vlan: u64, mac: u64) -> u64 {
     process::arrival(&KernelMaps, interface as u32, vlan as u32, mac).map_or(PORTS as u64, u64::from)
 }
 
+/// See [`maps::allows`]: 1 or 0.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn map_allows(service: u64, high: u64, low: u64) -> u64 {
+    maps::allows(service as u16, [high, low]).into()
+}
+
+/// See [`forward::another`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn map_another(family_number: u64, service: u64, hash: u64, refused: u64) -> u64 {
+    let (service, hash, refused) = (service as u16, FlowHash(hash), refused as u8);
+    if family_number == u64::from(family::IPV4) {
+        forward::another::<V4, _>(&KernelMaps, service, hash, refused).into()
+    } else {
+        forward::another::<V6, _>(&KernelMaps, service, hash, refused).into()
+    }
+}
+
 /// See [`next_hop::learn`].
 #[unsafe(no_mangle)]
 #[inline(never)]
@@ -119,7 +143,7 @@ pub extern "C" fn map_is_backend(family: u64, high: u64, low: u64, port: u64) ->
 }
 
 macro_rules! subprograms {
-    ($family:ty, $find:ident, $choose:ident, $take:ident, $segments:ident, $icmp:ident) => {
+    ($family:ty, $find:ident, $choose:ident, $take:ident, $segments:ident, $icmp:ident, $refuse:ident) => {
         /// See [`segments`].
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -134,6 +158,14 @@ macro_rules! subprograms {
         pub extern "C" fn $icmp(context: *mut xdp_md) -> u64 {
             let context = XdpContext::new(context);
             icmp::translate::<$family, _, _>(&mut XdpFrame::new(&context), &KernelMaps).word()
+        }
+
+        /// See [`refuse::answer`].
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $refuse(context: *mut xdp_md, refused: u64) -> u64 {
+            let context = XdpContext::new(context);
+            refuse::answer::<$family, _>(&mut XdpFrame::new(&context), Done::from_word(refused)).word()
         }
 
         /// See [`find_in`]; `except` and the result are packed.
@@ -183,5 +215,5 @@ macro_rules! subprograms {
     };
 }
 
-subprograms!(V4, flow4_find, flow4_choose, flow4_take, frame4_segments, frame4_icmp);
-subprograms!(V6, flow6_find, flow6_choose, flow6_take, frame6_segments, frame6_icmp);
+subprograms!(V4, flow4_find, flow4_choose, flow4_take, frame4_segments, frame4_icmp, frame4_refuse);
+subprograms!(V6, flow6_find, flow6_choose, flow6_take, frame6_segments, frame6_icmp, frame6_refuse);

@@ -6,11 +6,12 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use lb_common::{
+    flow::{V4, V6},
     headers::{IPV4, IPV6},
     maps::Maps as _,
     outcome::Action,
     parse,
-    process::Done,
+    process::{Done, concerns},
 };
 
 use crate::{
@@ -33,16 +34,22 @@ fn process(context: &XdpContext) -> Done {
     let Some(link) = parse::link(&mut XdpFrame::new(context)) else {
         return Done::NOT_OURS;
     };
+    let frame = &mut XdpFrame::new(context);
     let done = match link.kind {
-        IPV4 => subprograms::frame4_segments(context.ctx),
-        IPV6 => subprograms::frame6_segments(context.ctx),
+        IPV4 if concerns::<V4, _, _>(frame, &KernelMaps, &link) => subprograms::frame4_segments(context.ctx),
+        IPV6 if concerns::<V6, _, _>(frame, &KernelMaps, &link) => subprograms::frame6_segments(context.ctx),
         _ => return Done::NOT_OURS,
     };
-    match Done::from_word(laundered(done)) {
-        Done::ICMP if link.kind == IPV4 => Done::from_word(laundered(subprograms::frame4_icmp(context.ctx))),
-        Done::ICMP => Done::from_word(laundered(subprograms::frame6_icmp(context.ctx))),
-        done => done,
-    }
+    let done = Done::from_word(laundered(done));
+    let ipv4 = link.kind == IPV4;
+    let done = match done {
+        Done::ICMP if ipv4 => subprograms::frame4_icmp(context.ctx),
+        Done::ICMP => subprograms::frame6_icmp(context.ctx),
+        done if done.is_refused() && ipv4 => subprograms::frame4_refuse(context.ctx, done.word()),
+        done if done.is_refused() => subprograms::frame6_refuse(context.ctx, done.word()),
+        done => return done,
+    };
+    Done::from_word(laundered(done))
 }
 
 #[inline(always)]
