@@ -20,7 +20,8 @@ pub mod hash;
 pub mod headers;
 pub mod icmp;
 pub mod layout;
-#[cfg(all(test, loom))]
+#[cfg(test)]
+#[cfg(loom)]
 mod loom_model;
 pub mod maglev;
 pub mod maps;
@@ -30,6 +31,9 @@ mod memory;
 pub mod meta;
 pub mod next_hop;
 pub mod outcome;
+#[cfg(test)]
+#[cfg(not(loom))]
+mod packet_tests;
 pub mod parse;
 pub mod process;
 pub mod refuse;
