@@ -2,7 +2,8 @@
 //!
 //! In the kernel these are BPF's atomic instructions (kernel ≥ 5.12; `Documentation/bpf/standardization/
 //! instruction-set.rst`, "Atomic operations"), elsewhere the standard library's atomics, under loom its model of
-//! them. All read-modify-write operations are full barriers; plain loads and stores are unordered.
+//! them. All read-modify-write operations are full barriers. Plain loads and stores are what the machine makes of a
+//! load and a store: acquire and release on x86, unordered on arm64.
 
 #[cfg(target_arch = "bpf")]
 mod imp {
@@ -121,9 +122,16 @@ mod imp {
 #[cfg(not(target_arch = "bpf"))]
 mod imp {
     #[cfg(not(loom))]
-    use core::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+    use core::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
     #[cfg(loom)]
-    use loom::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+    use loom::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+
+    /// What comes before or after a full barrier. A sequentially consistent operation alone does not order the plain
+    /// accesses around it (and loom takes it for acquire and release only); the kernel's atomic instructions do, on
+    /// x86 by their lock prefix, on arm64 as the kernel's own fully ordered operations.
+    fn barrier() {
+        fence(Ordering::SeqCst);
+    }
 
     macro_rules! cell {
         ($name:ident, $atomic:ty, $word:ty) => {
@@ -135,24 +143,30 @@ mod imp {
             impl $name {
                 /// The word as it is now.
                 pub fn load(&self) -> $word {
-                    self.0.load(Ordering::Relaxed)
+                    self.0.load(Ordering::Acquire)
                 }
 
-                /// Sets the word, with no order towards other words.
+                /// Sets the word, with no order towards later loads.
                 pub fn store(&self, value: $word) {
-                    self.0.store(value, Ordering::Relaxed);
+                    self.0.store(value, Ordering::Release);
                 }
 
                 /// Puts `new` where `old` is; returns what was there.
                 pub fn compare_exchange(&self, old: $word, new: $word) -> $word {
-                    match self.0.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst) {
+                    barrier();
+                    let result = self.0.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst);
+                    barrier();
+                    match result {
                         Ok(previous) | Err(previous) => previous,
                     }
                 }
 
                 /// Puts `new` there; returns what was there.
                 pub fn swap(&self, new: $word) -> $word {
-                    self.0.swap(new, Ordering::SeqCst)
+                    barrier();
+                    let previous = self.0.swap(new, Ordering::SeqCst);
+                    barrier();
+                    previous
                 }
             }
         };
@@ -166,18 +180,23 @@ mod imp {
     impl Cell32 {
         /// Sets `bits`; returns what was there.
         pub fn fetch_or(&self, bits: u32) -> u32 {
-            self.0.fetch_or(bits, Ordering::SeqCst)
+            barrier();
+            let previous = self.0.fetch_or(bits, Ordering::SeqCst);
+            barrier();
+            previous
         }
 
         /// Sets the upper half of the word and leaves the lower to whoever changes it meanwhile.
         pub fn store_high(&self, high: u16) {
+            // No barrier: in the kernel it is a plain store of two bytes.
             let mut word = self.load();
-            loop {
-                let previous = self.compare_exchange(word, word & 0xffff | u32::from(high) << 16);
-                if previous == word {
-                    return;
-                }
-                word = previous;
+            while let Err(now) = self.0.compare_exchange(
+                word,
+                word & 0xffff | u32::from(high) << 16,
+                Ordering::Release,
+                Ordering::Relaxed,
+            ) {
+                word = now;
             }
         }
     }

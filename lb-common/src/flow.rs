@@ -709,7 +709,9 @@ pub fn choose<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &C
     };
     // Examined again, now for the word that is exchanged.
     let (cost, meta) = Cost::of::<F>(ways, slot.way, claimer, config);
-    if cost == Cost::NEVER { Choice::NONE } else { Choice::new(Found::new(slot, meta), cost) }
+    // Somebody else's by now: there was room, so that is a race, which is lost by taking for free what is not.
+    let (cost, meta) = if cost == Cost::NEVER { (Cost::NONE, Meta::FREE) } else { (cost, meta) };
+    Choice::new(Found::new(slot, meta), cost)
 }
 
 /// A way that is nobody's: what is found for most flows, without weighing.
@@ -799,8 +801,21 @@ pub fn take<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &Cla
         find_first::<F, M>(maps, query, slot)
     };
     if other.is_some() {
-        word.compare_exchange(half_open.0, Meta::FREE.0);
+        give_back(word, half_open);
         return Claim::RACED;
     }
     Claim::won(slot)
+}
+
+/// Frees a slot that was published a moment ago. The flow's other packets find it and may have noted something in its
+/// word; it is nobody else's, as nobody takes a half-open slot so young.
+#[inline(always)]
+fn give_back(word: &Cell32, mut meta: Meta) {
+    for _ in 0..4 {
+        let now = Meta(word.compare_exchange(meta.0, Meta::FREE.0));
+        if now == meta || !now.is(Kind::HalfOpen) {
+            break;
+        }
+        meta = now;
+    }
 }

@@ -82,7 +82,7 @@ pub fn translate<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done 
 /// Reads what the error quotes, if it is an error and quotes TCP.
 #[inline(always)]
 fn quoted<A: Family, F: Frame>(frame: &mut F, packet: &Packet) -> Option<Quoted> {
-    if packet.fragment {
+    if packet.fragment || packet.end > frame.length() {
         return None;
     }
     let kind = frame.at::<Icmp>(packet.transport)?.kind;

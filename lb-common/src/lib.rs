@@ -20,11 +20,20 @@ pub mod hash;
 pub mod headers;
 pub mod icmp;
 pub mod layout;
+#[cfg(test)]
+#[cfg(loom)]
+mod loom_model;
 pub mod maglev;
 pub mod maps;
+#[cfg(test)]
+#[cfg_attr(loom, expect(dead_code, reason = "the model needs only the flow tables"))]
+mod memory;
 pub mod meta;
 pub mod next_hop;
 pub mod outcome;
+#[cfg(test)]
+#[cfg(not(loom))]
+mod packet_tests;
 pub mod parse;
 pub mod process;
 pub mod refuse;

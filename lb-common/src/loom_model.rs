@@ -1,0 +1,410 @@
+//! The claim protocol under every interleaving: the very code of [`crate::flow`], on CPUs that loom takes in turns.
+//!
+//! loom also lets a CPU see old values wherever acquire and release allow it: less order than x86 gives.
+//!
+//! That the models are worth something is shown beside them, by wrong copies of `take` that they catch.
+
+use std::sync::Arc;
+
+use loom::{model::Builder, thread};
+
+use crate::{
+    flow::{CANDIDATES, Claim, Claimer, Clock, Family, Found, Query, Slot, V4, V6, claim, find, take},
+    layout::WAYS,
+    maps::Maps as _,
+    memory::Memory,
+    meta::{CLIENT_FIN, Kind, Meta, SYN_ACK},
+};
+
+/// The daemon's and everybody else's "now", in units.
+const NOW: u16 = 1000;
+/// Long enough ago for a handshake to be cut short.
+const LONG_AGO: u16 = NOW - 10;
+
+/// Runs `model` in every possible order; with a limit on preemptions where that takes minutes (what is known to go
+/// wrong in this protocol goes wrong with two).
+fn explore(preemptions: Option<usize>, model: impl Fn() + Send + Sync + 'static) {
+    let mut builder = Builder::new();
+    builder.preemption_bound = preemptions;
+    builder.max_branches = 100_000;
+    builder.check(model);
+}
+
+/// As many sets as a tuple has candidates of interest, with one usable way each.
+fn table(sets: u32) -> Memory {
+    let mut memory = Memory::new(0, sets, 1);
+    memory.blocked = vec![0b1110; sets as usize];
+    memory
+}
+
+/// A tuple whose candidates are set 0, set 1, … in this order; the `number`th of its kind.
+fn query<F: Family>(memory: &Memory, number: usize) -> Query<F::Tuple> {
+    (0..u16::MAX)
+        .map(|port| {
+            let address = [0x0a00_0000 + u64::from(port), 0x0a00_0000 + u64::from(port)];
+            Query::new::<F>(&memory.config, F::tuple(address, port, 1))
+        })
+        .filter(|query| (0..memory.config.sets).all(|number| query.candidate(number) == number))
+        .nth(number)
+        .unwrap()
+}
+
+fn claimer(memory: &Memory, backend: u32) -> Claimer {
+    Claimer { clock: Clock::read(&memory, &memory.config), service: 1, backend }
+}
+
+/// The only way of a set that is used.
+fn only_way(set: u32) -> Slot {
+    Slot { set, way: 0 }
+}
+
+fn word<F: Family>(memory: &Memory, slot: Slot) -> Meta {
+    Meta(F::meta(F::set(&memory, slot.set).unwrap(), slot.way).load())
+}
+
+/// Where a tuple lives.
+fn live<F: Family>(memory: &Memory, query: &Query<F::Tuple>) -> Vec<Slot> {
+    (0..memory.config.sets)
+        .flat_map(|set| (0..WAYS as u32).map(move |way| Slot { set, way }))
+        .filter(|slot| {
+            word::<F>(memory, *slot).is_live()
+                && F::load(F::set(&memory, slot.set).unwrap(), slot.way) == query.tuple
+        })
+        .collect()
+}
+
+/// Puts a flow into a slot, as it was long before the model begins.
+fn put<F: Family>(memory: &Memory, slot: Slot, query: &Query<F::Tuple>, meta: Meta) {
+    let set = F::set(&memory, slot.set).unwrap();
+    F::store(set, slot.way, query.tuple);
+    F::meta(set, slot.way).store(meta.0);
+}
+
+/// Runs both at the same time.
+fn race<A: 'static, B>(one: impl FnOnce() -> A + 'static, other: impl FnOnce() -> B) -> (A, B) {
+    let one = thread::spawn(one);
+    let other = other();
+    (one.join().unwrap(), other)
+}
+
+/// At most one of the claimers has the flow, and it is where they say.
+fn assert_one_owner<F: Family>(memory: &Memory, query: &Query<F::Tuple>, claims: [Claim; 2]) {
+    let live = live::<F>(memory, query);
+    assert!(live.len() <= 1, "two live ways with one tuple");
+    let won: Vec<_> =
+        claims.iter().filter_map(|claim| claim.failure().is_none().then(|| claim.slot())).collect();
+    assert_eq!(won, live, "the winner has it, and nobody else");
+    for set in 0..memory.config.sets {
+        assert!(!word::<F>(memory, only_way(set)).is(Kind::Claiming), "a way was left behind");
+    }
+}
+
+/// How a claimer takes a free way.
+type Take<F> = fn(&Memory, &Query<<F as Family>::Tuple>, u32, Slot) -> Claim;
+
+fn as_built<F: Family>(memory: &Memory, query: &Query<F::Tuple>, backend: u32, slot: Slot) -> Claim {
+    take::<F, _>(&memory, query, &claimer(memory, backend), Found::new(slot, Meta::FREE))
+}
+
+/// Two copies of a SYN, which have chosen different ways of `sets` sets.
+fn two_copies<F: Family>(sets: u32, slots: [Slot; 2], take: Take<F>) {
+    explore(None, move || {
+        let memory = Arc::new(table(sets));
+        let query = query::<F>(&memory, 0);
+        let rival = (memory.clone(), query);
+        let (one, other) =
+            race(move || take(&rival.0, &rival.1, 1, slots[0]), || take(&memory, &query, 2, slots[1]));
+        assert_one_owner::<F>(&memory, &query, [one, other]);
+    });
+}
+
+#[test]
+fn two_copies_of_a_syn_never_own_two_ways() {
+    two_copies::<V4>(2, [only_way(0), only_way(1)], as_built::<V4>);
+}
+
+#[test]
+fn two_copies_of_a_syn_never_own_two_ways_ipv6() {
+    two_copies::<V6>(2, [only_way(0), only_way(1)], as_built::<V6>);
+}
+
+#[test]
+fn a_copy_beyond_the_second_candidate_is_seen_by_its_mark() {
+    two_copies::<V4>(3, [only_way(0), only_way(2)], as_built::<V4>);
+}
+
+#[test]
+fn two_copies_of_a_syn_choose_and_take() {
+    explore(None, || {
+        let memory = Arc::new(table(2));
+        let query = query::<V4>(&memory, 0);
+        let rival = (memory.clone(), query);
+        let (one, other) = race(
+            move || claim::<V4, _>(&&*rival.0, &rival.1, &claimer(&rival.0, 1)),
+            || claim::<V4, _>(&&*memory, &query, &claimer(&memory, 2)),
+        );
+        assert_one_owner::<V4>(&memory, &query, [one, other]);
+        assert!(one != Claim::FULL && other != Claim::FULL, "there was room for both");
+    });
+}
+
+/// The order and the means by which a wrong `take` publishes.
+#[derive(Clone, Copy, PartialEq)]
+enum Mistake {
+    SearchesFirst,
+    PublishesByStore,
+    MarksLate,
+}
+
+/// [`take`] with a mistake in it.
+fn mistaken(memory: &Memory, query: &Query<u64>, backend: u32, slot: Slot, mistake: Mistake) -> Claim {
+    let maps = &memory;
+    let ways = V4::set(maps, slot.set).unwrap();
+    let word = V4::meta(ways, slot.way);
+    if word.compare_exchange(0, Meta::new(Kind::Claiming, backend as u8, NOW).0) != 0 {
+        return Claim::RACED;
+    }
+    let mark = V4::overflow(maps, query.candidate(0)).unwrap();
+    let beyond = slot.set != query.candidate(0) && slot.set != query.candidate(1);
+    if beyond && mistake != Mistake::MarksLate {
+        mark.store(1);
+    }
+    V4::store(ways, slot.way, query.tuple);
+    let half_open = Meta::new(Kind::HalfOpen, backend as u8, NOW);
+    let search = || {
+        let candidates = if mark.load() == 0 { 2 } else { CANDIDATES };
+        maps.find_in::<V4>(query, candidates, slot).is_some()
+    };
+    let rival = match mistake {
+        Mistake::SearchesFirst => {
+            let rival = search();
+            word.swap(half_open.0);
+            rival
+        }
+        Mistake::PublishesByStore => {
+            word.store(half_open.0);
+            search()
+        }
+        Mistake::MarksLate => {
+            word.swap(half_open.0);
+            let rival = search();
+            if beyond {
+                mark.store(1);
+            }
+            rival
+        }
+    };
+    if rival {
+        word.compare_exchange(half_open.0, 0);
+        return Claim::RACED;
+    }
+    Claim::won(slot)
+}
+
+#[test]
+#[should_panic(expected = "two live ways with one tuple")]
+fn searching_before_publishing_would_be_caught() {
+    two_copies::<V4>(2, [only_way(0), only_way(1)], |memory, query, backend, slot| {
+        mistaken(memory, query, backend, slot, Mistake::SearchesFirst)
+    });
+}
+
+#[test]
+#[should_panic(expected = "two live ways with one tuple")]
+fn publishing_by_a_plain_store_would_be_caught() {
+    two_copies::<V4>(2, [only_way(0), only_way(1)], |memory, query, backend, slot| {
+        mistaken(memory, query, backend, slot, Mistake::PublishesByStore)
+    });
+}
+
+#[test]
+#[should_panic(expected = "two live ways with one tuple")]
+fn marking_after_publishing_would_be_caught() {
+    two_copies::<V4>(3, [only_way(0), only_way(2)], |memory, query, backend, slot| {
+        mistaken(memory, query, backend, slot, Mistake::MarksLate)
+    });
+}
+
+/// A third packet of the flow refreshes the slot that one of two claimers is about to give back.
+#[test]
+fn a_refreshed_slot_is_given_back_all_the_same() {
+    explore(Some(3), || {
+        let memory = Arc::new(table(2));
+        let query = query::<V4>(&memory, 0);
+        let (rival, packet) = (memory.clone(), memory.clone());
+        let packet = thread::spawn(move || {
+            let maps = &*packet;
+            let found = find::<V4, _>(&maps, &packet.config, &query);
+            if found.is_some() {
+                let slot = found.slot();
+                V4::meta(V4::set(&maps, slot.set).unwrap(), slot.way).store_high(NOW + 1);
+            }
+        });
+        let (one, other) = race(
+            move || as_built::<V4>(&rival, &query, 1, only_way(0)),
+            || as_built::<V4>(&memory, &query, 2, only_way(1)),
+        );
+        packet.join().unwrap();
+        assert_one_owner::<V4>(&memory, &query, [one, other]);
+    });
+}
+
+/// The daemon's side, as its reaper does it: examine a word, exchange it if it is still the same.
+fn reap(memory: &Memory, slot: Slot) {
+    let word = V4::meta(V4::set(&memory, slot.set).unwrap(), slot.way);
+    let meta = Meta(word.load());
+    if meta.is_live() && meta.age(NOW) > 5 {
+        word.compare_exchange(meta.0, Meta::FREE.0);
+    }
+}
+
+#[test]
+fn the_daemon_never_frees_the_next_owner() {
+    explore(None, || {
+        let memory = Arc::new(table(2));
+        let (old, new) = (query::<V4>(&memory, 0), query::<V4>(&memory, 1));
+        let slot = only_way(0);
+        let meta = Meta::new(Kind::ClosedByBackend, 1, LONG_AGO);
+        put::<V4>(&memory, slot, &old, meta);
+        let daemon = memory.clone();
+        let ((), claim) = race(
+            move || {
+                reap(&daemon, slot);
+                reap(&daemon, slot);
+            },
+            || take::<V4, _>(&&*memory, &new, &claimer(&memory, 2), Found::new(slot, meta)),
+        );
+        if claim == Claim::RACED {
+            assert_eq!(word::<V4>(&memory, slot), Meta::FREE, "the daemon was first");
+        } else {
+            assert_eq!(live::<V4>(&memory, &new), [slot]);
+            assert_eq!(word::<V4>(&memory, slot), Meta::new(Kind::HalfOpen, 2, NOW));
+        }
+    });
+}
+
+/// An IPv6 tuple is three words; whoever looks for one must not find a slot that is half another's.
+#[test]
+fn nobody_finds_a_slot_under_a_mixed_tuple() {
+    explore(None, || {
+        let memory = Arc::new(table(2));
+        let (old, new) = (query::<V6>(&memory, 0), query::<V6>(&memory, 1));
+        let slot = only_way(0);
+        let meta = Meta::new(Kind::HalfOpen, 1, LONG_AGO);
+        put::<V6>(&memory, slot, &old, meta);
+        let (address, _, _) = V6::parts(new.tuple);
+        let (_, port, listener) = V6::parts(old.tuple);
+        let mut mixed = old;
+        mixed.tuple = V6::tuple(address, port, listener);
+        let writer = memory.clone();
+        let (_, found) = race(
+            move || take::<V6, _>(&&*writer, &new, &claimer(&writer, 2), Found::new(slot, meta)),
+            || [old, new, mixed].map(|query| find::<V6, _>(&&*memory, &memory.config, &query)),
+        );
+        assert!(!found[2].is_some(), "found under a tuple that nobody has");
+        assert!(!found[0].is_some() || found[0].meta() == meta, "the old flow in the new one's slot");
+        assert!(!found[1].is_some() || found[1].meta().backend() == 2, "the new flow in the old one's slot");
+    });
+}
+
+#[test]
+fn of_two_flows_that_want_one_way_one_has_it() {
+    explore(None, || {
+        let memory = Arc::new(table(2));
+        let queries = [query::<V6>(&memory, 0), query::<V6>(&memory, 1)];
+        let rival = memory.clone();
+        let (one, other) = race(
+            move || as_built::<V6>(&rival, &queries[0], 1, only_way(0)),
+            || as_built::<V6>(&memory, &queries[1], 2, only_way(0)),
+        );
+        let winners = [(one, queries[0], 1), (other, queries[1], 2)];
+        assert_eq!(winners.iter().filter(|(claim, ..)| *claim == Claim::won(only_way(0))).count(), 1);
+        for (claim, query, backend) in winners {
+            if claim == Claim::RACED {
+                assert!(live::<V6>(&memory, &query).is_empty());
+            } else {
+                assert_eq!(live::<V6>(&memory, &query), [only_way(0)]);
+                assert_eq!(word::<V6>(&memory, only_way(0)).backend(), backend);
+            }
+        }
+    });
+}
+
+/// A packet of a half-open flow, on its way through [`crate::forward`] or [`crate::reply`] when the slot is taken from
+/// it: what it still writes.
+fn late_packet(change: fn(&crate::cell::Cell32)) {
+    explore(None, move || {
+        let memory = Arc::new(table(2));
+        let (old, new) = (query::<V4>(&memory, 0), query::<V4>(&memory, 1));
+        let slot = only_way(0);
+        let meta = Meta::new(Kind::HalfOpen, 1, LONG_AGO);
+        put::<V4>(&memory, slot, &old, meta);
+        let packet = memory.clone();
+        let (found, claim) = race(
+            move || {
+                let maps = &*packet;
+                let found = find::<V4, _>(&maps, &packet.config, &old);
+                if found.is_some() {
+                    change(V4::meta(V4::set(&maps, slot.set).unwrap(), slot.way));
+                }
+                found
+            },
+            || take::<V4, _>(&&*memory, &new, &claimer(&memory, 2), Found::new(slot, meta)),
+        );
+        let now = word::<V4>(&memory, slot);
+        assert!(now.is(Kind::HalfOpen));
+        if claim == Claim::RACED {
+            assert!(found.is_some() && now.backend() == 1);
+            assert_eq!(live::<V4>(&memory, &old), [slot], "it was in time: the slot is still its own");
+        } else {
+            assert_eq!(now.backend(), 2);
+            assert_eq!(live::<V4>(&memory, &new), [slot], "it was late: the slot is the new owner's");
+            assert_eq!(live::<V4>(&memory, &old), []);
+        }
+    });
+}
+
+#[test]
+fn a_late_flag_brings_no_slot_back() {
+    late_packet(|word| {
+        word.fetch_or(SYN_ACK);
+    });
+    late_packet(|word| {
+        word.fetch_or(CLIENT_FIN);
+    });
+}
+
+#[test]
+fn a_late_refresh_brings_no_slot_back() {
+    late_packet(|word| word.store_high(NOW));
+}
+
+#[test]
+fn what_is_written_to_a_freed_slot_leaves_it_free() {
+    explore(None, || {
+        let memory = Arc::new(table(2));
+        let old = query::<V4>(&memory, 0);
+        let slot = only_way(0);
+        put::<V4>(&memory, slot, &old, Meta::new(Kind::HalfOpen, 1, LONG_AGO));
+        let packet = memory.clone();
+        let (found, ()) = race(
+            move || {
+                let maps = &*packet;
+                let found = find::<V4, _>(&maps, &packet.config, &old);
+                if found.is_some() {
+                    let word = V4::meta(V4::set(&maps, slot.set).unwrap(), slot.way);
+                    word.fetch_or(SYN_ACK);
+                    word.store_high(NOW);
+                }
+                found
+            },
+            || reap(&memory, slot),
+        );
+        let now = word::<V4>(&memory, slot);
+        assert!(
+            now.is(Kind::Free) || found.is_some() && now.has(SYN_ACK),
+            "either freed or refreshed: {now:?}"
+        );
+        assert!(live::<V4>(&memory, &old).len() <= 1);
+    });
+}

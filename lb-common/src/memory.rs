@@ -1,0 +1,286 @@
+//! The maps as plain memory: what the tests of this crate run the steps over.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use crate::{
+    cell::{Cell8, Cell16, Cell32, Cell64},
+    hash::Key,
+    headers::Be16,
+    layout::{
+        BUCKETS, Backend, Config, LISTENERS, Listener, NextHop, PORTS, Port, ReturnHops, SERVICES,
+        SNAT_ADDRESSES, Service, Set4, Set6, backend_flag, family,
+    },
+    maglev::TABLE_SIZE,
+    maps::Maps,
+    outcome::{COUNTERS, Counter},
+    rewrite::endpoint_sum,
+};
+
+/// Jiffies in a unit of [`Memory::advance`], for a kernel of 1024 Hz.
+const JIFFIES: u64 = 1 << 10;
+
+/// An address as words, IPv4 in the lower half of the first.
+pub(crate) fn words(address: IpAddr) -> [u64; 2] {
+    match address {
+        IpAddr::V4(address) => [u64::from(u32::from_ne_bytes(address.octets())), 0],
+        IpAddr::V6(address) => {
+            let word = |half: u128| u64::from_ne_bytes((half as u64).to_be_bytes());
+            [word(address.to_bits() >> 64), word(address.to_bits())]
+        }
+    }
+}
+
+/// A port as a word.
+pub(crate) fn port_word(port: u16) -> u16 {
+    Be16::new(port).word()
+}
+
+fn family_of(address: IpAddr) -> u8 {
+    if address.is_ipv4() { family::IPV4 } else { family::IPV6 }
+}
+
+/// The maps. The tables have as many sets as asked for; everything else grows as it is filled.
+pub(crate) struct Memory {
+    pub(crate) config: Config,
+    pub(crate) listeners: Vec<Listener>,
+    pub(crate) services: Vec<Service>,
+    pub(crate) backends: Vec<Backend>,
+    /// Ways that must not become slots: see [`Maps::blocked`].
+    pub(crate) blocked: Vec<u8>,
+    pub(crate) allowed: BTreeSet<(u16, [u64; 2])>,
+    pub(crate) learned_hops: Vec<Cell64>,
+    first_listeners: BTreeMap<u16, u16>,
+    selection: Vec<Vec<u8>>,
+    sets4: Vec<Set4>,
+    sets6: Vec<Set6>,
+    return_hops4: Vec<ReturnHops>,
+    return_hops6: Vec<ReturnHops>,
+    overflow4: Vec<Cell8>,
+    overflow6: Vec<Cell8>,
+    // The standard library's, also under loom: nothing that is decided depends on these.
+    jiffies: AtomicU64,
+    counters: Vec<AtomicU64>,
+}
+
+fn zeroed<T: Default>(count: u32) -> Vec<T> {
+    (0..count).map(|_| T::default()).collect()
+}
+
+impl Memory {
+    /// Empty maps: one SNAT address of each family, to be set, whose sets from `first_set` on are used.
+    pub(crate) fn new(first_set: u32, sets: u32, hops: u32) -> Self {
+        let config = Config {
+            key: Key::new([0x0123_4567_89ab_cdef, 0x0f1e_2d3c_4b5a_6978]),
+            first_set,
+            sets,
+            snat4_count: 1,
+            snat6_count: 1,
+            port_count: 0,
+            jiffies_shift: JIFFIES.trailing_zeros(),
+            half_open_jiffies: (JIFFIES / 5) as u32,
+            epoch: 1,
+            debug_mask: u32::MAX,
+            last_backend: 0,
+            zero: 0,
+            ports: [Port::default(); PORTS],
+            snat4: [0; SNAT_ADDRESSES],
+            snat6: [[0; 2]; SNAT_ADDRESSES],
+            bucket4: [0; BUCKETS],
+            bucket6: [0; BUCKETS],
+        };
+        let all = first_set + sets;
+        Self {
+            config,
+            listeners: vec![Listener::default()],
+            services: vec![Service::default()],
+            backends: vec![Backend::default()],
+            blocked: zeroed(all),
+            allowed: BTreeSet::new(),
+            learned_hops: zeroed(hops),
+            first_listeners: BTreeMap::new(),
+            selection: Vec::new(),
+            sets4: zeroed(all),
+            sets6: zeroed(all),
+            return_hops4: zeroed(all),
+            return_hops6: zeroed(all),
+            overflow4: zeroed(all),
+            overflow6: zeroed(all),
+            jiffies: AtomicU64::new(1000 * JIFFIES),
+            counters: zeroed(SERVICES * COUNTERS as u32),
+        }
+    }
+
+    /// Takes a port into use. Returns its index.
+    pub(crate) fn add_port(&mut self, port: Port) -> u16 {
+        let index = self.config.port_count;
+        self.config.ports[index as usize] = port;
+        self.config.port_count += 1;
+        index as u16
+    }
+
+    /// Makes `address` the SNAT address of its family.
+    pub(crate) fn set_snat(&mut self, address: IpAddr) {
+        match address {
+            IpAddr::V4(_) => self.config.snat4[0] = words(address)[0] as u32,
+            IpAddr::V6(_) => self.config.snat6[0] = words(address),
+        }
+    }
+
+    /// Adds a service without a usable backend. Returns its id.
+    pub(crate) fn add_service(&mut self) -> u16 {
+        self.services.push(Service::default());
+        (self.services.len() - 1) as u16
+    }
+
+    /// Adds a listener for the packets of `ports` (by bit), and keeps its port from being a slot. Returns its id.
+    pub(crate) fn add_listener(&mut self, at: SocketAddr, service: u16, ports: u32) -> u16 {
+        let id = self.listeners.len() as u16;
+        assert!(u32::from(id) < LISTENERS);
+        let (address, port) = (words(at.ip()), port_word(at.port()));
+        self.listeners.push(Listener {
+            address,
+            port,
+            family: family_of(at.ip()),
+            reserved: 0,
+            service,
+            next: self.first_listeners.insert(at.port(), id).unwrap_or(0),
+            ports,
+            sum: endpoint_sum(address, port),
+        });
+        if let Some(blocked) = self.blocked.get_mut(usize::from(at.port() / 4)) {
+            *blocked |= 1 << (at.port() % 4);
+        }
+        id
+    }
+
+    /// Adds a backend that takes new flows. Returns its id.
+    pub(crate) fn add_backend(&mut self, at: SocketAddr, hop: NextHop) -> u8 {
+        let id = self.backends.len() as u8;
+        let (address, port) = (words(at.ip()), port_word(at.port()));
+        let backend = Backend {
+            address,
+            port,
+            family: family_of(at.ip()),
+            reserved: 0,
+            flags: Cell32::default(),
+            sum: endpoint_sum(address, port),
+            reserved2: 0,
+            next_hop: Cell64::default(),
+        };
+        backend.flags.store(backend_flag::ACCEPTS);
+        backend.next_hop.store(hop.0);
+        self.backends.push(backend);
+        self.config.last_backend = id.into();
+        id
+    }
+
+    /// Lets new flows of a service go to these backends of one family, evenly; to none where there are none.
+    pub(crate) fn select(&mut self, service: u16, family: u8, backends: &[u8]) {
+        let half = if backends.is_empty() {
+            0
+        } else {
+            self.selection.push(backends.iter().copied().cycle().take(TABLE_SIZE as usize).collect());
+            self.selection.len() as u32
+        };
+        let service = &mut self.services[usize::from(service)];
+        if family == family::IPV4 {
+            service.selection4 = half;
+        } else {
+            service.selection6 = half;
+        }
+    }
+
+    /// Lets units of about a second go by.
+    pub(crate) fn advance(&self, units: u64) {
+        self.jiffies.fetch_add(units * JIFFIES, Ordering::Relaxed);
+    }
+
+    /// Lets less than a unit go by: 1024 jiffies are one.
+    pub(crate) fn advance_jiffies(&self, jiffies: u64) {
+        self.jiffies.fetch_add(jiffies, Ordering::Relaxed);
+    }
+
+    /// What was counted for a service.
+    pub(crate) fn count(&self, service: u16, counter: Counter) -> u64 {
+        self.counters[usize::from(service) * COUNTERS + counter.index()].load(Ordering::Relaxed)
+    }
+}
+
+impl Maps for &Memory {
+    fn config(&self) -> Option<&Config> {
+        Some(&self.config)
+    }
+
+    fn first_listener(&self, port: u16) -> u16 {
+        self.first_listeners.get(&port).copied().unwrap_or(0)
+    }
+
+    fn listener(&self, id: u16) -> Option<&Listener> {
+        self.listeners.get(usize::from(id))
+    }
+
+    fn service(&self, id: u16) -> Option<&Service> {
+        self.services.get(usize::from(id))
+    }
+
+    fn backend(&self, id: u8) -> Option<&Backend> {
+        self.backends.get(usize::from(id))
+    }
+
+    fn selected(&self, half: u32, entry: u32) -> u8 {
+        self.selection.get(half as usize).and_then(|table| table.get(entry as usize)).copied().unwrap_or(0)
+    }
+
+    fn learned_hop(&self, index: u16) -> Option<&Cell64> {
+        self.learned_hops.get(usize::from(index))
+    }
+
+    fn blocked(&self, set: u32) -> u8 {
+        self.blocked.get(set as usize).copied().unwrap_or(0x0f)
+    }
+
+    fn allows(&self, service: u16, client: [u64; 2]) -> bool {
+        self.allowed.contains(&(service, client))
+    }
+
+    fn jiffies(&self) -> u64 {
+        self.jiffies.load(Ordering::Relaxed)
+    }
+
+    fn count_place(&self, service: u16, place: u16) {
+        let index = usize::from(service) * COUNTERS + usize::from(place);
+        if let Some(counter) = self.counters.get(index) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn count_flow(&self, _: u8) {}
+
+    fn set4(&self, index: u32) -> Option<&Set4> {
+        self.sets4.get(index as usize)
+    }
+
+    fn set6(&self, index: u32) -> Option<&Set6> {
+        self.sets6.get(index as usize)
+    }
+
+    fn return_hop4(&self, set: u32, way: u32) -> Option<&Cell16> {
+        self.return_hops4.get(set as usize)?.ways.get(way as usize)
+    }
+
+    fn return_hop6(&self, set: u32, way: u32) -> Option<&Cell16> {
+        self.return_hops6.get(set as usize)?.ways.get(way as usize)
+    }
+
+    fn overflow4(&self, set: u32) -> Option<&Cell8> {
+        self.overflow4.get(set as usize)
+    }
+
+    fn overflow6(&self, set: u32) -> Option<&Cell8> {
+        self.overflow6.get(set as usize)
+    }
+}

@@ -1,0 +1,506 @@
+//! A flow's life, as its packets show it.
+
+use super::lab::{
+    ACK, BACKENDS_MAC, FIN, FRONT, Flow, Lab, OTHER_ROUTER, OURS, ROUTER, RST, SYN, Segment, VERSIONS,
+    Version,
+};
+use crate::{
+    Outcome,
+    layout::{NextHop, backend_flag},
+    meta::{CLIENT_FIN, Kind, RESET, SYN_ACK},
+    outcome::Event,
+    transition::RESET_QUARANTINE,
+};
+
+#[test]
+fn a_syn_goes_to_a_backend_in_our_name() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let syn = Segment {
+            tcp_options: vec![2, 4, 5, 180],
+            ..Segment::new(version.client(1), version.vip(), SYN)
+        };
+        let sent = lab.send(&syn).sent(Outcome::Forwarded);
+        let slot = lab.slot(syn.from, syn.to).slot();
+        assert_eq!(sent.from, (version.vip().ip(), slot.port()).into());
+        assert!((1..=3).any(|number| version.backend(number) == sent.to));
+        let expected = Segment {
+            source_mac: OURS,
+            destination_mac: BACKENDS_MAC,
+            from: sent.from,
+            to: sent.to,
+            ttl: syn.ttl - 1,
+            ..syn
+        };
+        assert_eq!(sent, expected, "nothing else has changed");
+    }
+}
+
+#[test]
+fn an_answer_goes_to_the_client_in_the_listeners_name() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.open(version.client(1), version.vip());
+        let answer = flow.down(SYN | ACK);
+        let sent = lab.send(&answer).sent(Outcome::Replied);
+        let expected = Segment {
+            source_mac: OURS,
+            destination_mac: ROUTER,
+            from: version.vip(),
+            to: flow.client,
+            ttl: answer.ttl - 1,
+            ..answer
+        };
+        assert_eq!(sent, expected, "nothing else has changed");
+    }
+}
+
+#[test]
+fn a_flow_is_established_when_its_backend_has_proven_it() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        lab.assert_flows(&flow);
+        assert_eq!((lab.events(Event::FlowClaimed), lab.events(Event::FlowEstablished)), (1, 1));
+        assert_eq!(lab.occupied(), 1);
+    }
+}
+
+#[test]
+fn a_segment_of_nobodys_flow_is_left_to_the_kernel() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        for flags in [ACK, FIN | ACK, RST, SYN | ACK, SYN | RST, SYN | FIN, 0] {
+            let ran = lab.send(&Segment::new(version.client(1), version.vip(), flags));
+            assert_eq!(ran.outcome, Outcome::NoFlow, "flags {flags:#x}");
+        }
+        assert_eq!(lab.occupied(), 0);
+    }
+}
+
+#[test]
+fn one_client_port_may_talk_to_two_listeners() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let one = lab.establish(version.client(1), version.vip());
+        let other = lab.establish(version.client(1), version.other_vip());
+        assert_ne!(one.snat, other.snat);
+        for flow in [one, other] {
+            lab.assert_flows(&flow);
+        }
+        assert_eq!(lab.occupied(), 2);
+    }
+}
+
+#[test]
+fn a_flow_keeps_its_backend_whatever_the_table_says() {
+    for version in VERSIONS {
+        let mut lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        for numbers in [&[1][..], &[2], &[3], &[]] {
+            lab.select(numbers);
+            lab.assert_flows(&flow);
+        }
+    }
+}
+
+#[test]
+fn a_retransmitted_syn_goes_where_the_first_one_went() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.open(version.client(1), version.vip());
+        for _ in 0..3 {
+            assert_eq!(lab.open(flow.client, flow.listener), flow);
+        }
+        assert_eq!(lab.occupied(), 1);
+    }
+}
+
+#[test]
+fn a_retransmitted_syn_leaves_a_backend_that_takes_no_new_flows() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.open(version.client(1), version.vip());
+        lab.backend(flow.backend).flags.store(0);
+        let moved = lab.open(flow.client, flow.listener);
+        assert_ne!(moved.backend, flow.backend);
+        assert_eq!(moved.snat, flow.snat, "in the same slot");
+        assert_eq!((lab.events(Event::Rebalanced), lab.occupied()), (1, 1));
+        assert_eq!(lab.send(&flow.down(SYN | ACK)).outcome, Outcome::ReplyUnknown, "too late");
+        lab.send(&moved.down(SYN | ACK)).sent(Outcome::Replied);
+    }
+}
+
+#[test]
+fn a_syn_stays_with_a_backend_that_has_answered() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.open(version.client(1), version.vip());
+        lab.send(&flow.down(SYN | ACK)).sent(Outcome::Replied);
+        lab.backend(flow.backend).flags.store(0);
+        assert_eq!(lab.open(flow.client, flow.listener), flow);
+    }
+}
+
+/// RFC 9293 §3.10.7.1: what a closed port answers.
+fn assert_refused(answer: &Segment, syn: &Segment, outcome: Outcome) {
+    let expected = Segment {
+        source_mac: syn.destination_mac,
+        destination_mac: syn.source_mac,
+        from: syn.to,
+        to: syn.from,
+        ttl: 64,
+        options: Vec::new(),
+        next_header: 6,
+        flags: RST | ACK,
+        sequence: 0,
+        acknowledgement: syn.sequence.wrapping_add(1 + syn.payload.len() as u32),
+        tcp_options: Vec::new(),
+        payload: Vec::new(),
+        padding: 0,
+        ..syn.clone()
+    };
+    assert_eq!(*answer, expected, "{outcome:?}");
+}
+
+#[test]
+fn without_a_usable_backend_a_syn_is_refused_at_once() {
+    for version in VERSIONS {
+        let mut lab = Lab::new();
+        lab.select(&[]);
+        let plain = Segment::new(version.client(1), version.vip(), SYN);
+        for syn in [
+            Segment { sequence: u32::MAX, ..plain.clone() },
+            Segment { padding: 6, ..plain.clone() },
+            Segment { tcp_options: vec![2, 4, 5, 180], ..plain.clone() }.with_payload(b"fast open"),
+            plain.clone().with_options(2),
+            plain.clone().on(super::lab::TAGGED),
+            plain.clone().on(super::lab::DOUBLE_TAGGED).with_options(1).with_payload(b"all of it"),
+        ] {
+            let ran = lab.send(&syn);
+            assert_refused(&ran.sent(Outcome::RefusedNoBackend), &syn, Outcome::RefusedNoBackend);
+        }
+        assert_eq!(lab.occupied(), 0);
+    }
+}
+
+#[test]
+fn a_client_that_is_not_allowed_is_refused() {
+    for version in VERSIONS {
+        let mut lab = Lab::new();
+        let before = lab.establish(version.client(1), version.vip());
+        lab.memory.services[usize::from(lab.service)].restricted = 1;
+        let guest = version.client(2);
+        let mapped = match guest.ip() {
+            std::net::IpAddr::V4(address) => address.to_ipv6_mapped(),
+            std::net::IpAddr::V6(address) => address,
+        };
+        lab.memory.allowed.insert((lab.service, crate::memory::words(mapped.into())));
+        lab.establish(guest, version.vip());
+        let syn = Segment::new(version.client(3), version.vip(), SYN);
+        assert_refused(&lab.send(&syn).sent(Outcome::RefusedNotAllowed), &syn, Outcome::RefusedNotAllowed);
+        lab.assert_flows(&before);
+        assert_eq!(lab.occupied(), 2);
+    }
+}
+
+#[test]
+fn a_refused_syn_has_a_second_chance_and_no_third() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let first = lab.open(version.client(1), version.vip());
+        assert_eq!(lab.send(&first.down(RST | ACK)).outcome, Outcome::SecondChance);
+        let second = lab.open(first.client, first.listener);
+        assert_ne!(second.backend, first.backend);
+        assert_eq!(second.snat, first.snat, "in the same slot");
+        let refusal = lab.send(&second.down(RST | ACK)).sent(Outcome::Replied);
+        assert_eq!((refusal.to, refusal.flags), (first.client, RST | ACK));
+        assert!(lab.meta(&second).is_closed());
+    }
+}
+
+#[test]
+fn a_second_chance_may_succeed() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let first = lab.open(version.client(1), version.vip());
+        assert_eq!(lab.send(&first.down(RST | ACK)).outcome, Outcome::SecondChance);
+        let flow = lab.establish(first.client, first.listener);
+        lab.assert_flows(&flow);
+        assert!(!lab.meta(&flow).has(RESET));
+    }
+}
+
+#[test]
+fn the_only_backends_refusal_is_the_answer() {
+    for version in VERSIONS {
+        let mut lab = Lab::new();
+        lab.select(&[2]);
+        let flow = lab.open(version.client(1), version.vip());
+        lab.send(&flow.down(RST | ACK)).sent(Outcome::Replied);
+        assert!(lab.meta(&flow).is_closed());
+    }
+}
+
+#[test]
+fn blind_segments_of_a_client_free_nothing() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        for flags in [RST, RST | ACK, FIN, FIN | ACK, SYN, SYN | FIN] {
+            let blind = Segment { sequence: 0xdead_beef, ..flow.up(flags) };
+            let sent = lab.send(&blind).sent(Outcome::Forwarded);
+            assert_eq!(sent.to, flow.backend, "forwarded: the backend knows what it is worth");
+            assert!(lab.meta(&flow).is(Kind::Established));
+            lab.assert_flows(&flow);
+        }
+        assert!(!lab.meta(&flow).has(RESET), "the backend's next segment has cleared it");
+        assert_eq!(lab.events(Event::FlowClaimed), 1);
+    }
+}
+
+#[test]
+fn blind_segments_in_a_backends_name_free_nothing() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        for flags in [RST, RST | ACK, FIN | ACK, SYN | ACK] {
+            lab.send(&flow.down(flags)).sent(Outcome::Replied);
+            assert!(lab.meta(&flow).is_live());
+            lab.assert_flows(&flow);
+        }
+        assert!(lab.meta(&flow).is(Kind::Established));
+    }
+}
+
+/// Both sides close, the named one first.
+fn close(lab: &Lab, flow: &Flow, backend_first: bool) {
+    let (first, second) = if backend_first {
+        (flow.down(FIN | ACK), flow.up(FIN | ACK))
+    } else {
+        (flow.up(FIN | ACK), flow.down(FIN | ACK))
+    };
+    lab.send(&first);
+    assert!(lab.meta(flow).is(Kind::Established), "half-closed streams live on");
+    lab.send(&second);
+}
+
+#[test]
+fn a_closed_flow_is_still_forwarded() {
+    for version in VERSIONS {
+        for (backend_first, kind) in [(true, Kind::ClosedByBackend), (false, Kind::ClosedByClient)] {
+            let lab = Lab::new();
+            let flow = lab.establish(version.client(1), version.vip());
+            close(&lab, &flow, backend_first);
+            assert!(lab.meta(&flow).is(kind));
+            lab.send(&flow.up(ACK)).sent(Outcome::Forwarded);
+            lab.send(&flow.down(ACK)).sent(Outcome::Replied);
+            assert!(lab.meta(&flow).is(kind), "the last ACKs change nothing");
+        }
+    }
+}
+
+#[test]
+fn a_closed_slot_is_reopened_by_its_own_tuple() {
+    for version in VERSIONS {
+        for backend_first in [true, false] {
+            let lab = Lab::new();
+            let flow = lab.establish(version.client(1), version.vip());
+            close(&lab, &flow, backend_first);
+            let again = lab.establish(flow.client, flow.listener);
+            assert_eq!(again.snat, flow.snat);
+            assert!(!lab.meta(&again).has(CLIENT_FIN));
+            assert_eq!((lab.occupied(), lab.events(Event::FlowClaimed)), (1, 2));
+        }
+    }
+}
+
+#[test]
+fn a_reset_slot_is_reopened_when_the_backend_has_not_objected() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        lab.send(&flow.up(RST)).sent(Outcome::Forwarded);
+        lab.send(&flow.up(SYN)).sent(Outcome::Forwarded);
+        assert!(lab.meta(&flow).is(Kind::Established), "not yet");
+        lab.memory.advance(RESET_QUARANTINE.into());
+        let again = lab.open(flow.client, flow.listener);
+        assert_eq!(again.snat, flow.snat);
+        assert!(lab.meta(&again).is(Kind::HalfOpen));
+    }
+}
+
+#[test]
+fn a_slot_answers_to_its_own_backend_only() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        let other = (1..=3).map(|number| version.backend(number)).find(|other| *other != flow.backend);
+        let other_port = std::net::SocketAddr::new(flow.backend.ip(), flow.backend.port() + 1);
+        for (from, outcome) in [
+            (other.unwrap(), Outcome::ReplyUnknown),
+            (other_port, Outcome::NotOurs),
+            (version.client(2), Outcome::NotOurs),
+        ] {
+            for flags in [ACK, RST, SYN | ACK, SYN] {
+                let ran = lab.send(&Segment { from, ..flow.down(flags) });
+                assert_eq!(ran.outcome, outcome, "from {from}, flags {flags:#x}");
+            }
+        }
+        assert!(!lab.meta(&flow).has(RESET));
+        // And a slot that is nobody's to nobody.
+        let free =
+            std::net::SocketAddr::new(flow.snat.ip(), if flow.snat.port() == 2000 { 2001 } else { 2000 });
+        assert_eq!(lab.send(&Segment { to: free, ..flow.down(ACK) }).outcome, Outcome::ReplyUnknown);
+    }
+}
+
+#[test]
+fn a_backend_that_is_this_host_gets_the_packet_untouched() {
+    for version in VERSIONS {
+        let mut lab = Lab::new();
+        let local = version.backend(1);
+        lab.backend(local).flags.store(backend_flag::ACCEPTS | backend_flag::LOCAL);
+        lab.select(&[1]);
+        let syn = Segment::new(version.client(1), version.vip(), SYN);
+        assert_eq!(lab.send(&syn).outcome, Outcome::ForwardedLocal);
+        assert_eq!(lab.occupied(), 1, "the flow is remembered");
+        // It stays with this host when new flows go elsewhere.
+        lab.select(&[2]);
+        for flags in [ACK, SYN, FIN | ACK] {
+            let segment = Segment { flags, ..syn.clone() };
+            assert_eq!(lab.send(&segment).outcome, Outcome::ForwardedLocal);
+        }
+        lab.open(version.client(2), version.vip());
+    }
+}
+
+#[test]
+fn without_a_way_to_the_backend_a_packet_is_dropped() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        let hop = &lab.backend(flow.backend).next_hop;
+        let known = hop.load();
+        hop.store(NextHop::UNKNOWN.0);
+        assert_eq!(lab.send(&flow.up(ACK)).outcome, Outcome::NextHopUnknown);
+        hop.store(known);
+        lab.assert_flows(&flow);
+    }
+}
+
+#[test]
+fn without_a_way_to_the_client_a_packet_is_dropped() {
+    for version in VERSIONS {
+        let mut lab = Lab::new();
+        lab.memory.learned_hops.clear();
+        let flow = lab.open(version.client(1), version.vip());
+        assert_eq!(lab.events(Event::NextHopOverflow), 1);
+        assert_eq!(lab.send(&flow.down(SYN | ACK)).outcome, Outcome::NextHopUnknown);
+    }
+}
+
+#[test]
+fn replies_follow_the_client_to_another_router() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        for router in [OTHER_ROUTER, ROUTER] {
+            lab.send(&Segment { source_mac: router, ..flow.up(ACK) }).sent(Outcome::Forwarded);
+            let reply = lab.send(&flow.down(ACK)).sent(Outcome::Replied);
+            assert_eq!((reply.destination_mac, reply.interface), (router, FRONT));
+        }
+        let known = lab.memory.learned_hops.iter().filter(|hop| hop.load() != 0).count();
+        assert_eq!(known, 2, "each router is remembered once");
+    }
+}
+
+#[test]
+fn a_backends_new_neighbour_is_used_at_once() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        let mac = crate::headers::Mac::new(OTHER_ROUTER).number();
+        lab.backend(flow.backend).next_hop.store(NextHop::new(mac, super::lab::PLAIN_BEHIND).0);
+        let sent = lab.send(&flow.up(ACK)).sent(Outcome::Forwarded);
+        assert_eq!(
+            (sent.destination_mac, sent.source_mac, sent.interface),
+            (OTHER_ROUTER, super::lab::OURS_BEHIND, super::lab::BEHIND)
+        );
+    }
+}
+
+/// Opens flows until the table of one set is full.
+fn fill(lab: &Lab, version: Version) -> Vec<Flow> {
+    (1..=4).map(|number| lab.open(version.client(number), version.vip())).collect()
+}
+
+#[test]
+fn a_full_table_drops_a_syn_and_the_client_tries_again() {
+    for version in VERSIONS {
+        let lab = Lab::with_sets(1);
+        let flows = fill(&lab, version);
+        let late = Segment::new(version.client(5), version.vip(), SYN);
+        assert_eq!(lab.send(&late).outcome, Outcome::TableFull);
+        lab.memory.advance_jiffies(203);
+        assert_eq!(lab.send(&late).outcome, Outcome::TableFull, "handshakes have 200 ms");
+        lab.memory.advance_jiffies(1);
+        lab.send(&late).sent(Outcome::Forwarded);
+        assert_eq!(lab.events(Event::HalfOpenReclaimed), 1);
+        let left = flows.iter().filter(|flow| lab.slot(flow.client, flow.listener).is_some()).count();
+        assert_eq!(left, 3);
+    }
+}
+
+#[test]
+fn an_answered_handshake_has_two_seconds() {
+    for version in VERSIONS {
+        let lab = Lab::with_sets(1);
+        for flow in fill(&lab, version) {
+            lab.send(&flow.down(SYN | ACK)).sent(Outcome::Replied);
+            assert!(lab.meta(&flow).has(SYN_ACK));
+        }
+        let late = Segment::new(version.client(5), version.vip(), SYN);
+        lab.memory.advance(1);
+        assert_eq!(lab.send(&late).outcome, Outcome::TableFull);
+        lab.memory.advance(1);
+        lab.send(&late).sent(Outcome::Forwarded);
+    }
+}
+
+#[test]
+fn an_established_flow_is_never_reclaimed() {
+    for version in VERSIONS {
+        let lab = Lab::with_sets(1);
+        let flows: Vec<_> =
+            (1..=4).map(|number| lab.establish(version.client(number), version.vip())).collect();
+        for flow in &flows {
+            lab.send(&flow.up(FIN | ACK)).sent(Outcome::Forwarded);
+        }
+        let late = Segment::new(version.client(5), version.vip(), SYN);
+        for _ in 0..9 {
+            lab.memory.advance(3600);
+            assert_eq!(lab.send(&late).outcome, Outcome::TableFull);
+        }
+        for flow in flows {
+            lab.assert_flows(&flow);
+        }
+    }
+}
+
+#[test]
+fn a_reset_flow_makes_room_after_ten_seconds_of_silence() {
+    for version in VERSIONS {
+        let lab = Lab::with_sets(1);
+        let flows: Vec<_> =
+            (1..=4).map(|number| lab.establish(version.client(number), version.vip())).collect();
+        lab.send(&flows[2].down(RST)).sent(Outcome::Replied);
+        let late = Segment::new(version.client(5), version.vip(), SYN);
+        lab.memory.advance(u64::from(RESET_QUARANTINE) - 1);
+        assert_eq!(lab.send(&late).outcome, Outcome::TableFull);
+        lab.memory.advance(1);
+        let sent = lab.send(&late).sent(Outcome::Forwarded);
+        assert_eq!(sent.from, flows[2].snat);
+        assert_eq!(lab.events(Event::ReusedEarly), 1);
+    }
+}
