@@ -70,13 +70,18 @@ pub trait Frame {
     /// Asks the kernel's routing table for the way to an address (words), as if forwarding this packet.
     fn route(&mut self, family: u8, destination: [u64; 2]) -> Option<Route>;
 
-    /// Bytes from the Ethernet header to the end.
+    /// Bytes that can be reached from the Ethernet header on: of a frame longer than a page only the first piece.
     fn length(&self) -> usize;
+
+    /// Is the frame, all its pieces together, at least `end` bytes long?
+    fn reaches(&self, end: usize) -> bool {
+        end <= self.length()
+    }
 
     /// Grows (or with a negative number shrinks) the packet at the front. False: there is no room.
     fn grow_front(&mut self, bytes: i32) -> bool;
 
-    /// Shrinks the packet to `length`, less than it has now, at the back. False: refused.
+    /// Shrinks the frame to `length`, which is within its first piece, at the back. False: refused.
     fn truncate(&mut self, length: usize) -> bool;
 }
 

@@ -113,6 +113,10 @@ fn quoted<A: Family, F: Frame>(frame: &mut F, packet: &Packet) -> Option<Quoted>
         }
         (header.source.map(Be64::word), header.destination.map(Be64::word), network + size_of::<Ipv6>())
     };
+    // What is read must be the packet's, not padding behind it, and all of the packet must be there.
+    if transport + size_of::<TcpStart>() > packet.end || !frame.reaches(packet.end) {
+        return None;
+    }
     let ports = crate::parse::ports(frame, transport)?;
     Some(Quoted { source, destination, ports, network, transport })
 }

@@ -320,13 +320,13 @@ impl Segment {
 /// (Not an Option: for None LLVM would copy registers that were never set, which the verifier does not allow.)
 #[inline(always)]
 pub fn segment<F: Frame>(frame: &mut F, packet: &Packet) -> Segment {
-    let length = frame.length();
+    let reaches = frame.reaches(packet.end);
     let Some(tcp) = frame.at::<crate::headers::Tcp>(packet.transport) else {
         return Segment::NONE;
     };
     let header_length = usize::from(tcp.data_offset >> 4) * 4;
     let payload_start = packet.transport + header_length;
-    if header_length < size_of::<crate::headers::Tcp>() || packet.end < payload_start || packet.end > length {
+    if header_length < size_of::<crate::headers::Tcp>() || packet.end < payload_start || !reaches {
         return Segment::NONE;
     }
     Segment {

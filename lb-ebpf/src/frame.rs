@@ -5,7 +5,7 @@ use core::mem::MaybeUninit;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibParameters},
-    helpers::{bpf_fib_lookup, bpf_xdp_adjust_head, bpf_xdp_adjust_tail},
+    helpers::{bpf_fib_lookup, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len},
     programs::XdpContext,
 };
 use lb_common::{
@@ -28,6 +28,13 @@ impl<'a> XdpFrame<'a> {
     pub fn new(context: &'a XdpContext) -> Self {
         let (start, end) = bounds(context);
         Self { context, start, end }
+    }
+
+    /// Bytes of all pieces of the frame.
+    #[inline(always)]
+    fn whole_length(&self) -> usize {
+        // SAFETY: our own context.
+        unsafe { bpf_xdp_get_buff_len(self.context.as_ptr().cast()) as usize }
     }
 }
 
@@ -127,6 +134,11 @@ impl Frame for XdpFrame<'_> {
     }
 
     #[inline(always)]
+    fn reaches(&self, end: usize) -> bool {
+        end <= self.length() || end <= self.whole_length()
+    }
+
+    #[inline(always)]
     fn grow_front(&mut self, bytes: i32) -> bool {
         // SAFETY: our own context; the bounds are read again.
         let result = unsafe { bpf_xdp_adjust_head(self.context.as_ptr().cast(), -bytes) };
@@ -136,7 +148,7 @@ impl Frame for XdpFrame<'_> {
 
     #[inline(always)]
     fn truncate(&mut self, length: usize) -> bool {
-        let bytes = self.length() as i32 - length as i32;
+        let bytes = self.whole_length() as i32 - length as i32;
         // SAFETY: our own context; the bounds are read again.
         let result = unsafe { bpf_xdp_adjust_tail(self.context.as_ptr().cast(), -bytes) };
         (self.start, self.end) = bounds(self.context);

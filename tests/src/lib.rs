@@ -7,5 +7,6 @@ pub mod cluster;
 pub mod daemon;
 pub mod lab;
 pub mod load;
+pub mod packets;
 pub mod pattern;
 pub mod stub;
