@@ -3,6 +3,8 @@
 pub mod admin;
 pub mod cli;
 pub mod config;
+pub mod controller;
+pub mod daemon;
 pub mod dataplane;
 pub mod doctor;
 pub mod health;

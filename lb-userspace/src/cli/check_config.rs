@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use super::output;
-use crate::config::Config;
+use crate::{config::Config, controller};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -24,6 +24,7 @@ pub(super) struct Arguments {
 pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let file = arguments.file.or(arguments.config).unwrap_or_else(|| super::CONFIG_FILE.into());
     let (config, warnings) = Config::load(&file)?;
+    controller::check_files(&config)?;
     for warning in &warnings {
         output::print(&format!("warning: {warning}\n\n"))?;
     }

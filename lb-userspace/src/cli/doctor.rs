@@ -6,13 +6,15 @@ use std::{
 };
 
 use clap::builder::styling::{AnsiColor, Style};
-use serde::Serialize;
 
 use super::{
-    block_on, link,
+    block_on,
     output::{self, Screen, printable},
 };
-use crate::config::{Config, ConfigError};
+use crate::{
+    config::{Config, ConfigError},
+    doctor::{self, Finding, Level},
+};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -28,39 +30,11 @@ pub(super) struct Arguments {
     json: bool,
 }
 
-/// One thing that was looked at.
-#[derive(Clone, Debug, Serialize)]
-pub(super) struct Finding {
-    /// How bad it is.
-    pub(super) level: Level,
-    /// What was looked at: `interface eth0`.
-    pub(super) subject: String,
-    /// What was seen.
-    pub(super) what: String,
-    /// The command or change that mends it.
-    pub(super) fix: Option<String>,
-}
-
-/// How bad a finding is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-#[expect(dead_code, reason = "made by the examinations, which are not linked yet")]
-pub(super) enum Level {
-    /// As it should be.
-    Ok,
-    /// Good to know.
-    Note,
-    /// It will work, not well.
-    Warning,
-    /// It will not work.
-    Failure,
-}
-
 pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     super::init_logging(None, "warn")?;
     let (config, warnings) = load(arguments.config.as_deref())?.unzip();
     let mut findings = config_warnings(warnings.unwrap_or_default());
-    findings.extend(block_on(link::examine(config.as_ref()))??);
+    findings.extend(block_on(doctor::examine(config.as_ref()))?);
     if arguments.json {
         output::print_json(&serde_json::json!({ "findings": findings }))?;
     } else {

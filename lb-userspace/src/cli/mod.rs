@@ -4,7 +4,6 @@ mod alive;
 mod check_config;
 mod completions;
 mod doctor;
-mod link;
 mod output;
 mod run;
 mod status;
@@ -20,7 +19,11 @@ use std::{
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
-use crate::config::{Admin, ConfigError};
+use crate::{
+    config::{Admin, ConfigError},
+    controller::ControllerError,
+    daemon::DaemonError,
+};
 
 /// Where the configuration is when nothing else is said.
 pub const CONFIG_FILE: &str = "/etc/sheave/sheave.toml";
@@ -121,7 +124,10 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
 
 /// The user's mistakes are told apart from the host's.
 fn exit_code(error: &anyhow::Error) -> ExitCode {
-    let mistake = error.is::<ConfigError>() || error.is::<UsageError>();
+    let mistake = error.is::<ConfigError>()
+        || error.is::<UsageError>()
+        || error.downcast_ref().is_some_and(DaemonError::is_configuration)
+        || error.downcast_ref().is_some_and(ControllerError::is_configuration);
     ExitCode::from(if mistake { USAGE } else { FAILED })
 }
 

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use crate::config::Config;
+use crate::{config::Config, daemon};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -24,6 +24,9 @@ pub(super) struct Arguments {
     /// What to log, such as `debug` or `info,lb_userspace::health=debug` [default: $RUST_LOG, else info]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
+    /// Log one packet in N, at level debug: for finding out why a packet is dropped
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    log_packets: Option<u32>,
 }
 
 pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
@@ -32,6 +35,6 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     for warning in &warnings {
         tracing::warn!("{}", warning.one_line());
     }
-    super::link::run_daemon(config)?;
+    daemon::run(config, arguments.log_packets)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -23,7 +23,7 @@ impl<T> Mapped<T> {
     /// Maps the map called `name`.
     pub fn new(name: &'static str, map: &Map) -> Result<Self, DataplaneError> {
         // The kernel rounds values up to eight bytes.
-        const { assert!(size_of::<T>() % 8 == 0) };
+        const { assert!(size_of::<T>().is_multiple_of(8)) };
         let data = data(map).ok_or(DataplaneError::NotAnArray { name })?;
         let error = |source| DataplaneError::MapMemory { name, source };
         let info = data.info().map_err(|source| DataplaneError::MapInfo { name, source })?;

@@ -12,6 +12,7 @@ mod grace;
 mod mapped;
 
 use std::{
+    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     time::{Duration, Instant},
@@ -36,7 +37,7 @@ use lb_common::{
     rewrite::endpoint_sum,
 };
 
-pub use attach::{Attached, Mode};
+pub use attach::{Attached, Mode, Target};
 pub use clock::Ticks;
 pub use error::DataplaneError;
 pub use flows::Reaped;
@@ -50,6 +51,9 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 /// The same programs inside the benchmark's wrapper.
 #[cfg(feature = "bench-object")]
 pub static BENCH_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-ebpf-bench"));
+
+/// Reads what the program logs about packets, and hands it to the logger of this process.
+pub type PacketLog = aya_log::EbpfLogger<&'static dyn log::Log>;
 
 /// What must be known before the maps exist, and does not change afterwards.
 #[derive(Clone, Debug)]
@@ -282,6 +286,17 @@ impl Dataplane {
         self.blocked.write(word, bits | 1 << (port % 64));
     }
 
+    /// Never uses these ports as slots, and uses any other again. A flow that has one keeps it.
+    pub fn set_blocked(&mut self, ports: &BTreeSet<u16>) {
+        for word in 0..self.blocked.len() {
+            let first = word as u32 * 64;
+            let bits = ports
+                .range(first as u16..=(first + 63) as u16)
+                .fold(0, |bits: u64, port| bits | 1 << (port % 64));
+            self.blocked.write(word, bits);
+        }
+    }
+
     /// Restricts a service to clients in `prefixes`; none: everyone. To be called once for each service.
     pub fn set_allowed(&mut self, service: usize, prefixes: &[IpNet]) -> Result<(), DataplaneError> {
         let id = service_id(service);
@@ -404,6 +419,12 @@ impl Dataplane {
         if let Some(entry) = self.next_hops.get(index) {
             entry.store(next_hop(Some(hop)).0);
         }
+    }
+
+    /// What the program logs about packets, once; None: it has no logging in it.
+    pub fn take_packet_log(&mut self) -> Option<PacketLog> {
+        // The only other error is a map of another type.
+        aya_log::EbpfLogger::init(&mut self.ebpf).ok()
     }
 
     /// How fast the kernel's clock ticks.

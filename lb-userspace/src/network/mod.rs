@@ -182,6 +182,21 @@ impl Network {
             .ok_or_else(|| NetworkError::NoInterface(name.to_owned()))
     }
 
+    /// The XDP programs on an interface, asked for anew: the kernel does not tell when one comes or goes with a link of
+    /// its own. None: there is no such interface.
+    pub async fn xdp_programs(&self, interface: u32) -> Result<Option<Vec<AttachedXdp>>, NetworkError> {
+        let mut links = self.requests().link().get().match_index(interface).execute();
+        match links.try_next().await {
+            Ok(message) => Ok(message.and_then(|message| Interface::from_message(&message)).map(|it| it.xdp)),
+            Err(error) => match io_error(error) {
+                gone if gone.raw_os_error() == Some(libc::ENODEV) => Ok(None),
+                source => {
+                    Err(NetworkError::Kernel { doing: "ask for the XDP programs of an interface", source })
+                }
+            },
+        }
+    }
+
     /// Where the frames of an interface really pass: the interface itself, or what its VLANs are built on.
     pub fn port_of(&self, interface: u32) -> Result<Port, NetworkError> {
         self.read(|tables| interface::port_of(&tables.links, interface))

@@ -72,6 +72,18 @@ impl Network {
             })
     }
 
+    /// Every neighbour whose MAC address is known: interface, address, MAC address.
+    pub fn neighbours(&self) -> Vec<(u32, IpAddr, Mac)> {
+        self.read(|tables| {
+            let known = tables.neighbours.iter();
+            known
+                .filter_map(|((interface, address), neighbour)| {
+                    Some((*interface, *address, neighbour.mac()?))
+                })
+                .collect()
+        })
+    }
+
     /// Keeps the next hops to these addresses known: call it every few seconds. Packets forwarded by the data path do
     /// not tell the kernel that a neighbour is in use, so it would forget them.
     pub async fn keep_fresh(&self, addresses: impl IntoIterator<Item = IpAddr>) {

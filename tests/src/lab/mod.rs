@@ -14,6 +14,7 @@ pub mod capture;
 pub mod host;
 pub mod namespace;
 pub mod process;
+mod switch_port;
 pub mod wait;
 
 use std::{
@@ -126,6 +127,7 @@ impl Lab {
         for (namespace, device) in [(&self.net, &port), (host.namespace(), &interface)] {
             prepare_for_native_xdp(namespace, device)?;
         }
+        self.net.enter(|| switch_port::take_transmitted_frames(&port))??;
         host.connected(Link { interface, port, segment, v4: segment.v4(number), v6: segment.v6(number) })
     }
 
@@ -176,7 +178,7 @@ impl Segment {
 
 /// A veth behaves as a network card only with these: no frame leaves with an unfinished checksum (an XDP program
 /// on the way would pass it on as it is), and the receiving end polls (a frame sent by `XDP_TX` is dropped by a
-/// peer that does not).
+/// peer that does not). See also [`switch_port`].
 fn prepare_for_native_xdp(namespace: &Namespace, device: &str) -> Result<()> {
     run(namespace.command("ethtool").args(["-K", device, "tx", "off", "gro", "on"]))?;
     Ok(())

@@ -1,0 +1,575 @@
+//! The controller: the one place where what should be (configuration, check results, the network around) becomes what
+//! is (the data path's maps). A single task that takes events and applies the difference.
+
+mod backends;
+mod error;
+mod flags;
+mod hash_key;
+mod liveness;
+mod next_hops;
+mod plan;
+mod ports;
+mod selection;
+mod status;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use futures_util::future::join_all;
+use lb_common::layout::PORTS;
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{MissedTickBehavior, interval},
+};
+
+use crate::{
+    admin::{Request, Unloaded},
+    config::{Config, VipMode, XdpMode},
+    dataplane::{Dataplane, DataplaneError, Listener, Mode, Reaped, Target},
+    health::{self, Event, State, transition_line},
+    network::{Change, Network, offloads, used_tcp_ports},
+    vip::{Follower, Owner, Presence},
+};
+
+use backends::Backend;
+pub use error::ControllerError;
+pub use hash_key::{HashKeyError, load as load_hash_key};
+use next_hops::{Found, Hop, LearnedHops};
+pub use plan::Plan;
+use ports::Ports;
+use selection::Choice;
+
+/// How often the flow table is looked through.
+const REAP_EVERY: u64 = 5;
+/// How often neighbours are kept in the kernel's memory, and counters looked at.
+const REFRESH_EVERY: u64 = 10;
+/// How often look-ups are made short again.
+const CLEAR_MARKS_EVERY: u64 = 30;
+/// How often the host's own sockets are looked at.
+const SOCKETS_EVERY: Duration = Duration::from_secs(10);
+/// Between taking the VIP away and the program: for the packets that were on their way.
+const LAST_PACKETS: Duration = Duration::from_millis(100);
+/// Addresses that are nobody's (RFC 5737, RFC 3849): the way to them is the default route.
+const FAR_AWAY: [IpAddr; 2] = [
+    IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)),
+    IpAddr::V6(std::net::Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1)),
+];
+
+/// Checks the configuration against the files it names.
+pub fn check_files(config: &Config) -> Result<(), ControllerError> {
+    for service in &config.services {
+        health::validate(&service.check)
+            .map_err(|source| ControllerError::Check { service: service.name.clone(), source })?;
+    }
+    load_hash_key(config.dataplane.hash_key_file.as_deref()).map_err(ControllerError::HashKey)?;
+    Ok(())
+}
+
+/// Why the controller ended.
+#[derive(Debug)]
+pub enum End {
+    /// It was told to.
+    Stop,
+    /// `sheave unload`, which wants to know what was taken away.
+    Unload(oneshot::Sender<Result<Unloaded, String>>),
+}
+
+/// What the controller hears from.
+#[derive(Debug)]
+pub struct Inbox {
+    /// Finished checks.
+    pub checks: mpsc::Receiver<Event>,
+    /// What is different about the network.
+    pub network: mpsc::Receiver<Change>,
+    /// Questions on the admin socket.
+    pub requests: mpsc::Receiver<Request>,
+    /// Signals that end the daemon.
+    pub stop: mpsc::Receiver<()>,
+}
+
+/// The controller and all that it keeps.
+pub struct Controller {
+    config: Config,
+    network: Network,
+    dataplane: Dataplane,
+    backends: Vec<Backend>,
+    ports: Ports,
+    snat: Vec<IpAddr>,
+    /// By service and family (true: IPv6).
+    choices: BTreeMap<(usize, bool), Choice>,
+    learned: LearnedHops,
+    vips: Follower,
+    owner: Option<Owner>,
+    reaped: Reaped,
+    reaped_at: Instant,
+    /// Replies to slots that are not the sender's, counted every ten seconds, the oldest first.
+    strangers: VecDeque<u64>,
+    checks_use_slots: bool,
+    started: Instant,
+    turns: u64,
+    last_turn: Instant,
+    _checks: health::Handle,
+}
+
+impl Controller {
+    /// Fills the maps: interfaces, listeners, allow lists, backends, ports that must not be slots.
+    pub async fn new(
+        config: Config,
+        network: Network,
+        dataplane: Dataplane,
+        plan: Plan,
+        checks: health::Handle,
+    ) -> Result<Self, ControllerError> {
+        let now = Instant::now();
+        let vips = plan::vips(&config);
+        let mut controller = Self {
+            network,
+            dataplane,
+            backends: plan.backends,
+            ports: plan.ports,
+            snat: plan.source.addresses,
+            choices: BTreeMap::new(),
+            learned: LearnedHops::default(),
+            vips: Follower::new(vips),
+            owner: None,
+            reaped: Reaped::default(),
+            reaped_at: now,
+            strangers: VecDeque::new(),
+            checks_use_slots: plan.checks_use_slots,
+            started: now,
+            turns: 0,
+            last_turn: now,
+            config,
+            _checks: checks,
+        };
+        controller.fill()?;
+        let used = used_tcp_ports(&controller.own_addresses())
+            .await
+            .map_err(|source| ControllerError::System { doing: "list the sockets of this host", source })?;
+        controller.block(used);
+        Ok(controller)
+    }
+
+    fn fill(&mut self) -> Result<(), DataplaneError> {
+        self.dataplane.set_ports(&self.ports.layout())?;
+        let listeners: Vec<_> = self
+            .config
+            .services
+            .iter()
+            .enumerate()
+            .flat_map(|(service, it)| {
+                it.listen.iter().map(move |address| Listener { address: *address, service })
+            })
+            .collect();
+        // Also those that come later.
+        self.dataplane.set_listeners(&listeners, PORTS)?;
+        for (number, service) in self.config.services.iter().enumerate() {
+            self.dataplane.set_allowed(number, &service.allow)?;
+        }
+        for backend in &self.backends {
+            self.dataplane.add_backend(backend.id, backend.address, backend.local);
+        }
+        Ok(())
+    }
+
+    /// The addresses that flows of ours may share with sockets of this host.
+    fn own_addresses(&self) -> Vec<IpAddr> {
+        let mut addresses = self.snat.clone();
+        addresses.extend(plan::vips(&self.config));
+        addresses
+    }
+
+    /// Keeps slots away from listeners and from ports that sockets of this host hold.
+    fn block(&mut self, mut used: BTreeSet<u16>) {
+        let listeners = self.config.services.iter().flat_map(|service| &service.listen);
+        used.extend(listeners.map(|listener| listener.port()));
+        self.dataplane.set_blocked(&used);
+    }
+
+    /// Takes in the first check results, finds the next hops, and gives every service its first selection.
+    pub async fn begin(&mut self, results: Vec<Event>) {
+        self.resolve().await;
+        for event in results {
+            self.observe(&event);
+        }
+        for service in 0..self.config.services.len() {
+            for ipv6 in [false, true] {
+                self.select(service, ipv6);
+            }
+        }
+    }
+
+    /// Attaches the program everywhere. On an error it is attached nowhere once the controller is dropped.
+    pub async fn attach(&mut self) -> Result<(), ControllerError> {
+        let state_dir = self.config.dataplane.state_dir.clone();
+        let mode = match self.config.dataplane.xdp_mode {
+            XdpMode::Auto => None,
+            XdpMode::Native => Some(Mode::Native),
+            XdpMode::Generic => Some(Mode::Generic),
+        };
+        for index in self.ports.bases() {
+            let interface = self.network.interface(index)?;
+            if !interface.up {
+                tracing::warn!("{0} is down: `ip link set {0} up`", interface.name);
+            }
+            let there = self.network.xdp_programs(index).await?.unwrap_or_default();
+            let turn_off = |mode| {
+                let off = offloads::turn_off(&interface.name, mode == Some(Mode::Generic), &state_dir)?;
+                if !off.is_empty() {
+                    tracing::info!("{}: switched off {} until sheave stops", interface.name, off.join(", "));
+                }
+                Ok::<_, ControllerError>(())
+            };
+            turn_off(mode)?;
+            let target = Target {
+                name: &interface.name,
+                index,
+                driver: interface.driver.as_deref().unwrap_or_default(),
+                occupied_by: there.first().map(|attached| attached.program),
+            };
+            let attached = self.dataplane.attach(&target, mode)?;
+            if mode.is_none() && attached.mode == Mode::Generic {
+                turn_off(Some(Mode::Generic))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the VIPs here, if they are ours to put. Then they are watched in either mode.
+    pub async fn place_vips(&mut self) -> Result<(), ControllerError> {
+        if self.config.vip.mode == VipMode::Own {
+            let vips = plan::vips(&self.config);
+            let owner = Owner::acquire(&self.network, vips, &self.config.dataplane.state_dir).await?;
+            for placed in owner.placed() {
+                tracing::info!("put the VIP {} on {}", placed.vip, placed.interface);
+            }
+            self.owner = Some(owner);
+        }
+        Ok(())
+    }
+
+    /// What is served, in a line.
+    pub fn summary(&self) -> String {
+        let services = self.config.services.iter().enumerate().map(|(number, service)| {
+            let backends = || self.backends.iter().filter(|it| it.target.service == number);
+            let ready = backends().filter(|it| it.state == State::Ready).count();
+            let listen: Vec<_> = service.listen.iter().map(ToString::to_string).collect();
+            format!(
+                "{} on {}, {ready} of {} backends ready",
+                service.name,
+                listen.join(" "),
+                backends().count()
+            )
+        });
+        let interfaces =
+            self.dataplane.attached().iter().map(|it| format!("{} ({})", it.name, it.mode.name()));
+        let sources = self.snat.iter().map(ToString::to_string);
+        format!(
+            "{}; attached to {}; flows leave from {}",
+            services.collect::<Vec<_>>().join("; "),
+            interfaces.collect::<Vec<_>>().join(", "),
+            sources.collect::<Vec<_>>().join(", ")
+        )
+    }
+
+    /// Takes events until told to stop.
+    pub async fn run(&mut self, mut inbox: Inbox) -> End {
+        let mut second = interval(Duration::from_secs(1));
+        second.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let mut sockets = watch_sockets(self.own_addresses());
+        self.look_for_vips();
+        loop {
+            tokio::select! {
+                Some(event) = inbox.checks.recv() => self.take(&event),
+                Some(change) = inbox.network.recv() => {
+                    let mut changes = BTreeSet::from([change]);
+                    while let Ok(change) = inbox.network.try_recv() {
+                        changes.insert(change);
+                    }
+                    self.follow(&changes).await;
+                }
+                Some(used) = sockets.recv() => self.block(used),
+                Some(request) = inbox.requests.recv() => match request {
+                    // Whoever asked may have gone meanwhile.
+                    Request::Status(answer) => drop(answer.send(self.status())),
+                    Request::Alive(answer) => drop(answer.send(self.alive().await)),
+                    Request::Unload(answer) => return End::Unload(answer),
+                },
+                _ = second.tick() => self.turn().await,
+                _ = inbox.stop.recv() => return End::Stop,
+            }
+        }
+    }
+
+    /// Takes in the result of a check: at most one flip of a selection away from the data path.
+    fn take(&mut self, event: &Event) {
+        if let Some(ipv6) = self.observe(event) {
+            self.select(event.id.service, ipv6);
+        }
+    }
+
+    /// Returns the family of the backend.
+    fn observe(&mut self, event: &Event) -> Option<bool> {
+        let backend = self.backends.iter_mut().find(|backend| backend.target == event.id)?;
+        backend.observe(event, Instant::now());
+        let (ipv6, name) = (backend.address.is_ipv6(), backend.name.clone());
+        if let Some(transition) = &event.transition {
+            let of_service = || self.backends.iter().filter(|it| it.target.service == event.id.service);
+            let ready = of_service().filter(|backend| backend.state == State::Ready).count();
+            let service = &self.config.services[event.id.service].name;
+            let line = transition_line(service, &name, transition, ready, of_service().count());
+            if transition.is_down() {
+                tracing::warn!("{line}");
+            } else {
+                tracing::info!("{line}");
+            }
+        }
+        Some(ipv6)
+    }
+
+    /// Gives a service and family the backends for its new flows.
+    fn select(&mut self, service: usize, ipv6: bool) {
+        let listens = |family| self.config.services[service].listen.iter().any(|it| it.is_ipv6() == family);
+        if !listens(ipv6) {
+            return;
+        }
+        let backends: Vec<_> = self.of_family(service, ipv6).collect();
+        let choice = Choice::among(&backends);
+        let before = self.choices.get(&(service, ipv6));
+        if before == Some(&choice) {
+            return;
+        }
+        let news =
+            before.map_or(choice.reason != health::SelectionReason::Ready, |it| it.reason != choice.reason);
+        if news {
+            let name = &self.config.services[service].name;
+            let both = listens(!ipv6);
+            let name = if both { format!("{name} ({})", family_name(ipv6)) } else { name.clone() };
+            let sentence = choice.sentence(&name, &backends);
+            match choice.reason {
+                health::SelectionReason::Ready => tracing::info!("{sentence}"),
+                _ => tracing::warn!("{sentence}"),
+            }
+        }
+        let left: Vec<_> = backends.iter().map(|it| it.id).filter(|id| !choice.has(*id)).collect();
+        let members: Vec<_> = choice
+            .members
+            .iter()
+            .filter_map(|(id, weight)| {
+                Some((*id, self.backends.get(usize::from(*id) - 1)?.name.as_str(), *weight))
+            })
+            .collect();
+        if before.is_none_or(|before| before.members != choice.members) {
+            // First who may have new flows, then who gets them, then who may not: no SYN falls between.
+            members.iter().for_each(|(id, ..)| self.dataplane.set_accepts(*id, true));
+            if let Err(error) = self.dataplane.select(service, ipv6, &members) {
+                // Kept as it was, so that the next check tries again.
+                tracing::error!("cannot change who gets new flows: {error}");
+                return;
+            }
+            left.iter().for_each(|id| self.dataplane.set_accepts(*id, false));
+        }
+        self.choices.insert((service, ipv6), choice);
+    }
+
+    fn of_family(&self, service: usize, ipv6: bool) -> impl Iterator<Item = &Backend> {
+        self.backends.iter().filter(move |it| it.target.service == service && it.address.is_ipv6() == ipv6)
+    }
+
+    /// Takes in what is different about the network.
+    async fn follow(&mut self, changes: &BTreeSet<Change>) {
+        if changes.contains(&Change::Links) {
+            self.ports.refresh(&self.network);
+            self.write_ports();
+        }
+        if changes.contains(&Change::Addresses) {
+            self.look_for_vips();
+        }
+        // Each of them may move a next hop: an address that comes brings a route.
+        self.resolve().await;
+        self.correct_learned_hops();
+    }
+
+    fn write_ports(&mut self) {
+        if let Err(error) = self.dataplane.set_ports(&self.ports.layout()) {
+            tracing::error!("cannot tell the program about an interface: {error}");
+        }
+    }
+
+    fn look_for_vips(&mut self) {
+        for news in self.vips.look(&self.network) {
+            match news {
+                Presence::Here { vip, interface } => {
+                    let name =
+                        self.network.interface(interface).map_or_else(|_| "?".to_owned(), |it| it.name);
+                    let attached =
+                        self.network.port_of(interface).map(|port| self.ports.bases().contains(&port.index));
+                    if let Ok(false) = attached {
+                        tracing::warn!(
+                            "the VIP {vip} is on {name}, which sheave is not attached to: restart sheave"
+                        );
+                    } else {
+                        tracing::info!("the VIP {vip} is here, on {name}");
+                    }
+                }
+                Presence::Elsewhere { vip } if self.owner.is_some() => {
+                    tracing::error!(
+                        "somebody took the VIP {vip} off this host: restart sheave to put it back"
+                    );
+                }
+                Presence::Elsewhere { vip } => {
+                    tracing::info!("the VIP {vip} is not on this host; its owner may bring it here");
+                }
+            }
+        }
+    }
+
+    /// Finds the way to every backend anew, and asks the kernel for neighbours it is not sure of.
+    async fn resolve(&mut self) {
+        let remote: Vec<usize> =
+            (0..self.backends.len()).filter(|index| !self.backends[*index].local).collect();
+        let network = self.network.clone();
+        let asked = remote.iter().map(|index| network.next_hop(self.backends[*index].address.ip()));
+        let answers = join_all(asked).await;
+        let known = self.ports.interfaces().len();
+        for (index, answer) in remote.into_iter().zip(answers) {
+            let found = match answer {
+                Err(error) => Found::Lost(error.to_string()),
+                Ok(next) => match self.ports.number_or_append(&network, &next.port) {
+                    Err(reason) => Found::Lost(reason),
+                    Ok(port) => match next.mac {
+                        Some(mac) => Found::Hop(Hop { neighbour: next.neighbour, port, mac }),
+                        None => Found::NoAnswer { neighbour: next.neighbour, port },
+                    },
+                },
+            };
+            if self.ports.interfaces().len() > known {
+                self.write_ports();
+            }
+            self.set_way(index, found);
+        }
+    }
+
+    fn set_way(&mut self, index: usize, found: Found) {
+        let backend = &mut self.backends[index];
+        let way = backend.way.after(found);
+        if way == backend.way {
+            return;
+        }
+        let service = &self.config.services[backend.target.service].name;
+        match way.news(&backend.way) {
+            Some((line, true)) => tracing::warn!("backend {service}/{}: {line}", backend.name),
+            Some((line, false)) => tracing::info!("backend {service}/{}: {line}", backend.name),
+            None => {}
+        }
+        if way.next_hop() != backend.way.next_hop() {
+            self.dataplane.set_next_hop(backend.id, way.next_hop());
+        }
+        backend.way = way;
+    }
+
+    fn correct_learned_hops(&mut self) {
+        let entries = self.dataplane.learned_hops();
+        let neighbours = self.network.neighbours();
+        for (index, mac, port) in self.learned.review(&entries, &self.ports.interfaces(), &neighbours) {
+            tracing::info!(
+                "a neighbour that replies to clients leave by has the MAC address {} now",
+                crate::network::display_mac(&mac)
+            );
+            self.dataplane.correct_learned_hop(index, (mac, port));
+        }
+    }
+
+    /// What is done every second, and what is done every so many.
+    async fn turn(&mut self) {
+        self.last_turn = Instant::now();
+        if self.turns.is_multiple_of(REAP_EVERY) {
+            self.reap();
+        }
+        if self.turns.is_multiple_of(REFRESH_EVERY) {
+            self.resolve().await;
+            self.network.keep_fresh(FAR_AWAY).await;
+            self.correct_learned_hops();
+            self.count_strangers();
+        }
+        if self.turns % CLEAR_MARKS_EVERY == CLEAR_MARKS_EVERY - 1
+            && let Err(error) = self.dataplane.clear_marks()
+        {
+            tracing::warn!("cannot shorten look-ups: {error}");
+        }
+        self.turns += 1;
+    }
+
+    fn reap(&mut self) {
+        let idle: Vec<_> = self.config.services.iter().map(|service| service.idle_timeout).collect();
+        match self.dataplane.reap(&idle) {
+            Ok(reaped) => {
+                (self.reaped, self.reaped_at) = (reaped, Instant::now());
+            }
+            Err(error) => tracing::warn!("cannot look through the flow table: {error}"),
+        }
+    }
+
+    /// Takes everything away again: the VIP, then the program, then what was changed for it.
+    pub async fn dismantle(self) -> Dismantled {
+        let mut done = Dismantled::default();
+        if let Some(owner) = self.owner {
+            let placed = owner.placed();
+            match owner.release().await {
+                Ok(()) => {
+                    done.removed
+                        .extend(placed.iter().map(|it| format!("the VIP {} from {}", it.vip, it.interface)));
+                }
+                Err(error) => done.failures.push(error.to_string()),
+            }
+            tokio::time::sleep(LAST_PACKETS).await;
+        }
+        done.removed
+            .extend(self.dataplane.attached().iter().map(|it| format!("the program from {}", it.name)));
+        drop(self.dataplane);
+        match offloads::restore(&self.config.dataplane.state_dir) {
+            Ok(interfaces) => {
+                done.removed
+                    .extend(interfaces.iter().map(|it| format!("its changes to the offloads of {it}")));
+            }
+            Err(error) => done.failures.push(error.to_string()),
+        }
+        done
+    }
+}
+
+/// What was taken away in the end.
+#[derive(Debug, Default)]
+pub struct Dismantled {
+    /// In words that follow "removed".
+    pub removed: Vec<String>,
+    /// What could not be.
+    pub failures: Vec<String>,
+}
+
+fn family_name(ipv6: bool) -> &'static str {
+    if ipv6 { "IPv6" } else { "IPv4" }
+}
+
+/// The ports that sockets of this host hold on these addresses, again and again: a large host takes its time to list
+/// them.
+fn watch_sockets(addresses: Vec<IpAddr>) -> mpsc::Receiver<BTreeSet<u16>> {
+    let (sender, receiver) = mpsc::channel(1);
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(SOCKETS_EVERY).await;
+            match used_tcp_ports(&addresses).await {
+                Ok(used) => {
+                    if sender.send(used).await.is_err() {
+                        return;
+                    }
+                }
+                Err(error) => tracing::warn!("cannot list the sockets of this host: {error}"),
+            }
+        }
+    });
+    receiver
+}

@@ -1,0 +1,320 @@
+//! What the data path needs to know about this host before it exists: where the VIPs are at home, and which addresses
+//! and ports flows to backends leave from. [`Plan::make`] asks, the rest is pure.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    ops::RangeInclusive,
+};
+
+use futures_util::future::join_all;
+use ipnet::IpNet;
+
+use super::{
+    ControllerError,
+    backends::{self, Backend},
+    ports::Ports,
+};
+use crate::{
+    config::{Config, Interfaces},
+    dataplane::Settings,
+    health::Target,
+    network::{LocalAddress, Network, NetworkError, Route},
+};
+
+/// What is to be loaded, attached and checked.
+#[derive(Debug)]
+pub struct Plan {
+    pub(super) backends: Vec<Backend>,
+    pub(super) ports: Ports,
+    pub(super) source: Source,
+    /// Checks leave from an address and ports that flows leave from as well.
+    pub(super) checks_use_slots: bool,
+}
+
+impl Plan {
+    /// Looks at the routes and addresses of this host. Says what the operator should know.
+    pub async fn make(config: &Config, network: &Network) -> Result<Self, ControllerError> {
+        let addresses = network.local_addresses();
+        let targets: BTreeSet<_> = config
+            .services
+            .iter()
+            .flat_map(|service| &service.backends)
+            .map(|backend| backend.address.ip())
+            .collect();
+        let routes = join_all(targets.iter().map(|address| network.route_to(*address))).await;
+        let mut reach = Vec::new();
+        let mut here: BTreeSet<IpAddr> = addresses.iter().map(|local| local.address).collect();
+        for (address, route) in targets.into_iter().zip(routes) {
+            match route {
+                Ok(route) if route.local => {
+                    here.insert(address);
+                }
+                Ok(route) => reach.push(Reach { address, route }),
+                Err(error @ NetworkError::NoRoute { .. }) => tracing::warn!("backend {address}: {error}"),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let backends = backends::enumerate(config, |address| here.contains(&address))?;
+        let homes = homes(&vips(config), &addresses, |interface| network.port_of(interface).is_ok());
+        for (vip, _) in homes.iter().filter(|(_, home)| home.is_none()) {
+            tracing::warn!("the VIP {vip} is in no subnet of this host: clients must be routed here");
+        }
+        let wanted = reach.iter().map(|reach| reach.route.interface).chain(homes.values().flatten().copied());
+        let ports = Ports::open(network, &config.dataplane.interfaces, wanted)?;
+        let reached = |reach: &&Reach| ports.number(reach.route.interface).is_some();
+        if let (Interfaces::Named(_), Some(out)) =
+            (&config.dataplane.interfaces, reach.iter().find(|it| !reached(it)))
+        {
+            let name = network.interface(out.route.interface).map_or_else(|_| "?".to_owned(), |it| it.name);
+            return Err(ControllerError::NotNamed { backend: out.address, interface: name });
+        }
+        let source = Source::choose(config, &homes, &reach, &addresses);
+        source.notes.iter().for_each(|note| tracing::warn!("{note}"));
+        let checks_use_slots = reach.iter().any(|reach| {
+            reach.route.preferred_source.is_some_and(|address| source.addresses.contains(&address))
+                && *source.ports.end() > *BELOW_EPHEMERAL.end()
+        });
+        Ok(Self { backends, ports, source, checks_use_slots })
+    }
+
+    /// What the checks are to be made of.
+    pub fn targets(&self, config: &Config) -> Vec<Target> {
+        backends::targets(config, &self.backends)
+    }
+
+    /// What the data path is to be loaded with.
+    pub fn settings(&self, secret: [u64; 2], log_one_in: Option<u32>) -> Settings {
+        Settings {
+            snat_addresses: self.source.addresses.clone(),
+            snat_ports: self.source.ports.clone(),
+            secret,
+            log_one_in,
+        }
+    }
+}
+
+/// The slots of a SNAT address of our own.
+const EVERY_PORT: RangeInclusive<u16> = 1024..=u16::MAX;
+/// The slots of an address that this host's own connections use too: below `ip_local_port_range`.
+const BELOW_EPHEMERAL: RangeInclusive<u16> = 1024..=32_767;
+
+/// Distinct listener addresses, in configuration order.
+pub(super) fn vips(config: &Config) -> Vec<IpAddr> {
+    let mut vips = Vec::new();
+    for listener in config.services.iter().flat_map(|service| &service.listen) {
+        if !vips.contains(&listener.ip()) {
+            vips.push(listener.ip());
+        }
+    }
+    vips
+}
+
+/// The interface that carries each VIP or, while it is elsewhere, would carry it: the one in whose subnet it is.
+///
+/// `ethernet` tells the interfaces that can have clients: a VIP on the loopback interface is at home nowhere.
+pub(super) fn homes(
+    vips: &[IpAddr],
+    addresses: &[LocalAddress],
+    ethernet: impl Fn(u32) -> bool,
+) -> BTreeMap<IpAddr, Option<u32>> {
+    let addresses: Vec<_> = addresses.iter().filter(|local| ethernet(local.interface)).collect();
+    let home = |vip: IpAddr| {
+        let carrying = addresses.iter().find(|local| local.address == vip);
+        let subnet = || {
+            let holds = |local: &&&LocalAddress| {
+                IpNet::new(local.address, local.prefix_length).is_ok_and(|subnet| subnet.contains(&vip))
+            };
+            addresses.iter().filter(holds).max_by_key(|local| local.prefix_length)
+        };
+        carrying.or_else(subnet).map(|local| local.interface)
+    };
+    vips.iter().map(|vip| (*vip, home(*vip))).collect()
+}
+
+/// A backend that is another host, and the way there.
+#[derive(Clone, Debug)]
+pub(super) struct Reach {
+    /// Its address.
+    pub(super) address: IpAddr,
+    /// As the kernel routes it now.
+    pub(super) route: Route,
+}
+
+/// What flows to backends leave from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Source {
+    /// SNAT addresses.
+    pub(super) addresses: Vec<IpAddr>,
+    /// Slots.
+    pub(super) ports: RangeInclusive<u16>,
+    /// What the operator should know about the choice.
+    pub(super) notes: Vec<String>,
+}
+
+impl Source {
+    /// As configured; else the VIPs; else, for backends that would answer a VIP by another way, the address that this
+    /// host itself uses towards them.
+    pub(super) fn choose(
+        config: &Config,
+        homes: &BTreeMap<IpAddr, Option<u32>>,
+        reach: &[Reach],
+        addresses: &[LocalAddress],
+    ) -> Self {
+        let vips = vips(config);
+        let mut notes = Vec::new();
+        let mut chosen = config.dataplane.snat_addresses.clone();
+        if chosen.is_empty() {
+            for is_family in [IpAddr::is_ipv4 as fn(&IpAddr) -> bool, IpAddr::is_ipv6] {
+                let family: Vec<IpAddr> = vips.iter().copied().filter(is_family).collect();
+                match host_source(&family, homes, reach, addresses) {
+                    Some((source, note)) => {
+                        chosen.push(source);
+                        notes.push(note);
+                    }
+                    None => chosen.extend(family),
+                }
+            }
+        }
+        let locals: BTreeSet<_> = addresses.iter().map(|local| local.address).collect();
+        let shared = chosen.iter().any(|address| !vips.contains(address) && locals.contains(address));
+        for address in chosen.iter().filter(|address| !vips.contains(address) && !locals.contains(address)) {
+            notes.push(format!(
+                "SNAT address {address} is neither a VIP nor on this host: backends will find nobody there"
+            ));
+        }
+        let mut ports = config.dataplane.snat_ports.clone();
+        if shared && ports == EVERY_PORT {
+            ports = BELOW_EPHEMERAL;
+        }
+        Self { addresses: chosen, ports, notes }
+    }
+}
+
+/// The host's address to use instead of the VIPs of a family, if backends would not answer those to this host, and why.
+fn host_source(
+    vips: &[IpAddr],
+    homes: &BTreeMap<IpAddr, Option<u32>>,
+    reach: &[Reach],
+    addresses: &[LocalAddress],
+) -> Option<(IpAddr, String)> {
+    let first = vips.first()?;
+    let family = || reach.iter().filter(|reach| reach.address.is_ipv4() == first.is_ipv4());
+    let beside = |reach: &Reach, vip: &IpAddr| {
+        reach.route.gateway.is_none() && homes.get(vip).copied().flatten() == Some(reach.route.interface)
+    };
+    let away = |reach: &&Reach| !vips.iter().all(|vip| beside(reach, vip));
+    let example = family().find(away)?;
+    let source = source_towards(example, vips, addresses)?;
+    let mut note = format!(
+        "backend {} is not in the subnet of the VIP, so flows leave from this host's address {source}: \
+         set dataplane.snat_addresses to choose another",
+        example.address
+    );
+    if family().any(|other| source_towards(other, vips, addresses) != Some(source)) {
+        note.push_str(
+            "; other backends are reached from other addresses, and must be able to answer this one",
+        );
+    }
+    Some((source, note))
+}
+
+fn source_towards(reach: &Reach, vips: &[IpAddr], addresses: &[LocalAddress]) -> Option<IpAddr> {
+    let usable = |address: &IpAddr| {
+        !vips.contains(address) && !matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local())
+    };
+    let on_the_way = || {
+        addresses
+            .iter()
+            .filter(|local| local.interface == reach.route.interface)
+            .map(|local| local.address)
+            .find(|address| address.is_ipv4() == reach.address.is_ipv4() && usable(address))
+    };
+    reach.route.preferred_source.filter(usable).or_else(on_the_way)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FRONT: u32 = 2;
+    const BACK: u32 = 3;
+
+    fn config(dataplane: &str) -> Config {
+        let text = format!(
+            "[dataplane]\n{dataplane}\n[[service]]\nname = \"api\"\nlisten = [\"10.0.1.100:6443\"]\n\
+             backends = [\"10.0.1.11:6443\", \"10.0.2.12:6443\"]"
+        );
+        Config::parse(&text, "test.toml").unwrap().0
+    }
+
+    fn local(address: &str, prefix_length: u8, interface: u32) -> LocalAddress {
+        LocalAddress { address: address.parse().unwrap(), prefix_length, interface }
+    }
+
+    fn host() -> Vec<LocalAddress> {
+        vec![local("127.0.0.1", 8, 1), local("10.0.1.2", 24, FRONT), local("10.0.2.2", 24, BACK)]
+    }
+
+    fn reach(address: &str, interface: u32, gateway: Option<&str>, source: &str) -> Reach {
+        Reach {
+            address: address.parse().unwrap(),
+            route: Route {
+                interface,
+                gateway: gateway.map(|gateway| gateway.parse().unwrap()),
+                preferred_source: Some(source.parse().unwrap()),
+                local: false,
+            },
+        }
+    }
+
+    fn choose(config: &Config, reach: &[Reach]) -> Source {
+        let homes = homes(&vips(config), &host(), |interface| interface != 1);
+        Source::choose(config, &homes, reach, &host())
+    }
+
+    #[test]
+    fn a_vip_is_at_home_where_it_is_or_where_its_subnet_is() {
+        let vip: IpAddr = "10.0.1.100".parse().unwrap();
+        let home = |addresses: &[LocalAddress]| homes(&[vip], addresses, |interface| interface != 1)[&vip];
+        assert_eq!(home(&host()), Some(FRONT));
+        let mut carried = host();
+        carried.push(local("10.0.1.100", 32, BACK));
+        assert_eq!(home(&carried), Some(BACK));
+        assert_eq!(home(&[local("10.0.1.100", 32, 1)]), None, "no client comes by the loopback interface");
+    }
+
+    #[test]
+    fn flows_leave_from_the_vip_where_backends_are_beside_it() {
+        let config = config("");
+        let source = choose(&config, &[reach("10.0.1.11", FRONT, None, "10.0.1.2")]);
+        assert_eq!(source.addresses, vips(&config));
+        assert_eq!(source.ports, EVERY_PORT);
+        assert_eq!(source.notes, Vec::<String>::new());
+    }
+
+    #[test]
+    fn backends_elsewhere_see_this_hosts_address_and_ports_that_it_does_not_use() {
+        let beside = reach("10.0.1.11", FRONT, None, "10.0.1.2");
+        for elsewhere in [
+            reach("10.0.2.12", BACK, None, "10.0.2.2"),
+            reach("10.0.9.12", FRONT, Some("10.0.1.1"), "10.0.1.2"),
+        ] {
+            let source = choose(&config(""), &[beside.clone(), elsewhere.clone()]);
+            assert_eq!(source.addresses, [elsewhere.route.preferred_source.unwrap()]);
+            assert_eq!(source.ports, BELOW_EPHEMERAL);
+            assert!(source.notes[0].contains("snat_addresses"), "{:?}", source.notes);
+        }
+    }
+
+    #[test]
+    fn what_is_configured_holds() {
+        let back = [reach("10.0.2.12", BACK, None, "10.0.2.2")];
+        let source = choose(&config("snat_addresses = [\"10.0.2.2\"]\nsnat_ports = \"20000-29999\""), &back);
+        assert_eq!(source.addresses, ["10.0.2.2".parse::<IpAddr>().unwrap()]);
+        assert_eq!(source.ports, 20_000..=29_999);
+        let stranger = choose(&config("snat_addresses = [\"10.0.2.77\"]"), &back);
+        assert!(stranger.notes[0].contains("10.0.2.77"), "{:?}", stranger.notes);
+        assert_eq!(stranger.ports, EVERY_PORT, "an address of our own");
+    }
+}

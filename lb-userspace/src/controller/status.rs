@@ -1,0 +1,231 @@
+//! What the admin socket is told.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use lb_common::{Outcome, outcome::Counter};
+
+use super::{Controller, backends::Backend, family_name, flags, liveness, plan, selection::Choice};
+use crate::{
+    admin::{
+        Alive, BackendState, BackendStatus, CheckStatus, DaemonStatus, InterfaceStatus, ServiceStatus,
+        Status, VipStatus,
+    },
+    config::{Balance, Forward},
+    health::{CheckCode, SelectionReason, State},
+    network::display_mac,
+};
+
+/// Counts of active flows may be this old.
+const FRESH: Duration = Duration::from_millis(200);
+/// Replies to unknown slots in a minute that are more than stragglers.
+const STRANGERS: u64 = 10;
+
+impl Controller {
+    /// `GET /v1/status`
+    pub(super) fn status(&mut self) -> Status {
+        if self.reaped_at.elapsed() > FRESH {
+            self.reap();
+        }
+        Status {
+            services: (0..self.config.services.len()).map(|service| self.service_status(service)).collect(),
+            vip: plan::vips(&self.config)
+                .into_iter()
+                .map(|address| VipStatus {
+                    address,
+                    present: self.network.interface_carrying(address).is_some(),
+                })
+                .collect(),
+            interfaces: self
+                .dataplane
+                .attached()
+                .iter()
+                .map(|it| InterfaceStatus { name: it.name.clone(), xdp_mode: it.mode.name().to_owned() })
+                .collect(),
+            packets: self.packets(),
+            flags: self.host_flags(),
+            daemon: DaemonStatus {
+                pid: std::process::id(),
+                uptime_seconds: self.started.elapsed().as_secs(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+            },
+        }
+    }
+
+    fn service_status(&self, number: usize) -> ServiceStatus {
+        let service = &self.config.services[number];
+        let backends: Vec<_> = self.backends.iter().filter(|it| it.target.service == number).collect();
+        let choices: Vec<_> = [false, true]
+            .into_iter()
+            .filter_map(|ipv6| Some((ipv6, self.choices.get(&(number, ipv6))?)))
+            .collect();
+        let only: Vec<_> = choices.iter().map(|(_, choice)| *choice).collect();
+        ServiceStatus {
+            name: service.name.clone(),
+            listen: service.listen.clone(),
+            balance: match service.balance {
+                Balance::Maglev => "maglev".to_owned(),
+            },
+            forward: match service.forward {
+                Forward::Nat => "nat".to_owned(),
+            },
+            backends: backends.iter().map(|backend| self.backend_status(backend)).collect(),
+            selection: selection(&choices),
+            flags: flags::of_service(service, &backends, &only, SystemTime::now()),
+        }
+    }
+
+    fn backend_status(&self, backend: &Backend) -> BackendStatus {
+        let total = self.dataplane.total_flows(backend.id).unwrap_or_else(|error| {
+            tracing::warn!("cannot read how many flows {} had: {error}", backend.name);
+            0
+        });
+        BackendStatus {
+            name: backend.name.clone(),
+            address: backend.address,
+            state: match backend.state {
+                State::Unknown => BackendState::Unknown,
+                State::Ready => BackendState::Ready,
+                State::Draining => BackendState::Draining,
+                State::Silent => BackendState::Silent,
+            },
+            weight: backend.weight,
+            active_flows: self.reaped.active.get(usize::from(backend.id)).copied().unwrap_or_default(),
+            total_flows: total,
+            check: check_status(backend),
+        }
+    }
+
+    fn packets(&self) -> BTreeMap<String, u64> {
+        let mut packets = BTreeMap::new();
+        for service in std::iter::once(None).chain((0..self.config.services.len()).map(Some)) {
+            match self.dataplane.counters(service) {
+                Ok(counters) => {
+                    for (counter, count) in counters {
+                        *packets.entry(counter.name().to_owned()).or_default() += count;
+                    }
+                }
+                Err(error) => tracing::warn!("cannot read the counters: {error}"),
+            }
+        }
+        packets
+    }
+
+    fn host_flags(&self) -> Vec<String> {
+        let mut flags = Vec::new();
+        let strangers = rise(self.strangers.iter().copied());
+        if strangers >= STRANGERS && !self.checks_use_slots {
+            flags.push(format!(
+                "{strangers} replies to unknown slots in the last minute: does another load balancer have the same VIP?"
+            ));
+        }
+        for rival in self.owner.iter().flat_map(|owner| owner.rivals()) {
+            flags.push(format!("{} says it has the VIP {} too", display_mac(&rival.mac), rival.vip));
+        }
+        flags
+    }
+
+    /// Counts replies to slots that are not the sender's, for the last minute.
+    pub(super) fn count_strangers(&mut self) {
+        /// The counts of a minute, every ten seconds.
+        const KEPT: usize = 7;
+        let services = std::iter::once(None).chain((0..self.config.services.len()).map(Some));
+        let unknown = Counter::Outcome(Outcome::ReplyUnknown);
+        let counters = services.filter_map(|service| self.dataplane.counters(service).ok()).flatten();
+        let count = counters.filter(|(counter, _)| *counter == unknown).map(|(_, count)| count).sum();
+        self.strangers.push_back(count);
+        if self.strangers.len() > KEPT {
+            self.strangers.pop_front();
+        }
+    }
+
+    /// `GET /v1/alive`
+    pub(super) async fn alive(&self) -> Alive {
+        let now = Instant::now();
+        let mut attached = Vec::new();
+        let mut reasons = Vec::new();
+        for interface in self.dataplane.attached() {
+            match self.network.xdp_programs(interface.interface).await {
+                Ok(programs) => {
+                    let ids = programs.map(|programs| programs.iter().map(|it| it.program).collect());
+                    attached.push((interface.name.clone(), ids));
+                }
+                Err(error) => reasons.push(error.to_string()),
+            }
+        }
+        reasons.extend(liveness::detached(self.dataplane.program_id(), &attached));
+        reasons.extend(liveness::stalled(self.last_turn, now));
+        reasons.extend(liveness::overdue(&self.config, &self.backends, self.started, now));
+        Alive { alive: reasons.is_empty(), reasons }
+    }
+}
+
+/// How much a growing count grew.
+fn rise(counts: impl DoubleEndedIterator<Item = u64> + Clone) -> u64 {
+    let (first, last) = (counts.clone().next(), counts.clone().next_back());
+    last.unwrap_or_default().saturating_sub(first.unwrap_or_default())
+}
+
+/// Which backends get new flows, in two words for each family that differs.
+fn selection(choices: &[(bool, &Choice)]) -> String {
+    let words = |choice: &Choice| match choice.reason {
+        SelectionReason::Ready => "ready backends",
+        SelectionReason::CredentialRejected => "backends that refuse our credential",
+        SelectionReason::Draining => "draining backends",
+        SelectionReason::CertificateRejected => "backends whose certificate does not verify",
+        SelectionReason::OperatorDrained => "drained backends",
+        SelectionReason::None => "none",
+    };
+    match choices {
+        [(_, first), rest @ ..] if rest.iter().all(|(_, other)| other.reason == first.reason) => {
+            words(first).to_owned()
+        }
+        several => {
+            let each =
+                several.iter().map(|(ipv6, choice)| format!("{}: {}", family_name(*ipv6), words(choice)));
+            each.collect::<Vec<_>>().join("; ")
+        }
+    }
+}
+
+fn check_status(backend: &Backend) -> CheckStatus {
+    let report = &backend.report;
+    let last_change =
+        backend.since.and_then(|since| since.duration_since(UNIX_EPOCH).ok()).map(|since| since.as_secs());
+    if report.code == CheckCode::Ini {
+        return CheckStatus { last_change, ..CheckStatus::default() };
+    }
+    CheckStatus {
+        code: report.code.as_str().to_owned(),
+        http_status: report.http_status,
+        duration_ms: Some(u64::try_from(report.duration.as_millis()).unwrap_or(u64::MAX)),
+        detail: report.detail(),
+        last_change,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_selection_is_said_once_when_it_is_the_same_for_both_families() {
+        let ready = Choice { reason: SelectionReason::Ready, members: vec![(1, 1)] };
+        let draining = Choice { reason: SelectionReason::Draining, members: vec![(2, 1)] };
+        assert_eq!(selection(&[(false, &ready), (true, &ready)]), "ready backends");
+        assert_eq!(selection(&[(true, &draining)]), "draining backends");
+        assert_eq!(
+            selection(&[(false, &ready), (true, &draining)]),
+            "IPv4: ready backends; IPv6: draining backends"
+        );
+    }
+
+    #[test]
+    fn a_count_rises_from_its_oldest_to_its_newest() {
+        assert_eq!(rise([3, 3, 17].into_iter()), 14);
+        assert_eq!(rise([5].into_iter()), 0);
+        assert_eq!(rise([].into_iter()), 0);
+    }
+}

@@ -1,0 +1,285 @@
+//! `sheave run`: the order in which things come up, and in which they go.
+//!
+//! Up: maps filled, first checks done, program attached, then the VIP. Down: the VIP first, the program last. The other
+//! way round the kernel would answer for the VIP while the data path cannot, with RSTs.
+
+use std::{
+    collections::HashSet,
+    io,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+    time::timeout_at,
+};
+
+use crate::{
+    admin::{self, BindError, Unloaded},
+    config::{Config, VipMode},
+    controller::{self, Controller, ControllerError, End, Inbox, Plan},
+    dataplane::{Dataplane, OBJECT, PacketLog, Settings},
+    health::{self, Event},
+    network::{Network, offloads},
+    vip,
+};
+
+/// How long to wait for the first result of any check. A server that takes longer is found later.
+const FIRST_RESULT: Duration = Duration::from_millis(1500);
+/// How long to wait for the others after the first.
+const OTHER_RESULTS: Duration = Duration::from_secs(1);
+/// For the last answer on the admin socket to be read.
+const LAST_ANSWER: Duration = Duration::from_millis(100);
+
+/// How often the program's log is read.
+const PACKET_LOG_EVERY: Duration = Duration::from_millis(100);
+
+/// Why the daemon did not come up, or did not go down in order.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// Another daemon, or no place for the admin socket.
+    #[error(transparent)]
+    Admin(#[from] BindError),
+    /// The data path could not be set up.
+    #[error(transparent)]
+    Controller(#[from] ControllerError),
+    /// The host is short of something.
+    #[error("cannot {doing}: {source}")]
+    System {
+        /// What was tried.
+        doing: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Something of ours is left on this host.
+    #[error("stopped, but something is left: {}; `sheave unload` tries again", .0.join("; "))]
+    Left(Vec<String>),
+}
+
+impl DaemonError {
+    /// Whether the configuration must be changed, rather than the host.
+    pub fn is_configuration(&self) -> bool {
+        matches!(self, Self::Controller(error) if error.is_configuration())
+    }
+}
+
+/// Runs until a signal or `sheave unload` ends it. `log_one_in`: log one packet in so many.
+pub fn run(config: Config, log_one_in: Option<u32>) -> Result<(), DaemonError> {
+    let began = Instant::now();
+    controller::check_files(&config)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| DaemonError::System { doing: "start the runtime", source })?;
+    runtime.block_on(serve(config, log_one_in, began))
+}
+
+async fn serve(config: Config, log_one_in: Option<u32>, began: Instant) -> Result<(), DaemonError> {
+    let mut stop = signals().map_err(|source| DaemonError::System { doing: "listen for signals", source })?;
+    // Before anything is touched: another daemon may be at work here.
+    let admin = admin::bind(&config.admin.socket)?;
+    let started = tokio::select! {
+        started = start(config.clone(), log_one_in) => Some(started),
+        _ = stop.recv() => None,
+    };
+    let (mut controller, checks, network) = match started {
+        Some(Ok(started)) => started,
+        Some(Err(error)) => {
+            tidy(&config).await;
+            return Err(error.into());
+        }
+        None => {
+            tracing::info!("stopped before it was ready");
+            tidy(&config).await;
+            return Ok(());
+        }
+    };
+    let (questions, requests) = mpsc::channel(16);
+    let server = tokio::spawn(admin.serve(questions));
+    tracing::info!("ready after {} ms: {}", began.elapsed().as_millis(), controller.summary());
+    let end = controller.run(Inbox { checks, network, requests, stop }).await;
+    tracing::info!("stopping");
+    let done = controller.dismantle().await;
+    for what in &done.removed {
+        tracing::info!("removed {what}");
+    }
+    let failures = done.failures;
+    if let End::Unload(answer) = end {
+        let result = if failures.is_empty() {
+            Ok(Unloaded { removed: done.removed })
+        } else {
+            Err(failures.join("; "))
+        };
+        if answer.send(result).is_ok() {
+            tokio::time::sleep(LAST_ANSWER).await;
+        }
+    }
+    // Its end removes the socket's file.
+    server.abort();
+    let _ = server.await;
+    if failures.is_empty() { Ok(()) } else { Err(DaemonError::Left(failures)) }
+}
+
+type Started = (Controller, mpsc::Receiver<Event>, mpsc::Receiver<crate::network::Change>);
+
+/// Everything up to the VIP. Whatever was attached goes with the error.
+async fn start(config: Config, log_one_in: Option<u32>) -> Result<Started, ControllerError> {
+    let secret = controller::load_hash_key(config.dataplane.hash_key_file.as_deref())
+        .map_err(ControllerError::HashKey)?;
+    let (network, changes) = Network::open().await?;
+    let plan = Plan::make(&config, &network).await?;
+    let targets = plan.targets(&config);
+    let count = targets.len();
+    let (sender, mut events) = mpsc::channel(256);
+    let checks = health::spawn(targets, sender);
+    // The verifier takes its time; the checks' answers come meanwhile.
+    let settings = plan.settings(secret, log_one_in);
+    let loading = async {
+        tokio::task::spawn_blocking(move || load(&settings)).await.map_err(|error| {
+            ControllerError::System { doing: "load the program", source: io::Error::other(error) }
+        })?
+    };
+    let first = async { Ok::<_, ControllerError>(first_results(&mut events, count).await) };
+    let (mut dataplane, results) = tokio::try_join!(loading, first)?;
+    if log_one_in.is_some() {
+        read_packet_log(dataplane.take_packet_log());
+    }
+    let mut controller = Controller::new(config, network, dataplane, plan, checks).await?;
+    controller.begin(results).await;
+    controller.attach().await?;
+    controller.place_vips().await?;
+    Ok((controller, events, changes))
+}
+
+fn load(settings: &Settings) -> Result<Dataplane, ControllerError> {
+    let mut dataplane = Dataplane::load(OBJECT, settings)?;
+    dataplane.calibrate()?;
+    Ok(dataplane)
+}
+
+/// The results up to the moment when every one of `count` backends has its first, or has had time enough.
+async fn first_results(events: &mut mpsc::Receiver<Event>, count: usize) -> Vec<Event> {
+    let mut deadline = tokio::time::Instant::now() + FIRST_RESULT;
+    let mut answered = HashSet::new();
+    let mut results = Vec::new();
+    while answered.len() < count {
+        let Ok(Some(event)) = timeout_at(deadline, events.recv()).await else { break };
+        if answered.is_empty() {
+            deadline = deadline.min(tokio::time::Instant::now() + OTHER_RESULTS);
+        }
+        answered.insert(event.id);
+        results.push(event);
+    }
+    results
+}
+
+/// Undoes what a start that failed has changed on this host.
+async fn tidy(config: &Config) {
+    let state_dir = &config.dataplane.state_dir;
+    if let Err(error) = offloads::restore(state_dir) {
+        tracing::error!("{error}");
+    }
+    if config.vip.mode == VipMode::Own
+        && let Ok((network, _)) = Network::open().await
+        && let Err(error) = vip::remove_leftovers(&network, state_dir).await
+    {
+        tracing::error!("{error}");
+    }
+}
+
+/// Takes away what a daemon that was killed has left. (Its program went with it.) What was removed, in words.
+pub async fn unload_leftovers(config: Option<&Config>) -> Result<Vec<String>, ControllerError> {
+    let default = std::path::Path::new(crate::config::Dataplane::STATE_DIR);
+    let state_dir = config.map_or(default, |config| &config.dataplane.state_dir);
+    let (network, _) = Network::open().await?;
+    let placed = vip::remove_leftovers(&network, state_dir).await?;
+    let mut removed: Vec<_> =
+        placed.iter().map(|it| format!("the VIP {} from {}", it.vip, it.interface)).collect();
+    let restored = offloads::restore(state_dir)?;
+    removed.extend(restored.iter().map(|it| format!("its changes to the offloads of {it}")));
+    Ok(removed)
+}
+
+/// SIGTERM and SIGINT; SIGHUP is noted.
+fn signals() -> io::Result<mpsc::Receiver<()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let (sender, receiver) = mpsc::channel(1);
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                _ = hangup.recv() => {
+                    tracing::info!("SIGHUP: reload comes with a later release; restart sheave to read the configuration");
+                }
+            }
+        }
+        // Nobody receives once the daemon is stopping anyway.
+        let _ = sender.send(()).await;
+        // Kept open: a closed channel would read as a signal.
+        std::future::pending::<()>().await;
+    });
+    Ok(receiver)
+}
+
+/// Hands what the program logs to our own log, for as long as the daemon runs.
+fn read_packet_log(log: Option<PacketLog>) {
+    let Some(mut log) = log else {
+        tracing::warn!("this build's program logs no packets");
+        return;
+    };
+    tokio::spawn(async move {
+        let mut look = tokio::time::interval(PACKET_LOG_EVERY);
+        loop {
+            look.tick().await;
+            log.flush();
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        config::Config,
+        health::{State, Target, TargetId},
+    };
+
+    fn targets(addresses: &[&str]) -> Vec<Target> {
+        let text = format!(
+            "[[service]]\nname = \"api\"\nlisten = [\"10.0.0.100:6443\"]\nbackends = {addresses:?}\n\
+             [service.check]\ntype = \"none\""
+        );
+        let (config, _) = Config::parse(&text, "test.toml").unwrap();
+        let service = &config.services[0];
+        let target = |(backend, it): (usize, &crate::config::Backend)| Target {
+            id: TargetId { service: 0, backend },
+            service: service.name.clone(),
+            backend: it.name.clone(),
+            address: it.address,
+            check: service.check.clone(),
+        };
+        service.backends.iter().enumerate().map(target).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nobody_waits_for_a_backend_that_does_not_answer() {
+        let (sender, mut events) = mpsc::channel(8);
+        let _checks = health::spawn(targets(&["10.0.0.1:6443", "10.0.0.2:6443"]), sender);
+        let begin = tokio::time::Instant::now();
+        let results = first_results(&mut events, 2).await;
+        assert_eq!(results.len(), 2);
+        assert!(results.iter().all(|event| event.state == State::Ready));
+        assert_eq!(begin.elapsed(), Duration::ZERO, "all have answered");
+        let (sender, mut events) = mpsc::channel(8);
+        let _checks = health::spawn(targets(&["10.0.0.1:6443"]), sender);
+        assert_eq!(first_results(&mut events, 2).await.len(), 1);
+        assert_eq!(begin.elapsed(), OTHER_RESULTS, "the other has had its time");
+        let (_sender, mut events) = mpsc::channel(8);
+        assert!(first_results(&mut events, 2).await.is_empty());
+        assert_eq!(begin.elapsed(), OTHER_RESULTS + FIRST_RESULT);
+    }
+}
