@@ -70,7 +70,7 @@ impl Frame for XdpFrame<'_> {
     #[inline(always)]
     fn route(&mut self, number: u8, destination: [u64; 2]) -> Option<Route> {
         let mut parameters = MaybeUninit::<FibParameters>::uninit();
-        const { assert!(size_of::<FibParameters>() == 8 * size_of::<u64>()) };
+        const { assert!(size_of::<FibParameters>() == size_of::<[u64; 8]>()) };
         for word in 0..8 {
             // SAFETY: within the structure. Volatile, or LLVM calls memset, a loop over bytes.
             unsafe { parameters.as_mut_ptr().cast::<u64>().add(word).write_volatile(0) };

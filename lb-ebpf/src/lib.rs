@@ -8,6 +8,6 @@ pub mod frame;
 #[cfg(target_arch = "bpf")]
 pub mod maps;
 #[cfg(target_arch = "bpf")]
-pub mod subprograms;
+mod subprograms;
 #[cfg(target_arch = "bpf")]
 pub mod xdp;

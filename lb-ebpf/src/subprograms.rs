@@ -26,7 +26,7 @@ use crate::{
 /// A subprogram's result, as the verifier sees it: any number. LLVM knows the callee and would leave out the masks that
 /// keep the number in bounds.
 #[inline(always)]
-pub fn laundered(result: u64) -> u64 {
+pub(crate) fn laundered(result: u64) -> u64 {
     let mut result = result;
     // SAFETY: moves a register onto itself.
     unsafe { core::arch::asm!("{0} = {0}", inout(reg) result, options(nomem, nostack)) };
@@ -36,14 +36,14 @@ pub fn laundered(result: u64) -> u64 {
 /// See [`parse::tags`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn frame_tags(context: *mut xdp_md) -> u64 {
+pub(crate) extern "C" fn frame_tags(context: *mut xdp_md) -> u64 {
     parse::tags(&mut XdpFrame::new(&XdpContext::new(context)))
 }
 
 /// See [`parse::upper_layer`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn frame_upper_layer(context: *mut xdp_md, transport: u64, next: u64) -> u64 {
+pub(crate) extern "C" fn frame_upper_layer(context: *mut xdp_md, transport: u64, next: u64) -> u64 {
     let transport = transport as usize & 0x3fff;
     parse::upper_layer(&mut XdpFrame::new(&XdpContext::new(context)), transport, next as u8)
 }
@@ -51,7 +51,7 @@ pub extern "C" fn frame_upper_layer(context: *mut xdp_md, transport: u64, next: 
 /// See [`parse::option_sum`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn frame_option_sum(context: *mut xdp_md, offset: u64, end: u64) -> u64 {
+pub(crate) extern "C" fn frame_option_sum(context: *mut xdp_md, offset: u64, end: u64) -> u64 {
     let (offset, end) = (offset as usize & 0xff, end as usize & 0xff);
     parse::option_sum(&mut XdpFrame::new(&XdpContext::new(context)), offset, end)
 }
@@ -59,7 +59,7 @@ pub extern "C" fn frame_option_sum(context: *mut xdp_md, offset: u64, end: u64) 
 /// See [`reply::routed`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn frame_routed(context: *mut xdp_md, family: u64, high: u64, low: u64) -> u64 {
+pub(crate) extern "C" fn frame_routed(context: *mut xdp_md, family: u64, high: u64, low: u64) -> u64 {
     match KernelMaps.config() {
         Some(config) => {
             let context = XdpContext::new(context);
@@ -72,7 +72,7 @@ pub extern "C" fn frame_routed(context: *mut xdp_md, family: u64, high: u64, low
 /// See [`rewrite::retag`]: 1 or 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn frame_retag(context: *mut xdp_md, network: u64, kind: u64, port: u64) -> u64 {
+pub(crate) extern "C" fn frame_retag(context: *mut xdp_md, network: u64, kind: u64, port: u64) -> u64 {
     match KernelMaps.config() {
         Some(config) => {
             let context = XdpContext::new(context);
@@ -86,14 +86,14 @@ pub extern "C" fn frame_retag(context: *mut xdp_md, network: u64, kind: u64, por
 /// See [`process::listener`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn map_listener(family: u64, high: u64, low: u64, port: u64) -> u64 {
+pub(crate) extern "C" fn map_listener(family: u64, high: u64, low: u64, port: u64) -> u64 {
     process::listener(&KernelMaps, family as u8, [high, low], port as u16).into()
 }
 
 /// See [`process::snat_index`]; [`SNAT_ADDRESSES`] for none.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn map_snat_index(family_number: u64, high: u64, low: u64) -> u64 {
+pub(crate) extern "C" fn map_snat_index(family_number: u64, high: u64, low: u64) -> u64 {
     let index = if family_number == u64::from(family::IPV4) {
         process::snat_index::<V4, _>(&KernelMaps, [high, low])
     } else {
@@ -105,21 +105,21 @@ pub extern "C" fn map_snat_index(family_number: u64, high: u64, low: u64) -> u64
 /// See [`process::arrival`]; [`PORTS`] for none.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn map_arrival(interface: u64, vlan: u64, mac: u64) -> u64 {
+pub(crate) extern "C" fn map_arrival(interface: u64, vlan: u64, mac: u64) -> u64 {
     process::arrival(&KernelMaps, interface as u32, vlan as u32, mac).map_or(PORTS as u64, u64::from)
 }
 
 /// See [`maps::allows`]: 1 or 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn map_allows(service: u64, high: u64, low: u64) -> u64 {
+pub(crate) extern "C" fn map_allows(service: u64, high: u64, low: u64) -> u64 {
     maps::allows(service as u16, [high, low]).into()
 }
 
 /// See [`forward::another`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn map_another(family_number: u64, service: u64, hash: u64, refused: u64) -> u64 {
+pub(crate) extern "C" fn map_another(family_number: u64, service: u64, hash: u64, refused: u64) -> u64 {
     let (service, hash, refused) = (service as u16, FlowHash(hash), refused as u8);
     if family_number == u64::from(family::IPV4) {
         forward::another::<V4, _>(&KernelMaps, service, hash, refused).into()
@@ -131,14 +131,14 @@ pub extern "C" fn map_another(family_number: u64, service: u64, hash: u64, refus
 /// See [`next_hop::learn`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn map_learn(hop: u64) -> u64 {
+pub(crate) extern "C" fn map_learn(hop: u64) -> u64 {
     next_hop::learn(&KernelMaps, hop).into()
 }
 
 /// See [`reply::is_backend`]: 1 or 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn map_is_backend(family: u64, high: u64, low: u64, port: u64) -> u64 {
+pub(crate) extern "C" fn map_is_backend(family: u64, high: u64, low: u64, port: u64) -> u64 {
     reply::is_backend(&KernelMaps, family as u8, [high, low], port as u16).into()
 }
 
@@ -147,7 +147,7 @@ macro_rules! subprograms {
         /// See [`segments`].
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $segments(context: *mut xdp_md) -> u64 {
+        pub(crate) extern "C" fn $segments(context: *mut xdp_md) -> u64 {
             let context = XdpContext::new(context);
             segments::<$family, _, _>(&mut XdpFrame::new(&context), &KernelMaps).word()
         }
@@ -155,7 +155,7 @@ macro_rules! subprograms {
         /// See [`icmp::translate`].
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $icmp(context: *mut xdp_md) -> u64 {
+        pub(crate) extern "C" fn $icmp(context: *mut xdp_md) -> u64 {
             let context = XdpContext::new(context);
             icmp::translate::<$family, _, _>(&mut XdpFrame::new(&context), &KernelMaps).word()
         }
@@ -163,7 +163,7 @@ macro_rules! subprograms {
         /// See [`refuse::answer`].
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $refuse(context: *mut xdp_md, refused: u64) -> u64 {
+        pub(crate) extern "C" fn $refuse(context: *mut xdp_md, refused: u64) -> u64 {
             let context = XdpContext::new(context);
             refuse::answer::<$family, _>(&mut XdpFrame::new(&context), Done::from_word(refused)).word()
         }
@@ -171,7 +171,7 @@ macro_rules! subprograms {
         /// See [`find_in`]; `except` and the result are packed.
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $find(
+        pub(crate) extern "C" fn $find(
             query: *const Query<<$family as Family>::Tuple>,
             candidates: u32,
             except: u64,
@@ -187,7 +187,7 @@ macro_rules! subprograms {
         /// See [`choose`]; the result is packed.
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $choose(
+        pub(crate) extern "C" fn $choose(
             query: *const Query<<$family as Family>::Tuple>,
             claimer: *const Claimer,
         ) -> u64 {
@@ -201,7 +201,7 @@ macro_rules! subprograms {
         /// See [`take`]; `found` and the result are packed.
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub extern "C" fn $take(
+        pub(crate) extern "C" fn $take(
             query: *const Query<<$family as Family>::Tuple>,
             claimer: *const Claimer,
             found: u64,

@@ -47,6 +47,11 @@ impl<T> Mapped<T> {
         self.length
     }
 
+    /// Are there none? The kernel makes no such map.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
     /// Bytes of map memory.
     pub fn bytes(&self) -> usize {
         self.memory.len()
