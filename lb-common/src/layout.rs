@@ -120,8 +120,8 @@ pub struct Config {
     pub half_open_jiffies: u32,
     /// The current epoch of overflow marks, 1 to 255.
     pub epoch: u32,
-    /// Log one packet in `2ⁿ` when debug logging is compiled in: a mask of the lower bits of a counter.
-    pub debug_mask: u32,
+    /// Zero.
+    pub reserved: u32,
     /// Backend ids from 1 to this may be in use.
     pub last_backend: u32,
     /// Zero, which the verifier does not know: see [`Config::blur`].

@@ -83,7 +83,7 @@ impl Memory {
             jiffies_shift: JIFFIES.trailing_zeros(),
             half_open_jiffies: (JIFFIES / 5) as u32,
             epoch: 1,
-            debug_mask: u32::MAX,
+            reserved: 0,
             last_backend: 0,
             zero: 0,
             ports: [Port::default(); PORTS],

@@ -64,7 +64,7 @@ macro_rules! outcomes {
 }
 
 outcomes! {
-    /// Neither for a listener nor a reply of a backend: left to the network stack, untouched.
+    /// Neither for a listener nor a reply of a backend: left to the network stack, untouched. The only one that is not counted.
     NotOurs = Pass, "not_ours";
     /// For a listener, but of no flow of ours and not opening one: left to a local socket, or to the kernel's RST.
     NoFlow = Pass, "no_flow";

@@ -6,6 +6,8 @@
 #[cfg(target_arch = "bpf")]
 pub mod frame;
 #[cfg(target_arch = "bpf")]
+pub mod log;
+#[cfg(target_arch = "bpf")]
 pub mod maps;
 #[cfg(target_arch = "bpf")]
 mod subprograms;

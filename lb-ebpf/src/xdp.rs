@@ -16,6 +16,7 @@ use lb_common::{
 
 use crate::{
     frame::XdpFrame,
+    log,
     maps::KernelMaps,
     subprograms::{self, laundered},
 };
@@ -24,7 +25,11 @@ use crate::{
 #[inline(always)]
 pub fn handle(context: &XdpContext) -> u32 {
     let done = process(context);
-    KernelMaps.count_place(done.service(), done.outcome_index());
+    // What is not ours costs as little as possible: not even a count.
+    if done != Done::NOT_OURS {
+        KernelMaps.count_place(done.service(), done.outcome_index());
+        log::sample(context, done);
+    }
     action(context, done)
 }
 

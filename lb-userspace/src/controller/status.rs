@@ -103,7 +103,9 @@ impl Controller {
         for service in std::iter::once(None).chain((0..self.config.services.len()).map(Some)) {
             match self.dataplane.counters(service) {
                 Ok(counters) => {
-                    for (counter, count) in counters {
+                    // What is not ours is not counted.
+                    let uncounted = Counter::Outcome(Outcome::NotOurs);
+                    for (counter, count) in counters.into_iter().filter(|(counter, _)| *counter != uncounted) {
                         *packets.entry(counter.name().to_owned()).or_default() += count;
                     }
                 }

@@ -131,7 +131,7 @@ impl Dataplane {
                 limit: SNAT_ADDRESSES,
             });
         }
-        let mut ebpf = load_object(object, count4, count6, settings.log_one_in.is_some())?;
+        let mut ebpf = load_object(object, count4, count6, settings.log_one_in)?;
         load_program(&mut ebpf, "sheave")?;
         load_program(&mut ebpf, "read_clock")?;
         let mut dataplane = Self::over_maps(ebpf)?;
@@ -169,12 +169,7 @@ impl Dataplane {
     }
 
     fn configure(&self, settings: &Settings) {
-        let mut config = layout::Config {
-            key: hash::Key::new(settings.secret),
-            epoch: 1,
-            debug_mask: settings.log_one_in.map_or(0, |one_in| one_in.next_power_of_two() - 1),
-            ..self.settings()
-        };
+        let mut config = layout::Config { key: hash::Key::new(settings.secret), epoch: 1, ..self.settings() };
         // Whole sets only, so that a slot's port says which set it is in.
         let ways = WAYS as u32;
         config.first_set = u32::from(*settings.snat_ports.start()).div_ceil(ways);
@@ -481,7 +476,12 @@ impl Dataplane {
     }
 }
 
-fn load_object(object: &[u8], count4: usize, count6: usize, logging: bool) -> Result<Ebpf, DataplaneError> {
+fn load_object(
+    object: &[u8],
+    count4: usize,
+    count6: usize,
+    log_one_in: Option<u32>,
+) -> Result<Ebpf, DataplaneError> {
     let mut loader = EbpfLoader::new();
     for (maps, addresses) in
         [(["FLOW4", "RETURN_HOP4", "OVERFLOW4"], count4), (["FLOW6", "RETURN_HOP6", "OVERFLOW6"], count6)]
@@ -493,7 +493,10 @@ fn load_object(object: &[u8], count4: usize, count6: usize, logging: bool) -> Re
             loader.map_max_entries(name, entries.max(1));
         }
     }
-    let level = u8::from(logging) * aya_log::Level::Debug as u8;
+    // Constants of the program: with these two the verifier takes the log out of it.
+    let level = if log_one_in.is_some() { aya_log::Level::Info as u8 } else { 0 };
+    let mask = log_one_in.map_or(u32::MAX, |one_in| (one_in.next_power_of_two() - 1).min(u32::MAX - 1));
+    loader.override_global("LOG_MASK", &mask, true);
     loader.override_global("AYA_LOG_LEVEL", &level, false);
     loader.load(object).map_err(|error| DataplaneError::Load(Box::new(error)))
 }
