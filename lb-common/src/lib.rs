@@ -14,6 +14,9 @@ pub mod bench;
 pub mod cell;
 pub mod checksum;
 pub mod flow;
+#[cfg(test)]
+#[cfg(not(loom))]
+mod flow_tests;
 pub mod forward;
 pub mod frame;
 pub mod hash;
