@@ -416,8 +416,10 @@ impl<T: Copy> Query<T> {
 #[inline(always)]
 pub fn find<F: Family, M: Maps>(maps: &M, config: &Config, query: &Query<F::Tuple>) -> Found {
     let mut found = find_first::<F, M>(maps, query, Slot::NONE);
-    let beyond = F::overflow(maps, query.candidate(0)).is_some_and(|mark| mark.load() != 0);
-    if !found.is_some() && beyond {
+    if !found.is_some()
+        && let Some(mark) = F::overflow(maps, query.candidate(0))
+        && mark.load() != 0
+    {
         found = maps.find_in::<F>(query, CANDIDATES, Slot::NONE);
     }
     Found(config.blur(found.0))

@@ -82,7 +82,7 @@ pub fn translate<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done 
 /// Reads what the error quotes, if it is an error and quotes TCP.
 #[inline(always)]
 fn quoted<A: Family, F: Frame>(frame: &mut F, packet: &Packet) -> Option<Quoted> {
-    if packet.fragment || packet.end > frame.length() {
+    if packet.fragment {
         return None;
     }
     let kind = frame.at::<Icmp>(packet.transport)?.kind;
@@ -113,11 +113,12 @@ fn quoted<A: Family, F: Frame>(frame: &mut F, packet: &Packet) -> Option<Quoted>
         }
         (header.source.map(Be64::word), header.destination.map(Be64::word), network + size_of::<Ipv6>())
     };
+    // The verifier's comparison first: after ours, LLVM would leave it out.
+    let ports = crate::parse::ports(frame, transport)?;
     // What is read must be the packet's, not padding behind it, and all of the packet must be there.
     if transport + size_of::<TcpStart>() > packet.end || !frame.reaches(packet.end) {
         return None;
     }
-    let ports = crate::parse::ports(frame, transport)?;
     Some(Quoted { source, destination, ports, network, transport })
 }
 

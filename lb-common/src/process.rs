@@ -134,41 +134,79 @@ pub fn process<F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
 
 #[inline(always)]
 fn finish<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
-    match segments::<A, F, M>(frame, maps) {
+    match segments::<A, F, M>(frame, maps, Glance::UNSURE) {
         Done::ICMP => icmp::translate::<A, F, M>(frame, maps),
         done if done.is_refused() => refuse::answer::<A, F>(frame, done),
         done => done,
     }
 }
 
-/// Could this TCP segment be ours? Its port is a listener's, or its address one of ours: for most packets of a host that
-/// does other things as well this is the last question.
+/// What a quick look at a packet has found.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Glance(u64);
+
+impl Glance {
+    /// Not ours: for most packets of a host that does other things as well, this is the end.
+    pub const NOT_OURS: Self = Self(u64::MAX);
+    /// To be looked at again.
+    pub const UNSURE: Self = Self(u64::MAX - 1);
+
+    /// As one word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn word(self) -> u64 {
+        self.0
+    }
+
+    /// From one word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_word(word: u64) -> Self {
+        Self(word)
+    }
+
+    /// The first listener on the segment's port, 0 for none.
+    #[inline(always)]
+    fn first_listener<M: Maps>(self, maps: &M, ports: Ports) -> u16 {
+        if self == Self::UNSURE {
+            maps.first_listener(u16::from_be(ports.destination))
+        } else {
+            self.0 as u16
+        }
+    }
+}
+
+/// Could this be ours: is its port a listener's, or its address one of ours?
 #[inline(always)]
-pub fn concerns<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, link: &Link) -> bool {
+pub fn glance<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, link: &Link) -> Glance {
     let (transport, protocol, destination) = if A::NUMBER == family::IPV4 {
         let Some(header) = frame.at::<Ipv4>(link.network) else {
-            return false;
+            return Glance::NOT_OURS;
         };
         let length = usize::from(header.version_length & 0x0f) * 4;
         let [_, protocol] = header.ttl_protocol.get().to_be_bytes();
         (link.network + length, protocol, [u64::from(header.destination.word()), 0])
     } else {
         let Some(header) = frame.at::<Ipv6>(link.network) else {
-            return false;
+            return Glance::NOT_OURS;
         };
         let destination = [header.destination[0].word(), header.destination[1].word()];
         (link.network + size_of::<Ipv6>(), header.next_header, destination)
     };
     if protocol != protocol::TCP {
         // An error about a flow, or TCP behind extension headers.
-        return protocol == A::ICMP || (A::NUMBER == family::IPV6 && parse::is_extension(protocol));
+        let hidden = A::NUMBER == family::IPV6 && parse::is_extension(protocol);
+        return if protocol == A::ICMP || hidden { Glance::UNSURE } else { Glance::NOT_OURS };
     }
     let (Some(config), Some(ports)) = (maps.config(), parse::ports(frame, transport)) else {
-        return false;
+        return Glance::NOT_OURS;
     };
-    maps.first_listener(u16::from_be(ports.destination)) != 0
-        || A::snat_count(config) > 1
-        || same(A::snat(config, 0), destination)
+    let first = maps.first_listener(u16::from_be(ports.destination));
+    if first != 0 || A::snat_count(config) > 1 || same(A::snat(config, 0), destination) {
+        Glance(first.into())
+    } else {
+        Glance::NOT_OURS
+    }
 }
 
 /// Takes a TCP packet of one family to its outcome. [`Done::ICMP`]: it is none, but [`icmp::translate`]'s. Refused: the
@@ -176,7 +214,7 @@ pub fn concerns<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, link: &Li
 ///
 /// They are apart because together they need more stack than the kernel gives.
 #[inline(always)]
-pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
+pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, glance: Glance) -> Done {
     let Some(link) = parse::link(frame) else {
         return Done::NOT_OURS;
     };
@@ -195,7 +233,7 @@ pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
     let Some(config) = maps.config() else {
         return Done::NOT_OURS;
     };
-    let first = maps.first_listener(u16::from_be(ports.destination));
+    let first = glance.first_listener(maps, ports);
     if first != 0 {
         let id = listener_from::<A, M>(maps, first, packet.destination, ports.destination);
         if id == 0 {

@@ -35,6 +35,10 @@ pub enum Step {
     Reopen,
     /// A SYN goes on to its backend; if that takes no new flows any more, to another.
     Retry,
+    /// A SYN on a slot that saw a RST a moment ago: on to its backend, which knows whether the RST was real; but a new
+    /// flow if that backend takes no new ones any more. (A client that closes in a hurry ends with a RST, has no
+    /// TIME_WAIT, and uses its port again within seconds.)
+    Return,
     /// A backend refused a SYN: another one may not.
     Refused,
 }
@@ -48,6 +52,8 @@ pub const fn client(meta: Meta, segment: &Segment, now: u16) -> Step {
             Step::Retry
         } else if meta.is_closed() || (meta.has(RESET) && meta.age(now) >= RESET_QUARANTINE) {
             Step::Reopen
+        } else if meta.has(RESET) {
+            Step::Return
         } else {
             Step::Keep
         };
@@ -119,7 +125,7 @@ mod tests {
     /// The word after a step, as one CPU alone would leave it.
     fn apply(meta: Meta, step: Step) -> Meta {
         match step {
-            Step::Keep | Step::Retry => meta,
+            Step::Keep | Step::Retry | Step::Return => meta,
             Step::Set(flags) => meta.with(flags),
             Step::Finish { flag, other, closed } if meta.has(other) => meta.with(flag).become_kind(closed),
             Step::Finish { flag, .. } => meta.with(flag),
@@ -191,7 +197,7 @@ mod tests {
             assert_eq!(client(Meta::new(kind, 7, 0), &segment(SYN, 0), 1), Step::Reopen);
         }
         let reset = Meta::new(Kind::Established, 7, 0).with(RESET);
-        assert_eq!(client(reset, &segment(SYN, 0), RESET_QUARANTINE - 1), Step::Keep);
+        assert_eq!(client(reset, &segment(SYN, 0), RESET_QUARANTINE - 1), Step::Return);
         assert_eq!(client(reset, &segment(SYN, 0), RESET_QUARANTINE), Step::Reopen);
     }
 

@@ -14,7 +14,7 @@ use lb_common::{
     layout::{PORTS, SNAT_ADDRESSES, family},
     maps::Maps as _,
     next_hop, parse,
-    process::{self, Done, segments},
+    process::{self, Done, Glance, segments},
     refuse, reply, rewrite,
 };
 
@@ -147,9 +147,10 @@ macro_rules! subprograms {
         /// See [`segments`].
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub(crate) extern "C" fn $segments(context: *mut xdp_md) -> u64 {
+        pub(crate) extern "C" fn $segments(context: *mut xdp_md, glance: u64) -> u64 {
             let context = XdpContext::new(context);
-            segments::<$family, _, _>(&mut XdpFrame::new(&context), &KernelMaps).word()
+            let glance = Glance::from_word(glance);
+            segments::<$family, _, _>(&mut XdpFrame::new(&context), &KernelMaps, glance).word()
         }
 
         /// See [`icmp::translate`].

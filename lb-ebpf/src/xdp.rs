@@ -11,7 +11,7 @@ use lb_common::{
     maps::Maps as _,
     outcome::Action,
     parse,
-    process::{Done, concerns},
+    process::{Done, Glance, glance},
 };
 
 use crate::{
@@ -40,13 +40,21 @@ fn process(context: &XdpContext) -> Done {
         return Done::NOT_OURS;
     };
     let frame = &mut XdpFrame::new(context);
-    let done = match link.kind {
-        IPV4 if concerns::<V4, _, _>(frame, &KernelMaps, &link) => subprograms::frame4_segments(context.ctx),
-        IPV6 if concerns::<V6, _, _>(frame, &KernelMaps, &link) => subprograms::frame6_segments(context.ctx),
-        _ => return Done::NOT_OURS,
+    let ipv4 = link.kind == IPV4;
+    let glance = match link.kind {
+        IPV4 => glance::<V4, _, _>(frame, &KernelMaps, &link),
+        IPV6 => glance::<V6, _, _>(frame, &KernelMaps, &link),
+        _ => Glance::NOT_OURS,
+    };
+    if glance == Glance::NOT_OURS {
+        return Done::NOT_OURS;
+    }
+    let done = if ipv4 {
+        subprograms::frame4_segments(context.ctx, glance.word())
+    } else {
+        subprograms::frame6_segments(context.ctx, glance.word())
     };
     let done = Done::from_word(laundered(done));
-    let ipv4 = link.kind == IPV4;
     let done = match done {
         Done::ICMP if ipv4 => subprograms::frame4_icmp(context.ctx),
         Done::ICMP => subprograms::frame6_icmp(context.ctx),
