@@ -105,7 +105,8 @@ impl Controller {
                 Ok(counters) => {
                     // What is not ours is not counted.
                     let uncounted = Counter::Outcome(Outcome::NotOurs);
-                    for (counter, count) in counters.into_iter().filter(|(counter, _)| *counter != uncounted) {
+                    for (counter, count) in counters.into_iter().filter(|(counter, _)| *counter != uncounted)
+                    {
                         *packets.entry(counter.name().to_owned()).or_default() += count;
                     }
                 }
