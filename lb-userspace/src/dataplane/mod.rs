@@ -506,7 +506,7 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DataplaneErro
     let error = |source| DataplaneError::Program { name, source: Box::new(source) };
     let program: &mut Xdp =
         ebpf.program_mut(name).ok_or(DataplaneError::Missing(name))?.try_into().map_err(error)?;
-    program.load().map_err(error)
+    program.load().map_err(|source| DataplaneError::not_loaded(name, source))
 }
 
 fn mapped<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<Mapped<T>, DataplaneError> {
