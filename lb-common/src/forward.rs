@@ -88,8 +88,11 @@ fn known<A: Family, M: Maps>(
         Step::Set(flags) => meta = Meta(word.fetch_or(flags)).with(flags),
         Step::Finish { flag, other, closed } => meta = finish(word, flag, other, closed),
         Step::Reopen => return reopen::<A, M>(maps, context, listener, query, found, clock),
+        Step::Return if !accepts(maps, meta) => {
+            return reopen::<A, M>(maps, context, listener, query, found, clock);
+        }
         Step::Retry => return Ok((slot, retry::<A, M>(maps, listener, query, found))),
-        Step::Keep | Step::Become(_) | Step::Refused => {}
+        Step::Keep | Step::Return | Step::Become(_) | Step::Refused => {}
     }
     if !segment.opens() {
         if meta.seen() != clock.seen {
@@ -147,13 +150,17 @@ fn reopen<A: Family, M: Maps>(
     Ok(won::<A, M>(maps, context, &claimer, claim.slot()))
 }
 
+/// Does the slot's backend take new flows?
+#[inline(always)]
+fn accepts<M: Maps>(maps: &M, meta: Meta) -> bool {
+    maps.backend(meta.backend()).is_some_and(|backend| backend.flags.load() & backend_flag::ACCEPTS != 0)
+}
+
 /// A retransmitted SYN: on to its backend, or to another if that one takes no new flows any more.
 #[inline(always)]
 fn retry<A: Family, M: Maps>(maps: &M, listener: &Listener, query: &Query<A::Tuple>, found: Found) -> Meta {
     let meta = found.meta();
-    let accepts =
-        maps.backend(meta.backend()).is_some_and(|backend| backend.flags.load() & backend_flag::ACCEPTS != 0);
-    if accepts || meta.has(SYN_ACK) {
+    if accepts(maps, meta) || meta.has(SYN_ACK) {
         return meta;
     }
     let other = maps.another::<A>(listener.service, query.hash, meta.backend());

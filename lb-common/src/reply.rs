@@ -91,7 +91,7 @@ fn step<A: Family, F: Frame, M: Maps>(
             }
         }
         Step::Refused => second_chance::<A, M>(maps, context, word, meta, client)?,
-        Step::Keep | Step::Reopen | Step::Retry => {}
+        Step::Keep | Step::Reopen | Step::Retry | Step::Return => {}
     }
     let now = Clock::read(maps, context.config).seen;
     if meta.seen() != now {

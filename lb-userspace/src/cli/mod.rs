@@ -104,7 +104,8 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             // Also where stderr is closed.
-            let _ = io::Write::write_all(&mut io::stderr(), format!("error: {error:#}\n").as_bytes());
+            let _ =
+                io::Write::write_all(&mut io::stderr(), format!("error: {}\n", message(&error)).as_bytes());
             exit_code(&error)
         }
     }
@@ -120,6 +121,18 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Unload(arguments) => unload::run(arguments),
         Command::Completions(arguments) => completions::run(arguments),
     }
+}
+
+/// An error and its causes, without those that it quotes itself.
+fn message(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
 }
 
 /// The user's mistakes are told apart from the host's.
@@ -169,6 +182,18 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let cause = std::io::Error::other("the disk is full");
+        let error = anyhow::Error::new(cause).context("cannot write the record");
+        assert_eq!(message(&error), "cannot write the record: the disk is full");
+        let quoting = crate::controller::ControllerError::System {
+            doing: "list the sockets of this host",
+            source: std::io::Error::other("out of memory"),
+        };
+        assert_eq!(message(&quoting.into()), "cannot list the sockets of this host: out of memory");
     }
 
     #[test]

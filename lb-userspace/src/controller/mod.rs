@@ -223,7 +223,9 @@ impl Controller {
                 }
                 Ok::<_, ControllerError>(())
             };
-            turn_off(mode)?;
+            if there.is_empty() {
+                turn_off(mode)?;
+            }
             let target = Target {
                 name: &interface.name,
                 index,

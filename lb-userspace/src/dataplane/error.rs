@@ -2,6 +2,7 @@
 
 use std::io;
 
+use aya::programs::ProgramError;
 use thiserror::Error;
 
 /// An operation on programs, maps or interfaces that failed.
@@ -19,6 +20,19 @@ pub enum DataplaneError {
         name: &'static str,
         /// Why.
         source: Box<aya::programs::ProgramError>,
+    },
+    /// The verifier read the program and said no.
+    #[error(
+        "the kernel's verifier does not take program {name}: {reason}\n{last_words}\n  it takes Linux 5.18 or newer; \
+         `--log debug` shows all that the verifier said"
+    )]
+    Verifier {
+        /// Which.
+        name: &'static str,
+        /// What the system call said.
+        reason: io::Error,
+        /// The end of the verifier's log, a line each.
+        last_words: String,
     },
     /// The object is not the one this code was written for.
     #[error("the embedded program has no {0}: this build is broken, build it again with `cargo xtask build`")]
@@ -116,4 +130,23 @@ pub enum DataplaneError {
         /// Why.
         source: io::Error,
     },
+}
+
+impl DataplaneError {
+    /// Why a program was not loaded. The verifier says thousands of lines, and what matters in the last few.
+    pub(super) fn not_loaded(name: &'static str, source: ProgramError) -> Self {
+        const LAST_WORDS: usize = 5;
+        match source {
+            ProgramError::LoadError { io_error, verifier_log }
+                if !verifier_log.to_string().trim().is_empty() =>
+            {
+                let log = verifier_log.to_string();
+                tracing::debug!("the verifier about {name}:\n{log}");
+                let lines: Vec<_> = log.lines().filter(|line| !line.is_empty()).collect();
+                let last = lines[lines.len().saturating_sub(LAST_WORDS)..].join("\n  ");
+                Self::Verifier { name, reason: io_error, last_words: format!("  {last}") }
+            }
+            source => Self::Program { name, source: Box::new(source) },
+        }
+    }
 }

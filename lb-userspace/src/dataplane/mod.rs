@@ -132,11 +132,12 @@ impl Dataplane {
             });
         }
         let mut ebpf = load_object(object, count4, count6, settings.log_one_in)?;
-        load_program(&mut ebpf, "sheave")?;
+        // The clock first: it is measured over the time that the verifier takes for the other.
         load_program(&mut ebpf, "read_clock")?;
         let mut dataplane = Self::over_maps(ebpf)?;
-        dataplane.configure(settings);
         dataplane.loaded = (dataplane.jiffies()?, Instant::now());
+        load_program(&mut dataplane.ebpf, "sheave")?;
+        dataplane.configure(settings);
         Ok(dataplane)
     }
 
@@ -505,7 +506,7 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DataplaneErro
     let error = |source| DataplaneError::Program { name, source: Box::new(source) };
     let program: &mut Xdp =
         ebpf.program_mut(name).ok_or(DataplaneError::Missing(name))?.try_into().map_err(error)?;
-    program.load().map_err(error)
+    program.load().map_err(|source| DataplaneError::not_loaded(name, source))
 }
 
 fn mapped<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<Mapped<T>, DataplaneError> {
