@@ -176,7 +176,9 @@ mod tests {
             if total > 0 {
                 for (share, weight) in shares(&table, weights.len()).iter().zip(&weights) {
                     let fair = f64::from(TABLE_SIZE) * f64::from(*weight) / f64::from(total);
-                    prop_assert!((f64::from(*share) - fair).abs() <= 2.0, "{share} for {fair}");
+                    // Each member may be a turn behind its due, and what they leave goes to all by their weights.
+                    let left = weights.len() as f64 * f64::from(*weight) / f64::from(total);
+                    prop_assert!((f64::from(*share) - fair).abs() <= 2.0 + left, "{share} for {fair}");
                 }
             }
         }

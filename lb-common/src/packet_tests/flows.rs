@@ -301,6 +301,17 @@ fn a_closed_flow_is_still_forwarded() {
 }
 
 #[test]
+fn a_backend_that_has_more_to_say_had_not_closed() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        close(&lab, &flow, false);
+        lab.send(&flow.down(ACK).with_payload(b"one of the FINs was forged")).sent(Outcome::Replied);
+        assert!(lab.meta(&flow).is(Kind::Established));
+    }
+}
+
+#[test]
 fn a_closed_slot_is_reopened_by_its_own_tuple() {
     for version in VERSIONS {
         for backend_first in [true, false] {
