@@ -286,7 +286,7 @@ fn the_daemon_never_frees_the_next_owner() {
 /// An IPv6 tuple is three words; whoever looks for one must not find a slot that is half another's.
 #[test]
 fn nobody_finds_a_slot_under_a_mixed_tuple() {
-    explore(None, || {
+    explore(Some(3), || {
         let memory = Arc::new(table(2));
         let (old, new) = (query::<V6>(&memory, 0), query::<V6>(&memory, 1));
         let slot = only_way(0);
