@@ -95,14 +95,15 @@ fn known<A: Family, M: Maps>(
         Step::Keep | Step::Return | Step::Become(_) | Step::Refused => {}
     }
     if !segment.opens() {
+        // Once a second is enough to follow a client to another router: on every packet it cost 8 of 80 ns.
         if meta.seen() != clock.seen {
             word.store_high(clock.seen);
+            next_hop::remember::<A, M>(maps, listener.service, slot, arrived_from(context));
         }
         // Until the backend has answered, the field holds the time of the claim.
         if segment.has(tcp_flag::ACK) && (meta.has(SYN_ACK) || !meta.is(Kind::HalfOpen)) {
             A::last_ack(ways, slot.way).store(segment.acknowledgement);
         }
-        next_hop::remember::<A, M>(maps, listener.service, slot, arrived_from(context));
     }
     Ok((slot, meta))
 }

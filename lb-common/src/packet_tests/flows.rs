@@ -417,6 +417,8 @@ fn replies_follow_the_client_to_another_router() {
         let lab = Lab::new();
         let flow = lab.establish(version.client(1), version.vip());
         for router in [OTHER_ROUTER, ROUTER] {
+            // Looked at once a second.
+            lab.memory.advance(1);
             lab.send(&Segment { source_mac: router, ..flow.up(ACK) }).sent(Outcome::Forwarded);
             let reply = lab.send(&flow.down(ACK)).sent(Outcome::Replied);
             assert_eq!((reply.destination_mac, reply.interface), (router, FRONT));

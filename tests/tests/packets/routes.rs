@@ -6,7 +6,7 @@ use lb_common::{
 };
 use lb_tests::{
     lab::Lab,
-    packets::{Frame, Ip, LB_MAC, LOOPBACK, ROUTER_MAC, Shape, World},
+    packets::{Change, Frame, Ip, LB_MAC, LOOPBACK, ROUTER_MAC, Shape, World},
 };
 use nix::net::if_::if_nametoindex;
 
@@ -39,6 +39,10 @@ fn a_client_that_comes_by_another_router_is_answered_by_that_one() {
         let mut world = World::new(ip);
         let flow = world.establish(ip.client(1));
         let other = [2, 0, 0, 0, 0, 0x77];
+        // Looked at once a second.
+        for slot in world.slots() {
+            world.change(&slot, Change::Older(1));
+        }
         world.run(&Frame { macs: (other, LB_MAC), ..flow.from_client() }.bytes());
         let seen = world.run(&flow.from_backend().bytes()).seen();
         assert_eq!(seen.macs, (LB_MAC, other));
