@@ -4,9 +4,12 @@
 //! figure; the wrapper without the call is the empty program. Both are run in turns, and the least of the rounds
 //! counts: everything else that happens on a machine only adds.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr, TcpStream},
+    time::{Duration, Instant},
+};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use clap::{Parser, Subcommand};
 use etherparse::PacketBuilder;
@@ -16,6 +19,7 @@ use lb_common::{
     layout::{SETS_PER_ADDRESS, Set4, Set6, WAYS},
     meta::{CLIENT_ACK, Kind, Meta, SYN_ACK},
 };
+use lb_tests::cluster::{Cluster, Shape};
 use lb_userspace::dataplane::{BENCH_OBJECT, Dataplane, Listener, Mapped, Port, Settings};
 
 /// Measures sheave.
@@ -45,10 +49,17 @@ enum What {
         #[arg(long)]
         family: Option<String>,
     },
+    /// From `sheave run` to the first connection through the VIP, with three ready backends, and the daemon's memory.
+    Startup {
+        /// How often.
+        #[arg(long, default_value_t = 5)]
+        rounds: u32,
+    },
 }
 
 fn main() -> Result<()> {
     match Arguments::parse().what {
+        What::Startup { rounds } => startup(rounds),
         What::Datapath { json, rounds, packets, flows, family } => {
             ensure!(rounds >= 1 && packets >= 1, "--rounds and --packets must be at least 1");
             let wanted = |ipv6: bool, count: u32| {
@@ -77,6 +88,55 @@ struct Figure {
     flows: u32,
     ns: u32,
     empty_ns: u32,
+}
+
+/// Starts the daemon in the laboratory and has a client knock at the VIP until it is let in.
+fn startup(rounds: u32) -> Result<()> {
+    let cluster = Cluster::start(Shape::OneArm, 3)?;
+    let vip = SocketAddr::new(cluster.vip4, LISTENER_PORT);
+    println!("{:>5} {:>14} {:>12} {:>14}", "round", "forwarding ms", "resident kB", "of it maps kB");
+    for round in 1..=rounds {
+        let began = Instant::now();
+        let mut daemon = cluster.balance()?;
+        let elapsed = cluster.client.in_namespace(move || knock(vip, began))??;
+        daemon.wait_ready(3)?;
+        let (resident, maps) = memory(daemon.process().pid())?;
+        println!("{round:>5} {:>14} {resident:>12} {maps:>14}", elapsed.as_millis());
+        ensure!(daemon.stop()?.success(), "the daemon did not stop in order");
+    }
+    Ok(())
+}
+
+/// Until the program is attached the host's own kernel refuses.
+fn knock(vip: SocketAddr, began: Instant) -> Result<Duration> {
+    const LIMIT: Duration = Duration::from_secs(10);
+    while began.elapsed() < LIMIT {
+        if TcpStream::connect_timeout(&vip, Duration::from_millis(200)).is_ok() {
+            return Ok(began.elapsed());
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    bail!("no connection within {LIMIT:?}")
+}
+
+/// Resident memory of a process, and how much of it is BPF maps, in kB.
+fn memory(pid: u32) -> Result<(u64, u64)> {
+    let (mut resident, mut maps, mut in_map) = (0, 0, false);
+    for line in std::fs::read_to_string(format!("/proc/{pid}/smaps"))?.lines() {
+        match line.strip_prefix("Rss:") {
+            Some(size) => {
+                let size: u64 = size.trim().trim_end_matches(" kB").parse()?;
+                resident += size;
+                maps += if in_map { size } else { 0 };
+            }
+            // The first line of a mapping begins with its addresses.
+            None if line.split_once(' ').is_some_and(|(range, _)| range.contains('-')) => {
+                in_map = line.contains("bpf-map");
+            }
+            None => {}
+        }
+    }
+    Ok((resident, maps))
 }
 
 fn family_name(ipv6: bool) -> &'static str {
