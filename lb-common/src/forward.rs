@@ -20,17 +20,15 @@ use crate::{
 /// Entries of the selection table that are tried for another backend than the one that refused.
 const ALTERNATIVES: u32 = 8;
 
-/// Forwards a packet for listener `id`.
+/// Forwards a packet for a listener.
 #[inline(always)]
 pub fn forward<A: Family, F: Frame, M: Maps>(
     frame: &mut F,
     maps: &M,
     context: &Context<'_>,
     id: u16,
+    listener: &Listener,
 ) -> Done {
-    let Some(listener) = maps.listener(id) else {
-        return Done::NOT_OURS;
-    };
     if listener.ports & 1 << (context.port & 31) == 0 {
         return Done::NOT_OURS;
     }

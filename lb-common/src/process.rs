@@ -6,7 +6,7 @@ use crate::{
     frame::Frame,
     headers::{IPV4, IPV6, Ipv4, Ipv6, protocol},
     icmp,
-    layout::{Config, LISTENERS_PER_PORT, PORTS, SETS_PER_ADDRESS, SNAT_ADDRESSES, WAYS, family},
+    layout::{Config, LISTENERS_PER_PORT, Listener, PORTS, SETS_PER_ADDRESS, SNAT_ADDRESSES, WAYS, family},
     maps::Maps,
     outcome::{Action, Outcome},
     parse::{self, Carries, Link, Packet, Ports},
@@ -198,14 +198,16 @@ pub fn glance<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, link: &Link
         let hidden = A::NUMBER == family::IPV6 && parse::is_extension(protocol);
         return if protocol == A::ICMP || hidden { Glance::UNSURE } else { Glance::NOT_OURS };
     }
-    let (Some(config), Some(ports)) = (maps.config(), parse::ports(frame, transport)) else {
+    let Some(ports) = parse::ports(frame, transport) else {
         return Glance::NOT_OURS;
     };
     let first = maps.first_listener(u16::from_be(ports.destination));
-    if first != 0 || A::snat_count(config) > 1 || same(A::snat(config, 0), destination) {
-        Glance(first.into())
-    } else {
-        Glance::NOT_OURS
+    if first != 0 {
+        return Glance(first.into());
+    }
+    match maps.config() {
+        Some(config) if A::snat_count(config) > 1 || same(A::snat(config, 0), destination) => Glance(0),
+        _ => Glance::NOT_OURS,
     }
 }
 
@@ -235,13 +237,13 @@ pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, glance: G
     };
     let first = glance.first_listener(maps, ports);
     if first != 0 {
-        let id = listener_from::<A, M>(maps, first, packet.destination, ports.destination);
-        if id == 0 {
-            // A listener's port is never a slot, at any address.
+        // A listener's port is never a slot, at any address: whoever is not for a listener here is not ours.
+        let Some((id, listener)) = listener_from::<A, M>(maps, first, packet.destination, ports.destination)
+        else {
             return Done::NOT_OURS;
-        }
+        };
         return match enter(frame, maps, config, &link, packet, ports) {
-            Some(context) => forward::forward::<A, F, M>(frame, maps, &context, id),
+            Some(context) => forward::forward::<A, F, M>(frame, maps, &context, id, listener),
             None => Done::NOT_OURS,
         };
     }
@@ -256,11 +258,21 @@ pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, glance: G
 
 /// [`listener`], where the first one on the port is `first`: nearly always it is the one.
 #[inline(always)]
-fn listener_from<A: Family, M: Maps>(maps: &M, first: u16, address: [u64; 2], port: u16) -> u16 {
-    match maps.listener(first) {
-        Some(listener) if listener.family == A::NUMBER && same(listener.address, address) => first,
-        _ => maps.find_listener(A::NUMBER, address, port),
+fn listener_from<A: Family, M: Maps>(
+    maps: &M,
+    first: u16,
+    address: [u64; 2],
+    port: u16,
+) -> Option<(u16, &Listener)> {
+    let listener = maps.listener(first)?;
+    if listener.family == A::NUMBER && same(listener.address, address) {
+        return Some((first, listener));
     }
+    let id = maps.find_listener(A::NUMBER, address, port);
+    if id == 0 {
+        return None;
+    }
+    Some((id, maps.listener(id)?))
 }
 
 /// Are the addresses the same? Without a branch for each half.
