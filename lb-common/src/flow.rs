@@ -16,7 +16,7 @@
 //!
 //! Publishing before searching is what excludes duplicates: of two claimers, the one that searches last sees the
 //! other. (Searching first, or publishing by a plain store, lets both miss each other.) Both may give back; then the
-//! client's next SYN decides. `tests` checks it under loom, with this very code.
+//! client's next SYN decides. `loom_model` checks it, with this very code.
 
 use crate::{
     cell::{Cell8, Cell16, Cell32, Cell64},

@@ -89,7 +89,7 @@ fn known<A: Family, M: Maps>(
         Step::Return if !accepts(maps, meta) => {
             return reopen::<A, M>(maps, context, listener, query, found, clock);
         }
-        Step::Retry => return Ok((slot, retry::<A, M>(maps, listener, query, found))),
+        Step::Retry => return Ok((slot, retry::<A, M>(maps, listener, query, found)?)),
         Step::Keep | Step::Return | Step::Become(_) | Step::Refused => {}
     }
     if !segment.opens() {
@@ -139,7 +139,9 @@ fn reopen<A: Family, M: Maps>(
         0 => 0,
         half => maps.select(half - 1, query.hash),
     };
-    // Without a usable backend the old one hears of it: it is the one to say no.
+    if chosen == 0 && !accepts(maps, found.meta()) {
+        return Err(Outcome::RefusedNoBackend);
+    }
     let backend = if chosen == 0 { found.meta().backend() } else { chosen };
     let claimer = Claimer { service: listener.service.into(), backend: backend.into(), clock };
     let claim = maps.take::<A>(query, &claimer, found);
@@ -149,28 +151,37 @@ fn reopen<A: Family, M: Maps>(
     Ok(won::<A, M>(maps, context, &claimer, claim.slot()))
 }
 
-/// Does the slot's backend take new flows?
+/// Does the slot's backend take new flows? One that is this host always keeps its own: whether such a flow is
+/// established is not seen here, and the local socket says no by itself.
 #[inline(always)]
 fn accepts<M: Maps>(maps: &M, meta: Meta) -> bool {
-    maps.backend(meta.backend()).is_some_and(|backend| backend.flags.load() & backend_flag::ACCEPTS != 0)
+    const KEEPS: u32 = backend_flag::ACCEPTS | backend_flag::LOCAL;
+    maps.backend(meta.backend()).is_some_and(|backend| backend.flags.load() & KEEPS != 0)
 }
 
 /// A retransmitted SYN: on to its backend, or to another if that one takes no new flows any more.
 #[inline(always)]
-fn retry<A: Family, M: Maps>(maps: &M, listener: &Listener, query: &Query<A::Tuple>, found: Found) -> Meta {
+fn retry<A: Family, M: Maps>(
+    maps: &M,
+    listener: &Listener,
+    query: &Query<A::Tuple>,
+    found: Found,
+) -> Result<Meta, Outcome> {
     let meta = found.meta();
     if accepts(maps, meta) || meta.has(SYN_ACK) {
-        return meta;
+        return Ok(meta);
     }
     let other = maps.another::<A>(listener.service, query.hash, meta.backend());
-    let Some(ways) = A::set(maps, found.slot().set) else {
-        return meta;
-    };
-    if other != 0 && A::meta(ways, found.slot().way).compare_exchange(meta.0, meta.on(other).0) == meta.0 {
-        maps.count_event(listener.service, Event::Rebalanced);
-        return meta.on(other);
+    if other == 0 {
+        return Err(Outcome::RefusedNoBackend);
     }
-    meta
+    let ways = A::set(maps, found.slot().set).ok_or(Outcome::Malformed)?;
+    if A::meta(ways, found.slot().way).compare_exchange(meta.0, meta.on(other).0) != meta.0 {
+        return Ok(meta);
+    }
+    maps.count_event(listener.service, Event::Rebalanced);
+    maps.count_flow(other);
+    Ok(meta.on(other))
 }
 
 /// A backend for a flow with this hash that takes new flows and is not `refused`; 0: there is none.

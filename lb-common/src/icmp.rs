@@ -174,7 +174,7 @@ fn to_client<A: Family, M: Maps>(
         destination: listener.address,
         ports: Ports { source: port, destination: listener.port },
         from: listener.address,
-        hop: reply::learned::<A, M>(maps, slot),
+        hop: reply::learned(maps, A::return_hop(maps, slot).map_or(0, |index| index.load())),
     })
 }
 

@@ -21,7 +21,7 @@ pub enum Kind {
     HalfOpen = 2,
     /// Proven by the backend: SYN-ACK, the client's ACK, and then a segment of the backend.
     Established = 3,
-    /// Both sides have closed, the backend second: no TIME_WAIT there, reusable after a second.
+    /// Both sides have closed, the backend second: no TIME_WAIT there, reusable after two seconds.
     ClosedByClient = 4,
     /// Both sides have closed, the backend first: it is in TIME_WAIT for this slot for a minute.
     ClosedByBackend = 5,

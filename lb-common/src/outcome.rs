@@ -14,7 +14,7 @@ pub enum Action {
 
 macro_rules! outcomes {
     ($($(#[doc = $doc:literal])+ $variant:ident = $action:ident, $name:literal;)+) => {
-        /// What became of a packet. Every packet has exactly one, and every one is a counter.
+        /// What became of a packet. Every packet has exactly one, and every one but the first is a counter.
         #[repr(u8)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Outcome {
@@ -141,13 +141,13 @@ events! {
     FlowClaimed, "flows_claimed";
     /// A flow was proven established by its backend.
     FlowEstablished, "flows_established";
-    /// A closed slot was reused before its quarantine was over: every candidate was taken.
+    /// A closed or reset slot was reused before its quarantine was over: every candidate was taken.
     ReusedEarly, "slots_reused_early";
     /// A half-open or unproven slot was taken from its flow: every candidate was taken.
     HalfOpenReclaimed, "half_open_reclaimed";
     /// A retransmitted SYN was moved to another backend, as its own takes no new flows any more.
     Rebalanced, "syn_moved";
-    /// A client's way back was not remembered: the table of learned next hops is full.
+    /// A client's way back was not remembered: its places in the table of learned next hops are taken.
     NextHopOverflow, "next_hop_overflow";
 }
 

@@ -206,9 +206,25 @@ pub fn glance<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, link: &Link
         return Glance(first.into());
     }
     match maps.config() {
-        Some(config) if A::snat_count(config) > 1 || same(A::snat(config, 0), destination) => Glance(0),
+        Some(config) if is_snat::<A, M>(maps, config, destination) => Glance(0),
         _ => Glance::NOT_OURS,
     }
+}
+
+/// Is this an SNAT address? The first few are looked at in place.
+#[inline(always)]
+fn is_snat<A: Family, M: Maps>(maps: &M, config: &Config, address: [u64; 2]) -> bool {
+    const IN_PLACE: usize = 4;
+    let count = A::snat_count(config);
+    for index in 0..IN_PLACE {
+        if index as u32 >= count {
+            return false;
+        }
+        if same(A::snat(config, index), address) {
+            return true;
+        }
+    }
+    count > IN_PLACE as u32 && maps.snat_index::<A>(address).is_some()
 }
 
 /// Takes a TCP packet of one family to its outcome. [`Done::ICMP`]: it is none, but [`icmp::translate`]'s. Refused: the

@@ -30,6 +30,8 @@ pub fn reply<A: Family, F: Frame, M: Maps>(
     let Some(ways) = A::set(maps, slot.set) else {
         return Done::NOT_OURS;
     };
+    // Asked for before the slot is looked at: both lines may be far away, and so they come together.
+    let return_hop = A::return_hop(maps, slot).map_or(0, |index| index.load());
     let meta = Meta(A::meta(ways, slot.way).load());
     let from_backend = maps.backend(meta.backend()).is_some_and(|backend| {
         backend.family == A::NUMBER
@@ -47,7 +49,7 @@ pub fn reply<A: Family, F: Frame, M: Maps>(
     let Some(listener) = maps.listener(listener_id) else {
         return Done::NOT_OURS;
     };
-    let client = Client { listener, listener_id, address, port, slot };
+    let client = Client { listener, listener_id, address, port, slot, return_hop };
     match step::<A, F, M>(frame, maps, context, ways, meta, &client) {
         Ok(done) => done,
         Err(outcome) => Done::with(outcome, listener.service),
@@ -61,6 +63,7 @@ struct Client<'a> {
     address: [u64; 2],
     port: u16,
     slot: Slot,
+    return_hop: u16,
 }
 
 #[inline(always)]
@@ -94,7 +97,8 @@ fn step<A: Family, F: Frame, M: Maps>(
         Step::Keep | Step::Reopen | Step::Retry | Step::Return => {}
     }
     let now = Clock::read(maps, context.config).seen;
-    if meta.seen() != now {
+    // Not in every unit: the client's next packet is to find it old, and to look where it came from.
+    if meta.age(now) >= 2 {
         word.store_high(now);
     }
     transmit::<A, F, M>(frame, maps, context, client)
@@ -115,6 +119,7 @@ fn second_chance<A: Family, M: Maps>(
         let hash = A::hash(&context.config.key, tuple);
         let other = maps.another::<A>(client.listener.service, hash, meta.backend());
         if other != 0 && word.compare_exchange(meta.0, meta.on(other).with(RESET).0) == meta.0 {
+            maps.count_flow(other);
             return Err(Outcome::SecondChance);
         }
     }
@@ -132,7 +137,7 @@ fn transmit<A: Family, F: Frame, M: Maps>(
 ) -> Result<Done, Outcome> {
     let translation = to_client(context, client.listener, client.address, client.port);
     let service = client.listener.service;
-    let hop = match learned::<A, M>(maps, client.slot) {
+    let hop = match learned(maps, client.return_hop) {
         NextHop::UNKNOWN => NextHop(frame.routed(A::NUMBER, client.address)),
         hop => hop,
     };
@@ -169,12 +174,11 @@ fn to_client(
 
 /// The way back that the client's packets taught, if any is known.
 #[inline(always)]
-pub fn learned<A: Family, M: Maps>(maps: &M, slot: Slot) -> NextHop {
-    let index = A::return_hop(maps, slot).map_or(0, |index| index.load());
-    if index == 0 {
+pub fn learned<M: Maps>(maps: &M, return_hop: u16) -> NextHop {
+    if return_hop == 0 {
         return NextHop::UNKNOWN;
     }
-    NextHop(maps.learned_hop(index).map_or(0, |hop| hop.load()))
+    NextHop(maps.learned_hop(return_hop).map_or(0, |hop| hop.load()))
 }
 
 /// The way back by the routing table, see [`NextHop`]: for clients whose neighbour could not be remembered.

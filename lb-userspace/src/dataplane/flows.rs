@@ -9,7 +9,7 @@ use lb_common::{
     cell::Cell8,
     flow::{Family, LONG_QUARANTINE, Query, V4, V6},
     layout::{Config, OverflowMarks, WAYS},
-    meta::{Kind, Meta, RESET},
+    meta::{CLIENT_FIN, Kind, Meta, RESET},
     transition::RESET_QUARANTINE,
 };
 
@@ -55,8 +55,10 @@ impl Round<'_> {
             // Its CPU was lost, or the program was replaced.
             (age > 1).then_some(Meta::FREE)
         } else if meta.is(Kind::HalfOpen) {
-            // Replies of a local backend are not seen: its flows never become more than this.
-            (age > if local { idle } else { self.transitory }).then_some(Meta::FREE)
+            // Replies of a local backend are not seen: its flows never become more than this, and the client's FIN is
+            // all that is heard of their end.
+            let lives = local && !meta.has(CLIENT_FIN);
+            (age > if lives { idle } else { self.transitory }).then_some(Meta::FREE)
         } else if meta.is(Kind::Established) && meta.has(RESET) {
             (age > RESET_QUARANTINE).then(|| meta.without_flags().become_kind(Kind::ClosedByClient))
         } else if meta.is(Kind::Established) {
@@ -141,7 +143,8 @@ fn sweep<F: Family>(flows: &Mapped<F::Set>, round: &Round<'_>, reaped: &mut Reap
                 continue;
             }
             reaped.occupied += 1;
-            if meta.is_live() && !meta.is_closed() && !meta.has(RESET) {
+            let ending = meta.has(RESET) || (meta.is(Kind::HalfOpen) && meta.has(CLIENT_FIN));
+            if meta.is_live() && !meta.is_closed() && !ending {
                 reaped.active[usize::from(meta.backend())] += 1;
             }
         }
@@ -216,6 +219,11 @@ mod tests {
             "a local backend's flow lives on the idle timeout"
         );
         assert_eq!(verdict(Kind::HalfOpen, 0, 2, 10_001), Some(Kind::Free));
+        assert_eq!(
+            verdict(Kind::HalfOpen, CLIENT_FIN, 2, 241),
+            Some(Kind::Free),
+            "unless the client has closed it"
+        );
         assert_eq!(verdict(Kind::Established, 0, 1, 10_000), None);
         assert_eq!(verdict(Kind::Established, 0, 1, 10_001), Some(Kind::ClosedByBackend));
         assert_eq!(verdict(Kind::Established, RESET, 1, 10), None);

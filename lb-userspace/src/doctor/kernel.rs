@@ -6,10 +6,9 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
 use super::{Finding, failure, note, ok, warning};
 
-/// Compare-and-swap in BPF, on which every claim of a slot rests, came with 5.12; programs on bonds with 5.15, which is
-/// also the oldest kernel that is still looked after.
-const NEEDED: (u32, u32) = (5, 12);
-const TESTED: (u32, u32) = (5, 15);
+/// Compare-and-swap in BPF came with 5.12, programs on bonds with 5.15, `bpf_loop` with 5.17, XDP for frames of several
+/// fragments with 5.18.
+const NEEDED: (u32, u32) = (5, 18);
 /// Since then BPF memory counts toward the control group, not toward this limit.
 const MEMLOCK_UNUSED: (u32, u32) = (5, 11);
 
@@ -33,14 +32,11 @@ fn parse_version(release: &str) -> Option<(u32, u32)> {
 fn version(release: &str) -> Finding {
     match parse_version(release) {
         None => warning("kernel", format!("cannot read the kernel's version from {release:?}")),
-        Some(version) if version < NEEDED => {
-            failure("kernel", format!("Linux {release} has no compare-and-swap in BPF, which sheave needs"))
-                .fix("install Linux 5.15 or later")
-        }
-        Some(version) if version < TESTED => {
-            warning("kernel", format!("Linux {release} may do; sheave is meant for 5.15 and later"))
-                .fix("install Linux 5.15 or later")
-        }
+        Some(version) if version < NEEDED => failure(
+            "kernel",
+            format!("Linux {release} cannot load the program: it needs bpf_loop and XDP fragments"),
+        )
+        .fix("install Linux 5.18 or later"),
         Some(_) => ok("kernel", format!("Linux {release}")),
     }
 }
@@ -107,8 +103,8 @@ mod tests {
         for (release, level) in [
             ("4.19.0-27-amd64", Level::Failure),
             ("5.4.0", Level::Failure),
-            ("5.12.1", Level::Warning),
-            ("5.15.0-119-generic", Level::Ok),
+            ("5.15.0-119-generic", Level::Failure),
+            ("5.18.0", Level::Ok),
             ("6.18.44-fc-v595", Level::Ok),
             ("10.0", Level::Ok),
             ("unknown", Level::Warning),
