@@ -44,23 +44,61 @@ pub struct Plan {
     pub next: u32,
     /// Where the flows begin.
     pub first: u32,
+    /// The last four bytes of the first SNAT address, as a number; the others follow it.
+    pub snat: u32,
+    /// The last four bytes of an address, as a number; that of backend `id` is the `id`th after it.
+    pub backend: u32,
     /// The packet, but for what makes it one flow's, as words.
     pub packet: [u64; PACKET / 8],
 }
 
-/// A flow's place, for packets of backends: words of the SNAT address's and the backend's last four bytes, the SNAT
-/// port's word.
-#[repr(C)]
+/// A flow's place, for packets of backends. As small as can be, so that reading it leaves the caches to what is
+/// measured.
+#[repr(transparent)]
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Place {
-    /// Last four bytes of the SNAT address.
-    pub snat: u32,
-    /// Last four bytes of the backend's address.
-    pub backend: u32,
-    /// SNAT port.
-    pub port: u32,
-    /// Zero.
-    pub reserved: u32,
+pub struct Place(u32);
+
+impl Place {
+    /// SNAT port and address, by number, and backend.
+    #[must_use]
+    pub const fn new(port: u16, snat: u8, backend: u8) -> Self {
+        Self(port as u32 | (snat as u32) << 16 | (backend as u32) << 24)
+    }
+
+    /// Flow `flow`'s, of the two in a value of the map.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(pair: u64, flow: u32) -> Self {
+        Self((pair >> (flow % 2 * 32)) as u32)
+    }
+
+    /// The value of the map with flow `flow`'s entered.
+    #[must_use]
+    pub const fn enter(self, pair: u64, flow: u32) -> u64 {
+        let shift = flow % 2 * 32;
+        pair & !(0xffff_ffff << shift) | (self.0 as u64) << shift
+    }
+
+    /// The SNAT port, as a number.
+    #[inline(always)]
+    #[must_use]
+    pub const fn port(self) -> u16 {
+        self.0 as u16
+    }
+
+    /// Which SNAT address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn snat(self) -> u32 {
+        self.0 >> 16 & 0xff
+    }
+
+    /// The backend's id.
+    #[inline(always)]
+    #[must_use]
+    pub const fn backend(self) -> u32 {
+        self.0 >> 24
+    }
 }
 
 /// Client address (its last four bytes, as a number) and port of a flow.
@@ -76,6 +114,6 @@ mod tests {
 
     #[test]
     fn layouts_are_what_the_kernel_has() {
-        assert_eq!((size_of::<Plan>(), size_of::<Place>()), (24 + PACKET, 16));
+        assert_eq!(size_of::<Plan>(), 32 + PACKET);
     }
 }

@@ -22,7 +22,7 @@ use crate::{
     cell::{Cell8, Cell16, Cell32, Cell64},
     hash::{FlowHash, Key},
     headers::protocol,
-    layout::{Config, SETS_PER_ADDRESS, Set4, Set6, WAYS, Way4, Way6, family},
+    layout::{Config, SETS_PER_ADDRESS, Set4, Set6, WAYS, Way4, Way6, family, snat_place},
     maps::{Maps, Step},
     meta::{Kind, Meta, RESET, SYN_ACK},
     outcome::{Event, Outcome},
@@ -160,6 +160,10 @@ pub trait Family: Copy + 'static {
     fn snat(config: &Config, index: usize) -> [u64; 2];
     /// How many SNAT addresses there are.
     fn snat_count(config: &Config) -> u32;
+    /// Where an SNAT address is looked up: see [`snat_place`].
+    fn snat_place(address: [u64; 2]) -> usize;
+    /// What is looked up there.
+    fn snat_at(config: &Config, address: [u64; 2]) -> u8;
     /// Which SNAT address a bucket belongs to.
     fn bucket(config: &Config, bucket: usize) -> u32;
     /// The half of the selection table in use, plus one; 0: none.
@@ -234,6 +238,16 @@ impl Family for V4 {
     #[inline(always)]
     fn snat_count(config: &Config) -> u32 {
         config.snat4_count
+    }
+
+    #[inline(always)]
+    fn snat_place(address: [u64; 2]) -> usize {
+        snat_place(address[0], 4)
+    }
+
+    #[inline(always)]
+    fn snat_at(config: &Config, address: [u64; 2]) -> u8 {
+        config.place4[Self::snat_place(address)]
     }
 
     #[inline(always)]
@@ -346,6 +360,16 @@ impl Family for V6 {
     }
 
     #[inline(always)]
+    fn snat_place(address: [u64; 2]) -> usize {
+        snat_place(address[1], 8)
+    }
+
+    #[inline(always)]
+    fn snat_at(config: &Config, address: [u64; 2]) -> u8 {
+        config.place6[Self::snat_place(address)]
+    }
+
+    #[inline(always)]
     fn bucket(config: &Config, bucket: usize) -> u32 {
         u32::from(config.bucket6[bucket % config.bucket6.len()])
     }
@@ -393,6 +417,8 @@ pub struct Query<T> {
     first: u32,
     /// How many usable sets there are.
     sets: u32,
+    /// See [`Config::partners`].
+    partners: u32,
 }
 
 impl<T: Copy> Query<T> {
@@ -401,13 +427,16 @@ impl<T: Copy> Query<T> {
     pub fn new<F: Family<Tuple = T>>(config: &Config, tuple: T) -> Self {
         let hash = F::hash(&config.key, tuple);
         let first = F::bucket(config, hash.bucket()) * SETS_PER_ADDRESS + config.first_set;
-        Self { tuple, hash, first, sets: config.sets }
+        Self { tuple, hash, first, sets: config.sets, partners: config.partners }
     }
 
-    /// Candidate set `number`.
+    /// Candidate set `number`. The second is in the same page of memory as the first.
     #[inline(always)]
     #[must_use]
     pub fn candidate(&self, number: u32) -> u32 {
+        if number == 1 {
+            return self.candidate(0) ^ self.hash.partner(self.partners);
+        }
         self.first + self.hash.candidate(number, self.sets)
     }
 }
@@ -415,6 +444,10 @@ impl<T: Copy> Query<T> {
 /// The live slot of a tuple.
 #[inline(always)]
 pub fn find<F: Family, M: Maps>(maps: &M, config: &Config, query: &Query<F::Tuple>) -> Found {
+    // Asked for before the first set is looked at: both lines may be far away, and so they come together.
+    if let Some(second) = F::set(maps, query.candidate(1)) {
+        F::meta(second, 0).load();
+    }
     let mut found = find_first::<F, M>(maps, query, Slot::NONE);
     if !found.is_some()
         && let Some(mark) = F::overflow(maps, query.candidate(0))

@@ -130,7 +130,7 @@ fn a_blocked_port_never_becomes_a_slot() {
     assert_eq!(ports, usable, "every other port once");
 }
 
-/// A table of one set, whose ways were left behind like this: what, by which backend's flow, how long ago.
+/// A table of one usable set, whose ways were left behind like this: what, by which backend's flow, how long ago.
 fn left_behind(ways: [(Kind, u32, u8, u16); WAYS]) -> Memory {
     let memory = Memory::new(0, 1, 1);
     let now = Clock::read(&&memory, &memory.config).seen;

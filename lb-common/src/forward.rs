@@ -20,19 +20,20 @@ use crate::{
 /// Entries of the selection table that are tried for another backend than the one that refused.
 const ALTERNATIVES: u32 = 8;
 
-/// Forwards a packet for a listener.
+/// Forwards a packet for a listener, whose flow was searched for.
 #[inline(always)]
 pub fn forward<A: Family, F: Frame, M: Maps>(
     frame: &mut F,
     maps: &M,
     context: &Context<'_>,
-    id: u16,
     listener: &Listener,
+    query: &Query<A::Tuple>,
+    found: Found,
 ) -> Done {
     if listener.ports & 1 << (context.port & 31) == 0 {
         return Done::NOT_OURS;
     }
-    match step::<A, F, M>(frame, maps, context, listener, id) {
+    match step::<A, F, M>(frame, maps, context, listener, query, found) {
         Ok(done) => done,
         Err(outcome) => Done::with(outcome, listener.service),
     }
@@ -44,12 +45,10 @@ fn step<A: Family, F: Frame, M: Maps>(
     maps: &M,
     context: &Context<'_>,
     listener: &Listener,
-    id: u16,
+    query: &Query<A::Tuple>,
+    found: Found,
 ) -> Result<Done, Outcome> {
     let segment = parse::segment(frame, &context.packet);
-    let tuple = A::tuple(context.packet.source, context.ports.source, id);
-    let query = Query::new::<A>(context.config, tuple);
-    let found = flow::find::<A, M>(maps, context.config, &query);
     if !found.is_some() && !segment.opens() {
         return Err(Outcome::NoFlow);
     }
@@ -58,9 +57,9 @@ fn step<A: Family, F: Frame, M: Maps>(
     }
     process::check::<A, F>(frame, &context.packet)?;
     let flow = if found.is_some() {
-        known::<A, M>(maps, context, listener, &query, found, &segment)?
+        known::<A, M>(maps, context, listener, query, found, &segment)?
     } else {
-        begin::<A, M>(maps, context, listener, &query)?
+        begin::<A, M>(maps, context, listener, query)?
     };
     transmit::<A, F, M>(frame, maps, context, listener, flow)
 }

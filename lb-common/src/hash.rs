@@ -77,6 +77,13 @@ impl FlowHash {
         scale(position, count)
     }
 
+    /// What leads from the flow's first candidate to its second: a number from 1 to `partners`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn partner(self, partners: u32) -> u32 {
+        1 + scale((self.0 >> 32) as u32, partners)
+    }
+
     /// The flow's place in a selection table of `size` entries.
     #[inline(always)]
     #[must_use]

@@ -9,10 +9,16 @@ use crate::{
 pub const WAYS: usize = 4;
 /// Sets of one SNAT address: 65,536 ports, four to a set.
 pub const SETS_PER_ADDRESS: u32 = 65_536 / WAYS as u32;
+/// [`Config::partners`] for tables of usual size. 32 sets of IPv6 are one page of 4,096 bytes, and of IPv4 half of one.
+pub const PARTNERS: u32 = 31;
 /// SNAT addresses of one family, at most.
 pub const SNAT_ADDRESSES: usize = 16;
 /// Buckets that are dealt out to the SNAT addresses.
 pub const BUCKETS: usize = 256;
+/// Places by which an SNAT address is looked up: see [`snat_place`].
+pub const SNAT_PLACES: usize = 64;
+/// In a place that several SNAT addresses share: all of them are to be looked at.
+pub const SNAT_SHARED: u8 = 0xff;
 /// Listener ids, 0 included, which is nobody's.
 pub const LISTENERS: u32 = 256;
 /// Listeners that may share a port number.
@@ -120,8 +126,9 @@ pub struct Config {
     pub half_open_jiffies: u32,
     /// The current epoch of overflow marks, 1 to 255.
     pub epoch: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// One less than a power of two by which `first_set` and `sets` can be divided: the sets that are so near to a
+    /// set that they are in the same page of memory, see [`PARTNERS`].
+    pub partners: u32,
     /// Backend ids from 1 to this may be in use.
     pub last_backend: u32,
     /// Zero, which the verifier does not know: see [`Config::blur`].
@@ -136,6 +143,25 @@ pub struct Config {
     pub bucket4: [u8; BUCKETS],
     /// Which IPv6 SNAT address a bucket belongs to.
     pub bucket6: [u8; BUCKETS],
+    /// For each [`snat_place`] the IPv4 SNAT address that is there, plus one; 0: none; or [`SNAT_SHARED`].
+    pub place4: [u8; SNAT_PLACES],
+    /// The same for IPv6.
+    pub place6: [u8; SNAT_PLACES],
+}
+
+/// Where an SNAT address (its last four or eight bytes as a word) is looked up. Of neighbouring addresses no two share
+/// a place: their last bytes differ.
+#[inline(always)]
+#[must_use]
+pub const fn snat_place(word: u64, bytes: u32) -> usize {
+    // First and last byte, one of which is the last of the address on any machine.
+    (word ^ (word >> (8 * (bytes - 1)))) as usize % SNAT_PLACES
+}
+
+/// Enters SNAT address `index`, whose place is `place`.
+pub fn enter_snat(places: &mut [u8; SNAT_PLACES], place: usize, index: usize) {
+    let entry = &mut places[place % SNAT_PLACES];
+    *entry = if *entry == 0 { index as u8 + 1 } else { SNAT_SHARED };
 }
 
 impl Config {
@@ -314,6 +340,7 @@ mod tests {
                 + PORTS * size_of::<Port>()
                 + SNAT_ADDRESSES * (4 + 16)
                 + 2 * BUCKETS
+                + 2 * SNAT_PLACES
         );
         assert_eq!(offset_of!(Config, ports), 80);
     }

@@ -8,11 +8,12 @@ use std::{
 
 use crate::{
     cell::{Cell8, Cell16, Cell32, Cell64},
+    flow::{Family as _, V4, V6},
     hash::Key,
     headers::Be16,
     layout::{
-        BUCKETS, Backend, Config, LISTENERS, Listener, NextHop, PORTS, Port, ReturnHops, SERVICES,
-        SNAT_ADDRESSES, Service, Set4, Set6, backend_flag, family,
+        BUCKETS, Backend, Config, LISTENERS, Listener, NextHop, PARTNERS, PORTS, Port, ReturnHops, SERVICES,
+        SNAT_ADDRESSES, SNAT_PLACES, Service, Set4, Set6, backend_flag, enter_snat, family,
     },
     maglev::TABLE_SIZE,
     maps::Maps,
@@ -70,9 +71,18 @@ fn zeroed<T: Default>(count: u32) -> Vec<T> {
     (0..count).map(|_| T::default()).collect()
 }
 
+/// Of small tables: see [`Config::partners`].
+const fn partners(sets: u32) -> u32 {
+    let group = 1 << (sets | (PARTNERS + 1)).trailing_zeros();
+    if group > 2 { group - 1 } else { 1 }
+}
+
 impl Memory {
-    /// Empty maps: one SNAT address of each family, to be set, whose sets from `first_set` on are used.
+    /// Empty maps: one SNAT address of each family, to be set, whose sets from `first_set` on are used. A single set
+    /// has a partner none of whose ways may be.
     pub(crate) fn new(first_set: u32, sets: u32, hops: u32) -> Self {
+        let alone = sets == 1;
+        let sets = sets.max(2);
         let config = Config {
             key: Key::new([0x0123_4567_89ab_cdef, 0x0f1e_2d3c_4b5a_6978]),
             first_set,
@@ -83,7 +93,7 @@ impl Memory {
             jiffies_shift: JIFFIES.trailing_zeros(),
             half_open_jiffies: (JIFFIES / 5) as u32,
             epoch: 1,
-            reserved: 0,
+            partners: partners(sets),
             last_backend: 0,
             zero: 0,
             ports: [Port::default(); PORTS],
@@ -91,6 +101,8 @@ impl Memory {
             snat6: [[0; 2]; SNAT_ADDRESSES],
             bucket4: [0; BUCKETS],
             bucket6: [0; BUCKETS],
+            place4: [0; SNAT_PLACES],
+            place6: [0; SNAT_PLACES],
         };
         let all = first_set + sets;
         Self {
@@ -98,7 +110,7 @@ impl Memory {
             listeners: vec![Listener::default()],
             services: vec![Service::default()],
             backends: vec![Backend::default()],
-            blocked: zeroed(all),
+            blocked: (0..all).map(|set| if alone && set == first_set + 1 { 0b1111 } else { 0 }).collect(),
             allowed: BTreeSet::new(),
             learned_hops: zeroed(hops),
             first_listeners: BTreeMap::new(),
@@ -125,8 +137,14 @@ impl Memory {
     /// Makes `address` the SNAT address of its family.
     pub(crate) fn set_snat(&mut self, address: IpAddr) {
         match address {
-            IpAddr::V4(_) => self.config.snat4[0] = words(address)[0] as u32,
-            IpAddr::V6(_) => self.config.snat6[0] = words(address),
+            IpAddr::V4(_) => {
+                self.config.snat4[0] = words(address)[0] as u32;
+                enter_snat(&mut self.config.place4, V4::snat_place(words(address)), 0);
+            }
+            IpAddr::V6(_) => {
+                self.config.snat6[0] = words(address);
+                enter_snat(&mut self.config.place6, V6::snat_place(words(address)), 0);
+            }
         }
     }
 

@@ -1,12 +1,15 @@
 //! The way of a packet: whose is it, what becomes of it, where does it go.
 
 use crate::{
-    flow::{Family, Slot, V4, V6},
+    flow::{self, Family, Query, Slot, V4, V6},
     forward,
     frame::Frame,
     headers::{IPV4, IPV6, Ipv4, Ipv6, protocol},
     icmp,
-    layout::{Config, LISTENERS_PER_PORT, Listener, PORTS, SETS_PER_ADDRESS, SNAT_ADDRESSES, WAYS, family},
+    layout::{
+        Config, LISTENERS_PER_PORT, Listener, PORTS, SETS_PER_ADDRESS, SNAT_ADDRESSES, SNAT_SHARED, WAYS,
+        family,
+    },
     maps::Maps,
     outcome::{Action, Outcome},
     parse::{self, Carries, Link, Packet, Ports},
@@ -206,25 +209,22 @@ pub fn glance<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, link: &Link
         return Glance(first.into());
     }
     match maps.config() {
-        Some(config) if is_snat::<A, M>(maps, config, destination) => Glance(0),
+        Some(config) if snat::<A, M>(maps, config, destination).is_some() => Glance(0),
         _ => Glance::NOT_OURS,
     }
 }
 
-/// Is this an SNAT address? The first few are looked at in place.
+/// Which SNAT address this is; None for all others, nearly always after one look.
 #[inline(always)]
-fn is_snat<A: Family, M: Maps>(maps: &M, config: &Config, address: [u64; 2]) -> bool {
-    const IN_PLACE: usize = 4;
-    let count = A::snat_count(config);
-    for index in 0..IN_PLACE {
-        if index as u32 >= count {
-            return false;
-        }
-        if same(A::snat(config, index), address) {
-            return true;
+fn snat<A: Family, M: Maps>(maps: &M, config: &Config, address: [u64; 2]) -> Option<u32> {
+    match A::snat_at(config, address) {
+        0 => None,
+        SNAT_SHARED => maps.snat_index::<A>(address),
+        number => {
+            let index = u32::from(number - 1) % SNAT_ADDRESSES as u32;
+            same(A::snat(config, index as usize), address).then_some(index)
         }
     }
-    count > IN_PLACE as u32 && maps.snat_index::<A>(address).is_some()
 }
 
 /// Takes a TCP packet of one family to its outcome. [`Done::ICMP`]: it is none, but [`icmp::translate`]'s. Refused: the
@@ -258,8 +258,11 @@ pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, glance: G
         else {
             return Done::NOT_OURS;
         };
+        // Before all that can be done without it: the flow's sets may be far away.
+        let query = Query::new::<A>(config, A::tuple(packet.source, ports.source, id));
+        let found = flow::find::<A, M>(maps, config, &query);
         return match enter(frame, maps, config, &link, packet, ports) {
-            Some(context) => forward::forward::<A, F, M>(frame, maps, &context, id, listener),
+            Some(context) => forward::forward::<A, F, M>(frame, maps, &context, listener, &query, found),
             None => Done::NOT_OURS,
         };
     }
@@ -324,7 +327,7 @@ pub fn slot<A: Family, M: Maps>(maps: &M, config: &Config, address: [u64; 2], po
     if set.wrapping_sub(config.first_set) >= config.sets {
         return None;
     }
-    let index = if same(A::snat(config, 0), address) { 0 } else { maps.snat_index::<A>(address)? };
+    let index = snat::<A, M>(maps, config, address)?;
     Some(Slot { set: index * SETS_PER_ADDRESS + set, way: port % WAYS as u32 })
 }
 

@@ -27,7 +27,7 @@ mod programs {
     #[btf_map]
     static PLAN: Array<Plan, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
     #[btf_map]
-    static PLACE: Array<Place, { FLOWS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
+    static PLACE: Array<u64, { FLOWS as usize / 2 }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
     /// The product, as `main.rs` has it.
     #[xdp(frags)]
@@ -88,10 +88,10 @@ mod programs {
                 frame.at::<Tcp>(tcp)?.source = Be16::new(port);
             }
             direction::REPLY => {
-                let place = PLACE.get(flow)?;
-                set_source(frame, plan.ipv6 != 0, Be32::from_word(place.backend))?;
-                let tcp = set_destination(frame, plan.ipv6 != 0, Be32::from_word(place.snat))?;
-                frame.at::<Tcp>(tcp)?.destination = Be16::from_word(place.port as u16);
+                let place = Place::of(*PLACE.get(flow / 2)?, flow);
+                set_source(frame, plan.ipv6 != 0, Be32::new(plan.backend + place.backend()))?;
+                let tcp = set_destination(frame, plan.ipv6 != 0, Be32::new(plan.snat + place.snat()))?;
+                frame.at::<Tcp>(tcp)?.destination = Be16::new(place.port());
             }
             _ => {}
         }

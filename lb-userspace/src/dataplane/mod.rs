@@ -26,11 +26,12 @@ use aya::{
 use ipnet::IpNet;
 use lb_common::{
     cell::Cell64,
+    flow::{Family as _, V4, V6},
     hash,
     layout::{
-        self, ALLOW_SERVICE_BITS, AllowKey, BACKENDS, BUCKETS, LISTENERS, NextHop, OverflowMarks, PORTS,
-        ReturnHops, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Set4, Set6, WAYS, allow_key,
-        backend_flag, family,
+        self, ALLOW_SERVICE_BITS, AllowKey, BACKENDS, BUCKETS, LISTENERS, NextHop, OverflowMarks, PARTNERS,
+        PORTS, ReturnHops, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Set4, Set6, WAYS,
+        allow_key, backend_flag, enter_snat, family,
     },
     maglev::{self, TABLE_SIZE},
     outcome::{COUNTERS, Counter},
@@ -171,18 +172,23 @@ impl Dataplane {
 
     fn configure(&self, settings: &Settings) {
         let mut config = layout::Config { key: hash::Key::new(settings.secret), epoch: 1, ..self.settings() };
-        // Whole sets only, so that a slot's port says which set it is in.
-        let ways = WAYS as u32;
-        config.first_set = u32::from(*settings.snat_ports.start()).div_ceil(ways);
-        config.sets = (u32::from(*settings.snat_ports.end()) + 1) / ways - config.first_set;
+        // Whole groups of partners only.
+        let (ways, group) = (WAYS as u32, PARTNERS + 1);
+        config.partners = PARTNERS;
+        config.first_set = u32::from(*settings.snat_ports.start()).div_ceil(ways * group) * group;
+        config.sets = (u32::from(*settings.snat_ports.end()) + 1) / (ways * group) * group - config.first_set;
         for address in &settings.snat_addresses {
             match address {
                 IpAddr::V4(_) => {
-                    config.snat4[config.snat4_count as usize] = words(*address)[0] as u32;
+                    let index = config.snat4_count as usize;
+                    config.snat4[index] = words(*address)[0] as u32;
+                    enter_snat(&mut config.place4, V4::snat_place(words(*address)), index);
                     config.snat4_count += 1;
                 }
                 IpAddr::V6(_) => {
-                    config.snat6[config.snat6_count as usize] = words(*address);
+                    let index = config.snat6_count as usize;
+                    config.snat6[index] = words(*address);
+                    enter_snat(&mut config.place6, V6::snat_place(words(*address)), index);
                     config.snat6_count += 1;
                 }
             }

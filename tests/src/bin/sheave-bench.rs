@@ -258,6 +258,8 @@ impl Bench {
             flow_mask: flows.next_power_of_two() - 1,
             next: 0,
             first,
+            snat: last_four(vip(self.ipv6, 0)),
+            backend: last_four(backend(self.ipv6, 0)),
             packet: packet(case, self.ipv6),
         }
     }
@@ -320,7 +322,7 @@ impl Bench {
 }
 
 /// Makes every claimed slot an established flow's, and notes where each of the measured flows is.
-fn prove<F: Family>(flows: &Mapped<F::Set>, places: &Mapped<Place>, ipv6: bool) -> u32 {
+fn prove<F: Family>(flows: &Mapped<F::Set>, places: &Mapped<u64>, ipv6: bool) -> u32 {
     let mut claimed = 0;
     for index in 0..flows.len() as u32 {
         let Some(set) = flows.get(index as usize) else { continue };
@@ -336,15 +338,9 @@ fn prove<F: Family>(flows: &Mapped<F::Set>, places: &Mapped<Place>, ipv6: bool) 
             let flow = (u32::from_be(last) - client(0).0) << 12 | u32::from(u16::from_be(port) - client(0).1);
             let snat_port = ((index % SETS_PER_ADDRESS) * WAYS as u32 + way) as u16;
             if flow < FLOWS {
-                places.write(
-                    flow as usize,
-                    Place {
-                        snat: last_four(vip(ipv6, index / SETS_PER_ADDRESS)),
-                        backend: last_four(backend(ipv6, meta.backend())),
-                        port: u32::from(snat_port.to_be()),
-                        reserved: 0,
-                    },
-                );
+                let place = Place::new(snat_port, (index / SETS_PER_ADDRESS) as u8, meta.backend());
+                let pair = places.read(flow as usize / 2).unwrap_or_default();
+                places.write(flow as usize / 2, place.enter(pair, flow));
             }
         }
     }
@@ -379,10 +375,10 @@ fn backend(ipv6: bool, id: u8) -> IpAddr {
 
 fn last_four(address: IpAddr) -> u32 {
     match address {
-        IpAddr::V4(address) => u32::from_ne_bytes(address.octets()),
+        IpAddr::V4(address) => u32::from_be_bytes(address.octets()),
         IpAddr::V6(address) => {
             let [.., a, b, c, d] = address.octets();
-            u32::from_ne_bytes([a, b, c, d])
+            u32::from_be_bytes([a, b, c, d])
         }
     }
 }
