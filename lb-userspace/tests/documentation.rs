@@ -1,6 +1,8 @@
 //! What the README and `docs/` say is what the code does: the parser, the counters, the commands and the admin socket
 //! are asked what there is, and each of them must be written down.
 
+#![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -104,7 +106,7 @@ fn heading_of(line: &str) -> Option<&str> {
     line.starts_with('#').then(|| line.trim_start_matches('#').trim().trim_matches('`'))
 }
 
-/// What a cell with `this` in backticks names.
+/// What a cell that begins with something in backticks is about.
 fn named(cell: &str) -> Option<&str> {
     cell.strip_prefix('`')?.split('`').next()
 }
@@ -147,7 +149,8 @@ fn every_configuration_is_right() {
 
 #[test]
 fn the_defaults_that_are_written_are_the_defaults() {
-    let blocks = Page::read("docs/configuration.md").blocks("toml");
+    let page = Page::read("docs/configuration.md");
+    let blocks = page.blocks("toml");
     let [written] = blocks
         .iter()
         .filter(|block| block.heading == "Everything, with its defaults")
@@ -157,18 +160,18 @@ fn the_defaults_that_are_written_are_the_defaults() {
     };
     let parse = |text: &str| Config::parse(text, "/etc/sheave/sheave.toml").unwrap().0;
     assert_eq!(parse(&written.text), parse(&service(true)));
-    let missing: Vec<_> = sections()
-        .iter()
-        .filter(|(title, _)| title.as_str() != "[[service.backend]]")
-        .flat_map(|(_, keys)| keys)
-        .filter(|key| !UNBUILT.contains(&key.as_str()) && !written.text.contains(key.as_str()))
-        .cloned()
-        .collect();
-    assert!(missing.is_empty(), "not in the block: {missing:?}");
+    let words: BTreeSet<_> =
+        written.text.split(|it: char| !it.is_ascii_alphanumeric() && it != '_').collect();
+    let rows = page.rows();
+    for title in sections().keys().filter(|title| title.as_str() != "[[service.backend]]") {
+        for row in rows.get(title).into_iter().flatten() {
+            let built = !row.iter().any(|cell| cell.to_lowercase().contains("not built yet"));
+            if let Some(key) = named(&row[0]).filter(|_| built) {
+                assert!(words.contains(key), "the block has no {key}");
+            }
+        }
+    }
 }
-
-/// Known to the parser only to be answered with "not built yet".
-const UNBUILT: [&str; 5] = ["on_dead", "reset_after", "reset_rate", "pods", "kubeconfig"];
 
 /// Every key the parser knows, by the section it belongs to as the parser calls it. The parser says so itself, to
 /// whoever writes a key that it does not know and that resembles none.
@@ -208,12 +211,7 @@ fn known_keys(text: &str) -> Option<(String, Vec<String>)> {
 #[test]
 fn every_key_is_documented_and_nothing_else() {
     let sections = sections();
-    let titles: Vec<_> = sections.keys().map(String::as_str).collect();
-    assert_eq!(
-        titles,
-        ["[[service.backend]]", "[[service]]", "[admin]", "[dataplane]", "[service.check]", "[vip]"],
-        "the parser was asked"
-    );
+    assert!(["[vip]", "[[service]]", "[service.check]"].iter().all(|title| sections.contains_key(*title)));
     let rows = Page::read("docs/configuration.md").rows();
     for (title, keys) in &sections {
         let Some(table) = rows.get(title) else { panic!("docs/configuration.md has no heading {title}") };
@@ -241,8 +239,7 @@ fn every_counter_is_documented_in_its_place() {
         Action::Transmit => "transmit",
         Action::Drop => "drop",
     };
-    let written: Vec<_> =
-        rows.iter().filter_map(|row| Some((named(&row[0])?, row[1].as_str()))).collect();
+    let written: Vec<_> = rows.iter().filter_map(|row| Some((named(&row[0])?, row[1].as_str()))).collect();
     let (outcomes, events) = written.split_at(Outcome::ALL.len().min(written.len()));
     // In order, because the log of packets names an outcome by its number.
     let expected: Vec<_> =
@@ -332,7 +329,10 @@ fn every_link_leads_somewhere() {
             if let Some(wanted) = wanted {
                 let page = Page { text: fs::read_to_string(&path).unwrap(), path };
                 let mut headings = page.prose().into_iter().filter_map(heading_of);
-                assert!(headings.any(|heading| anchor(heading) == wanted), "{place}, and no heading is named so");
+                assert!(
+                    headings.any(|heading| anchor(heading) == wanted),
+                    "{place}, and no heading is named so"
+                );
             }
             followed += 1;
         }

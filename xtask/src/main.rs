@@ -64,3 +64,31 @@ fn main() -> ExitCode {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, fs};
+
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    /// Every command and option, and none that is not there, in the table of docs/building.md. (What `bench` measures is
+    /// another program's.)
+    #[test]
+    fn every_command_is_documented_with_its_options() {
+        let page = fs::read_to_string(process::workspace().join("docs/building.md")).expect("the page");
+        let rows: Vec<_> = page.lines().filter_map(|line| line.strip_prefix("| `")).collect();
+        let documented: BTreeSet<_> = rows.iter().filter_map(|row| row.split([' ', '`']).next()).collect();
+        let command = Arguments::command();
+        let there: BTreeSet<_> = command.get_subcommands().map(clap::Command::get_name).collect();
+        // The table's head begins with `cargo xtask …`.
+        assert_eq!(documented, there.iter().copied().chain(["cargo"]).collect());
+        for command in command.get_subcommands() {
+            let row = rows.iter().find(|row| row.starts_with(command.get_name())).expect("a row");
+            for option in command.get_arguments().filter_map(|argument| argument.get_long()) {
+                assert!(row.contains(&format!("--{option}")), "{}: --{option}", command.get_name());
+            }
+        }
+    }
+}
