@@ -77,11 +77,12 @@ impl FlowHash {
         scale(position, count)
     }
 
-    /// What leads from the flow's first candidate to its second: a number from 1 to `partners`.
+    /// What leads from the flow's first candidate to its second: a number from 1 to `partners`, which is one less than a
+    /// power of two.
     #[inline(always)]
     #[must_use]
     pub const fn partner(self, partners: u32) -> u32 {
-        1 + scale((self.0 >> 32) as u32, partners)
+        (1 + scale((self.0 >> 32) as u32, partners)) & partners
     }
 
     /// The flow's place in a selection table of `size` entries.

@@ -34,6 +34,8 @@ fn explore(preemptions: Option<usize>, model: impl Fn() + Send + Sync + 'static)
 fn table(sets: u32) -> Memory {
     let mut memory = Memory::new(0, sets, 1);
     memory.blocked = vec![0b1110; sets as usize];
+    // Also of three: the partner of set 0, where all of the queries begin, is set 1.
+    memory.config.partners = memory.config.partners.max(1);
     memory
 }
 

@@ -71,18 +71,9 @@ fn zeroed<T: Default>(count: u32) -> Vec<T> {
     (0..count).map(|_| T::default()).collect()
 }
 
-/// Of small tables: see [`Config::partners`].
-const fn partners(sets: u32) -> u32 {
-    let group = 1 << (sets | (PARTNERS + 1)).trailing_zeros();
-    if group > 2 { group - 1 } else { 1 }
-}
-
 impl Memory {
-    /// Empty maps: one SNAT address of each family, to be set, whose sets from `first_set` on are used. A single set
-    /// has a partner none of whose ways may be.
+    /// Empty maps: one SNAT address of each family, to be set, whose sets from `first_set` on are used.
     pub(crate) fn new(first_set: u32, sets: u32, hops: u32) -> Self {
-        let alone = sets == 1;
-        let sets = sets.max(2);
         let config = Config {
             key: Key::new([0x0123_4567_89ab_cdef, 0x0f1e_2d3c_4b5a_6978]),
             first_set,
@@ -93,7 +84,7 @@ impl Memory {
             jiffies_shift: JIFFIES.trailing_zeros(),
             half_open_jiffies: (JIFFIES / 5) as u32,
             epoch: 1,
-            partners: partners(sets),
+            partners: (1 << (sets | (PARTNERS + 1)).trailing_zeros()) - 1,
             last_backend: 0,
             zero: 0,
             ports: [Port::default(); PORTS],
@@ -110,7 +101,7 @@ impl Memory {
             listeners: vec![Listener::default()],
             services: vec![Service::default()],
             backends: vec![Backend::default()],
-            blocked: (0..all).map(|set| if alone && set == first_set + 1 { 0b1111 } else { 0 }).collect(),
+            blocked: zeroed(all),
             allowed: BTreeSet::new(),
             learned_hops: zeroed(hops),
             first_listeners: BTreeMap::new(),

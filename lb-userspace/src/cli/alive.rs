@@ -15,7 +15,7 @@ backends does not matter: another load balancer would see the same. Answers with
 
 In keepalived.conf:
   vrrp_script sheave {
-      script \"/usr/local/bin/sheave alive\"
+      script \"/usr/bin/sheave alive\"
       interval 2
       timeout 2
       rise 2

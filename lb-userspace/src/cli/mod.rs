@@ -49,7 +49,7 @@ Examples:
   sheave completions bash > /etc/bash_completion.d/sheave
 
 In keepalived, instead of `pgrep haproxy`:
-  vrrp_script sheave { script \"/usr/local/bin/sheave alive\" interval 2 timeout 2 rise 2 fall 2 }
+  vrrp_script sheave { script \"/usr/bin/sheave alive\" interval 2 timeout 2 rise 2 fall 2 }
 ";
 
 /// Load balancer for kube-apiservers, in the kernel (XDP): no proxy, no TLS termination.

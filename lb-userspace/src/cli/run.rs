@@ -24,7 +24,7 @@ pub(super) struct Arguments {
     /// What to log, such as `debug` or `info,lb_userspace::health=debug` [default: $RUST_LOG, else info]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
-    /// Log one packet in N, at level debug: for finding out why a packet is dropped
+    /// Log one packet in N: for finding out why a packet is dropped
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     log_packets: Option<u32>,
 }

@@ -14,7 +14,8 @@ const LIMIT: Duration = Duration::from_secs(25);
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Removes what sheave put on this host, and nothing else: its programs, its maps, and VIPs of `mode = \"own\"`.
+Removes what sheave put on this host, and nothing else: its programs, its maps, VIPs of
+`mode = \"own\"`, and its changes to offloads.
 Connections through this load balancer end. A running daemon does it and stops.
 
 Exit codes: 0 nothing of sheave is left, 1 failed, 2 wrong usage.")]

@@ -107,7 +107,7 @@ ca_file = "/etc/sheave/ca.crt"
     assert!(warnings.is_empty(), "{warnings:?}");
     assert_eq!(config.dataplane.interfaces, Interfaces::Auto);
     assert_eq!(config.dataplane.xdp_mode, XdpMode::Auto);
-    assert_eq!(config.dataplane.snat_ports, 1024..=65535);
+    assert_eq!(config.dataplane.snat_ports, None);
     assert_eq!(config.dataplane.state_dir, Path::new("/var/lib/sheave"));
     assert_eq!(config.admin.socket, Path::new("/run/sheave/admin.sock"));
     let [service] = config.services.as_slice() else { panic!("{config:?}") };
@@ -176,7 +176,7 @@ address = "[fd00::151]:6443"
     );
     assert!(warnings.is_empty(), "{warnings:?}");
     assert_eq!(config.dataplane.hash_key_file.as_deref(), Some(Path::new("/etc/sheave/hash.key")));
-    assert_eq!(config.dataplane.snat_ports, 20000..=32767);
+    assert_eq!(config.dataplane.snat_ports, Some(20000..=32767));
     assert_eq!(config.vip.mode, VipMode::Own);
     let service = &config.services[0];
     assert_eq!(service.idle_timeout, Duration::from_secs(5400));

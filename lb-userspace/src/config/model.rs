@@ -28,9 +28,9 @@ pub struct Dataplane {
     pub xdp_mode: XdpMode,
     /// Source addresses towards the backends. Empty: the VIPs themselves.
     pub snat_addresses: Vec<std::net::IpAddr>,
-    /// Source ports towards the backends: all of 1024-65535 for addresses of our own, a part of them for an
-    /// address that this host uses as well.
-    pub snat_ports: RangeInclusive<u16>,
+    /// Source ports towards the backends. Absent: all of 1024-65535 for addresses of our own, those below the host's
+    /// ephemeral ports for an address that this host uses as well.
+    pub snat_ports: Option<RangeInclusive<u16>>,
     /// 128 bits in hexadecimal, the same file on every load balancer of a VIP. Absent: random.
     pub hash_key_file: Option<PathBuf>,
     /// What must survive a restart.

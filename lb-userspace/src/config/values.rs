@@ -103,10 +103,10 @@ const SNAT_PORT_MIN: u16 = 1024;
 const SNAT_PORTS_WIDTH_MIN: usize = 4096;
 
 /// `snat_ports = "A-B"`.
-pub(super) fn snat_ports(section: &Section) -> Result<RangeInclusive<u16>, Problem> {
+pub(super) fn snat_ports(section: &Section) -> Result<Option<RangeInclusive<u16>>, Problem> {
     const EXAMPLE: &str = "\"20000-32767\"";
     let Some(written) = section.text("snat_ports", EXAMPLE)? else {
-        return Ok(SNAT_PORT_MIN..=u16::MAX);
+        return Ok(None);
     };
     let range = written
         .get_ref()
@@ -125,7 +125,7 @@ pub(super) fn snat_ports(section: &Section) -> Result<RangeInclusive<u16>, Probl
             format!("\"snat_ports\" holds {} ports, too few", range.len()),
             format!("write a range of at least {SNAT_PORTS_WIDTH_MIN}, such as {EXAMPLE}"),
         ),
-        Some(range) => return Ok(range),
+        Some(range) => return Ok(Some(range)),
     };
     Err(Problem::at(written.span(), message).help(help))
 }

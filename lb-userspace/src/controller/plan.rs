@@ -19,7 +19,7 @@ use crate::{
     config::{Config, Interfaces},
     dataplane::Settings,
     health::Target,
-    network::{LocalAddress, Network, NetworkError, Route},
+    network::{LocalAddress, Network, NetworkError, Route, first_ephemeral_port},
 };
 
 /// What is to be loaded, attached and checked.
@@ -69,11 +69,11 @@ impl Plan {
             let name = network.interface(out.route.interface).map_or_else(|_| "?".to_owned(), |it| it.name);
             return Err(ControllerError::NotNamed { backend: out.address, interface: name });
         }
-        let source = Source::choose(config, &homes, &reach, &addresses);
+        let source = Source::choose(config, &homes, &reach, &addresses, first_ephemeral_port());
         source.notes.iter().for_each(|note| tracing::warn!("{note}"));
         let checks_use_slots = reach.iter().any(|reach| {
             reach.route.preferred_source.is_some_and(|address| source.addresses.contains(&address))
-                && *source.ports.end() > *BELOW_EPHEMERAL.end()
+                && *source.ports.end() >= first_ephemeral_port()
         });
         Ok(Self { backends, ports, source, checks_use_slots })
     }
@@ -96,8 +96,8 @@ impl Plan {
 
 /// The slots of a SNAT address of our own.
 const EVERY_PORT: RangeInclusive<u16> = 1024..=u16::MAX;
-/// The slots of an address that this host's own connections use too: below `ip_local_port_range`.
-const BELOW_EPHEMERAL: RangeInclusive<u16> = 1024..=32_767;
+/// Ports that an address which this host's own connections use too should have for slots at least.
+const ENOUGH_PORTS: u16 = 4096;
 
 /// Distinct listener addresses, in configuration order.
 pub(super) fn vips(config: &Config) -> Vec<IpAddr> {
@@ -160,6 +160,7 @@ impl Source {
         homes: &BTreeMap<IpAddr, Option<u32>>,
         reach: &[Reach],
         addresses: &[LocalAddress],
+        first_ephemeral: u16,
     ) -> Self {
         let vips = vips(config);
         let mut notes = Vec::new();
@@ -183,9 +184,19 @@ impl Source {
                 "SNAT address {address} is neither a VIP nor on this host: backends will find nobody there"
             ));
         }
-        let mut ports = config.dataplane.snat_ports.clone();
-        if shared && ports == EVERY_PORT {
-            ports = BELOW_EPHEMERAL;
+        let below = *EVERY_PORT.start()..=first_ephemeral.max(EVERY_PORT.start() + ENOUGH_PORTS) - 1;
+        let ports = match config.dataplane.snat_ports.clone() {
+            Some(ports) => ports,
+            None if shared => below,
+            None => EVERY_PORT,
+        };
+        if shared && *ports.end() >= first_ephemeral {
+            notes.push(format!(
+                "slots {}-{} reach into the ports of this host's own connections, from {first_ephemeral} on: narrow \
+                 snat_ports, or move net.ipv4.ip_local_port_range",
+                ports.start(),
+                ports.end()
+            ));
         }
         Self { addresses: chosen, ports, notes }
     }
@@ -270,7 +281,7 @@ mod tests {
 
     fn choose(config: &Config, reach: &[Reach]) -> Source {
         let homes = homes(&vips(config), &host(), |interface| interface != 1);
-        Source::choose(config, &homes, reach, &host())
+        Source::choose(config, &homes, reach, &host(), 32_768)
     }
 
     #[test]
@@ -302,9 +313,26 @@ mod tests {
         ] {
             let source = choose(&config(""), &[beside.clone(), elsewhere.clone()]);
             assert_eq!(source.addresses, [elsewhere.route.preferred_source.unwrap()]);
-            assert_eq!(source.ports, BELOW_EPHEMERAL);
+            assert_eq!(source.ports, 1024..=32_767);
             assert!(source.notes[0].contains("snat_addresses"), "{:?}", source.notes);
         }
+    }
+
+    #[test]
+    fn slots_keep_away_from_the_hosts_own_ports_also_where_these_were_moved() {
+        let back = [reach("10.0.2.12", BACK, None, "10.0.2.2")];
+        let homes = homes(&vips(&config("")), &host(), |interface| interface != 1);
+        let choose = |dataplane: &str, first_ephemeral| {
+            Source::choose(&config(dataplane), &homes, &back, &host(), first_ephemeral)
+        };
+        assert_eq!(choose("", 20_000).ports, 1024..=19_999);
+        let crowded = choose("", 1024);
+        assert_eq!(crowded.ports, 1024..=5119);
+        assert!(crowded.notes.iter().any(|note| note.contains("ip_local_port_range")), "{:?}", crowded.notes);
+        // What is written is meant, also when it is everything.
+        let written = choose("snat_ports = \"1024-65535\"", 32_768);
+        assert_eq!(written.ports, EVERY_PORT);
+        assert!(written.notes.iter().any(|note| note.contains("narrow snat_ports")), "{:?}", written.notes);
     }
 
     #[test]

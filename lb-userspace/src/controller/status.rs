@@ -203,7 +203,8 @@ fn check_status(backend: &Backend) -> CheckStatus {
     CheckStatus {
         code: report.code.as_str().to_owned(),
         http_status: report.http_status,
-        duration_ms: Some(u64::try_from(report.duration.as_millis()).unwrap_or(u64::MAX)),
+        duration_ms: (report.code != CheckCode::NoCheck)
+            .then(|| u64::try_from(report.duration.as_millis()).unwrap_or(u64::MAX)),
         detail: report.detail(),
         last_change,
     }

@@ -172,11 +172,7 @@ impl Dataplane {
 
     fn configure(&self, settings: &Settings) {
         let mut config = layout::Config { key: hash::Key::new(settings.secret), epoch: 1, ..self.settings() };
-        // Whole groups of partners only.
-        let (ways, group) = (WAYS as u32, PARTNERS + 1);
-        config.partners = PARTNERS;
-        config.first_set = u32::from(*settings.snat_ports.start()).div_ceil(ways * group) * group;
-        config.sets = (u32::from(*settings.snat_ports.end()) + 1) / (ways * group) * group - config.first_set;
+        (config.first_set, config.sets, config.partners) = sets(&settings.snat_ports);
         for address in &settings.snat_addresses {
             match address {
                 IpAddr::V4(_) => {
@@ -546,6 +542,21 @@ fn selection_table(members: &[(u8, &str, u16)]) -> Option<Vec<u8>> {
     let mut table = vec![0u16; TABLE_SIZE as usize];
     maglev::fill(&mut turns, &mut table)
         .then(|| table.into_iter().map(|index| sorted[usize::from(index)].0).collect())
+}
+
+/// The first set, how many there are, and the partners of each: whole groups of partners only, of the usual size unless
+/// the range has no room for one.
+fn sets(ports: &RangeInclusive<u16>) -> (u32, u32, u32) {
+    let mut group = PARTNERS + 1;
+    loop {
+        let ports_of_group = group * WAYS as u32;
+        let first = u32::from(*ports.start()).div_ceil(ports_of_group);
+        let end = (u32::from(*ports.end()) + 1) / ports_of_group;
+        if end > first || group == 1 {
+            return (first * group, end.saturating_sub(first) * group, group - 1);
+        }
+        group /= 2;
+    }
 }
 
 /// Deals the buckets out to the SNAT addresses of a family by rendezvous: one more address moves only its own share.

@@ -154,6 +154,13 @@ fn harmful_offloads(interface: &Interface, mode: XdpMode) -> Option<Finding> {
     if on.is_empty() {
         return Some(ok(subject(interface), "no offload keeps packets from XDP"));
     }
+    let fixed = offloads::fixed(&interface.name, &on).ok()?;
+    if !fixed.is_empty() {
+        let what = format!("{} on, and its driver lets nobody switch it off", fixed.join(", "));
+        return Some(
+            failure(subject(interface), what).fix("use another driver or network card for this interface"),
+        );
+    }
     let switches: Vec<String> = on.iter().map(|name| format!("{name} off")).collect();
     Some(
         note(subject(interface), format!("{} on: sheave switches off while it is attached", on.join(", ")))

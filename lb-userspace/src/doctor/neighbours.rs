@@ -51,8 +51,13 @@ async fn resolved(network: &Network, backend: SocketAddr) -> Result<NextHop, Net
 
 /// A backend on this host is reached by leaving the packet as it is: only possible on the listener's own port.
 fn local(service: &Service, backend: SocketAddr, subject: String) -> Finding {
-    let other: BTreeSet<u16> =
-        service.listen.iter().map(SocketAddr::port).filter(|port| *port != backend.port()).collect();
+    let other: BTreeSet<u16> = service
+        .listen
+        .iter()
+        .filter(|listener| listener.is_ipv4() == backend.is_ipv4())
+        .map(SocketAddr::port)
+        .filter(|port| *port != backend.port())
+        .collect();
     match other.first() {
         None => ok(subject, "is this host: its packets are passed to the local socket untouched"),
         Some(port) => failure(

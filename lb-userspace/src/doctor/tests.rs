@@ -28,7 +28,7 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
             interfaces: Interfaces::Auto,
             xdp_mode: XdpMode::Auto,
             snat_addresses: vec![],
-            snat_ports: 1024..=65535,
+            snat_ports: None,
             hash_key_file: None,
             state_dir: "/nonexistent".into(),
         },

@@ -30,7 +30,10 @@ pub(super) async fn examine(network: &Network, config: &Config) -> Vec<Finding> 
             )
             .fix("start keepalived or kube-vip, or set vip.mode = \"own\""),
             (Ok(None), VipMode::Own) => ok(subject, "is free; sheave will put it here"),
-            (Err(error), _) => failure(subject, error.to_string()),
+            (Err(error), VipMode::Follow) => {
+                note(subject, format!("is not here, and nobody can be asked for it: {error}"))
+            }
+            (Err(error), VipMode::Own) => failure(subject, error.to_string()),
         });
     }
     findings

@@ -52,15 +52,21 @@ pub fn harmful(interface: &str, generic: bool) -> io::Result<Vec<String>> {
     Ok(names.filter(|name| features.get(*name).is_some_and(|it| it.active)).map(str::to_owned).collect())
 }
 
+/// Those of `names` that the driver lets nobody switch.
+pub fn fixed(interface: &str, names: &[String]) -> io::Result<Vec<String>> {
+    let features = ethtool::features(interface)?;
+    let fixed = |name: &&String| features.get(*name).is_some_and(|feature| !feature.changeable);
+    Ok(names.iter().filter(fixed).cloned().collect())
+}
+
 /// Switches the harmful offloads of an interface off and records them in `state_dir`. Returns those that were on and
 /// could be switched. What the driver has fixed stays as it is: see `doctor`.
 pub fn turn_off(interface: &str, generic: bool, state_dir: &Path) -> Result<Vec<String>, OffloadError> {
     let failed =
         |doing| move |source| OffloadError::Driver { doing, interface: interface.to_owned(), source };
     let names = harmful(interface, generic).map_err(failed("read the offloads"))?;
-    let features = ethtool::features(interface).map_err(failed("read the offloads"))?;
-    let changeable = |name: &String| features.get(name).is_some_and(|feature| feature.changeable);
-    let names: Vec<String> = names.into_iter().filter(changeable).collect();
+    let fixed = fixed(interface, &names).map_err(failed("read the offloads"))?;
+    let names: Vec<String> = names.into_iter().filter(|name| !fixed.contains(name)).collect();
     if names.is_empty() {
         return Ok(names);
     }

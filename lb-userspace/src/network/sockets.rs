@@ -14,6 +14,16 @@ use netlink_packet_sock_diag::{
 };
 use netlink_sys::{Socket, SocketAddr as NetlinkAddress, protocols::NETLINK_SOCK_DIAG};
 
+/// The first of the ports that the kernel gives to this host's own connections (`ip_local_port_range`).
+pub fn first_ephemeral_port() -> u16 {
+    /// The kernel's default, see its `Documentation/networking/ip-sysctl.rst`.
+    const USUAL: u16 = 32_768;
+    std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")
+        .ok()
+        .and_then(|range| range.split_whitespace().next()?.parse().ok())
+        .unwrap_or(USUAL)
+}
+
 /// A TCP socket of this network namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TcpSocket {

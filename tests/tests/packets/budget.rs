@@ -122,6 +122,8 @@ fn offer(world: &mut World, next: &mut u32, flows: u32) -> u64 {
         flow_mask: u32::MAX,
         next: 0,
         first: *next,
+        snat: 0,
+        backend: 0,
         packet: words,
     };
     *next += flows;
