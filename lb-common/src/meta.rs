@@ -44,7 +44,7 @@ const KIND: u32 = 0b111;
 const FLAGS: u32 = 0xff & !KIND;
 
 /// A copy of the word.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Meta(pub u32);
 
 impl Meta {

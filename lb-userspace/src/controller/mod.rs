@@ -495,6 +495,7 @@ impl Controller {
             self.resolve().await;
             self.network.keep_fresh(FAR_AWAY).await;
             self.correct_learned_hops();
+            self.dataplane.forget_learned_hops();
             self.count_strangers();
         }
         if self.turns % CLEAR_MARKS_EVERY == CLEAR_MARKS_EVERY - 1

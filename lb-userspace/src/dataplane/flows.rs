@@ -39,6 +39,8 @@ struct Round<'a> {
     idle: &'a [u16],
     /// By backend id.
     local: &'a [bool],
+    /// The words of claims that the last round found.
+    claims: &'a HashSet<Meta>,
 }
 
 impl Round<'_> {
@@ -52,8 +54,9 @@ impl Round<'_> {
         let idle = self.idle.get(usize::from(listener)).copied().unwrap_or(self.transitory);
         let local = self.local.get(usize::from(meta.backend())).copied().unwrap_or(false);
         if meta.is(Kind::Claiming) {
-            // Its CPU was lost, or the program was replaced.
-            (age > 1).then_some(Meta::FREE)
+            // Its CPU was lost, or the program was replaced. A virtual machine that was halted has old claims, too, and
+            // goes on with them: not before the next round.
+            (age > 1 && self.claims.contains(&meta)).then_some(Meta::FREE)
         } else if meta.is(Kind::HalfOpen) {
             // Replies of a local backend are not seen: its flows never become more than this, and the client's FIN is
             // all that is heard of their end.
@@ -91,14 +94,16 @@ impl Dataplane {
                     .is_some_and(|backend| backend.flags.load() & lb_common::layout::backend_flag::LOCAL != 0)
             })
             .collect();
-        let round = Round { now, transitory: self.ticks.units(TRANSITORY), idle: &idle, local: &local };
+        let claims = std::mem::take(&mut self.claims);
+        let transitory = self.ticks.units(TRANSITORY);
+        let round = Round { now, transitory, idle: &idle, local: &local, claims: &claims };
         let mut reaped = Reaped { active: vec![0; self.backends.len()], ..Reaped::default() };
         let config = self.settings();
         if config.snat4_count > 0 {
-            sweep::<V4>(&self.flows4, &round, &mut reaped);
+            sweep::<V4>(&self.flows4, &round, &mut reaped, &mut self.claims);
         }
         if config.snat6_count > 0 {
-            sweep::<V6>(&self.flows6, &round, &mut reaped);
+            sweep::<V6>(&self.flows6, &round, &mut reaped, &mut self.claims);
         }
         Ok(reaped)
     }
@@ -123,7 +128,12 @@ impl Dataplane {
     }
 }
 
-fn sweep<F: Family>(flows: &Mapped<F::Set>, round: &Round<'_>, reaped: &mut Reaped) {
+fn sweep<F: Family>(
+    flows: &Mapped<F::Set>,
+    round: &Round<'_>,
+    reaped: &mut Reaped,
+    claims: &mut HashSet<Meta>,
+) {
     for index in 0..flows.len() {
         let Some(set) = flows.get(index) else {
             continue;
@@ -143,6 +153,9 @@ fn sweep<F: Family>(flows: &Mapped<F::Set>, round: &Round<'_>, reaped: &mut Reap
                 continue;
             }
             reaped.occupied += 1;
+            if meta.is(Kind::Claiming) {
+                claims.insert(meta);
+            }
             let ending = meta.has(RESET) || (meta.is(Kind::HalfOpen) && meta.has(CLIENT_FIN));
             if meta.is_live() && !meta.is_closed() && !ending {
                 reaped.active[usize::from(meta.backend())] += 1;
@@ -194,12 +207,18 @@ fn clear_one(mark: &Cell8, epoch: u8, needed: bool) {
 mod tests {
     use super::*;
 
-    const ROUND: Round<'static> =
-        Round { now: 1000, transitory: 240, idle: &[0, 10_000], local: &[false, false, true] };
+    const NOW: u16 = 1000;
 
     fn verdict(kind: Kind, flags: u32, backend: u8, age: u16) -> Option<Kind> {
-        let meta = Meta::new(kind, backend, 1000u16.wrapping_sub(age)).with(flags);
-        ROUND.verdict(meta, 1).map(|next| {
+        let meta = Meta::new(kind, backend, NOW.wrapping_sub(age)).with(flags);
+        verdict_after(&HashSet::from([meta]), meta)
+    }
+
+    /// What becomes of it, when the last round found these claims.
+    fn verdict_after(claims: &HashSet<Meta>, meta: Meta) -> Option<Kind> {
+        let (idle, local) = (&[0, 10_000], &[false, false, true]);
+        let round = Round { now: NOW, transitory: 240, idle, local, claims };
+        round.verdict(meta, 1).map(|next| {
             [Kind::Free, Kind::ClosedByClient, Kind::ClosedByBackend]
                 .into_iter()
                 .find(|kind| next.is(*kind))
@@ -230,6 +249,13 @@ mod tests {
         assert_eq!(verdict(Kind::Established, RESET, 1, 11), Some(Kind::ClosedByClient));
         assert_eq!(verdict(Kind::ClosedByBackend, 0, 1, 60), None);
         assert_eq!(verdict(Kind::ClosedByBackend, 0, 1, 61), Some(Kind::Free));
+    }
+
+    #[test]
+    fn a_claim_is_given_up_when_two_rounds_have_found_it() {
+        let claim = Meta::new(Kind::Claiming, 1, NOW - 100);
+        assert_eq!(verdict_after(&HashSet::new(), claim), None, "of a machine that was halted, maybe");
+        assert_eq!(verdict_after(&HashSet::from([claim]), claim), Some(Kind::Free));
     }
 
     #[test]

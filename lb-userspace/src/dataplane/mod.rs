@@ -9,10 +9,11 @@ mod clock;
 mod error;
 mod flows;
 mod grace;
+mod learned;
 mod mapped;
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashSet},
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     time::{Duration, Instant},
@@ -34,6 +35,7 @@ use lb_common::{
         allow_key, backend_flag, enter_snat, family,
     },
     maglev::{self, TABLE_SIZE},
+    meta::Meta,
     outcome::{COUNTERS, Counter},
     rewrite::endpoint_sum,
 };
@@ -114,6 +116,8 @@ pub struct Dataplane {
     loaded: (u64, Instant),
     grace: Grace,
     attached: Vec<Attached>,
+    /// The words of claims that the last look through the flow table found.
+    claims: HashSet<Meta>,
 }
 
 impl Dataplane {
@@ -166,6 +170,7 @@ impl Dataplane {
             loaded: (0, Instant::now()),
             grace: Grace::default(),
             attached: Vec::new(),
+            claims: HashSet::new(),
             ebpf,
         })
     }
@@ -397,26 +402,6 @@ impl Dataplane {
     /// Flows that a backend was given since it has its id.
     pub fn total_flows(&self, id: u8) -> Result<u64, DataplaneError> {
         sum(&self.backend_flows, "BACKEND_FLOWS", id.into())
-    }
-
-    /// The learned ways back to clients: index, MAC address and the number of the port.
-    pub fn learned_hops(&self) -> Vec<(usize, [u8; 6], usize)> {
-        (1..self.next_hops.len())
-            .filter_map(|index| {
-                let hop = NextHop(self.next_hops.get(index)?.load());
-                (hop != NextHop::UNKNOWN).then(|| {
-                    let mac = lb_common::headers::Mac::from_number(hop.mac()).bytes();
-                    (index, mac, usize::from(hop.port()))
-                })
-            })
-            .collect()
-    }
-
-    /// Points a learned way back at another neighbour.
-    pub fn correct_learned_hop(&self, index: usize, hop: ([u8; 6], usize)) {
-        if let Some(entry) = self.next_hops.get(index) {
-            entry.store(next_hop(Some(hop)).0);
-        }
     }
 
     /// What the program logs about packets, once; None: it has no logging in it.

@@ -75,7 +75,8 @@ pub(super) fn examine(network: &Network, ports: &[Port], config: Option<&Config>
         findings.extend(stacked(network, port, &interface));
         findings.extend(reverse_path_filter(&interface));
     }
-    findings.push(note("ip_forward", "not needed: packets are forwarded before the kernel's routing"));
+    findings.push(note("ip_forward", "not needed: packets are forwarded before the kernel's routing, but for replies to clients behind more \
+         than 4,095 neighbours at once"));
     findings
 }
 

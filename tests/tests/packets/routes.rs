@@ -59,6 +59,26 @@ pub(crate) fn fill_learned_hops(world: &mut World) {
 }
 
 #[test]
+fn ways_back_that_no_flow_needs_are_forgotten_when_the_table_fills_up() {
+    for ip in Ip::BOTH {
+        let mut world = World::new(ip);
+        let flow = world.establish(ip.client(1));
+        let hops = world.dataplane.map::<u64>("NEXT_HOP").unwrap();
+        let fill = |up_to: u32| {
+            for index in (1..up_to as usize).filter(|index| hops.read(*index) == Some(0)) {
+                hops.write(index, NextHop::new(index as u64 | 1 << 40, 0).0);
+            }
+        };
+        fill(NEXT_HOPS / 2);
+        assert_eq!(world.dataplane.forget_learned_hops(), 0, "there is room");
+        fill(NEXT_HOPS);
+        assert_eq!(world.dataplane.forget_learned_hops(), NEXT_HOPS as usize - 2);
+        assert_eq!(world.run(&flow.from_backend().bytes()).outcome, Outcome::Replied);
+        assert_eq!(world.dataplane.learned_hops().len(), 1);
+    }
+}
+
+#[test]
 fn a_client_whose_router_was_not_remembered_is_answered_by_the_route() {
     let lab = Lab::new().unwrap();
     for (ip, name, address) in [(Ip::V4, "v4", "10.0.64.254/24"), (Ip::V6, "v6", "fd00:40::fe/64")] {
