@@ -59,7 +59,15 @@ pub const fn client(meta: Meta, segment: &Segment, now: u16) -> Step {
         };
     }
     if segment.has(tcp_flag::RST) {
-        return if meta.is(Kind::Established) && !meta.has(RESET) { Step::Set(RESET) } else { Step::Keep };
+        // All that is heard of the end of a flow to a backend that is this host, whose own segments are not seen.
+        let unanswered = meta.is(Kind::HalfOpen) && !meta.has(SYN_ACK);
+        return if meta.is(Kind::Established) && !meta.has(RESET) {
+            Step::Set(RESET)
+        } else if unanswered && !meta.has(CLIENT_FIN) {
+            Step::Set(CLIENT_FIN)
+        } else {
+            Step::Keep
+        };
     }
     if segment.has(tcp_flag::FIN) && !meta.has(CLIENT_FIN) && !meta.is_closed() {
         return Step::Finish { flag: CLIENT_FIN, other: BACKEND_FIN, closed: Kind::ClosedByBackend };
@@ -187,7 +195,8 @@ mod tests {
 
     #[test]
     fn a_client_may_give_up_in_the_handshake_and_keep_its_slot() {
-        assert_eq!(client(HALF_OPEN, &segment(RST, 0), 0), Step::Keep);
+        assert_eq!(client(HALF_OPEN, &segment(RST, 0), 0), Step::Set(CLIENT_FIN));
+        assert_eq!(client(HALF_OPEN.with(SYN_ACK), &segment(RST, 0), 0), Step::Keep);
         assert_eq!(client(HALF_OPEN, &segment(SYN, 0), 0), Step::Retry);
     }
 

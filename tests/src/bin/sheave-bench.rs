@@ -16,6 +16,7 @@ use etherparse::PacketBuilder;
 use lb_common::{
     bench::{FLOWS, PACKET, Place, Plan, call, client, direction},
     flow::{Family, V4, V6},
+    hash::split_mix,
     layout::{SETS_PER_ADDRESS, Set4, Set6, WAYS},
     meta::{CLIENT_ACK, Kind, Meta, SYN_ACK},
 };
@@ -155,6 +156,15 @@ fn datapath(json: bool, rounds: u32, packets: u32, wanted: impl Fn(bool, u32) ->
                 }
                 figures.push(figure);
             }
+            // Fewer flows touch so few lines of their table that these stay in a cache.
+            if !json && flows >= SLOTS {
+                println!(
+                    "{:<20} {:<5} {flows:>7} {:>6}",
+                    "memory-read",
+                    family_name(ipv6),
+                    bench.memory_read()
+                );
+            }
         }
     }
     if json {
@@ -206,7 +216,7 @@ struct Bench {
 impl Bench {
     /// A data path in which `flows` flows are established and half of all slots are taken.
     fn new(ipv6: bool, flows: u32) -> Result<Self> {
-        let addresses = flows.div_ceil(SLOTS / 2 + SLOTS / 4).max(1);
+        let addresses = addresses(flows);
         let mut dataplane = Dataplane::load(BENCH_OBJECT, &settings(ipv6, addresses))?;
         dataplane.calibrate()?;
         let port = Port { interface: 1, tags: Vec::new(), mac: MAC };
@@ -281,6 +291,35 @@ impl Bench {
         Ok(Figure { case: case.name(), family: family_name(self.ipv6), flows: self.flows, ns, empty_ns })
     }
 
+    /// What this machine takes to read a line anywhere in as much memory as the flow table has, in nanoseconds: with
+    /// many flows every packet needs at least one.
+    fn memory_read(&self) -> u32 {
+        const LINE: usize = 64 / size_of::<u64>();
+        let set = if self.ipv6 { size_of::<Set6>() } else { size_of::<Set4>() };
+        let lines = addresses(self.flows) as usize * SETS_PER_ADDRESS as usize * set / 64;
+        // Lines in one random circle (Sattolo 1986), each with the number of the next.
+        let mut order: Vec<usize> = (0..lines).collect();
+        let mut random = 1;
+        for last in (1..lines).rev() {
+            random = split_mix(random);
+            order.swap(last, random as usize % last);
+        }
+        let mut memory = vec![0u64; lines * LINE];
+        for (line, next) in order.iter().enumerate() {
+            memory[line * LINE] = *next as u64;
+        }
+        let circle = || {
+            let began = Instant::now();
+            let mut line = 0;
+            for _ in 0..lines {
+                line = memory[line * LINE] as usize;
+            }
+            std::hint::black_box(line);
+            began.elapsed().as_nanos() as u32 / lines as u32
+        };
+        (0..5).map(|_| circle()).min().unwrap_or_default()
+    }
+
     /// Runs a plan `packets` times; nanoseconds each.
     fn run(&mut self, plan: &Plan, packets: u32) -> Result<u32> {
         if packets == 0 {
@@ -319,6 +358,11 @@ impl Bench {
         );
         Ok(())
     }
+}
+
+/// SNAT addresses for so many flows: three quarters of the slots hold them.
+fn addresses(flows: u32) -> u32 {
+    flows.div_ceil(SLOTS / 2 + SLOTS / 4).max(1)
 }
 
 /// Makes every claimed slot an established flow's, and notes where each of the measured flows is.
