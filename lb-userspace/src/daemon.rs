@@ -260,6 +260,7 @@ mod tests {
             service: service.name.clone(),
             backend: it.name.clone(),
             address: it.address,
+            host: None,
             check: service.check.clone(),
         };
         service.backends.iter().enumerate().map(target).collect()

@@ -8,6 +8,7 @@ pub mod daemon;
 pub mod dataplane;
 pub mod doctor;
 pub mod health;
+pub mod kubeconfig;
 pub mod network;
 mod state;
 pub mod vip;

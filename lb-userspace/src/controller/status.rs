@@ -206,6 +206,7 @@ fn check_status(backend: &Backend) -> CheckStatus {
         duration_ms: (report.code != CheckCode::NoCheck)
             .then(|| u64::try_from(report.duration.as_millis()).unwrap_or(u64::MAX)),
         detail: report.detail(),
+        failed: report.failed.clone(),
         last_change,
     }
 }

@@ -34,6 +34,7 @@ fn check(kind: CheckKind) -> Check {
         ca_file: None,
         client_cert: None,
         token_file: None,
+        kubeconfig: None,
         insecure_skip_tls_verify: false,
     }
 }
