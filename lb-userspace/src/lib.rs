@@ -9,6 +9,7 @@ pub mod dataplane;
 pub mod doctor;
 pub mod health;
 pub mod kubeconfig;
+pub mod names;
 pub mod network;
 mod state;
 pub mod vip;
