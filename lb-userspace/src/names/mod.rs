@@ -8,12 +8,7 @@ mod expand;
 mod known;
 mod lookup;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use tokio::{
     sync::watch,
@@ -64,8 +59,9 @@ impl Names {
     /// Waits until every name was looked up once, with or without success, at most for `limit`.
     pub async fn first_answers(&mut self, limit: Duration) {
         let complete = self.known.wait_for(|known| known.values().all(|it| it.asked));
-        // Whoever did not answer is asked again and again anyway.
-        let _ = timeout(limit, complete).await.map(drop);
+        if timeout(limit, complete).await.is_err() {
+            self.sentences().iter().for_each(|sentence| tracing::warn!("{sentence}"));
+        }
         self.known.mark_unchanged();
     }
 
@@ -76,17 +72,16 @@ impl Names {
         }
     }
 
-    /// The configuration with its named backends in place, and what is wrong with them, in sentences. Literal backends
-    /// stay; those that an earlier `apply` put in are made anew.
+    /// The configuration with its named backends in place, and which of their addresses cannot be used, in sentences.
+    /// Literal backends stay; those that an earlier `apply` put in are made anew.
     pub fn apply(&self, config: &Config) -> (Config, Vec<String>) {
         let known = self.known.borrow();
-        let none = BTreeSet::new();
-        let addresses = |host: &str| -> BTreeSet<IpAddr> {
-            known.get(&normal(host)).map_or_else(|| none.clone(), Known::addresses)
-        };
-        let (config, mut problems) = expand::expand(config, addresses);
-        problems.extend(known.iter().filter_map(|(host, it)| it.sentence(host)));
-        (config, problems)
+        expand::expand(config, |host| known.get(&normal(host)).map(Known::addresses).unwrap_or_default())
+    }
+
+    /// What the operator should know about look-ups: those that fail, or have not ended yet.
+    pub fn sentences(&self) -> Vec<String> {
+        self.known.borrow().iter().filter_map(|(host, it)| it.sentence(host)).collect()
     }
 }
 
