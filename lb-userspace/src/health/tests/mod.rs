@@ -1,6 +1,7 @@
 //! Checks against real servers on loopback.
 
 mod credentials;
+mod hostile;
 mod layers;
 mod schedule;
 mod server;

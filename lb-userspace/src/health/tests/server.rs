@@ -116,6 +116,8 @@ pub(super) enum Layer {
     Frozen,
     /// Reads the first bytes and hangs up.
     HangUp,
+    /// Begins a TLS record, and goes on with a byte every 10 ms for ever.
+    Dribble,
 }
 
 impl Layer {
@@ -253,6 +255,13 @@ async fn serve(mut tcp: TcpStream, layer: Arc<Layer>, answer: Arc<impl Fn(&Asked
         Layer::Frozen => std::future::pending().await,
         Layer::HangUp => {
             let _ = tcp.read(&mut [0; 64]).await;
+        }
+        Layer::Dribble => {
+            // A handshake record of 16 KiB with a ServerHello of as much.
+            let _ = tcp.write_all(&[0x16, 3, 3, 0x40, 0, 2, 0, 0x3f, 0xfc]).await;
+            while tcp.write_all(&[0]).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
         }
         Layer::Plain => talk(tcp, false, &*answer).await,
         Layer::Tls(config) => {
