@@ -400,3 +400,27 @@ fn a_backend_by_name_is_looked_up_and_a_name_nobody_knows_delays_nothing() {
     fs::write(&hosts, format!("{} master-1\n{} master-2\n", address(0), address(1))).unwrap();
     wait_flag(&daemon, "a backend's name stands for other addresses now");
 }
+
+#[test]
+fn with_names_that_nobody_knows_clients_are_refused_at_once_and_not_left_hanging() {
+    let cluster = cluster(1, AnonymousMode::Allowed);
+    let directory = cluster.lab.directory();
+    let resolv = directory.join("resolv.conf");
+    fs::write(&resolv, "nameserver 192.0.2.53\n").unwrap();
+    let named = |directory: &Path| {
+        let mut settings = settings(&cluster, &[]);
+        settings.backends.clear();
+        settings.service = vec![format!("backends = [\"nobody-knows:{PORT}\"]")];
+        settings.to_toml(directory)
+    };
+    let mut command = cluster.lb.command("unshare");
+    let script = "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
+    command.args(["--mount", "sh", "-c", script]).arg(&resolv).arg(program().unwrap());
+    let daemon = Daemon::start_with(&cluster.lb, directory, named, command).unwrap();
+    wait_flag(&daemon, "nobody-knows");
+    assert!(daemon.is_alive().unwrap(), "{}", daemon.log());
+    // curl's code for a connection that failed; a timeout would be 28.
+    assert_eq!(cluster.curl(cluster.vip4, "/name").output().unwrap().status.code(), Some(7));
+    let status = daemon.command("status").unwrap().output().unwrap().status;
+    assert_eq!(status.code(), Some(3), "no backend is ready");
+}
