@@ -11,16 +11,17 @@ use std::{
 
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::mpsc,
+    sync::{mpsc, watch},
     time::timeout_at,
 };
 
 use crate::{
-    admin::{self, BindError, Unloaded},
+    admin::{self, BindError, ProbeListener, Unloaded},
     config::{Config, VipMode},
     controller::{self, Controller, ControllerError, End, Inbox, Plan},
     dataplane::{Dataplane, OBJECT, PacketLog, Settings},
     health::{self, Event},
+    names::Names,
     network::{Network, offloads},
     vip,
 };
@@ -29,6 +30,8 @@ use crate::{
 const FIRST_RESULT: Duration = Duration::from_millis(1500);
 /// How long to wait for the others after the first.
 const OTHER_RESULTS: Duration = Duration::from_secs(1);
+/// How long to wait for the addresses of backends by name. One that takes longer is left out until it is known.
+const FIRST_NAMES: Duration = Duration::from_secs(2);
 /// For the last answer on the admin socket to be read.
 const LAST_ANSWER: Duration = Duration::from_millis(100);
 
@@ -79,6 +82,12 @@ async fn serve(config: Config, log_one_in: Option<u32>, began: Instant) -> Resul
     let mut stop = signals().map_err(|source| DaemonError::System { doing: "listen for signals", source })?;
     // Before anything is touched: another daemon may be at work here.
     let admin = admin::bind(&config.admin.socket)?;
+    let probes = config
+        .admin
+        .listen
+        .map(ProbeListener::bind)
+        .transpose()
+        .map_err(|source| DaemonError::System { doing: "listen on admin.listen", source })?;
     let started = tokio::select! {
         started = start(config.clone(), log_one_in) => Some(started),
         _ = stop.recv() => None,
@@ -97,6 +106,8 @@ async fn serve(config: Config, log_one_in: Option<u32>, began: Instant) -> Resul
     };
     let (questions, requests) = mpsc::channel(16);
     let server = tokio::spawn(admin.serve(questions));
+    let (_targets, targets) = watch::channel(controller.probe_targets());
+    let probes = probes.map(|probes| tokio::spawn(probes.serve(targets)));
     tracing::info!("ready after {} ms: {}", began.elapsed().as_millis(), controller.summary());
     let end = controller.run(Inbox { checks, network, requests, stop }).await;
     tracing::info!("stopping");
@@ -115,6 +126,9 @@ async fn serve(config: Config, log_one_in: Option<u32>, began: Instant) -> Resul
             tokio::time::sleep(LAST_ANSWER).await;
         }
     }
+    if let Some(probes) = probes {
+        probes.abort();
+    }
     // Its end removes the socket's file.
     server.abort();
     let _ = server.await;
@@ -128,6 +142,10 @@ async fn start(config: Config, log_one_in: Option<u32>) -> Result<Started, Contr
     let secret = controller::load_hash_key(config.dataplane.hash_key_file.as_deref())
         .map_err(ControllerError::HashKey)?;
     let (network, changes) = Network::open().await?;
+    let mut names = Names::watch(&config, None);
+    names.first_answers(FIRST_NAMES).await;
+    let (config, problems) = names.apply(&config);
+    problems.iter().for_each(|problem| tracing::warn!("{problem}"));
     let plan = Plan::make(&config, &network).await?;
     let targets = plan.targets(&config);
     let count = targets.len();
@@ -146,6 +164,7 @@ async fn start(config: Config, log_one_in: Option<u32>) -> Result<Started, Contr
         read_packet_log(dataplane.take_packet_log());
     }
     let mut controller = Controller::new(config, network, dataplane, plan, checks).await?;
+    controller.follow_names(names);
     controller.begin(results).await;
     controller.attach().await?;
     controller.place_vips().await?;
@@ -260,6 +279,7 @@ mod tests {
             service: service.name.clone(),
             backend: it.name.clone(),
             address: it.address,
+            host: None,
             check: service.check.clone(),
         };
         service.backends.iter().enumerate().map(target).collect()

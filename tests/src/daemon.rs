@@ -27,7 +27,7 @@ pub struct Settings {
     pub listen: Vec<SocketAddr>,
     /// Name and address of each backend.
     pub backends: Vec<(String, SocketAddr)>,
-    /// `check.ca_file`
+    /// `check.ca_file`; empty: none
     pub ca_file: PathBuf,
     /// Further lines of `[dataplane]`.
     pub dataplane: Vec<String>,
@@ -61,7 +61,10 @@ impl Settings {
             let listen: Vec<_> = listen.iter().map(ToString::to_string).collect();
             line(&format!("[[service]]\nname = {name:?}\nlisten = {listen:?}"));
             self.service.iter().for_each(|text| line(text));
-            line(&format!("[service.check]\nca_file = {:?}", self.ca_file));
+            line("[service.check]");
+            if !self.ca_file.as_os_str().is_empty() {
+                line(&format!("ca_file = {:?}", self.ca_file));
+            }
             self.check.iter().for_each(|text| line(text));
             for (name, address) in self.backends.iter().filter(|(_, address)| is_family(address)) {
                 line(&format!("[[service.backend]]\nname = {name:?}\naddress = \"{address}\""));
@@ -139,12 +142,26 @@ impl Daemon {
     /// # Errors
     /// When the program is missing.
     pub fn start(host: &Host, directory: &Path, settings: &Settings) -> Result<Self> {
+        Self::start_with(host, directory, |directory| settings.to_toml(directory), host.command(program()?))
+    }
+
+    /// Starts the daemon with a configuration that [`Settings`] cannot say: `config` makes its text, with what the
+    /// daemon keeps on disk below the directory it is given, and the admin socket there as `admin.sock`. `command`
+    /// ends with the program, to which `run` is added.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_with(
+        host: &Host,
+        directory: &Path,
+        config: impl FnOnce(&Path) -> String,
+        mut command: Command,
+    ) -> Result<Self> {
         let directory = directory.join(format!("{}-sheave", host.name()));
         fs::create_dir_all(&directory)?;
-        let config = directory.join("sheave.toml");
-        fs::write(&config, settings.to_toml(&directory))?;
-        let mut command = host.command(program()?);
-        command.arg("run").arg("--config").arg(&config);
+        let file = directory.join("sheave.toml");
+        fs::write(&file, config(&directory))?;
+        command.arg("run").arg("--config").arg(&file);
         let process = host.start("sheave", command)?;
         Ok(Self { process, namespace: host.namespace().path(), socket: directory.join("admin.sock") })
     }

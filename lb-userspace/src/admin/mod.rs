@@ -7,6 +7,7 @@
 //! The server side knows nothing of the daemon: it turns requests into [`Request`]s, which the controller answers.
 
 mod client;
+mod probe;
 mod server;
 pub mod socket;
 mod status;
@@ -15,6 +16,7 @@ mod status;
 mod tests;
 
 pub use client::{Client, ClientError};
+pub use probe::{ProbeListener, ProbeTarget, ProbeTargets};
 pub use server::Request;
 pub use socket::{AdminListener, BindError, bind};
 pub use status::*;

@@ -128,6 +128,9 @@ pub struct CheckStatus {
     pub duration_ms: Option<u64>,
     /// In words: `Layer7 wrong status`.
     pub detail: String,
+    /// The sub-checks that the backend named as failed: `["etcd"]`.
+    #[serde(default)]
+    pub failed: Vec<String>,
     /// When the backend's state last changed, in seconds since 1970-01-01 UTC.
     pub last_change: Option<u64>,
 }

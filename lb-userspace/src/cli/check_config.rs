@@ -38,7 +38,8 @@ fn summary(config: &Config) -> String {
         _ => format!("{number} {what}s"),
     };
     let listeners = config.services.iter().map(|service| service.listen.len()).sum();
-    let backends = config.services.iter().map(|service| service.backends.len()).sum();
+    let backends =
+        config.services.iter().map(|service| service.backends.len() + service.named_backends.len()).sum();
     format!(
         "{}, {}, {}",
         count(config.services.len(), "service"),

@@ -4,7 +4,9 @@ mod alive;
 mod check_config;
 mod completions;
 mod doctor;
+mod init;
 mod output;
+mod rbac;
 mod run;
 mod status;
 mod table;
@@ -41,6 +43,7 @@ Exit codes:
 
 const HELP: &str = "\
 Examples:
+  sheave init --kubeconfig /etc/kubernetes/admin.conf --vip 192.168.2.140
   sheave check-config                 is /etc/sheave/sheave.toml right?
   sheave doctor                       can this host do it, and what to change if not
   sheave run                          balance, until stopped
@@ -73,6 +76,10 @@ fn concat_help(examples: &str) -> String {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Write a first configuration from what a cluster says of itself
+    Init(init::Arguments),
+    /// Print the account that checks need where anonymous auth is off
+    Rbac(rbac::Arguments),
     /// Balance as the configuration says, until stopped
     Run(run::Arguments),
     /// Say whether a configuration file is right, and load nothing
@@ -113,6 +120,8 @@ pub fn main() -> ExitCode {
 
 fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     match command {
+        Command::Init(arguments) => init::run(arguments),
+        Command::Rbac(arguments) => rbac::run(arguments),
         Command::Run(arguments) => run::run(arguments),
         Command::CheckConfig(arguments) => check_config::run(arguments),
         Command::Status(arguments) => status::run(arguments),
@@ -199,7 +208,9 @@ mod tests {
     #[test]
     fn help_shows_every_command_on_one_line_and_the_exit_codes() {
         let help = Arguments::command().render_help().to_string();
-        for name in ["run", "check-config", "status", "doctor", "alive", "unload", "completions"] {
+        for name in
+            ["init", "rbac", "run", "check-config", "status", "doctor", "alive", "unload", "completions"]
+        {
             let line = help.lines().find(|line| line.trim_start().starts_with(&format!("{name} ")));
             assert!(line.is_some(), "{name} is missing in\n{help}");
         }

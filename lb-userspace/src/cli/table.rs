@@ -218,6 +218,7 @@ mod tests {
             http_status,
             duration_ms: Some(milliseconds),
             detail: detail.to_owned(),
+            failed: Vec::new(),
             last_change: Some(NOW - 192),
         }
     }

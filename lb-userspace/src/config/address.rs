@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipnet::IpNet;
+use rustls_pki_types::ServerName;
 use toml::Spanned;
 
 use super::{diagnostic::Problem, section::Section};
@@ -62,20 +63,60 @@ fn not_an_address(written: &Spanned<String>, role: Role) -> Problem {
     if host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok() {
         return problem(written, format!("{port:?} is not a port"), "write a number from 1 to 65535");
     }
-    let host_name = host.contains(|character: char| character.is_ascii_alphabetic())
-        && host.chars().all(|character| character.is_ascii_alphanumeric() || "-._".contains(character));
     match role {
-        Role::Backend if host_name => problem(
+        Role::Listener if is_host_name(host) => problem(
             written,
-            format!("a backend by name ({host}) is not built yet"),
+            format!("{host} is a name; listeners are matched by address"),
             &format!("write its address: {example}"),
         ),
-        Role::Listener if host_name => problem(
-            written,
-            format!("{host} is a name; names are not looked up"),
-            &format!("write its address: {example}"),
-        ),
+        Role::Backend if is_host_name(text) => {
+            problem(written, format!("{text:?} has no port"), &format!("write \"{text}:6443\""))
+        }
         _ => problem(written, format!("{text:?} is not an address and port"), &format!("write {example}")),
+    }
+}
+
+fn is_host_name(host: &str) -> bool {
+    host.contains(|character: char| character.is_ascii_alphabetic())
+        && host.chars().all(|character| character.is_ascii_alphanumeric() || "-._".contains(character))
+        && matches!(ServerName::try_from(host), Ok(ServerName::DnsName(_)))
+}
+
+/// Where a backend is.
+pub(super) enum Place {
+    /// As the data path needs it.
+    Address(SocketAddr),
+    /// Host and port, to be looked up.
+    Name(String, u16),
+}
+
+/// `"192.168.2.151:6443"`, `"[fd00::151]:6443"` or `"master-1:6443"`.
+pub(super) fn place(written: &Spanned<String>) -> Result<Place, Problem> {
+    let text = written.get_ref().as_str();
+    let name = text.rsplit_once(':').filter(|(host, _)| is_host_name(host));
+    let Some((host, port)) = name else { return socket_address(written, Role::Backend).map(Place::Address) };
+    if host.trim_end_matches('.') == "localhost" {
+        return Err(problem(
+            written,
+            "localhost is a loopback address, packets cannot be forwarded there".to_owned(),
+            "write this host's own address, and let the server listen on it",
+        ));
+    }
+    match port.parse::<u16>() {
+        Ok(port) if port > 0 => Ok(Place::Name(host.to_owned(), port)),
+        _ => Err(problem(written, format!("{port:?} is not a port"), "write a number from 1 to 65535")),
+    }
+}
+
+/// `admin.listen`: loopback is what it is for.
+pub(super) fn admin_address(written: &Spanned<String>) -> Result<SocketAddr, Problem> {
+    match written.get_ref().parse::<SocketAddr>() {
+        Ok(address) if address.port() > 0 => Ok(address),
+        _ => Err(problem(
+            written,
+            format!("{:?} is not an address and port", written.get_ref()),
+            "write one such as \"127.0.0.1:1936\"",
+        )),
     }
 }
 
@@ -93,7 +134,12 @@ fn every_address(written: &Spanned<String>) -> Problem {
 
 /// An address that one host on the network can have.
 fn unicast(address: IpAddr, written: &Spanned<String>) -> Result<(), Problem> {
-    let (message, help) = match address {
+    not_unicast(address).map_or(Ok(()), |(message, help)| Err(problem(written, message, &help)))
+}
+
+/// Why an address is not that of one host on the network, and what to write.
+pub(crate) fn not_unicast(address: IpAddr) -> Option<(String, String)> {
+    Some(match address {
         _ if address.is_unspecified() => {
             (format!("{address} is no host's address"), "write the address that is meant".to_owned())
         }
@@ -104,13 +150,12 @@ fn unicast(address: IpAddr, written: &Spanned<String>) -> Result<(), Problem> {
             format!("{address} is a link-local address, which is not forwarded"),
             "write a global or unique local (fd00::/8) one".to_owned(),
         ),
-        IpAddr::V6(v6) => match v6.to_ipv4_mapped() {
-            Some(v4) => (format!("{address} is an IPv4 address in IPv6 notation"), format!("write {v4}")),
-            None => return Ok(()),
-        },
-        IpAddr::V4(_) => return Ok(()),
-    };
-    Err(problem(written, message, &help))
+        IpAddr::V6(v6) => {
+            let v4 = v6.to_ipv4_mapped()?;
+            (format!("{address} is an IPv4 address in IPv6 notation"), format!("write {v4}"))
+        }
+        IpAddr::V4(_) => return None,
+    })
 }
 
 /// `dataplane.snat_addresses`.

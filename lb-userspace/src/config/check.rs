@@ -1,6 +1,6 @@
 //! `[service.check]`.
 
-use std::{ops::RangeInclusive, time::Duration};
+use std::{ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use toml::de::{DeArray, DeValue};
 
@@ -56,6 +56,7 @@ impl Default for Check {
             ca_file: None,
             client_cert: None,
             token_file: None,
+            kubeconfig: None,
             insecure_skip_tls_verify: false,
         }
     }
@@ -64,10 +65,6 @@ impl Default for Check {
 /// Reads the check of one service.
 pub(super) fn read(service: &Section, document: &mut Document) -> Result<Check, Problem> {
     let section = service.section("check", &KEYS)?;
-    section.not_built_yet(
-        "kubeconfig",
-        "name the credential by itself: \"token_file\", or \"client_cert_file\" and \"client_key_file\"",
-    )?;
     let default = Check::default();
     let (interval, fast_interval) = read_intervals(&section, &default)?;
     let rise_fall = 1..=RISE_FALL_MAX;
@@ -93,6 +90,7 @@ pub(super) fn read(service: &Section, document: &mut Document) -> Result<Check, 
         ca_file: section.path("ca_file", document)?,
         client_cert: read_client_certificate(&section, document)?,
         token_file: section.path("token_file", document)?,
+        kubeconfig: read_kubeconfig(&section, document)?,
         insecure_skip_tls_verify: section.boolean("insecure_skip_tls_verify", false)?,
     };
     warn(&section, &check, document);
@@ -162,6 +160,23 @@ fn read_client_certificate(
     }
 }
 
+/// It says who we are and whom we trust, so nothing else may.
+fn read_kubeconfig(section: &Section, document: &Document) -> Result<Option<PathBuf>, Problem> {
+    const KEY: &str = "kubeconfig";
+    let Some(path) = section.path(KEY, document)? else { return Ok(None) };
+    let others = ["ca_file", "client_cert_file", "client_key_file", "token_file", "insecure_skip_tls_verify"];
+    if let Some(other) = others.iter().find(|other| section.has(other)) {
+        return Err(Problem::at(section.span_of(other), format!("both {KEY:?} and {other:?}"))
+            .first_at(section.span_of(KEY))
+            .help(format!("keep one: the CA and the credential of the check come from {KEY:?}")));
+    }
+    if read_kind(section)? == CheckKind::Http {
+        return Err(Problem::at(section.span_of(KEY), format!("{KEY:?} with a check that speaks no TLS"))
+            .help("write `type = \"https\"`, or leave it out: its credential is not sent in the clear"));
+    }
+    Ok(Some(path))
+}
+
 fn lonely(section: &Section, given: &str, missing: &str) -> Problem {
     Problem::at(section.span_of(given), format!("{given:?} without {missing:?}"))
         .help(format!("add {missing:?}; it may be the same file when that holds both"))
@@ -216,7 +231,7 @@ fn warn(section: &Section, check: &Check, document: &mut Document) {
             warn(key, &format!("{key:?} is not used: the check speaks no HTTP"), "leave it out");
         }
     }
-    for key in ["ca_file", "client_cert_file", "server_name", "insecure_skip_tls_verify"] {
+    for key in ["ca_file", "client_cert_file", "server_name", "kubeconfig", "insecure_skip_tls_verify"] {
         if !tls && section.has(key) {
             warn(key, &format!("{key:?} is not used: the check speaks no TLS"), "leave it out");
         }

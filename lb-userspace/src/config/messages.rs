@@ -298,9 +298,14 @@ fn addresses() {
         (&listen("[fe80::1]:6443"), "fe80::1 is a link-local address, which is not forwarded"),
         (&listen("127.0.0.1:16443"), "a listener on loopback (127.0.0.1:16443) is not built yet"),
         (&listen("[::ffff:192.0.2.1]:6443"), "= help: write 192.0.2.1"),
-        (&listen("lb.example.com:6443"), "lb.example.com is a name; names are not looked up"),
+        (&listen("lb.example.com:6443"), "lb.example.com is a name; listeners are matched by address"),
         (&listen("10.0.0.256:6443"), "\"10.0.0.256:6443\" is not an address and port"),
-        (&backend("master-1.example.com:6443"), "a backend by name (master-1.example.com) is not built yet"),
+        (
+            &backend("master-1.example.com"),
+            "\"master-1.example.com\" has no port\n= help: write \"master-1.example.com:6443\"",
+        ),
+        (&backend("master-1:66443"), "\"66443\" is not a port"),
+        (&backend("localhost:6443"), "localhost is a loopback address, packets cannot be forwarded there"),
         (&backend("https://10.0.0.1:6443"), "= help: write \"10.0.0.1:6443\""),
         (&backend("127.0.0.1:6443"), "127.0.0.1 is a loopback address, packets cannot be forwarded there"),
         (&backend("0.0.0.0:6443"), "0.0.0.0 is no host's address"),
@@ -423,9 +428,63 @@ fn what_is_not_built_yet_says_so() {
         (&service_with("reset_after = \"10s\""), "\"reset_after\" other than \"5s\" is not built yet"),
         (&service_with("reset_rate = 1"), "\"reset_rate\" other than 2000 is not built yet"),
         (&service_with("pods = true"), "\"pods\" other than false is not built yet"),
-        (&check_with("kubeconfig = \"/etc/kubernetes/kubelet.conf\""), "\"kubeconfig\" is not built yet"),
-        ("[admin]\nlisten = \"127.0.0.1:1936\"\n", "\"listen\" is not built yet"),
     ]);
+}
+
+#[test]
+fn a_kubeconfig_says_everything_about_credentials_by_itself() {
+    let (config, warnings) =
+        right(&check_with("kubeconfig = \"kubelet.conf\"\nserver_name = \"kubernetes\""));
+    assert!(warnings.is_empty(), "{warnings:?}");
+    assert_eq!(config.services[0].check.kubeconfig.as_deref(), Some(Path::new("/etc/sheave/kubelet.conf")));
+    let with = |line: &str| check_with(&format!("kubeconfig = \"/a\"\n{line}"));
+    assert_messages(&[
+        (
+            &with("ca_file = \"/ca.crt\""),
+            "both \"kubeconfig\" and \"ca_file\" (first in line 7)\n= help: keep one: the CA and the credential of the check \
+             come from \"kubeconfig\"",
+        ),
+        (&with("token_file = \"/token\""), "both \"kubeconfig\" and \"token_file\" (first in line 7)"),
+        (
+            &with("client_cert_file = \"/a\"\nclient_key_file = \"/a\""),
+            "both \"kubeconfig\" and \"client_cert_file\" (first in line 7)",
+        ),
+        (
+            &with("insecure_skip_tls_verify = true"),
+            "both \"kubeconfig\" and \"insecure_skip_tls_verify\" (first in line 7)",
+        ),
+        (&with("type = \"http\""), "\"kubeconfig\" with a check that speaks no TLS"),
+    ]);
+    let (_, warnings) = right(&with("type = \"tcp\""));
+    assert!(warnings[0].contains("\"kubeconfig\" is not used"), "{warnings:?}");
+}
+
+#[test]
+fn a_backend_may_be_a_name() {
+    let (config, _) = right(&RIGHT.replace("\"10.0.0.1:6443\"", "\"master-1.example.com:6443\""));
+    let service = &config.services[0];
+    assert_eq!(service.backends.len(), 1);
+    let named = &service.named_backends[0];
+    assert_eq!((named.host.as_str(), named.port), ("master-1.example.com", 6443));
+    assert_eq!(named.name, "master-1.example.com:6443");
+    let (config, _) = right(
+        "[[service]]\nname = \"a\"\nlisten = [\"192.0.2.1:1\", \"[fd00::1]:1\"]\n\
+         [[service.backend]]\nname = \"one\"\naddress = \"master-1:6443\"\nweight = 3\n",
+    );
+    let named = &config.services[0].named_backends[0];
+    assert_eq!((named.name.as_str(), named.weight), ("one", 3), "either family, nobody knows yet");
+    let twice = |second: &str| RIGHT.replace("\"10.0.0.1:6443\"", &format!("\"master-1:6443\", {second:?}"));
+    assert_messages(&[(&twice("Master-1:6443"), "backend master-1:6443 is given twice (first in line 5)")]);
+}
+
+#[test]
+fn the_admin_listener_is_an_address() {
+    let admin = |listen: &str| format!("[admin]\nlisten = {listen:?}\n{RIGHT}");
+    assert_eq!(right(&admin("127.0.0.1:1936")).0.admin.listen, Some("127.0.0.1:1936".parse().unwrap()));
+    assert_messages(&[(
+        &admin(":1936"),
+        "\":1936\" is not an address and port\n= help: write one such as \"127.0.0.1:1936\"",
+    )]);
 }
 
 #[test]

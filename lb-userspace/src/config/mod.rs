@@ -18,6 +18,7 @@ mod messages;
 
 use std::{io::Read as _, path::Path};
 
+pub(crate) use address::not_unicast;
 use diagnostic::Problem;
 pub use diagnostic::{Diagnostic, Warning};
 pub use model::*;
@@ -130,9 +131,12 @@ fn read_vip(root: &Section) -> Result<Vip, Problem> {
 
 fn read_admin(root: &Section, document: &Document) -> Result<Admin, Problem> {
     let section = root.section("admin", &["socket", "listen"])?;
-    section.not_built_yet("listen", "leave it out; `sheave status --json` gives the same facts")?;
     let socket = values::socket_path(&section, document)?;
-    Ok(Admin { socket: socket.unwrap_or_else(|| Path::new(Admin::SOCKET).to_owned()) })
+    let listen = section.text("listen", "\"127.0.0.1:1936\"")?;
+    Ok(Admin {
+        socket: socket.unwrap_or_else(|| Path::new(Admin::SOCKET).to_owned()),
+        listen: listen.map(|written| address::admin_address(&written)).transpose()?,
+    })
 }
 
 impl Dataplane {

@@ -78,6 +78,8 @@ pub enum VipMode {
 pub struct Admin {
     /// Where `sheave status` and the other commands reach the daemon.
     pub socket: PathBuf,
+    /// Where `GET /probe/...` is answered over TCP, for kubelets and monitors. Absent: nowhere.
+    pub listen: Option<SocketAddr>,
 }
 
 /// `[[service]]`: some listeners and the backends behind them.
@@ -97,8 +99,10 @@ pub struct Service {
     pub allow: Vec<IpNet>,
     /// How its backends are checked.
     pub check: Check,
-    /// At least one; names and addresses unique within the service.
+    /// Names and addresses unique within the service. At least one, unless there are some by name.
     pub backends: Vec<Backend>,
+    /// Backends whose addresses must be looked up (`crate::names`), after which they are among `backends`.
+    pub named_backends: Vec<NamedBackend>,
 }
 
 /// `service.balance`.
@@ -123,6 +127,21 @@ pub struct Backend {
     /// Where its flows go.
     pub address: SocketAddr,
     /// Share of new flows relative to the others, 0 (none) to 256.
+    pub weight: u16,
+    /// The host name that its address was found by, if by one.
+    pub host: Option<String>,
+}
+
+/// A backend by host name: `master-1:6443`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedBackend {
+    /// Unique within the service; host and port where none is given.
+    pub name: String,
+    /// To be looked up, and what its certificate is for.
+    pub host: String,
+    /// At every address of the host.
+    pub port: u16,
+    /// As [`Backend::weight`], at every address.
     pub weight: u16,
 }
 
@@ -159,6 +178,8 @@ pub struct Check {
     pub client_cert: Option<ClientCertificate>,
     /// A bearer token.
     pub token_file: Option<PathBuf>,
+    /// CA, TLS name and credential in one, from its current context; then none of the others but `server_name`.
+    pub kubeconfig: Option<PathBuf>,
     /// Accept any certificate.
     pub insecure_skip_tls_verify: bool,
 }

@@ -244,14 +244,6 @@ impl<'t> Section<'t> {
         Ok(Some(document.directory.join(written.get_ref())))
     }
 
-    /// A key of the design that does nothing yet.
-    pub(super) fn not_built_yet(&self, key: &str, help: &str) -> Result<(), Problem> {
-        match self.value(key) {
-            None => Ok(()),
-            Some(value) => Err(Problem::at(value.span(), format!("{key:?} is not built yet")).help(help)),
-        }
-    }
-
     /// A key of the design that has only its default yet, here given as TOML.
     pub(super) fn only_default_yet(&self, key: &str, default: &str) -> Result<(), Problem> {
         let Some(value) = self.value(key) else { return Ok(()) };

@@ -5,8 +5,8 @@ use std::{ops::RangeInclusive, time::Duration};
 use toml::{Spanned, de::DeValue};
 
 use super::{
-    Backend, Balance, Forward, Service,
-    address::{self, Role},
+    Backend, Balance, Forward, NamedBackend, Service,
+    address::{self, Place, Role},
     check,
     diagnostic::{Problem, Span},
     section::{Document, Section},
@@ -43,6 +43,8 @@ pub(super) struct ReadService {
     pub(super) listen_spans: Vec<Span>,
     /// As long as `service.backends`.
     pub(super) backend_spans: Vec<Span>,
+    /// As long as `service.named_backends`.
+    pub(super) named_spans: Vec<Span>,
 }
 
 /// Reads every `[[service]]`.
@@ -77,14 +79,16 @@ fn read(section: &Section, document: &mut Document) -> Result<ReadService, Probl
         idle_timeout: section.duration("idle_timeout", IDLE_TIMEOUT)?.unwrap_or(IDLE_TIMEOUT_DEFAULT),
         allow: address::prefixes(section)?,
         check: check::read(section, document)?,
-        backends: backends.iter().map(|backend| backend.get_ref().clone()).collect(),
+        backends: backends.by_address.iter().map(|backend| backend.get_ref().clone()).collect(),
+        named_backends: backends.by_name.iter().map(|backend| backend.get_ref().clone()).collect(),
     };
     Ok(ReadService {
         service,
         name_span: name.span(),
         allow_span: section.span_of("allow"),
         listen_spans: listen.iter().map(Spanned::span).collect(),
-        backend_spans: backends.iter().map(Spanned::span).collect(),
+        backend_spans: backends.by_address.iter().map(Spanned::span).collect(),
+        named_spans: backends.by_name.iter().map(Spanned::span).collect(),
     })
 }
 
@@ -103,25 +107,52 @@ fn read_listen(section: &Section) -> Result<Vec<Spanned<std::net::SocketAddr>>, 
         .collect()
 }
 
+/// The backends of a service, by how they are found.
+#[derive(Default)]
+struct Backends {
+    by_address: Vec<Spanned<Backend>>,
+    by_name: Vec<Spanned<NamedBackend>>,
+}
+
+impl Backends {
+    /// Takes in a backend as it is written; `name` where the file gives one.
+    fn add(&mut self, written: &Spanned<String>, name: Option<String>, weight: u16) -> Result<(), Problem> {
+        match address::place(written)? {
+            Place::Address(address) => {
+                let name = name.unwrap_or_else(|| address.to_string());
+                let backend = Backend { name, address, weight, host: None };
+                self.by_address.push(Spanned::new(written.span(), backend));
+            }
+            Place::Name(host, port) => {
+                let name = name.unwrap_or_else(|| format!("{host}:{port}"));
+                let backend = NamedBackend { name, host, port, weight };
+                self.by_name.push(Spanned::new(written.span(), backend));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// From `backends`, the short form, or `[[service.backend]]`, the long one.
-fn read_backends(section: &Section) -> Result<Vec<Spanned<Backend>>, Problem> {
+fn read_backends(section: &Section) -> Result<Backends, Problem> {
     const EXAMPLE: &str = "[\"192.168.2.151:6443\"]";
-    let backends = match (section.value("backends"), section.value("backend")) {
+    let mut backends = Backends::default();
+    match (section.value("backends"), section.value("backend")) {
         (Some(short), Some(_)) => {
             return Err(Problem::at(short.span(), "both \"backends\" and [[service.backend]]")
                 .help("keep one form: the short list, or a table for each backend"));
         }
         (None, None) => return Err(section.missing("backends", EXAMPLE)),
-        (Some(_), None) => read_short_form(section)?,
+        (Some(_), None) => read_short_form(section, &mut backends)?,
         (None, Some(value)) => {
             if let DeValue::String(_) = value.get_ref() {
                 return Err(Problem::at(value.span(), "\"backend\" is a table, not a string")
                     .help(format!("write `backends = {EXAMPLE}`, or [[service.backend]] with \"address\"")));
             }
-            read_long_form(section)?
+            read_long_form(section, &mut backends)?;
         }
-    };
-    if backends.is_empty() {
+    }
+    if backends.by_address.is_empty() && backends.by_name.is_empty() {
         return Err(Problem::at(section.span_of("backends"), "\"backends\" is empty")
             .help(format!("write at least one: `backends = {EXAMPLE}`")));
     }
@@ -129,48 +160,45 @@ fn read_backends(section: &Section) -> Result<Vec<Spanned<Backend>>, Problem> {
     Ok(backends)
 }
 
-fn read_short_form(section: &Section) -> Result<Vec<Spanned<Backend>>, Problem> {
+fn read_short_form(section: &Section, backends: &mut Backends) -> Result<(), Problem> {
     let written = section.texts("backends", "\"192.168.2.151:6443\"")?.unwrap_or_default();
-    written
-        .iter()
-        .map(|text| {
-            let address = address::socket_address(text, Role::Backend)?;
-            Ok(Spanned::new(text.span(), Backend { name: address.to_string(), address, weight: 1 }))
-        })
-        .collect()
+    written.iter().try_for_each(|text| backends.add(text, None, 1))
 }
 
-fn read_long_form(section: &Section) -> Result<Vec<Spanned<Backend>>, Problem> {
-    let sections = section.sections("backend", &["name", "address", "weight"])?;
-    sections
-        .iter()
-        .map(|section| {
-            let written = section.required_text("address", "\"192.168.2.151:6443\"")?;
-            let address = address::socket_address(&written, Role::Backend)?;
-            let name = match section.text("name", "\"master-1\"")? {
-                Some(name) => values::name(&name)?,
-                None => address.to_string(),
-            };
-            let weight = section.integer("weight", 0..=WEIGHT_MAX)?.unwrap_or(1);
-            Ok(Spanned::new(written.span(), Backend { name, address, weight }))
-        })
-        .collect()
+fn read_long_form(section: &Section, backends: &mut Backends) -> Result<(), Problem> {
+    for section in section.sections("backend", &["name", "address", "weight"])? {
+        let written = section.required_text("address", "\"192.168.2.151:6443\"")?;
+        let name = section.text("name", "\"master-1\"")?.map(|name| values::name(&name)).transpose()?;
+        let weight = section.integer("weight", 0..=WEIGHT_MAX)?.unwrap_or(1);
+        backends.add(&written, name, weight)?;
+    }
+    Ok(())
 }
 
-fn reject_duplicates(backends: &[Spanned<Backend>]) -> Result<(), Problem> {
-    for (position, backend) in backends.iter().enumerate() {
-        for earlier in &backends[..position] {
-            let (this, that) = (backend.get_ref(), earlier.get_ref());
-            let problem = if this.address == that.address {
-                Problem::at(backend.span(), format!("backend {} is given twice", this.address))
+/// Places must differ, and names, whichever way a backend is found.
+fn reject_duplicates(backends: &Backends) -> Result<(), Problem> {
+    let by_address = backends.by_address.iter().map(|it| {
+        let Backend { name, address, .. } = it.get_ref();
+        (it.span(), address.to_string(), name)
+    });
+    let by_name = backends.by_name.iter().map(|it| {
+        let NamedBackend { name, host, port, .. } = it.get_ref();
+        (it.span(), format!("{}:{port}", host.to_ascii_lowercase()), name)
+    });
+    let mut all: Vec<(Span, String, &String)> = by_address.chain(by_name).collect();
+    all.sort_by_key(|(span, ..)| span.start);
+    for (position, (span, place, name)) in all.iter().enumerate() {
+        for (earlier, its_place, its_name) in &all[..position] {
+            let problem = if place == its_place {
+                Problem::at(span.clone(), format!("backend {place} is given twice"))
                     .help("remove one of them; for a larger share of the flows use \"weight\"")
-            } else if this.name == that.name {
-                Problem::at(backend.span(), format!("two backends have the name {:?}", this.name))
+            } else if name == its_name {
+                Problem::at(span.clone(), format!("two backends have the name {name:?}"))
                     .help("give each its own name")
             } else {
                 continue;
             };
-            return Err(problem.first_at(earlier.span()));
+            return Err(problem.first_at(earlier.clone()));
         }
     }
     Ok(())

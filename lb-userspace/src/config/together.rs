@@ -101,7 +101,9 @@ fn families_meet(read: &ReadService, dataplane: &Dataplane) -> Result<(), Proble
     let service = &read.service;
     for (listener, span) in service.listen.iter().zip(&read.listen_spans) {
         let family = family(listener.ip());
-        if !service.backends.iter().any(|backend| backend.address.is_ipv4() == listener.is_ipv4()) {
+        let known = service.backends.iter().any(|backend| backend.address.is_ipv4() == listener.is_ipv4());
+        // A name may stand for either family.
+        if !known && service.named_backends.is_empty() {
             return Err(Problem::at(
                 span.clone(),
                 format!("listener {listener} is {family}, and no backend of {:?} is", service.name),
@@ -140,7 +142,8 @@ fn warn(read: &ReadService, document: &mut Document) {
     for (listener, span) in service.listen.iter().zip(&read.listen_spans) {
         let is_family = |address: IpAddr| address.is_ipv4() == listener.is_ipv4();
         let mut backends = service.backends.iter().filter(|backend| is_family(backend.address.ip()));
-        if backends.all(|backend| backend.weight == 0) {
+        let by_name = service.named_backends.iter().any(|backend| backend.weight > 0);
+        if !by_name && backends.all(|backend| backend.weight == 0) {
             document.warn(
                 Problem::at(span.clone(), format!("every backend for {listener} has weight 0: no new flows"))
                     .help("give at least one a weight from 1 to 256"),
@@ -176,7 +179,7 @@ fn snat_is_no_backend(dataplane: &Dataplane, services: &[ReadService]) -> Result
 
 fn few_enough(dataplane: &Dataplane, services: &[ReadService]) -> Result<(), Problem> {
     let listeners = services.iter().flat_map(|service| &service.listen_spans);
-    let backends = services.iter().flat_map(|service| &service.backend_spans);
+    let backends = services.iter().flat_map(|it| it.backend_spans.iter().chain(&it.named_spans));
     let names = services.iter().map(|service| &service.name_span);
     let prefixes = services.iter().flat_map(|read| read.service.allow.iter().map(|_prefix| &read.allow_span));
     beyond(names, SERVICES_MAX, "services")?;

@@ -22,6 +22,8 @@ pub(super) struct Backend {
     pub(super) name: String,
     /// Where its flows go.
     pub(super) address: SocketAddr,
+    /// The host name its address was found by, if by one.
+    pub(super) host: Option<String>,
     /// Share of new flows.
     pub(super) weight: u16,
     /// It is this host.
@@ -85,6 +87,7 @@ pub(super) fn enumerate(
                 target: TargetId { service: number, backend: index },
                 name: backend.name.clone(),
                 address: backend.address,
+                host: backend.host.clone(),
                 weight: backend.weight,
                 local,
                 state: State::Unknown,
@@ -109,6 +112,7 @@ pub(super) fn targets(config: &Config, backends: &[Backend]) -> Vec<Target> {
                 service: service.name.clone(),
                 backend: backend.name.clone(),
                 address: backend.address,
+                host: backend.host.clone(),
                 check: service.check.clone(),
             }
         })

@@ -30,7 +30,7 @@ pub(super) fn of_service(
     if let Some(text) = trust(&service.check, backends) {
         add(text);
     }
-    if let Some(path) = &service.check.ca_file
+    if let Some(path) = service.check.ca_file.as_ref().or(service.check.kubeconfig.as_ref())
         && backends.iter().any(|backend| backend.report.certificate_rejected)
     {
         let names = names(backends, |backend| backend.report.certificate_rejected);
@@ -42,11 +42,15 @@ pub(super) fn of_service(
             "{names} answered our credential with 401, and are ready only because they answer without one: renew it"
         ));
     }
-    let anonymous =
-        |backend: &Backend| backend.report.code == CheckCode::L7Ok && backend.report.http_status == Some(401);
-    if backends.iter().any(|backend| anonymous(backend)) {
-        let names = names(backends, anonymous);
-        add(format!("{names}: 401 counts as ready, as \"expect\" says; that proves little"));
+    let unauthenticated = |backend: &Backend| {
+        backend.report.code == CheckCode::L7Ok && matches!(backend.report.http_status, Some(401 | 403))
+    };
+    if backends.iter().any(|backend| unauthenticated(backend)) {
+        let names = names(backends, unauthenticated);
+        add(format!(
+            "unauthenticated: {names} count as ready with 401 or 403, as \"expect\" says, which proves only that TLS \
+             and HTTP work: give the check a credential (`sheave rbac`) and expect 200"
+        ));
     }
     for backend in backends {
         let report = &backend.report;
@@ -74,15 +78,20 @@ fn trust(check: &Check, backends: &[&Backend]) -> Option<String> {
     if check.insecure_skip_tls_verify {
         return Some("certificates of backends are not verified: insecure_skip_tls_verify is set".to_owned());
     }
-    let Some(path) = &check.ca_file else {
+    let Some(path) = check.ca_file.as_ref().or(check.kubeconfig.as_ref()) else {
         return Some("certificates of backends are not verified: set check.ca_file".to_owned());
     };
     let unverified =
         |backend: &&&Backend| backend.report.server_certificate.is_some() && !backend.report.verified;
     let answered_untrusted =
         backends.iter().filter(unverified).any(|backend| !backend.report.certificate_rejected);
-    answered_untrusted
-        .then(|| format!("certificates of backends are not verified: {} is not there yet", path.display()))
+    answered_untrusted.then(|| {
+        let reason = match check.kubeconfig {
+            Some(_) => "or the CA it names is not there yet, or it says insecure-skip-tls-verify",
+            None => "is not there yet",
+        };
+        format!("certificates of backends are not verified: {} {reason}", path.display())
+    })
 }
 
 fn expiry(facts: &CertificateFacts, now: SystemTime) -> Option<String> {
@@ -151,7 +160,7 @@ mod tests {
             flags(|_, backend| {
                 (backend.report.code, backend.report.http_status) = (CheckCode::L7Ok, Some(401));
             }),
-            "401 counts as ready",
+            "unauthenticated: 10.0.0.1:6443 count as ready",
         );
         said(
             flags(|_, backend| {

@@ -45,9 +45,10 @@ pub(super) fn overdue(
     Some(format!("no check of {service}/{} has finished for too long: see the log", late.name))
 }
 
-/// From one result to the next at most: an asking on a used connection, and another on a fresh one.
+/// From one result to the next at most: an asking on a used connection, and another on a fresh one, each with a question
+/// about what failed.
 fn longest(check: &Check) -> Duration {
-    check.interval + 2 * (check.connect_timeout + check.timeout)
+    check.interval + 2 * (2 * check.connect_timeout + check.timeout)
 }
 
 #[cfg(test)]

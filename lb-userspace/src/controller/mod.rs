@@ -9,6 +9,7 @@ mod liveness;
 mod next_hops;
 mod plan;
 mod ports;
+mod probe_targets;
 mod selection;
 mod status;
 
@@ -30,6 +31,7 @@ use crate::{
     config::{Config, VipMode, XdpMode},
     dataplane::{Dataplane, DataplaneError, Listener, Mode, Reaped, Target},
     health::{self, Event, State, transition_line},
+    names::Names,
     network::{Change, Network, offloads, used_tcp_ports},
     vip::{Follower, Owner, Presence},
 };
@@ -111,6 +113,8 @@ pub struct Controller {
     started: Instant,
     turns: u64,
     last_turn: Instant,
+    /// What backends by name stand for. None: nobody looks.
+    names: Option<Names>,
     _checks: health::Handle,
 }
 
@@ -142,6 +146,7 @@ impl Controller {
             started: now,
             turns: 0,
             last_turn: now,
+            names: None,
             config,
             _checks: checks,
         };
@@ -151,6 +156,11 @@ impl Controller {
             .map_err(|source| ControllerError::System { doing: "list the sockets of this host", source })?;
         controller.block(used);
         Ok(controller)
+    }
+
+    /// Hears of names whose addresses change from now on. The configuration is one that [`Names::apply`] made.
+    pub fn follow_names(&mut self, names: Names) {
+        self.names = Some(names);
     }
 
     fn fill(&mut self) -> Result<(), DataplaneError> {
@@ -283,6 +293,7 @@ impl Controller {
         second.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let mut sockets = watch_sockets(self.own_addresses());
         self.look_for_vips();
+        let mut names = self.names.clone();
         loop {
             tokio::select! {
                 Some(event) = inbox.checks.recv() => self.take(&event),
@@ -300,6 +311,7 @@ impl Controller {
                     Request::Alive(answer) => drop(answer.send(self.alive().await)),
                     Request::Unload(answer) => return End::Unload(answer),
                 },
+                () = renamed(&mut names) => self.say_what_moved(),
                 _ = second.tick() => self.turn().await,
                 _ = inbox.stop.recv() => return End::Stop,
             }
@@ -485,6 +497,29 @@ impl Controller {
         }
     }
 
+    /// A name that stands for another address is one backend gone and another come.
+    fn say_what_moved(&self) {
+        for sentence in self.moved_names() {
+            tracing::warn!("{sentence}");
+        }
+    }
+
+    /// Backends whose names stand for other addresses than those in use.
+    fn moved_names(&self) -> Vec<String> {
+        let Some(names) = &self.names else { return Vec::new() };
+        let (wanted, _) = names.apply(&self.config);
+        let services = self.config.services.iter().zip(&wanted.services);
+        services
+            .filter(|(is, wanted)| is.backends != wanted.backends)
+            .map(|(is, _)| {
+                format!(
+                    "{}: a backend's name stands for other addresses now: restart sheave to use them",
+                    is.name
+                )
+            })
+            .collect()
+    }
+
     /// What is done every second, and what is done every so many.
     async fn turn(&mut self) {
         self.last_turn = Instant::now();
@@ -555,6 +590,13 @@ pub struct Dismantled {
 
 fn family_name(ipv6: bool) -> &'static str {
     if ipv6 { "IPv6" } else { "IPv4" }
+}
+
+async fn renamed(names: &mut Option<Names>) {
+    match names {
+        Some(names) => names.changed().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// The ports that sockets of this host hold on these addresses, again and again: a large host takes its time to list

@@ -127,6 +127,11 @@ impl Controller {
         for rival in self.owner.iter().flat_map(|owner| owner.rivals()) {
             flags.push(format!("{} says it has the VIP {} too", display_mac(&rival.mac), rival.vip));
         }
+        if let Some(names) = &self.names {
+            flags.extend(names.sentences());
+            flags.extend(names.apply(&self.config).1);
+            flags.extend(self.moved_names());
+        }
         flags
     }
 
@@ -206,6 +211,7 @@ fn check_status(backend: &Backend) -> CheckStatus {
         duration_ms: (report.code != CheckCode::NoCheck)
             .then(|| u64::try_from(report.duration.as_millis()).unwrap_or(u64::MAX)),
         detail: report.detail(),
+        failed: report.failed.clone(),
         last_change,
     }
 }

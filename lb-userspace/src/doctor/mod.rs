@@ -14,6 +14,7 @@ mod certificates;
 mod firewall;
 mod interfaces;
 mod kernel;
+mod names;
 mod neighbours;
 mod sockets;
 mod vips;
@@ -82,6 +83,15 @@ pub async fn examine(config: Option<&Config>) -> Vec<Finding> {
             return findings;
         }
     };
+    let resolved = match config {
+        Some(config) => {
+            let (config, problems) = names::examine(config).await;
+            findings.extend(problems);
+            Some(config)
+        }
+        None => None,
+    };
+    let config = resolved.as_ref();
     let (ports, problems) = ports(&network, config).await;
     findings.extend(problems);
     findings.extend(interfaces::examine(&network, &ports, config));

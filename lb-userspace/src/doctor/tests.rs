@@ -22,7 +22,12 @@ fn lan() -> Peer {
 }
 
 fn config(listen: &str, backends: &[SocketAddr]) -> Config {
-    let backend = |address: &SocketAddr| Backend { name: address.to_string(), address: *address, weight: 1 };
+    let backend = |address: &SocketAddr| Backend {
+        name: address.to_string(),
+        address: *address,
+        weight: 1,
+        host: None,
+    };
     Config {
         dataplane: Dataplane {
             interfaces: Interfaces::Auto,
@@ -33,7 +38,7 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
             state_dir: "/nonexistent".into(),
         },
         vip: Vip { mode: VipMode::Follow },
-        admin: Admin { socket: "/nonexistent".into() },
+        admin: Admin { socket: "/nonexistent".into(), listen: None },
         services: vec![Service {
             name: "api".to_owned(),
             listen: vec![listen.parse().unwrap()],
@@ -57,9 +62,11 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
                 ca_file: None,
                 client_cert: None,
                 token_file: None,
+                kubeconfig: None,
                 insecure_skip_tls_verify: false,
             },
             backends: backends.iter().map(backend).collect(),
+            named_backends: vec![],
         }],
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -13,14 +13,17 @@ use rustls::{
     crypto::CryptoProvider,
     sign::{CertifiedKey, SingleCertAndKey},
 };
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _};
 
 use super::{
     certificate::CertificateFacts,
-    files::{Reading, Source, Watched},
+    files::{Parse, Reading, Source, Watched},
     unverified::Unverified,
 };
-use crate::config::{Check, CheckKind, ClientCertificate};
+use crate::{
+    config::{Check, CheckKind, ClientCertificate},
+    kubeconfig::{Kubeconfig, Material},
+};
 
 /// A bearer token, ready to be sent, never to be shown.
 #[derive(Clone)]
@@ -47,10 +50,15 @@ pub(super) struct Identity {
 }
 
 pub(super) fn ca_source(path: PathBuf) -> Source<Arc<RootCertStore>> {
+    ca_of(Material::File(path))
+}
+
+fn ca_of(material: Material) -> Source<Arc<RootCertStore>> {
+    let (paths, parse) = assemble(vec![material], parse_ca);
     Source {
         what: "CA",
-        paths: vec![path],
-        parse: parse_ca,
+        paths,
+        parse,
         without: "backends' certificates are not verified and no token is sent to them",
         // Never fall back to trusting anybody.
         outlives_its_file: true,
@@ -58,23 +66,94 @@ pub(super) fn ca_source(path: PathBuf) -> Source<Arc<RootCertStore>> {
 }
 
 pub(super) fn identity_source(files: &ClientCertificate) -> Source<Identity> {
+    identity_of(Material::File(files.cert_file.clone()), Material::File(files.key_file.clone()))
+}
+
+fn identity_of(certificate: Material, key: Material) -> Source<Identity> {
+    let (paths, parse) = assemble(vec![certificate, key], parse_identity);
     Source {
         what: "client certificate and key",
-        paths: vec![files.cert_file.clone(), files.key_file.clone()],
-        parse: parse_identity,
+        paths,
+        parse,
         without: "checks present no certificate",
         outlives_its_file: false,
     }
 }
 
 pub(super) fn token_source(path: PathBuf) -> Source<Token> {
+    token_of(Material::File(path))
+}
+
+fn token_of(material: Material) -> Source<Token> {
+    let (paths, parse) = assemble(vec![material], parse_token);
+    Source { what: "bearer token", paths, parse, without: "checks send no token", outlives_its_file: false }
+}
+
+/// A kubeconfig whose parts are right as far as they are inside it; the files it names are looked at on their own.
+pub(super) fn kubeconfig_source(path: PathBuf) -> Source<Arc<Kubeconfig>> {
+    let directory = path.parent().unwrap_or(Path::new("")).to_owned();
     Source {
-        what: "bearer token",
+        what: "kubeconfig",
         paths: vec![path],
-        parse: parse_token,
-        without: "checks send no token",
-        outlives_its_file: false,
+        parse: Box::new(move |contents| {
+            let kubeconfig =
+                Kubeconfig::parse(&contents[0], &directory).map_err(|error| error.to_string())?;
+            let parts = Parts::of(&kubeconfig);
+            let inline = [
+                parts.ca.as_ref().and_then(Source::problem_inside),
+                parts.identity.as_ref().and_then(Source::problem_inside),
+                parts.token.as_ref().and_then(Source::problem_inside),
+            ];
+            match inline.into_iter().flatten().next() {
+                Some(problem) => Err(problem),
+                None => Ok(Arc::new(kubeconfig)),
+            }
+        }),
+        without: "backends' certificates are not verified and checks are anonymous",
+        // The CA in it protects us.
+        outlives_its_file: true,
     }
+}
+
+/// What a kubeconfig gives.
+pub(super) struct Parts {
+    pub(super) ca: Option<Source<Arc<RootCertStore>>>,
+    pub(super) identity: Option<Source<Identity>>,
+    pub(super) token: Option<Source<Token>>,
+}
+
+impl Parts {
+    pub(super) fn of(kubeconfig: &Kubeconfig) -> Self {
+        Self {
+            ca: kubeconfig.certificate_authority.clone().map(ca_of),
+            identity: kubeconfig.client_certificate.clone().map(|(cert, key)| identity_of(cert, key)),
+            token: kubeconfig.token.clone().map(token_of),
+        }
+    }
+}
+
+/// The files among the materials, and what makes a value of their contents together with those that need no file.
+fn assemble<T: 'static>(
+    materials: Vec<Material>,
+    parse: fn(&[Vec<u8>]) -> Result<T, String>,
+) -> (Vec<PathBuf>, Parse<T>) {
+    let path = |material: &Material| match material {
+        Material::File(path) => Some(path.clone()),
+        Material::Inline(_) => None,
+    };
+    let paths = materials.iter().filter_map(path).collect();
+    let parse = move |contents: &[Vec<u8>]| {
+        let mut read = contents.iter();
+        let all: Vec<Vec<u8>> = materials
+            .iter()
+            .map(|material| match material {
+                Material::Inline(bytes) => bytes.clone(),
+                Material::File(_) => read.next().cloned().unwrap_or_default(),
+            })
+            .collect();
+        parse(&all)
+    };
+    (paths, Box::new(parse))
 }
 
 fn parse_ca(contents: &[Vec<u8>]) -> Result<Arc<RootCertStore>, String> {
@@ -104,7 +183,7 @@ fn parse_identity(contents: &[Vec<u8>]) -> Result<Identity, String> {
 fn parse_token(contents: &[Vec<u8>]) -> Result<Token, String> {
     let token = contents[0].trim_ascii();
     if token.is_empty() {
-        return Err("the file is empty".to_owned());
+        return Err("it is empty".to_owned());
     }
     if !token.iter().all(u8::is_ascii_graphic) {
         return Err("not a token: it must be one word of visible ASCII characters".to_owned());
@@ -136,8 +215,16 @@ fn provider() -> &'static Arc<CryptoProvider> {
 /// The files of one TLS set-up and the rustls configurations made of them, one for all checks that name the
 /// same files.
 pub(super) struct Tls {
+    /// Where the rest is from, if from there.
+    kubeconfig: Option<Watched<Arc<Kubeconfig>>>,
+    /// What the rest was made of.
+    made_of: Option<Arc<Kubeconfig>>,
     ca: Option<Watched<Arc<RootCertStore>>>,
     identity: Option<Watched<Identity>>,
+    /// Of the kubeconfig; others are kept beside.
+    token: Option<Watched<Token>>,
+    /// `tls-server-name` of the kubeconfig.
+    server_name: Option<ServerName<'static>>,
     /// Not verifying is what the operator asked for.
     insecure: bool,
     http: bool,
@@ -163,6 +250,8 @@ pub(super) struct TlsSetup {
     pub(super) trusted_with_token: bool,
     /// Our client certificate.
     pub(super) client_certificate: Option<Arc<CertificateFacts>>,
+    /// The name that the kubeconfig says backends have.
+    pub(super) server_name: Option<ServerName<'static>>,
 }
 
 impl TlsSetup {
@@ -179,6 +268,7 @@ impl Tls {
     ///
     /// A file that cannot be used and never could: our own trouble.
     pub(super) fn current(&mut self) -> Result<TlsSetup, String> {
+        self.follow_kubeconfig()?;
         let roots = optional(self.ca.as_mut())?;
         let identity = optional(self.identity.as_mut())?;
         if let Some(built) = &self.built
@@ -190,6 +280,27 @@ impl Tls {
         let setup = self.build(roots.as_ref(), identity.as_ref())?;
         self.built = Some(Built { roots, identity, setup: setup.clone() });
         Ok(setup)
+    }
+
+    /// Takes the parts from the kubeconfig as it is now.
+    fn follow_kubeconfig(&mut self) -> Result<(), String> {
+        let Some(kubeconfig) = optional(self.kubeconfig.as_mut())? else { return Ok(()) };
+        if self.made_of.as_ref().is_some_and(|before| Arc::ptr_eq(before, &kubeconfig)) {
+            return Ok(());
+        }
+        let parts = Parts::of(&kubeconfig);
+        self.ca = match (self.ca.take(), parts.ca) {
+            (Some(before), Some(source)) => Some(before.moved_to(source)),
+            (None, Some(source)) => Some(Watched::new(source)),
+            (_, None) => None,
+        };
+        self.identity = parts.identity.map(Watched::new);
+        self.token = parts.token.map(Watched::new);
+        // Validated when the file was read.
+        self.server_name = kubeconfig.server_name.clone().and_then(|name| ServerName::try_from(name).ok());
+        self.insecure = kubeconfig.insecure_skip_tls_verify;
+        (self.made_of, self.built) = (Some(kubeconfig), None);
+        Ok(())
     }
 
     fn build(
@@ -233,6 +344,7 @@ impl Tls {
             verified: roots.is_some(),
             trusted_with_token: roots.is_some() || self.insecure || self.ca.is_none(),
             client_certificate: identity.and_then(|identity| identity.facts.clone()),
+            server_name: self.server_name.clone(),
         })
     }
 }
@@ -266,9 +378,13 @@ impl Credentials {
         self.tls.as_ref().map(|tls| lock(tls).current()).transpose()
     }
 
-    /// For one fresh connection: looks at the file again.
+    /// For one fresh connection, after [`Self::tls`]: looks at the file again.
     pub(super) fn token(&self) -> Result<Option<Token>, String> {
-        optional(self.token.as_ref().map(|token| lock(token)).as_deref_mut())
+        match (&self.token, &self.tls) {
+            (Some(token), _) => optional(Some(&mut *lock(token))),
+            (None, Some(tls)) => optional(lock(tls).token.as_mut()),
+            (None, None) => Ok(None),
+        }
     }
 }
 
@@ -286,6 +402,7 @@ pub(super) struct Store {
 
 #[derive(PartialEq, Eq, Hash)]
 struct TlsKey {
+    kubeconfig: Option<PathBuf>,
     ca: Option<PathBuf>,
     identity: Option<(PathBuf, PathBuf)>,
     insecure: bool,
@@ -308,6 +425,7 @@ impl Store {
     fn tls(&mut self, check: &Check) -> Arc<Mutex<Tls>> {
         let insecure = check.insecure_skip_tls_verify;
         let key = TlsKey {
+            kubeconfig: check.kubeconfig.clone(),
             ca: check.ca_file.clone().filter(|_| !insecure),
             identity: check.client_cert.as_ref().map(|it| (it.cert_file.clone(), it.key_file.clone())),
             insecure,
@@ -315,6 +433,10 @@ impl Store {
         };
         let new = || {
             Arc::new(Mutex::new(Tls {
+                kubeconfig: key.kubeconfig.clone().map(|path| Watched::new(kubeconfig_source(path))),
+                made_of: None,
+                token: None,
+                server_name: None,
                 ca: key.ca.clone().map(|path| Watched::new(ca_source(path))),
                 identity: check.client_cert.as_ref().map(|files| Watched::new(identity_source(files))),
                 insecure,

@@ -32,6 +32,9 @@ pub(super) struct Watched<T> {
     complaint: Option<String>,
 }
 
+/// What makes a value of the contents of some files.
+pub(super) type Parse<T> = Box<dyn Fn(&[Vec<u8>]) -> Result<T, String> + Send + Sync>;
+
 /// Which files, and what they mean.
 pub(super) struct Source<T> {
     /// What it is, for messages: `client certificate`.
@@ -39,7 +42,7 @@ pub(super) struct Source<T> {
     /// Read together: the value needs them all.
     pub(super) paths: Vec<PathBuf>,
     /// Makes the value of the files' contents. The error says what is wrong with them, and never quotes them.
-    pub(super) parse: fn(&[Vec<u8>]) -> Result<T, String>,
+    pub(super) parse: Parse<T>,
     /// What the check does without it, for the warning.
     pub(super) without: &'static str,
     /// Go on with the last good value when a file vanishes.
@@ -74,6 +77,14 @@ impl<T: Clone> Source<T> {
             Ok(value) => Reading::Value(value),
             Err(Problem::Absent(_)) => Reading::Absent,
             Err(Problem::Unreadable(text) | Problem::Broken(text)) => Reading::Unusable(text),
+        }
+    }
+
+    /// What is wrong with a value that needs no file.
+    pub(super) fn problem_inside(&self) -> Option<String> {
+        match self.paths.is_empty().then(|| self.read()) {
+            Some(Reading::Unusable(problem)) => Some(format!("its {}: {problem}", self.what)),
+            _ => None,
         }
     }
 
@@ -123,6 +134,12 @@ fn problem(path: &std::path::Path, error: &io::Error) -> Problem {
 impl<T: Clone> Watched<T> {
     pub(super) fn new(source: Source<T>) -> Self {
         Self { source, seen: None, value: None, complaint: None }
+    }
+
+    /// Other files from now on. What must outlive its file is kept until they give a value.
+    pub(super) fn moved_to(self, source: Source<T>) -> Self {
+        let value = self.value.filter(|_| source.outlives_its_file);
+        Self { value, ..Self::new(source) }
     }
 
     /// The value as the files are now; reads them only when they have changed. Logs what changed for the worse,
@@ -209,8 +226,13 @@ mod tests {
     }
 
     fn watched(path: PathBuf, outlives_its_file: bool) -> Watched<u32> {
-        let source =
-            Source { what: "number", paths: vec![path], parse: number, without: "none", outlives_its_file };
+        let source = Source {
+            what: "number",
+            paths: vec![path],
+            parse: Box::new(number),
+            without: "none",
+            outlives_its_file,
+        };
         Watched::new(source)
     }
 
@@ -254,6 +276,38 @@ mod tests {
         symlink(path("new"), path("next")).unwrap();
         fs::rename(path("next"), path("link")).unwrap();
         assert_eq!(read(&mut watched), Ok(2));
+    }
+
+    #[test]
+    fn a_mounted_secret_is_another_file_when_its_directory_is_swapped() {
+        // As kubelet mounts a Secret: number -> ..data/number, ..data -> ..2024, and the latter is swapped.
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name| directory.path().join(name);
+        for (version, number) in [("..2024", "1"), ("..2025", "2")] {
+            fs::create_dir(path(version)).unwrap();
+            fs::write(path(version).join("number"), number).unwrap();
+        }
+        symlink("..2024", path("..data")).unwrap();
+        symlink("..data/number", path("number")).unwrap();
+        let mut watched = watched(path("number"), false);
+        assert_eq!(read(&mut watched), Ok(1));
+        symlink("..2025", path("..data_tmp")).unwrap();
+        fs::rename(path("..data_tmp"), path("..data")).unwrap();
+        fs::remove_dir_all(path("..2024")).unwrap();
+        assert_eq!(read(&mut watched), Ok(2));
+    }
+
+    #[test]
+    fn what_protects_us_is_kept_while_its_new_place_is_empty() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name| directory.path().join(name);
+        fs::write(path("old"), "1").unwrap();
+        for (outlives, kept) in [(true, 1), (false, 0)] {
+            let mut before = watched(path("old"), outlives);
+            assert_eq!(read(&mut before), Ok(1));
+            let mut after = before.moved_to(watched(path("new"), outlives).source);
+            assert_eq!(read(&mut after), Ok(kept));
+        }
     }
 
     #[test]

@@ -131,19 +131,31 @@ fn trouble(error: &hyper::Error) -> Trouble {
     Trouble::failed(Failure::NotExpected, CheckCode::L7Rsp, info)
 }
 
-/// What a wrong status says about itself: the sub-checks an apiserver names as failed, else the status in words.
-pub(super) fn explain(status: StatusCode, body: &[u8]) -> String {
-    let failed: Vec<&str> = std::str::from_utf8(body)
+/// The sub-checks that an apiserver's list names as failed: `etcd` of `[-]etcd failed: reason withheld`.
+pub(super) fn failed_checks(body: &[u8]) -> Vec<String> {
+    /// More names than this say no more.
+    const NAMES_MAX: usize = 16;
+    std::str::from_utf8(body)
         .unwrap_or_default()
         .lines()
         .filter_map(|line| line.strip_prefix("[-]")?.split(' ').next())
         .filter(|name| !name.is_empty() && name.len() <= 64)
         .filter(|name| name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_./:".contains(&byte)))
-        .take(4)
-        .collect();
-    match failed.as_slice() {
+        .take(NAMES_MAX)
+        .map(str::to_owned)
+        .collect()
+}
+
+/// What a wrong status says about itself: the sub-checks that failed, else the status in words.
+pub(super) fn explain(status: StatusCode, failed: &[String]) -> String {
+    const NAMES_SHOWN: usize = 4;
+    match failed {
         [] => status.canonical_reason().unwrap_or_default().to_owned(),
-        names => format!("failed: {}", names.join(", ")),
+        names if names.len() <= NAMES_SHOWN => format!("failed: {}", names.join(", ")),
+        names => {
+            let more = names.len() - NAMES_SHOWN;
+            format!("failed: {} and {more} more", names[..NAMES_SHOWN].join(", "))
+        }
     }
 }
 
@@ -155,8 +167,16 @@ mod tests {
     fn a_500_names_the_failed_checks() {
         let body =
             b"[+]ping ok\n[-]etcd failed: reason withheld\n[-]shutdown failed: reason withheld\nreadyz check failed";
-        assert_eq!(explain(StatusCode::INTERNAL_SERVER_ERROR, body), "failed: etcd, shutdown");
-        assert_eq!(explain(StatusCode::UNAUTHORIZED, b"{\"kind\":\"Status\"}"), "Unauthorized");
-        assert_eq!(explain(StatusCode::FORBIDDEN, b"[-]\x1b[31mevil\" failed\n[-]"), "Forbidden");
+        let failed = failed_checks(body);
+        assert_eq!(failed, ["etcd", "shutdown"]);
+        assert_eq!(explain(StatusCode::INTERNAL_SERVER_ERROR, &failed), "failed: etcd, shutdown");
+        assert_eq!(
+            explain(StatusCode::UNAUTHORIZED, &failed_checks(b"{\"kind\":\"Status\"}")),
+            "Unauthorized"
+        );
+        assert_eq!(failed_checks(b"[-]\x1b[31mevil\" failed\n[-]"), Vec::<String>::new());
+        let many = failed_checks("[-]a failed\n".repeat(40).as_bytes());
+        assert_eq!(many.len(), 16);
+        assert_eq!(explain(StatusCode::INTERNAL_SERVER_ERROR, &many), "failed: a, a, a, a and 12 more");
     }
 }

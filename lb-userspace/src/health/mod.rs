@@ -7,6 +7,7 @@
 //! Ill is not dead: no new flows is cheap and may be quick, but only silence below HTTP, on fresh connections, is
 //! *silent*; and what our own host could not do is no verdict at all.
 
+mod asker;
 mod certificate;
 mod connect;
 mod credentials;
@@ -24,6 +25,7 @@ mod validate;
 #[cfg(test)]
 mod tests;
 
+pub use asker::{Answer, Asker};
 pub use certificate::CertificateFacts;
 pub use fallback::{Candidate, OperatorState, Selection, SelectionReason, select};
 pub use report::{CheckCode, CheckReport, Failure, Outcome};

@@ -17,9 +17,9 @@ use tokio::{io::AsyncWriteExt as _, time::timeout};
 
 use super::{
     certificate::CertificateFacts,
-    connect::{Connected, TlsTarget, Trouble, connect},
+    connect::{Connected, TlsTarget, Transport, Trouble, connect},
     credentials::{Credentials, TlsSetup, Token},
-    http::{Connection, End, Reply, explain},
+    http::{Connection, End, Reply, explain, failed_checks},
     report::{CheckCode, CheckReport, Failure, Outcome},
 };
 use crate::config::{Check, CheckKind};
@@ -36,7 +36,10 @@ const USER_AGENT_VALUE: &str = concat!("sheave/", env!("CARGO_PKG_VERSION"), " (
 pub(super) struct Prober {
     address: SocketAddr,
     check: Check,
+    /// The name that the next fresh connection is for.
     name: ServerName<'static>,
+    /// Without a configured name, and without one in a kubeconfig.
+    own_name: ServerName<'static>,
     credentials: Credentials,
     kept: Option<Kept>,
 }
@@ -72,12 +75,24 @@ impl Prober {
         if let Some(ip) = check.address {
             address.set_ip(ip);
         }
-        let name = check
-            .server_name
-            .as_ref()
-            .and_then(|name| ServerName::try_from(name.clone()).ok())
-            .unwrap_or_else(|| ServerName::IpAddress(address.ip().into()));
-        Self { address, check: check.clone(), name, credentials, kept: None }
+        let own_name = ServerName::IpAddress(address.ip().into());
+        Self { address, check: check.clone(), name: own_name.clone(), own_name, credentials, kept: None }
+    }
+
+    /// The backend was found by this host name: its certificate is for that, unless something else is configured.
+    pub(super) fn found_by(self, host: Option<&str>) -> Self {
+        let elsewhere = self.check.address.is_some();
+        match host.filter(|_| !elsewhere).and_then(|host| ServerName::try_from(host.to_owned()).ok()) {
+            Some(own_name) => Self { own_name, ..self },
+            None => self,
+        }
+    }
+
+    fn name_with(&self, tls: Option<&TlsSetup>) -> ServerName<'static> {
+        let configured = self.check.server_name.clone().and_then(|name| ServerName::try_from(name).ok());
+        configured
+            .or_else(|| tls.and_then(|tls| tls.server_name.clone()))
+            .unwrap_or_else(|| self.own_name.clone())
     }
 
     /// One check. What goes wrong on a connection that was kept says nothing about the backend (it may have been
@@ -93,7 +108,10 @@ impl Prober {
         }
         let start = Instant::now();
         let report = match self.materials() {
-            Ok((tls, token)) => self.fresh(tls.as_ref(), Credential::of(tls.as_ref(), token)).await,
+            Ok((tls, token)) => {
+                self.name = self.name_with(tls.as_ref());
+                self.fresh(tls.as_ref(), Credential::of(tls.as_ref(), token)).await
+            }
             Err(info) => (CheckReport::from(Trouble::new(Outcome::Local, CheckCode::Unk, info)), false),
         };
         let mut report = self.unless_rejected(report).await;
@@ -119,6 +137,7 @@ impl Prober {
             return None;
         }
         let mut report = self.judge(&reply);
+        self.ask_what_failed(&mut kept.connection, &kept.credential, &reply, &mut report).await;
         kept.facts.describe(&mut report);
         report.fresh_connection = false;
         report.duration = start.elapsed();
@@ -144,25 +163,15 @@ impl Prober {
         tls: Option<&TlsSetup>,
         credential: Credential,
     ) -> Result<CheckReport, Trouble> {
-        let config = tls.map(|tls| match credential {
-            Credential::Anonymous => &tls.anonymous,
-            Credential::Presented(_) => &tls.config,
-        });
-        let target = config.map(|config| TlsTarget { config, name: &self.name });
-        let Connected { mut transport, certificate } =
-            connect(self.address, target, self.check.connect_timeout).await?;
-        let facts = Facts {
-            verified: tls.is_some_and(|tls| tls.verified),
-            server_certificate: certificate.map(Arc::new),
-            client_certificate: tls.and_then(|tls| tls.client_certificate.clone()),
-        };
+        let (mut transport, facts) = self.open(tls, &credential).await?;
         let mut report = match self.check.kind {
             CheckKind::Https | CheckKind::Http => {
                 let mut connection = Connection::open(transport).await?;
                 let asked = connection.ask(self.request(&credential), self.check.timeout).await;
                 let mut report = match asked {
                     Ok(reply) => {
-                        let report = self.judge(&reply);
+                        let mut report = self.judge(&reply);
+                        self.ask_what_failed(&mut connection, &credential, &reply, &mut report).await;
                         let kept = Kept { connection, checks: 1, facts: facts.clone(), credential };
                         self.keep(kept, &report, &reply);
                         report
@@ -181,6 +190,60 @@ impl Prober {
             let _ = timeout(CLOSING, transport.shutdown()).await;
         });
         Ok(report)
+    }
+
+    async fn open(
+        &self,
+        tls: Option<&TlsSetup>,
+        credential: &Credential,
+    ) -> Result<(Box<dyn Transport>, Facts), Trouble> {
+        let config = tls.map(|tls| match credential {
+            Credential::Anonymous => &tls.anonymous,
+            Credential::Presented(_) => &tls.config,
+        });
+        let target = config.map(|config| TlsTarget { config, name: &self.name });
+        let Connected { transport, certificate } =
+            connect(self.address, target, self.check.connect_timeout).await?;
+        let facts = Facts {
+            verified: tls.is_some_and(|tls| tls.verified),
+            server_certificate: certificate.map(Arc::new),
+            client_certificate: tls.and_then(|tls| tls.client_certificate.clone()),
+        };
+        Ok((transport, facts))
+    }
+
+    /// The reply to one request for `path`, on a connection of its own and with the check's credential.
+    pub(super) async fn get(&mut self, path: &str) -> Result<Reply, Trouble> {
+        let own_trouble = |info: String| Trouble::new(Outcome::Local, CheckCode::Unk, info);
+        let (tls, token) = self.materials().map_err(own_trouble)?;
+        self.name = self.name_with(tls.as_ref());
+        let credential = Credential::of(tls.as_ref(), token);
+        let (transport, _) = self.open(tls.as_ref(), &credential).await?;
+        let mut connection = Connection::open(transport).await?;
+        connection.ask(self.request_for(path, &credential), self.check.timeout).await
+    }
+
+    /// A failure that does not say what failed is asked for the list, in passing: the verdict stands, and waits no
+    /// longer than a connection may take. A kube-apiserver's 500 has the list in it anyway.
+    async fn ask_what_failed(
+        &self,
+        connection: &mut Connection,
+        credential: &Credential,
+        reply: &Reply,
+        report: &mut CheckReport,
+    ) {
+        let silent_failure = report.outcome != Outcome::Pass
+            && reply.status.is_server_error()
+            && report.failed.is_empty()
+            && matches!(reply.end, End::Complete);
+        if !silent_failure || self.check.path.contains('?') {
+            return;
+        }
+        let request = self.request_for(&format!("{}?verbose", self.check.path), credential);
+        let limit = self.check.timeout.min(self.check.connect_timeout);
+        let Ok(list) = connection.ask(request, limit).await else { return };
+        report.failed = failed_checks(&list.body);
+        report.info = explain(reply.status, &report.failed);
     }
 
     /// A presented credential that is not known is 401 even where anonymous requests are answered: before a
@@ -212,9 +275,13 @@ impl Prober {
     }
 
     fn request(&self, credential: &Credential) -> Request<Empty<Bytes>> {
+        self.request_for(&self.check.path, credential)
+    }
+
+    fn request_for(&self, path: &str, credential: &Credential) -> Request<Empty<Bytes>> {
         let mut request = Request::new(Empty::new());
-        // Both were validated with the configuration.
-        *request.uri_mut() = self.check.path.parse().unwrap_or_default();
+        // Validated with the configuration.
+        *request.uri_mut() = path.parse().unwrap_or_default();
         let host = match &self.name {
             ServerName::DnsName(name) => format!("{}:{}", name.as_ref(), self.address.port()),
             _ => self.address.to_string(),
@@ -239,7 +306,8 @@ impl Prober {
             _ if !expected => {
                 let wrong = Outcome::Fail(Failure::NotExpected);
                 let mut report = CheckReport::new(wrong, CheckCode::L7Sts);
-                report.info = explain(reply.status, &reply.body);
+                report.failed = failed_checks(&reply.body);
+                report.info = explain(reply.status, &report.failed);
                 report
             }
             End::Complete | End::TooLarge => CheckReport::new(Outcome::Pass, CheckCode::L7Ok),

@@ -129,6 +129,8 @@ pub struct CheckReport {
     pub duration: Duration,
     /// What more there is to say: `Connection refused`, `Unauthorized`, `failed: etcd`. Never a secret.
     pub info: String,
+    /// The sub-checks that the backend names as failed: `etcd`, `shutdown`.
+    pub failed: Vec<String>,
     /// The connection stood up to the layer below the answer: TLS completed, or TCP for `http` and `tcp`.
     pub connected: bool,
     /// A connection was opened for this check; `false`: the previous one was used again.
@@ -154,6 +156,7 @@ impl CheckReport {
             http_status: None,
             duration: Duration::ZERO,
             info: String::new(),
+            failed: Vec::new(),
             connected: code.connected(),
             fresh_connection: true,
             verified: false,

@@ -43,6 +43,8 @@ pub struct Target {
     pub backend: String,
     /// The backend's address. The check may name another address or port.
     pub address: SocketAddr,
+    /// The host name its address was found by, if by one: what its certificate is for.
+    pub host: Option<String>,
     /// How it is checked.
     pub check: Check,
 }
@@ -98,7 +100,8 @@ pub fn spawn(targets: Vec<Target>, events: mpsc::Sender<Event>) -> Handle {
     for (target, index) in targets.into_iter().zip(0_u32..) {
         let woken = Arc::new(Notify::new());
         wake.insert(target.id, Arc::clone(&woken));
-        let prober = Prober::new(target.address, &target.check, store.credentials(&target.check));
+        let prober = Prober::new(target.address, &target.check, store.credentials(&target.check))
+            .found_by(target.host.as_deref());
         let rhythm = Rhythm::new(begin, target.check.clone(), index, count);
         tasks.spawn(watch(target.id, prober, rhythm, woken, events.clone()));
     }
@@ -203,6 +206,7 @@ mod tests {
             ca_file: None,
             client_cert: None,
             token_file: None,
+            kubeconfig: None,
             insecure_skip_tls_verify: false,
         };
         Rhythm::new(begin, check, index, count)

@@ -6,7 +6,7 @@ use hyper::Uri;
 use rustls_pki_types::ServerName;
 
 use super::{
-    credentials::{ca_source, identity_source, token_source},
+    credentials::{Parts, ca_source, identity_source, kubeconfig_source, token_source},
     files::{Reading, Source},
 };
 use crate::config::{Check, CheckKind};
@@ -62,12 +62,22 @@ pub fn validate(check: &Check) -> Result<(), HealthError> {
     if let Some(path) = &check.token_file {
         usable(&token_source(path.clone()))?;
     }
+    if let Some(path) = &check.kubeconfig
+        && let Some(kubeconfig) = usable(&kubeconfig_source(path.clone()))?
+    {
+        let parts = Parts::of(&kubeconfig);
+        parts.ca.iter().try_for_each(|source| usable(source).map(drop))?;
+        parts.identity.iter().try_for_each(|source| usable(source).map(drop))?;
+        parts.token.iter().try_for_each(|source| usable(source).map(drop))?;
+    }
     Ok(())
 }
 
-fn usable<T: Clone>(source: &Source<T>) -> Result<(), HealthError> {
+/// The value, unless it is absent.
+fn usable<T: Clone>(source: &Source<T>) -> Result<Option<T>, HealthError> {
     match source.read() {
-        Reading::Value(_) | Reading::Absent => Ok(()),
+        Reading::Value(value) => Ok(Some(value)),
+        Reading::Absent => Ok(None),
         Reading::Unusable(problem) => {
             Err(HealthError::File { what: source.what, files: source.paths.clone(), problem })
         }

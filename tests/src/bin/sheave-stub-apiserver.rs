@@ -37,6 +37,9 @@ struct Arguments {
     /// Milliseconds between SIGTERM and the closing of the listener, with /readyz at 500.
     #[arg(long, default_value_t = 0)]
     shutdown_delay: u64,
+    /// An endpoint of the service default/kubernetes; may be given several times.
+    #[arg(long = "endpoint")]
+    endpoints: Vec<SocketAddr>,
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -57,6 +60,7 @@ async fn main() -> Result<()> {
         anonymous: arguments.anonymous,
         control: arguments.control,
         shutdown_delay: Duration::from_millis(arguments.shutdown_delay),
+        endpoints: arguments.endpoints,
     })
     .await
 }

@@ -1,6 +1,6 @@
 //! What a kube-apiserver 1.36 answers to whom: status and body by path, credential and anonymous mode.
 
-use std::str::FromStr;
+use std::{net::SocketAddr, str::FromStr};
 
 use hyper::{Method, StatusCode};
 
@@ -149,6 +149,36 @@ fn failure(message: &str, reason: &str, details: &str, code: StatusCode) -> Stri
   "code": {code}
 }}"#
     )
+}
+
+/// The path of the EndpointSlices of the namespace `default`.
+pub const ENDPOINT_SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
+
+/// The slices of the service `default/kubernetes` as the apiservers keep them: one for each family.
+pub fn endpoint_slices(endpoints: &[SocketAddr]) -> String {
+    let slice = |family: &str, addresses: Vec<&SocketAddr>| {
+        let ready = |address: &&SocketAddr| serde_json::json!({"addresses": [address.ip()], "conditions": {"ready": true}});
+        serde_json::json!({
+            "metadata": {
+                "name": format!("kubernetes-{}", family.to_lowercase()),
+                "namespace": "default",
+                "labels": {"kubernetes.io/service-name": "kubernetes"},
+            },
+            "addressType": family,
+            "endpoints": addresses.iter().map(ready).collect::<Vec<_>>(),
+            "ports": [{"name": "https", "protocol": "TCP", "port": addresses.first().map(|it| it.port())}],
+        })
+    };
+    let (v4, v6) = endpoints.iter().partition(|address| address.is_ipv4());
+    let slices = [("IPv4", v4), ("IPv6", v6)].into_iter().filter(|(_, of): &(_, Vec<_>)| !of.is_empty());
+    let items: Vec<_> = slices.map(|(family, of)| slice(family, of)).collect();
+    serde_json::json!({
+        "kind": "EndpointSliceList",
+        "apiVersion": "discovery.k8s.io/v1",
+        "metadata": {"resourceVersion": "1"},
+        "items": items,
+    })
+    .to_string()
 }
 
 /// The list of checks, as `?verbose` and every 500 show it.

@@ -12,7 +12,7 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{BufRead as _, BufReader, Write as _},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     os::unix::net::UnixStream,
     path::PathBuf,
     time::Duration,
@@ -48,6 +48,7 @@ pub struct Stub {
     control: PathBuf,
     anonymous: AnonymousMode,
     shutdown_delay: Duration,
+    endpoints: Vec<SocketAddr>,
     process: Option<Process>,
 }
 
@@ -69,6 +70,7 @@ impl Stub {
             token_file,
             anonymous: AnonymousMode::default(),
             shutdown_delay: Duration::ZERO,
+            endpoints: Vec::new(),
             process: None,
         })
     }
@@ -88,6 +90,11 @@ impl Stub {
         self.shutdown_delay = delay;
     }
 
+    /// Changes the endpoints of the service `default/kubernetes`, from the next start on.
+    pub fn set_endpoints(&mut self, endpoints: &[SocketAddr]) {
+        self.endpoints = endpoints.to_vec();
+    }
+
     /// Starts it on its host and returns when it takes orders and listens.
     ///
     /// # Errors
@@ -101,6 +108,9 @@ impl Stub {
         command.arg("--control").arg(&self.control);
         command.args(["--anonymous", &self.anonymous.to_string()]);
         command.args(["--shutdown-delay", &self.shutdown_delay.as_millis().to_string()]);
+        for endpoint in &self.endpoints {
+            command.args(["--endpoint", &endpoint.to_string()]);
+        }
         let mut process = host.start("apiserver", command)?;
         eventually(START_LIMIT, &format!("{} listens", self.name), || {
             ensure!(process.exited()?.is_none(), "{} ended: {}", self.name, process.log());

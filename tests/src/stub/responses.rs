@@ -95,6 +95,9 @@ pub(super) async fn respond(server: &Server, caller: Caller, request: Request<In
         StatusCode::OK if kind == PathKind::Version => {
             json(status, r#"{"major":"1","minor":"36","gitVersion":"v1.36.2"}"#.to_owned())
         }
+        StatusCode::OK if path == answers::ENDPOINT_SLICES => {
+            json(status, answers::endpoint_slices(&server.options.endpoints))
+        }
         StatusCode::OK => text(status, "ok".to_owned()),
         _ => failure(status, caller, &path),
     }

@@ -73,6 +73,8 @@ pub struct Options {
     pub control: PathBuf,
     /// `--shutdown-delay-duration`.
     pub shutdown_delay: Duration,
+    /// The endpoints of the service `default/kubernetes`.
+    pub endpoints: Vec<SocketAddr>,
 }
 
 /// How far the shutdown has come.

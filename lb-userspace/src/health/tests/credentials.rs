@@ -234,7 +234,7 @@ fn files_may_be_absent_but_not_broken() {
         (key(cluster.write("other.key", &other_key)), "the private key is not the certificate's"),
         (key(cluster.write("broken.key", &broken_key)), "no unencrypted PEM private key"),
         (key(good.cert_file.clone()), "no unencrypted PEM private key"),
-        (token(cluster.write("empty-token", " \n")), "the file is empty"),
+        (token(cluster.write("empty-token", " \n")), "it is empty"),
         (token(cluster.write("two-words", "hunter2 hunter2")), "one word"),
     ] {
         let error = validate(&check).unwrap_err();
@@ -262,4 +262,163 @@ fn names_and_paths_are_validated() {
         let check = Check { path: path.to_owned(), ..check.clone() };
         assert_eq!(validate(&check), Err(HealthError::Path(path.to_owned())));
     }
+}
+
+/// A kubeconfig in the cluster's directory, with these lines for its cluster and user.
+fn kubeconfig(cluster: &Cluster, of_cluster: &str, of_user: &str) -> PathBuf {
+    cluster.write(
+        "kubeconfig",
+        &format!(
+            "current-context: c\ncontexts: [{{name: c, context: {{cluster: c, user: u}}}}]\n\
+             clusters: [{{name: c, cluster: {{server: 'https://192.0.2.1', {of_cluster}}}}}]\n\
+             users: [{{name: u, user: {{{of_user}}}}}]\n"
+        ),
+    )
+}
+
+fn with_kubeconfig(path: PathBuf) -> Check {
+    Check { kubeconfig: Some(path), ..check(CheckKind::Https) }
+}
+
+fn base64(text: &str) -> String {
+    data_encoding::BASE64.encode(text.as_bytes())
+}
+
+#[tokio::test]
+async fn a_kubeconfig_gives_ca_certificate_and_name() {
+    let mut cluster = Cluster::new();
+    cluster.pair = cluster.ca.issue(&["kubernetes"]);
+    let server = cluster.apiserver(authenticating("", false)).await;
+    let client = cluster.ca.issue(&["sheave"]);
+    let path = kubeconfig(
+        &cluster,
+        &format!("certificate-authority-data: {}, tls-server-name: kubernetes", base64(&cluster.ca.pem)),
+        &format!(
+            "client-certificate-data: {}, client-key-data: {}",
+            base64(&client.cert.pem()),
+            base64(&client.key.serialize_pem())
+        ),
+    );
+    assert_eq!(validate(&with_kubeconfig(path.clone())), Ok(()));
+    let report = check_once(server.address, &with_kubeconfig(path.clone())).await;
+    assert_eq!(gist(&report), pass(CheckCode::L7Ok, 200), "{}", report.info);
+    assert!(report.verified);
+    assert_eq!(report.client_certificate.unwrap().names, ["sheave"]);
+
+    let other_name = Check { server_name: Some("other".to_owned()), ..with_kubeconfig(path) };
+    assert!(check_once(server.address, &other_name).await.certificate_rejected, "what is configured holds");
+}
+
+#[tokio::test]
+async fn a_kubeconfig_is_read_again_and_so_are_the_files_it_names() {
+    let cluster = Cluster::new();
+    let server = cluster.apiserver(authenticating("new", false)).await;
+    cluster.write("ca.crt", &cluster.ca.pem);
+    let check = with_kubeconfig(cluster.path("kubeconfig"));
+    let mut prober = prober(server.address, &check);
+    let report = prober.check().await;
+    assert_eq!((report.http_status, report.verified), (Some(401), false), "absent: anonymous, not verified");
+
+    kubeconfig(&cluster, "certificate-authority: ca.crt", "token: old");
+    let report = prober.check().await;
+    assert_eq!((report.http_status, report.verified), (Some(401), true));
+    kubeconfig(&cluster, "certificate-authority: ca.crt", "tokenFile: token");
+    assert_eq!(prober.check().await.http_status, Some(401), "its token is not there yet");
+    cluster.write("token", "new");
+    let report = prober.check().await;
+    assert_eq!(gist(&report), pass(CheckCode::L7Ok, 200));
+
+    // Broken, then gone: the last good one stays in force.
+    cluster.write("kubeconfig", "current-context: [");
+    for _ in 0..6 {
+        let report = prober.check().await;
+        assert_eq!((gist(&report), report.verified), (pass(CheckCode::L7Ok, 200), true));
+    }
+    std::fs::remove_file(cluster.path("kubeconfig")).unwrap();
+    for _ in 0..6 {
+        let report = prober.check().await;
+        assert_eq!((gist(&report), report.verified), (pass(CheckCode::L7Ok, 200), true));
+    }
+}
+
+#[tokio::test]
+async fn a_kubeconfig_of_no_use_is_our_own_trouble() {
+    let cluster = Cluster::new();
+    let server = cluster.apiserver(|_| Answer::ok()).await;
+    let ca = format!("certificate-authority-data: {}", base64(&cluster.ca.pem));
+    for (of_cluster, of_user, problem) in [
+        (ca.as_str(), "exec: {command: hunter2}", "an exec plugin"),
+        (ca.as_str(), "token: hunter2 hunter2", "its bearer token: not a token"),
+        (
+            ca.as_str(),
+            "client-certificate-data: aHVudGVyMg==, client-key-data: aHVudGVyMg==",
+            "no PEM certificate",
+        ),
+        ("certificate-authority-data: aHVudGVyMg==", "token: a", "its CA: no PEM certificate"),
+        ("certificate-authority: broken.crt", "token: a", "no PEM certificate"),
+    ] {
+        cluster.write("broken.crt", "hunter2");
+        let check = with_kubeconfig(kubeconfig(&cluster, of_cluster, of_user));
+        let message = validate(&check).unwrap_err().to_string();
+        let report = check_once(server.address, &check).await;
+        assert_eq!(gist(&report), (Outcome::Local, CheckCode::Unk, None));
+        for text in [message, report.info] {
+            assert!(text.contains(problem), "{problem}: {text}");
+            assert!(!text.contains("hunter2"), "{text}");
+        }
+    }
+    assert_eq!(server.accepted(), 0);
+}
+
+#[tokio::test]
+async fn a_foreign_or_expired_client_certificate_is_told_from_an_ill_backend() {
+    // kube-apiserver lets any client certificate through the handshake and answers 401 then.
+    let cluster = Cluster::new();
+    let picky = |asked: &Asked| match asked.client_certificate {
+        true => Answer::status(UNAUTHORIZED, ""),
+        false => Answer::ok(),
+    };
+    let foreign = Ca::new().issue(&["sheave"]);
+    let expired = cluster.ca.issue_expired(&["sheave"]);
+    for (pair, is_expired) in [(foreign, false), (expired, true)] {
+        let client_cert = Some(ClientCertificate {
+            cert_file: cluster.write("client.crt", &pair.cert.pem()),
+            key_file: cluster.write("client.key", &pair.key.serialize_pem()),
+        });
+        let check = Check { client_cert, ..cluster.check() };
+        let server = Server::start(Layer::tls_that_takes_any_client_certificate(&cluster.pair), picky).await;
+        let report = check_once(server.address, &check).await;
+        assert_eq!(gist(&report), pass(CheckCode::L7Ok, 200), "{}", report.info);
+        assert!(report.credential_rejected);
+        let days = report.client_certificate.unwrap().days_to_expiry(std::time::SystemTime::now());
+        assert_eq!(days < 0, is_expired);
+    }
+}
+
+#[tokio::test]
+async fn what_failed_is_asked_for_where_a_failure_does_not_say() {
+    let cluster = Cluster::new();
+    let list = "[+]ping ok\n[-]etcd failed: reason withheld\n[-]shutdown failed: reason withheld\n";
+    let server = cluster
+        .apiserver(move |asked| match asked.path.as_str() {
+            "/readyz?verbose" => Answer::status("500 Internal Server Error", list),
+            _ => Answer::status("500 Internal Server Error", "no"),
+        })
+        .await;
+    let report = check_once(server.address, &cluster.check()).await;
+    assert_eq!(report.failed, ["etcd", "shutdown"]);
+    assert_eq!((report.http_status, report.info.as_str()), (Some(500), "failed: etcd, shutdown"));
+    assert_eq!(server.accepted(), 1, "on the same connection");
+
+    // The verdict does not wait for a list that never comes.
+    let server = cluster
+        .apiserver(|asked| match asked.path.as_str() {
+            "/readyz" => Answer::status("503 Service Unavailable", ""),
+            _ => Answer::Silence,
+        })
+        .await;
+    let check = Check { connect_timeout: Duration::from_secs(2), ..cluster.check() };
+    let report = check_once(server.address, &check).await;
+    assert_eq!((report.http_status, report.info.as_str()), (Some(503), "Service Unavailable"));
+    assert!(report.failed.is_empty() && report.duration < AMPLE);
 }

@@ -1,6 +1,7 @@
 //! Checks against real servers on loopback.
 
 mod credentials;
+mod hostile;
 mod layers;
 mod schedule;
 mod server;
@@ -34,6 +35,7 @@ fn check(kind: CheckKind) -> Check {
         ca_file: None,
         client_cert: None,
         token_file: None,
+        kubeconfig: None,
         insecure_skip_tls_verify: false,
     }
 }

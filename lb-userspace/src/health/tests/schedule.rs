@@ -12,7 +12,7 @@ use crate::health::{Event, State, Target, TargetId, spawn};
 
 fn target(backend: usize, address: SocketAddr, check: Check) -> Target {
     let id = TargetId { service: 0, backend };
-    Target { id, service: "api".to_owned(), backend: format!("master-{backend}"), address, check }
+    Target { id, service: "api".to_owned(), backend: format!("master-{backend}"), address, host: None, check }
 }
 
 async fn receive(events: &mut mpsc::Receiver<Event>) -> Event {

@@ -10,8 +10,15 @@ use std::{
 };
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
-use rustls::{RootCertStore, ServerConfig, server::WebPkiClientVerifier};
-use rustls_pki_types::PrivateKeyDer;
+use rustls::{
+    DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig, SignatureScheme,
+    client::danger::HandshakeSignatureValid,
+    server::{
+        WebPkiClientVerifier,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -44,9 +51,22 @@ impl Ca {
     }
 
     pub(super) fn issue(&self, names: &[&str]) -> Pair {
+        self.issue_until(names, None)
+    }
+
+    /// Its time was over long ago.
+    pub(super) fn issue_expired(&self, names: &[&str]) -> Pair {
+        self.issue_until(names, Some(2001))
+    }
+
+    fn issue_until(&self, names: &[&str], year: Option<i32>) -> Pair {
         let key = KeyPair::generate().unwrap();
         let names: Vec<String> = names.iter().map(ToString::to_string).collect();
         let mut params = CertificateParams::new(names).unwrap();
+        if let Some(year) = year {
+            params.not_before = rcgen::date_time_ymd(year - 1, 1, 1);
+            params.not_after = rcgen::date_time_ymd(year, 1, 1);
+        }
         params.distinguished_name.push(DnType::CommonName, "kube-apiserver");
         let cert = params.signed_by(&key, &self.issuer).unwrap();
         Pair { cert, key }
@@ -96,6 +116,8 @@ pub(super) enum Layer {
     Frozen,
     /// Reads the first bytes and hangs up.
     HangUp,
+    /// Begins a TLS record, and goes on with a byte every 10 ms for ever.
+    Dribble,
 }
 
 impl Layer {
@@ -108,24 +130,80 @@ impl Layer {
         Self::tls_with(ca, pair, true)
     }
 
+    /// As kube-apiserver: whatever is wrong with a client certificate, the handshake completes.
+    pub(super) fn tls_that_takes_any_client_certificate(pair: &Pair) -> Self {
+        Self::tls_verifying(pair, Arc::new(AnyCertificate))
+    }
+
     fn tls_with(ca: &Ca, pair: &Pair, require_client_certificate: bool) -> Self {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut roots = RootCertStore::empty();
         roots.add(ca.der.clone()).unwrap();
-        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider));
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
         let verifier = match require_client_certificate {
             true => verifier,
             false => verifier.allow_unauthenticated(),
         };
+        Self::tls_verifying(pair, verifier.build().unwrap())
+    }
+
+    fn tls_verifying(pair: &Pair, verifier: Arc<dyn ClientCertVerifier>) -> Self {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
         let key = PrivateKeyDer::try_from(pair.key.serialize_der()).unwrap();
         let mut config = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .unwrap()
-            .with_client_cert_verifier(verifier.build().unwrap())
+            .with_client_cert_verifier(verifier)
             .with_single_cert(vec![pair.cert.der().clone()], key)
             .unwrap();
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         Self::Tls(Arc::new(config))
+    }
+}
+
+/// Asks for a client certificate and takes what comes.
+#[derive(Debug)]
+struct AnyCertificate;
+
+impl ClientCertVerifier for AnyCertificate {
+    fn client_auth_mandatory(&self) -> bool {
+        false
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        _own: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _certificate: &CertificateDer<'_>,
+        _signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _message: &[u8],
+        _certificate: &CertificateDer<'_>,
+        _signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        let provider = rustls::crypto::ring::default_provider();
+        provider.signature_verification_algorithms.supported_schemes()
     }
 }
 
@@ -177,6 +255,13 @@ async fn serve(mut tcp: TcpStream, layer: Arc<Layer>, answer: Arc<impl Fn(&Asked
         Layer::Frozen => std::future::pending().await,
         Layer::HangUp => {
             let _ = tcp.read(&mut [0; 64]).await;
+        }
+        Layer::Dribble => {
+            // A handshake record of 16 KiB with a ServerHello of as much.
+            let _ = tcp.write_all(&[0x16, 3, 3, 0x40, 0, 2, 0, 0x3f, 0xfc]).await;
+            while tcp.write_all(&[0]).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
         }
         Layer::Plain => talk(tcp, false, &*answer).await,
         Layer::Tls(config) => {

@@ -1,0 +1,426 @@
+//! Who the checks are, towards apiservers that want to know, and how an operator gets there: the real daemon.
+
+#![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
+
+use std::{
+    fs,
+    net::{IpAddr, SocketAddr},
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::Output,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use lb_tests::{
+    cluster::{Cluster, Shape},
+    daemon::{Daemon, Settings, program},
+    lab::{
+        authority::{Authority, Identity},
+        eventually,
+    },
+    load,
+    stub::{AnonymousMode, Health, PORT, TOKEN},
+};
+use serde_json::Value;
+
+/// For a verdict, a look-up or a rotation to be noticed, on a busy machine.
+const MOMENT: Duration = Duration::from_secs(30);
+
+/// A cluster whose apiservers know each other, and treat anonymous callers so.
+fn cluster(apiservers: u8, anonymous: AnonymousMode) -> Cluster {
+    let mut cluster = Cluster::start(Shape::OneArm, apiservers).unwrap();
+    let endpoints: Vec<SocketAddr> = (cluster.apiservers.iter())
+        .flat_map(|it| cluster.vips().map(|vip| SocketAddr::new(it.host.address(vip).unwrap(), PORT)))
+        .collect();
+    for apiserver in &mut cluster.apiservers {
+        apiserver.stub.kill().unwrap();
+        apiserver.stub.set_anonymous(anonymous);
+        apiserver.stub.set_endpoints(&endpoints);
+        apiserver.start().unwrap();
+    }
+    cluster
+}
+
+/// The IPv4 half of the usual settings.
+fn settings(cluster: &Cluster, check: &[&str]) -> Settings {
+    let mut settings = cluster.settings().unwrap();
+    settings.listen.retain(SocketAddr::is_ipv4);
+    settings.backends.retain(|(_, address)| address.is_ipv4());
+    settings.check = check.iter().map(ToString::to_string).collect();
+    settings
+}
+
+fn start(cluster: &Cluster, settings: &Settings) -> Daemon {
+    Daemon::start(&cluster.lb, cluster.lab.directory(), settings).unwrap()
+}
+
+/// `sheave status --json`.
+fn status(daemon: &Daemon) -> Result<Value> {
+    let output = daemon.command("status")?.arg("--json").output()?;
+    serde_json::from_slice(&output.stdout)
+        .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// Waits until a sentence about the first service, or about the load balancer, says this.
+fn wait_flag(daemon: &Daemon, words: &str) {
+    eventually(MOMENT, &format!("a flag says {words:?}"), || {
+        let status = status(daemon)?;
+        let flags = [&status["services"][0]["flags"], &status["flags"]].map(ToString::to_string).concat();
+        ensure!(flags.contains(words), "{flags}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// Waits until the last check of every backend had this HTTP status, and its state is this.
+fn wait_checks(daemon: &Daemon, http_status: u16, state: &str) {
+    eventually(MOMENT, &format!("every backend is {state} with {http_status}"), || {
+        let status = status(daemon)?;
+        let backends = status["services"][0]["backends"].as_array().context("no backends")?.clone();
+        let as_wanted = |it: &Value| it["check"]["http_status"] == http_status && it["state"] == state;
+        ensure!(!backends.is_empty() && backends.iter().all(as_wanted), "{backends:?}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+fn require_served(cluster: &Cluster) {
+    let client = cluster.client_of(cluster.vip4).unwrap();
+    load::sequential(&cluster.client, &client, 20).unwrap().require_all(20).unwrap();
+}
+
+/// A directory as kubelet mounts a Secret: `token -> ..data/token`, `..data -> ..N`.
+struct Mounted {
+    directory: PathBuf,
+    version: u32,
+}
+
+impl Mounted {
+    fn new(directory: PathBuf, token: &str) -> Self {
+        fs::create_dir(&directory).unwrap();
+        symlink("..data/token", directory.join("token")).unwrap();
+        let mut mounted = Self { directory, version: 0 };
+        mounted.rotate(token);
+        mounted
+    }
+
+    fn token(&self) -> PathBuf {
+        self.directory.join("token")
+    }
+
+    /// The new version beside the old one, then the link in one step, then the old one away.
+    fn rotate(&mut self, token: &str) {
+        let version = |number: u32| format!("..{number}");
+        self.version += 1;
+        let new = self.directory.join(version(self.version));
+        fs::create_dir(&new).unwrap();
+        fs::write(new.join("token"), token).unwrap();
+        symlink(version(self.version), self.directory.join("..data_tmp")).unwrap();
+        fs::rename(self.directory.join("..data_tmp"), self.directory.join("..data")).unwrap();
+        let _ = fs::remove_dir_all(self.directory.join(version(self.version - 1)));
+    }
+}
+
+/// A kubeconfig that names files.
+fn kubeconfig(path: &Path, server: SocketAddr, ca: &Path, identity: &Identity) -> PathBuf {
+    let text = format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: lab\n\
+         contexts:\n- name: lab\n  context: {{cluster: lab, user: checker}}\n\
+         clusters:\n- name: lab\n  cluster:\n    server: https://{server}\n    certificate-authority: {}\n\
+         users:\n- name: checker\n  user:\n    client-certificate: {}\n    client-key: {}\n",
+        ca.display(),
+        identity.certificate.display(),
+        identity.key.display()
+    );
+    // As `kubeadm certs renew` does it: whole.
+    fs::write(path.with_extension("new"), text).unwrap();
+    fs::rename(path.with_extension("new"), path).unwrap();
+    path.to_owned()
+}
+
+#[test]
+fn a_token_that_rotates_under_a_mounted_secret_is_read_again() {
+    let cluster = cluster(2, AnonymousMode::Off);
+    let mut mounted = Mounted::new(cluster.lab.directory().join("secret"), "an-old-token");
+    let token_file = format!("token_file = {:?}", mounted.token());
+    let daemon = start(&cluster, &settings(&cluster, &[&token_file]));
+    wait_checks(&daemon, 401, "draining");
+    wait_flag(&daemon, "credential");
+    require_served(&cluster);
+
+    mounted.rotate(TOKEN);
+    wait_checks(&daemon, 200, "ready");
+    mounted.rotate("a-wrong-token");
+    wait_checks(&daemon, 401, "draining");
+    require_served(&cluster);
+    mounted.rotate(TOKEN);
+    wait_checks(&daemon, 200, "ready");
+    for secret in ["an-old-token", TOKEN, "a-wrong-token"] {
+        assert!(!daemon.log().contains(secret), "{}", daemon.log());
+    }
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn a_kubeconfig_is_all_the_check_needs_and_is_read_again() {
+    let cluster = cluster(2, AnonymousMode::Off);
+    let directory = cluster.lab.directory();
+    let stranger = Authority::new(&directory.join("other")).unwrap().client("checker", &[]).unwrap();
+    let checker = cluster.authority.client("checker", &[]).unwrap();
+    let nowhere: SocketAddr = "192.0.2.1:6443".parse().unwrap();
+    let path = kubeconfig(&directory.join("kubelet.conf"), nowhere, &cluster.ca_file(), &stranger);
+    let kubeconfig_line = format!("kubeconfig = {path:?}");
+    let settings = Settings { ca_file: PathBuf::new(), ..settings(&cluster, &[&kubeconfig_line]) };
+    let daemon = start(&cluster, &settings);
+    // A foreign certificate is answered with 401, after a handshake that completes.
+    wait_checks(&daemon, 401, "draining");
+    wait_flag(&daemon, "credential");
+    kubeconfig(&path, nowhere, &cluster.ca_file(), &checker);
+    wait_checks(&daemon, 200, "ready");
+    require_served(&cluster);
+    // Broken: what it said holds.
+    fs::write(&path, "current-context: [").unwrap();
+    eventually(MOMENT, "the daemon says that it is broken", || {
+        ensure!(daemon.log().contains("wrong YAML"), "{}", daemon.log());
+        Ok(())
+    })
+    .unwrap();
+    wait_checks(&daemon, 200, "ready");
+}
+
+#[test]
+fn a_kubeconfig_of_no_use_is_refused_at_the_start() {
+    let cluster = cluster(1, AnonymousMode::Off);
+    let directory = cluster.lab.directory();
+    for (text, said) in [
+        ("apiVersion: v1\nkind: Config\n", "no current-context"),
+        (
+            "current-context: a\ncontexts: [{name: a, context: {cluster: a, user: a}}]\n\
+             clusters: [{name: a, cluster: {certificate-authority: ca.crt}}]\n\
+             users: [{name: a, user: {exec: {command: hunter2}}}]\n",
+            "exec plugin",
+        ),
+    ] {
+        let path = directory.join("broken.conf");
+        fs::write(&path, text).unwrap();
+        let line = format!("kubeconfig = {path:?}");
+        let settings = Settings { ca_file: PathBuf::new(), ..settings(&cluster, &[&line]) };
+        let mut daemon = start(&cluster, &settings);
+        let ended = daemon.process().wait(MOMENT).unwrap();
+        assert_eq!(ended.code(), Some(2), "{}", daemon.log());
+        assert!(daemon.log().contains(said) && !daemon.log().contains("hunter2"), "{}", daemon.log());
+    }
+}
+
+#[test]
+fn counting_401_as_ready_works_and_stays_flagged() {
+    let cluster = cluster(1, AnonymousMode::Off);
+    let mut daemon = start(&cluster, &settings(&cluster, &["expect = [401]"]));
+    daemon.wait_ready(1).unwrap();
+    wait_checks(&daemon, 401, "ready");
+    wait_flag(&daemon, "unauthenticated: api-1");
+    assert!(daemon.status_table().unwrap().contains("unauthenticated"));
+    assert!(daemon.log().contains("the check is unauthenticated"), "{}", daemon.log());
+    require_served(&cluster);
+}
+
+#[test]
+fn what_failed_is_named() {
+    let cluster = cluster(1, AnonymousMode::Allowed);
+    let mut daemon = start(&cluster, &settings(&cluster, &[]));
+    daemon.wait_ready(1).unwrap();
+    cluster.apiservers[0].stub.health(Health::Status(500)).unwrap();
+    wait_checks(&daemon, 500, "draining");
+    let status = status(&daemon).unwrap();
+    let check = &status["services"][0]["backends"][0]["check"];
+    assert_eq!(check["failed"], serde_json::json!(["informer-sync"]));
+    assert_eq!(check["detail"], "Layer7 wrong status: failed: informer-sync");
+    assert!(daemon.log().contains("info: \"failed: informer-sync\""), "{}", daemon.log());
+}
+
+/// Status and body of a GET on the load balancer itself.
+fn get(cluster: &Cluster, url: &str) -> (String, String) {
+    let mut curl = cluster.lb.command("curl");
+    curl.args([
+        "--silent",
+        "--max-time",
+        "20",
+        "--insecure",
+        "--globoff",
+        "--write-out",
+        "\n%{http_code}",
+        url,
+    ]);
+    let text = String::from_utf8(curl.output().unwrap().stdout).unwrap();
+    let (body, status) = text.rsplit_once('\n').unwrap();
+    (status.to_owned(), body.to_owned())
+}
+
+#[test]
+fn whoever_has_no_credential_may_ask_through_the_probe() {
+    let cluster = cluster(2, AnonymousMode::Off);
+    let token = cluster.lab.directory().join("token");
+    fs::write(&token, TOKEN).unwrap();
+    let settings = settings(&cluster, &[&format!("token_file = {token:?}")]);
+    let listening = |directory: &Path| {
+        settings.to_toml(directory).replace("[admin]\n", "[admin]\nlisten = \"127.0.0.1:1936\"\n")
+    };
+    let command = cluster.lb.command(program().unwrap());
+    let mut daemon = Daemon::start_with(&cluster.lb, cluster.lab.directory(), listening, command).unwrap();
+    daemon.wait_ready(2).unwrap();
+
+    let apiserver = SocketAddr::new(cluster.apiservers[0].host.address(cluster.vip4).unwrap(), PORT);
+    assert_eq!(get(&cluster, &format!("https://{apiserver}/livez")).0, "401", "why there is a probe");
+    let probe = |rest: &str| get(&cluster, &format!("http://127.0.0.1:1936/probe/kube-apiserver/{rest}"));
+    for path in ["api-1/livez", "api-2/readyz"] {
+        assert_eq!(probe(path), ("200".to_owned(), "ok".to_owned()), "{path}");
+    }
+    for path in ["api-1/metrics", "api-1/readyz?verbose", "api-3/readyz", "self/livez"] {
+        assert_eq!(probe(path).0, "404", "{path}");
+    }
+    cluster.apiservers[0].stub.health(Health::Status(500)).unwrap();
+    eventually(MOMENT, "the probe says 500 for api-1", || {
+        let (status, body) = probe("api-1/readyz");
+        ensure!(status == "500" && body.contains("[-]informer-sync failed"), "{status} {body}");
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(probe("api-2/livez").0, "200");
+    // Neither outside this host, nor for anything else.
+    let mut outside = cluster.client.command("curl");
+    outside.args(["--silent", "--max-time", "5", &format!("http://{}:1936/", cluster.vip4)]);
+    assert!(!outside.output().unwrap().status.success());
+}
+
+/// `sheave init` on the load balancer.
+fn init(cluster: &Cluster, kubeconfig: &Path, vip: IpAddr, output: &Path) -> Output {
+    let mut command = cluster.lb.command(program().unwrap());
+    command.arg("init").arg("--kubeconfig").arg(kubeconfig).arg("--output").arg(output);
+    command.args(["--vip", &vip.to_string()]).output().unwrap()
+}
+
+fn said(output: &Output) -> String {
+    [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned()).concat()
+}
+
+#[test]
+fn init_writes_a_configuration_that_balances() {
+    let cluster = cluster(3, AnonymousMode::Allowed);
+    let directory = cluster.lab.directory();
+    let server = SocketAddr::new(cluster.apiservers[1].host.address(cluster.vip4).unwrap(), PORT);
+    let admin = cluster.authority.client("admin", &["system:masters"]).unwrap();
+    let admin = kubeconfig(&directory.join("admin.conf"), server, &cluster.ca_file(), &admin);
+    let output = directory.join("init/sheave.toml");
+
+    let written = init(&cluster, &admin, cluster.vip4, &output);
+    assert!(written.status.success(), "{}", said(&written));
+    assert!(said(&written).contains("What remains to do:"), "{}", said(&written));
+    let text = fs::read_to_string(&output).unwrap();
+    assert!(!text.contains("token_file"), "anonymous checks pass here:\n{text}");
+
+    // The same cluster, from its own file.
+    let here = |directory: &Path| {
+        let state = format!("interfaces = \"auto\"\nstate_dir = {:?}", directory.join("state"));
+        text.replace("interfaces = \"auto\"", &state)
+            + &format!("\n[admin]\nsocket = {:?}\n", directory.join("admin.sock"))
+    };
+    let command = cluster.lb.command(program().unwrap());
+    let mut daemon = Daemon::start_with(&cluster.lb, directory, here, command).unwrap();
+    daemon.wait_ready(3).unwrap();
+    require_served(&cluster);
+
+    let again = init(&cluster, &admin, cluster.vip4, &output);
+    assert_eq!(again.status.code(), Some(1));
+    assert!(said(&again).contains("exists and is not overwritten"), "{}", said(&again));
+    assert_eq!(fs::read_to_string(&output).unwrap(), text);
+}
+
+#[test]
+fn init_says_what_it_cannot_do_and_writes_nothing_then() {
+    let cluster = cluster(1, AnonymousMode::Off);
+    let directory = cluster.lab.directory();
+    let address = cluster.apiservers[0].host.address(cluster.vip4).unwrap();
+    let server = SocketAddr::new(address, PORT);
+    let output = directory.join("init/sheave.toml");
+    let as_user = |user: &str, groups: &[&str], server: SocketAddr| {
+        let identity = cluster.authority.client(user, groups).unwrap();
+        kubeconfig(&directory.join(format!("{user}.conf")), server, &cluster.ca_file(), &identity)
+    };
+    let nobody = as_user("nobody", &[], server);
+    let admin = as_user("admin", &["system:masters"], server);
+    let elsewhere = as_user("elsewhere", &["system:masters"], SocketAddr::new(address, 1));
+    for (kubeconfig, vip, words) in [
+        (&nobody, cluster.vip4, "may not list endpointslices"),
+        (&elsewhere, cluster.vip4, "Connection refused"),
+        (&admin, address, "the address of one of the apiservers"),
+        (&directory.join("none.conf"), cluster.vip4, "cannot read"),
+    ] {
+        let refused = init(&cluster, kubeconfig, vip, &output);
+        assert_eq!(refused.status.code(), Some(1), "{}", said(&refused));
+        assert!(said(&refused).contains(words), "{words}: {}", said(&refused));
+        assert!(!output.exists());
+    }
+    let written = init(&cluster, &admin, cluster.vip4, &output);
+    assert!(written.status.success() && said(&written).contains("sheave rbac"), "{}", said(&written));
+    assert!(fs::read_to_string(&output).unwrap().contains("token_file = \"/etc/sheave/token\""));
+}
+
+#[test]
+fn a_backend_by_name_is_looked_up_and_a_name_nobody_knows_delays_nothing() {
+    let cluster = cluster(2, AnonymousMode::Allowed);
+    let directory = cluster.lab.directory();
+    let address = |index: usize| cluster.apiservers[index].host.address(cluster.vip4).unwrap();
+    let hosts = directory.join("hosts");
+    fs::write(&hosts, format!("{} master-1\n", address(0))).unwrap();
+    let resolv = directory.join("resolv.conf");
+    // Nobody answers there: look-ups of other names take their time.
+    fs::write(&resolv, "nameserver 192.0.2.53\n").unwrap();
+
+    let named = |directory: &Path| {
+        let mut settings = settings(&cluster, &[]);
+        settings.backends.clear();
+        settings.service = vec![format!("backends = [\"master-1:{PORT}\", \"master-2:{PORT}\"]")];
+        // Its certificate is for its address, not for this name of ours.
+        settings.check = vec!["server_name = \"kubernetes\"".to_owned()];
+        settings.to_toml(directory)
+    };
+    // The files of this host are another's for the daemon alone.
+    let mut command = cluster.lb.command("unshare");
+    let script =
+        "mount --bind \"$0\" /etc/hosts && mount --bind \"$1\" /etc/resolv.conf && shift && exec \"$@\"";
+    command.args(["--mount", "sh", "-c", script]).arg(&hosts).arg(&resolv).arg(program().unwrap());
+    let mut daemon = Daemon::start_with(&cluster.lb, directory, named, command).unwrap();
+    daemon.wait_ready(1).unwrap();
+    assert_eq!(daemon.status().unwrap().states(&format!("master-1:{PORT}")), ["ready"]);
+    wait_flag(&daemon, "master-2");
+    require_served(&cluster);
+
+    // In place: a bind mount stays with its file.
+    fs::write(&hosts, format!("{} master-1\n{} master-2\n", address(0), address(1))).unwrap();
+    wait_flag(&daemon, "a backend's name stands for other addresses now");
+}
+
+#[test]
+fn with_names_that_nobody_knows_clients_are_refused_at_once_and_not_left_hanging() {
+    let cluster = cluster(1, AnonymousMode::Allowed);
+    let directory = cluster.lab.directory();
+    let resolv = directory.join("resolv.conf");
+    fs::write(&resolv, "nameserver 192.0.2.53\n").unwrap();
+    let named = |directory: &Path| {
+        let mut settings = settings(&cluster, &[]);
+        settings.backends.clear();
+        settings.service = vec![format!("backends = [\"nobody-knows:{PORT}\"]")];
+        settings.to_toml(directory)
+    };
+    let mut command = cluster.lb.command("unshare");
+    let script = "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
+    command.args(["--mount", "sh", "-c", script]).arg(&resolv).arg(program().unwrap());
+    let daemon = Daemon::start_with(&cluster.lb, directory, named, command).unwrap();
+    wait_flag(&daemon, "nobody-knows");
+    assert!(daemon.is_alive().unwrap(), "{}", daemon.log());
+    // curl's code for a connection that failed; a timeout would be 28.
+    assert_eq!(cluster.curl(cluster.vip4, "/name").output().unwrap().status.code(), Some(7));
+    let status = daemon.command("status").unwrap().output().unwrap().status;
+    assert_eq!(status.code(), Some(3), "no backend is ready");
+}
