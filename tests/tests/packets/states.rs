@@ -227,7 +227,7 @@ fn a_flow_of_a_backend_on_this_host_passes_and_is_remembered() {
         let client = ip.client(1);
         assert_eq!(world.run(&Frame::syn(client, ip.listener()).bytes()).outcome, Outcome::ForwardedLocal);
         world.select(0, &[1]);
-        for flags in [ACK, PSH | ACK, RST] {
+        for flags in [ACK, PSH | ACK] {
             let frame = Frame { flags, ..Frame::new(client, ip.listener()) };
             assert_eq!(world.run(&frame.bytes()).outcome, Outcome::ForwardedLocal);
         }
@@ -237,13 +237,18 @@ fn a_flow_of_a_backend_on_this_host_passes_and_is_remembered() {
         world.change(&slot, Change::Older(1000));
         let idle = Duration::from_secs(2000);
         assert_eq!(world.dataplane.reap(&[idle]).unwrap().freed, 0);
-        // The client's FIN is all that is heard of its end: what is left is given four minutes.
-        let frame = Frame { flags: FIN_ACK, ..Frame::new(client, ip.listener()) };
-        assert_eq!(world.run(&frame.bytes()).outcome, Outcome::ForwardedLocal);
-        assert_eq!(world.dataplane.reap(&[idle]).unwrap().freed, 0);
-        world.change(&world.slots()[0], Change::Older(1000));
-        assert_eq!(world.dataplane.reap(&[idle]).unwrap().freed, 1);
-        assert_eq!(world.slots(), []);
+        // The client's FIN or RST is all that is heard of its end: what is left is given four minutes.
+        for (number, flags) in [(1, FIN_ACK), (2, RST)] {
+            let client = ip.client(number);
+            world.select(0, &[9]);
+            world.run(&Frame::syn(client, ip.listener()).bytes());
+            let frame = Frame { flags, ..Frame::new(client, ip.listener()) };
+            assert_eq!(world.run(&frame.bytes()).outcome, Outcome::ForwardedLocal);
+            assert_eq!(world.dataplane.reap(&[idle]).unwrap().freed, 0);
+            world.change(&world.slots()[0], Change::Older(1000));
+            assert_eq!(world.dataplane.reap(&[idle]).unwrap().freed, 1);
+            assert_eq!(world.slots(), []);
+        }
     }
 }
 
