@@ -9,5 +9,6 @@ pub mod dataplane;
 pub mod doctor;
 pub mod health;
 pub mod network;
+pub mod resets;
 mod state;
 pub mod vip;

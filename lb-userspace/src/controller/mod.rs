@@ -9,6 +9,7 @@ mod liveness;
 mod next_hops;
 mod plan;
 mod ports;
+mod resets;
 mod selection;
 mod status;
 
@@ -40,6 +41,7 @@ pub use hash_key::{HashKeyError, load as load_hash_key};
 use next_hops::{Found, Hop, LearnedHops};
 pub use plan::Plan;
 use ports::Ports;
+use resets::Resets;
 use selection::Choice;
 
 /// How often the flow table is looked through.
@@ -111,7 +113,8 @@ pub struct Controller {
     started: Instant,
     turns: u64,
     last_turn: Instant,
-    _checks: health::Handle,
+    checks: health::Handle,
+    resets: Resets,
 }
 
 impl Controller {
@@ -125,6 +128,8 @@ impl Controller {
     ) -> Result<Self, ControllerError> {
         let now = Instant::now();
         let vips = plan::vips(&config);
+        let resets = Resets::open(&config, now)
+            .map_err(|source| ControllerError::System { doing: "open raw sockets", source })?;
         let mut controller = Self {
             network,
             dataplane,
@@ -143,7 +148,8 @@ impl Controller {
             turns: 0,
             last_turn: now,
             config,
-            _checks: checks,
+            checks,
+            resets,
         };
         controller.fill()?;
         let used = used_tcp_ports(&controller.own_addresses())
@@ -284,6 +290,7 @@ impl Controller {
         let mut sockets = watch_sockets(self.own_addresses());
         self.look_for_vips();
         loop {
+            let reset_turn = self.resets.due();
             tokio::select! {
                 Some(event) = inbox.checks.recv() => self.take(&event),
                 Some(change) = inbox.network.recv() => {
@@ -301,6 +308,7 @@ impl Controller {
                     Request::Unload(answer) => return End::Unload(answer),
                 },
                 _ = second.tick() => self.turn().await,
+                () = tokio::time::sleep_until(reset_turn) => self.reset_turn(),
                 _ = inbox.stop.recv() => return End::Stop,
             }
         }
@@ -316,9 +324,13 @@ impl Controller {
     /// Returns the family of the backend.
     fn observe(&mut self, event: &Event) -> Option<bool> {
         let backend = self.backends.iter_mut().find(|backend| backend.target == event.id)?;
+        let before = backend.clone();
         backend.observe(event, Instant::now());
         let (ipv6, name) = (backend.address.is_ipv6(), backend.name.clone());
+        self.consider_asking(event, &before);
         if let Some(transition) = &event.transition {
+            // The checks know of no death.
+            let transition = &health::Transition { from: before.state, ..transition.clone() };
             let of_service = || self.backends.iter().filter(|it| it.target.service == event.id.service);
             let ready = of_service().filter(|backend| backend.state == State::Ready).count();
             let service = &self.config.services[event.id.service].name;
