@@ -287,12 +287,11 @@ impl Controller {
     fn work(&mut self, now: Instant) -> Result<(), DataplaneError> {
         for _ in 0..self.resets.jobs.len() {
             let Some(mut job) = self.resets.jobs.pop_front() else { break };
-            if job.at <= now {
-                self.batch(&mut job, now)?;
-            }
+            let done = if job.at <= now { self.batch(&mut job, now) } else { Ok(()) };
             if let Some(job) = self.after(job, now) {
                 self.resets.jobs.push_back(job);
             }
+            done?;
         }
         Ok(())
     }
