@@ -81,6 +81,25 @@ pub struct Flow {
     listener_id: u16,
 }
 
+#[cfg(test)]
+impl Flow {
+    /// A flow whose backend is its listener, and whose ways are not known.
+    pub(crate) fn example(client: SocketAddr, listener: SocketAddr) -> Self {
+        Self {
+            client,
+            listener,
+            source: client,
+            backend: listener,
+            service: 0,
+            last_ack: None,
+            to_client: None,
+            to_backend: None,
+            slot: Slot::NONE,
+            listener_id: 1,
+        }
+    }
+}
+
 /// A neighbour on a link.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hop {
