@@ -1,5 +1,7 @@
 //! A flow that was reset on purpose: what both of its sides hear, and who may have its slot.
 
+use std::{collections::BTreeSet, time::Duration};
+
 use lb_common::{
     kill::KILLED_REST,
     meta::{BACKEND_TOLD, Kind},
@@ -8,6 +10,7 @@ use lb_common::{
 use lb_tests::packets::{
     ACK, Change, FIN, Flow, Frame, Inside, Ip, LB_MAC, PSH, ROUTER_MAC, RST, SYN, Shape, World, backend_mac,
 };
+use lb_userspace::dataplane::{Cursor, FlowFilter};
 
 /// An established flow that was reset.
 fn killed(world: &mut World, client: u32) -> Flow {
@@ -137,7 +140,7 @@ fn the_same_client_begins_anew_and_not_at_a_backend_that_may_hold_on_to_the_old_
 
 /// A table so small that every slot is somebody's.
 fn full(ip: Ip, backends: u8) -> (World, Vec<Flow>) {
-    let shape = Shape { snat_ports: 1024..=1063, backends, ..Shape::new(ip) };
+    let shape = Shape { snat_ports: 1024..=1151, backends, ..Shape::new(ip) };
     let mut world = World::build(&shape);
     let mut flows = Vec::new();
     // A client need not have every slot among its candidates.
@@ -150,7 +153,7 @@ fn full(ip: Ip, backends: u8) -> (World, Vec<Flow>) {
         world.prove(&flow);
         flows.push(flow);
     }
-    assert_eq!(flows.len(), 40, "one for each port");
+    assert_eq!(flows.len(), 128, "one for each port");
     (world, flows)
 }
 
@@ -207,5 +210,53 @@ fn a_backends_payload_is_a_sign_of_life_and_its_acknowledgement_is_not() {
         assert!(heard(&mut world).is_some_and(|age| age.as_secs() < 60));
         let silent = world.dataplane.heard().unwrap();
         assert!((1..=3).all(|id| id == flow.backend || silent[usize::from(id)].is_none()));
+    }
+}
+
+#[test]
+fn the_daemon_resets_a_backends_flows_a_few_at_a_time_and_no_others() {
+    for ip in Ip::BOTH {
+        let mut world = World::new(ip);
+        let flows: Vec<_> = (0..60).map(|number| world.establish(ip.client(number))).collect();
+        let (doomed, spared): (Vec<&Flow>, Vec<&Flow>) = flows.iter().partition(|flow| flow.backend == 2);
+        // One that was not answered yet: its client's next SYN goes elsewhere by itself.
+        let begun = (100..).map(|number| world.open(ip.client(number), ip.listener()));
+        let begun = begun.take(20).find(|flow| flow.backend == 2).expect("one of twenty goes there");
+
+        let (filter, mut cursor) = (FlowFilter::of_backend(2), Cursor::default());
+        let mut killed = Vec::new();
+        while !cursor.is_at_end() {
+            let batch = world.dataplane.kill_flows(&filter, &mut cursor, 3).unwrap();
+            assert!(batch.len() < 3 + 4, "a set's ways may come on top");
+            killed.extend(batch);
+        }
+        let clients = |flows: &[&Flow]| flows.iter().map(|flow| flow.client).collect::<BTreeSet<_>>();
+        assert_eq!(killed.iter().map(|flow| flow.client).collect::<BTreeSet<_>>(), clients(&doomed));
+        assert_eq!(killed.len(), doomed.len());
+        assert!(killed.iter().all(|flow| flow.to_client.is_some() && flow.to_backend.is_some()));
+        assert!(spared.iter().all(|flow| world.taken(flow).meta.is(Kind::Established)));
+        assert!(world.taken(&begun).meta.is(Kind::HalfOpen));
+        let reaped = world.dataplane.reap(&[Duration::from_secs(60)]).unwrap();
+        assert_eq!(reaped.active[2], 1, "what is killed is no active flow");
+
+        // Its backend comes back, and is asked about what it may not have heard of.
+        let asked = |world: &World| world.dataplane.flows_to_ask(&filter, &mut Cursor::default(), usize::MAX);
+        assert_eq!(asked(&world).len(), doomed.len());
+        assert_eq!(world.run(&doomed[0].from_backend().bytes()).outcome, Outcome::ResetBackend);
+        assert!(asked(&world).iter().all(|flow| flow.client != doomed[0].client && flow.last_ack.is_some()));
+
+        // A RST is repeated with what the client acknowledged last, as long as the slot is still that flow's.
+        let flow = killed.iter().find(|flow| flow.client == doomed[1].client).unwrap();
+        world.run(&Frame { acknowledgement: 99, ..doomed[1].from_client() }.bytes());
+        assert_eq!(world.dataplane.last_ack_of_killed(flow), Some(99));
+        world.run(&Frame::syn(flow.client, flow.listener).bytes());
+        assert_eq!(world.dataplane.last_ack_of_killed(flow), None);
+
+        // Once it has been ready for a minute, it has forgotten the rest.
+        assert_eq!(world.dataplane.release_killed(2).unwrap(), 0);
+        for flow in &doomed[2..] {
+            world.change(&world.taken(flow), Change::Older(61));
+        }
+        assert_eq!(world.dataplane.release_killed(2).unwrap(), doomed.len() as u64 - 2);
     }
 }
