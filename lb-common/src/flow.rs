@@ -22,6 +22,7 @@ use crate::{
     cell::{Cell8, Cell16, Cell32, Cell64},
     hash::{FlowHash, Key},
     headers::protocol,
+    kill::KILLED_REST,
     layout::{Config, SETS_PER_ADDRESS, Set4, Set6, WAYS, Way4, Way6, family, snat_place},
     maps::{Maps, Step},
     meta::{Kind, Meta, RESET, SYN_ACK},
@@ -605,6 +606,8 @@ impl Cost {
         let older = 0xffff - age;
         let cost = if meta.is(Kind::Free) {
             Self::NONE
+        } else if meta.is(Kind::Killed) {
+            Self::of_killed(meta, age, claimer.backend)
         } else if meta.is_closed() {
             let rest = if meta.is(Kind::ClosedByBackend) { LONG_QUARANTINE } else { SHORT_QUARANTINE };
             if age >= u32::from(rest) {
@@ -622,6 +625,17 @@ impl Cost {
             Self::NEVER
         };
         (cost, meta)
+    }
+
+    /// A killed slot is left to its client while the RST is repeated to it. Then it is any other backend's; its own may
+    /// still hold on to the flow, and would answer a strange SYN with a bare ACK.
+    #[inline(always)]
+    fn of_killed(meta: Meta, age: u32, backend: u32) -> Self {
+        if age < u32::from(KILLED_REST) || (meta.is_untold() && u32::from(meta.backend()) == backend) {
+            Self::NEVER
+        } else {
+            Self::OTHER_BACKEND
+        }
     }
 
     /// A handshake may be cut short only when it had its time: 200 ms for the backend to answer at all, then two

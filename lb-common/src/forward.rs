@@ -89,6 +89,13 @@ fn known<A: Family, M: Maps>(
             return reopen::<A, M>(maps, context, listener, query, found, clock);
         }
         Step::Retry => return Ok((slot, retry::<A, M>(maps, listener, query, found)?)),
+        Step::Answer => {
+            // What a RST that the daemon repeats must carry.
+            if segment.has(tcp_flag::ACK) {
+                A::last_ack(ways, slot.way).store(segment.acknowledgement);
+            }
+            return Err(Outcome::ResetClient);
+        }
         Step::Keep | Step::Return | Step::Become(_) | Step::Refused => {}
     }
     if !segment.opens() {
@@ -123,7 +130,7 @@ pub fn finish(word: &crate::cell::Cell32, flag: u32, other: u32, closed: Kind) -
     meta
 }
 
-/// A SYN on a slot that its own tuple has closed: a new flow, in the same slot.
+/// A SYN on a slot that its own tuple has closed, or that was reset on purpose: a new flow, in the same slot.
 #[inline(always)]
 fn reopen<A: Family, M: Maps>(
     maps: &M,
@@ -141,7 +148,13 @@ fn reopen<A: Family, M: Maps>(
     if chosen == 0 && !accepts(maps, found.meta()) {
         return Err(Outcome::RefusedNoBackend);
     }
-    let backend = if chosen == 0 { found.meta().backend() } else { chosen };
+    let before = found.meta();
+    let mut backend = if chosen == 0 { before.backend() } else { chosen };
+    if backend == before.backend() && before.is_untold() {
+        // It still has the old flow under this slot's port, and would answer with a bare ACK.
+        let other = maps.another::<A>(listener.service, query.hash, backend);
+        backend = if other == 0 { backend } else { other };
+    }
     let claimer = Claimer { service: listener.service.into(), backend: backend.into(), clock };
     let claim = maps.take::<A>(query, &claimer, found);
     if claim.failure().is_some() {

@@ -232,7 +232,7 @@ pub struct Service {
     pub reserved: u32,
 }
 
-/// Where flows go. All but `next_hop` and `flags` stay as they are while a slot names the id.
+/// Where flows go. All but `next_hop`, `heard` and `flags` stay as they are while a slot names the id.
 #[repr(C)]
 #[derive(Default)]
 pub struct Backend {
@@ -248,8 +248,9 @@ pub struct Backend {
     pub flags: Cell32,
     /// The one's-complement sum of address and port.
     pub sum: u32,
-    /// Zero.
-    pub reserved2: u32,
+    /// The jiffies, cut to 32 bits, of the last payload that it sent to a client; 0: none yet. A sign of life: the
+    /// kernel of a process that hangs still acknowledges, but has nothing to say.
+    pub heard: Cell32,
     /// Where its packets go: see [`NextHop`]; 0: not known. Changed in one store.
     pub next_hop: Cell64,
 }
@@ -331,7 +332,7 @@ mod tests {
         assert_eq!(size_of::<Listener>(), 16 + 2 + 1 + 1 + 2 + 2 + 4 + 4);
         assert_eq!(size_of::<Service>(), 16);
         assert_eq!(size_of::<Backend>(), 16 + 4 + 4 + 4 + 4 + 8);
-        assert_eq!(offset_of!(Backend, next_hop), 32);
+        assert_eq!((offset_of!(Backend, heard), offset_of!(Backend, next_hop)), (28, 32));
         assert_eq!(
             size_of::<Config>(),
             size_of::<Key>()

@@ -22,6 +22,7 @@ pub mod frame;
 pub mod hash;
 pub mod headers;
 pub mod icmp;
+pub mod kill;
 pub mod layout;
 #[cfg(test)]
 #[cfg(loom)]

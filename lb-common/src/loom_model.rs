@@ -10,10 +10,11 @@ use loom::{model::Builder, thread};
 
 use crate::{
     flow::{CANDIDATES, Claim, Claimer, Clock, Family, Found, Query, Slot, V4, V6, claim, find, take},
+    kill::kill,
     layout::WAYS,
     maps::Maps as _,
     memory::Memory,
-    meta::{CLIENT_FIN, Kind, Meta, SYN_ACK},
+    meta::{CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
 };
 
 /// The daemon's and everybody else's "now", in units.
@@ -408,5 +409,78 @@ fn what_is_written_to_a_freed_slot_leaves_it_free() {
             "either freed or refreshed: {now:?}"
         );
         assert!(live::<V4>(&memory, &old).len() <= 1);
+    });
+}
+
+/// The daemon resets a flow while a packet of it is on its way, having examined the slot's word before.
+fn killed_meanwhile(before: Meta, packet: fn(&crate::cell::Cell32, Meta)) {
+    explore(None, move || {
+        let memory = Arc::new(table(2));
+        let query = query::<V4>(&memory, 0);
+        let slot = only_way(0);
+        put::<V4>(&memory, slot, &query, before);
+        let late = memory.clone();
+        let ((), killed) = race(
+            move || {
+                let maps = &*late;
+                let word = V4::meta(V4::set(&maps, slot.set).unwrap(), slot.way);
+                packet(word, Meta(word.load()));
+            },
+            || {
+                let maps = &*memory;
+                kill(V4::meta(V4::set(&maps, slot.set).unwrap(), slot.way), 1, NOW)
+            },
+        );
+        let now = word::<V4>(&memory, slot);
+        assert!(killed.is_some(), "a packet does not stand in the way for long");
+        assert!(now.is(Kind::Killed) && now.backend() == 1, "and brings nothing back: {now:?}");
+        assert_eq!(live::<V4>(&memory, &query), [slot]);
+    });
+}
+
+#[test]
+fn a_packet_on_its_way_does_not_bring_a_killed_flow_back() {
+    let established = Meta::new(Kind::Established, 1, LONG_AGO);
+    killed_meanwhile(established, |word, _| word.store_high(NOW));
+    killed_meanwhile(established, |word, _| {
+        word.fetch_or(CLIENT_FIN);
+    });
+    killed_meanwhile(established.with(RESET), |word, meta| {
+        if meta.is(Kind::Established) {
+            word.compare_exchange(meta.0, meta.without(RESET).0);
+        }
+    });
+    killed_meanwhile(Meta::new(Kind::HalfOpen, 1, LONG_AGO).with(SYN_ACK | CLIENT_ACK), |word, meta| {
+        if meta.is(Kind::HalfOpen) {
+            word.compare_exchange(meta.0, meta.become_kind(Kind::Established).0);
+        }
+    });
+}
+
+/// A killed flow's client begins anew while another flow wants the slot, and the daemon frees it.
+#[test]
+fn a_killed_slot_has_one_next_owner() {
+    explore(Some(3), || {
+        let memory = Arc::new(table(2));
+        let (old, new) = (query::<V4>(&memory, 0), query::<V4>(&memory, 1));
+        let slot = only_way(0);
+        let meta = Meta::new(Kind::Killed, 1, LONG_AGO);
+        put::<V4>(&memory, slot, &old, meta);
+        let (daemon, rival) = (memory.clone(), memory.clone());
+        let daemon = thread::spawn(move || reap(&daemon, slot));
+        let found = Found::new(slot, meta);
+        let (again, other) = race(
+            move || take::<V4, _>(&&*rival, &old, &claimer(&rival, 2), found),
+            || take::<V4, _>(&&*memory, &new, &claimer(&memory, 2), found),
+        );
+        daemon.join().unwrap();
+        let winners = [(again, old), (other, new)];
+        let won = winners.iter().filter(|(claim, _)| *claim == Claim::won(slot)).count();
+        assert!(won <= 1, "two owners of one slot");
+        assert!(won == 1 || word::<V4>(&memory, slot) == Meta::FREE, "nobody's, and not free");
+        for (claim, query) in winners {
+            let lives = live::<V4>(&memory, &query) == [slot];
+            assert_eq!(lives, claim == Claim::won(slot));
+        }
     });
 }

@@ -177,7 +177,7 @@ impl Memory {
             reserved: 0,
             flags: Cell32::default(),
             sum: endpoint_sum(address, port),
-            reserved2: 0,
+            heard: Cell32::default(),
             next_hop: Cell64::default(),
         };
         backend.flags.store(backend_flag::ACCEPTS);

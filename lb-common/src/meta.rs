@@ -25,7 +25,7 @@ pub enum Kind {
     ClosedByClient = 4,
     /// Both sides have closed, the backend first: it is in TIME_WAIT for this slot for a minute.
     ClosedByBackend = 5,
-    /// Reset on purpose (later issue): answered on both sides until it is reused.
+    /// Reset on purpose, see [`crate::kill`]: both sides are answered with a RST until the slot is reused.
     Killed = 6,
 }
 
@@ -37,6 +37,8 @@ pub const CLIENT_ACK: u32 = 1 << 4;
 pub const CLIENT_FIN: u32 = 1 << 5;
 /// The backend's FIN was seen.
 pub const BACKEND_FIN: u32 = 1 << 6;
+/// On a killed slot: the backend was sent a RST, or has sent one itself. It knows nothing of the flow any more.
+pub const BACKEND_TOLD: u32 = BACKEND_FIN;
 /// A RST was seen and no segment of the backend since. On a half-open slot: the second chance is used up.
 pub const RESET: u32 = 1 << 7;
 
@@ -84,6 +86,13 @@ impl Meta {
     #[must_use]
     pub const fn is_closed(self) -> bool {
         self.kind() == Kind::ClosedByClient as u32 || self.kind() == Kind::ClosedByBackend as u32
+    }
+
+    /// Was it reset on purpose, and may its backend still hold on to it?
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_untold(self) -> bool {
+        self.0 & (KIND | BACKEND_TOLD) == Kind::Killed as u32
     }
 
     /// Are all of `flags` set?

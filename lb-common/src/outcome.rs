@@ -82,6 +82,10 @@ outcomes! {
     RefusedNoBackend = Transmit, "refused_no_backend";
     /// A SYN answered with a RST: the client is in none of the service's `allow` prefixes.
     RefusedNotAllowed = Transmit, "refused_not_allowed";
+    /// A client's segment of a flow that was reset, answered with an exact RST.
+    ResetClient = Transmit, "reset_client";
+    /// A backend's segment of a flow that was reset, answered with an exact RST.
+    ResetBackend = Transmit, "reset_backend";
     /// A backend's RST to a SYN, swallowed: the client's next SYN goes to another backend.
     SecondChance = Drop, "second_chance";
     /// A SYN that found no slot in any of its candidate sets.

@@ -50,12 +50,12 @@ impl Done {
         Self(self.0 | (interface as u64) << 32)
     }
 
-    /// Is it a SYN that [`refuse::answer`] has still to answer?
+    /// Is it a segment that [`refuse::answer`] has still to answer with a RST?
     #[inline(always)]
     #[must_use]
     pub const fn is_refused(self) -> bool {
         let outcome = self.outcome_index();
-        outcome == Outcome::RefusedNoBackend as u16 || outcome == Outcome::RefusedNotAllowed as u16
+        outcome >= Outcome::RefusedNoBackend as u16 && outcome <= Outcome::ResetBackend as u16
     }
 
     /// As one word.
@@ -106,6 +106,9 @@ impl Done {
         Outcome::action_of(self.outcome_index())
     }
 }
+
+/// Those that [`refuse::answer`] answers stand together in the list.
+const _: () = assert!(Outcome::ResetBackend as u16 - Outcome::RefusedNoBackend as u16 == 3);
 
 /// What the steps share about one packet.
 #[derive(Clone, Copy)]

@@ -1,7 +1,9 @@
-//! "Connection refused", said at once: the RST that answers a SYN (RFC 9293 §3.10.7.1).
+//! The RST that answers a segment, said at once (RFC 9293 §3.10.7.1): "connection refused" to a SYN, and to the segments
+//! of a flow that was reset on purpose, of either side, that it is over.
 //!
-//! Built in the SYN's place: RST and ACK, sequence 0, acknowledging the SYN and whatever data it carried; a client
-//! in SYN-SENT believes no other. 20 bytes of TCP, everything after them cut off.
+//! Built in the segment's place: 20 bytes of TCP, everything after them cut off. A segment that acknowledges is answered
+//! with just the sequence number that its sender expects, which every stateful router on the way lets through; another one
+//! with RST and ACK, sequence 0, acknowledging all it carried: a client in SYN-SENT believes no other.
 
 use crate::{
     checksum::{Delta, sum64},
@@ -19,7 +21,7 @@ use crate::{
 const TTL: u8 = 64;
 const TCP_LENGTH: u16 = size_of::<Tcp>() as u16;
 
-/// Turns a SYN that was refused into the RST that says so, to be sent back where it came from.
+/// Turns a segment into the RST that answers it, to be sent back where it came from. (It is no RST itself.)
 #[inline(always)]
 pub fn answer<A: Family, F: Frame>(frame: &mut F, refused: Done) -> Done {
     match parsed::<A, F>(frame) {
@@ -37,6 +39,19 @@ fn parsed<A: Family, F: Frame>(frame: &mut F) -> Result<(), Outcome> {
     build(frame, &link, &packet, ports, &segment)
 }
 
+/// Sequence number, acknowledgement number and, as a number, data offset and flags of the answer.
+#[inline(always)]
+fn answer_to(segment: &Segment) -> (u32, u32, u16) {
+    const OFFSET: u16 = ((size_of::<Tcp>() / 4) << 12) as u16;
+    if segment.has(tcp_flag::ACK) {
+        return (segment.acknowledgement, 0, OFFSET | tcp_flag::RST as u16);
+    }
+    // SYN and FIN each take a number of the sequence.
+    let (syn, fin) = (segment.flags >> 1 & 1, segment.flags & 1);
+    let length = (segment.payload as u32).wrapping_add(u32::from(syn)).wrapping_add(u32::from(fin));
+    (0, segment.sequence.wrapping_add(length), OFFSET | (tcp_flag::RST | tcp_flag::ACK) as u16)
+}
+
 /// Err: it could not be done, drop it.
 #[inline(always)]
 fn build<F: Frame>(
@@ -52,15 +67,16 @@ fn build<F: Frame>(
     } else {
         ipv6_header(frame, packet).ok_or(Outcome::NoRoom)?
     };
-    let acknowledgement = segment.sequence.wrapping_add(1).wrapping_add(segment.payload as u32);
+    let (sequence, acknowledgement, offset_flags) = answer_to(segment);
+    let [data_offset, flags] = offset_flags.to_be_bytes();
     let tcp = frame.at::<Tcp>(transport).ok_or(Outcome::NoRoom)?;
     *tcp = Tcp {
         source: Be16::from_word(ports.destination),
         destination: Be16::from_word(ports.source),
-        sequence: Be32::new(0),
+        sequence: Be32::new(sequence),
         acknowledgement: Be32::new(acknowledgement),
-        data_offset: ((size_of::<Tcp>() / 4) << 4) as u8,
-        flags: tcp_flag::RST | tcp_flag::ACK,
+        data_offset,
+        flags,
         window: Be16::new(0),
         checksum: Be16::new(0),
         urgent: Be16::new(0),
@@ -73,8 +89,9 @@ fn build<F: Frame>(
         .add(u32::from(Be16::new(TCP_LENGTH).word()))
         .add(u32::from(ports.source))
         .add(u32::from(ports.destination))
+        .add(Be32::new(sequence).word())
         .add(Be32::new(acknowledgement).word())
-        .add(u32::from(Be16::new(u16::from_be_bytes([tcp.data_offset, tcp.flags])).word()));
+        .add(u32::from(Be16::new(offset_flags).word()));
     tcp.checksum = Be16::from_word(sum.apply(0xffff));
     let end = transport + size_of::<Tcp>();
     if frame.length() > end && !frame.truncate(end) {

@@ -6,9 +6,9 @@ use crate::{
     forward::finish,
     frame::Frame,
     headers::Be16,
-    layout::{Config, Listener, NextHop, PORTS},
+    layout::{Backend, Config, Listener, NextHop, PORTS},
     maps::Maps,
-    meta::{Kind, Meta, RESET},
+    meta::{BACKEND_TOLD, Kind, Meta, RESET},
     outcome::{Event, Outcome},
     parse::{self, Ports},
     process::{self, Context, Done},
@@ -33,11 +33,12 @@ pub fn reply<A: Family, F: Frame, M: Maps>(
     // Asked for before the slot is looked at: both lines may be far away, and so they come together.
     let return_hop = A::return_hop(maps, slot).map_or(0, |index| index.load());
     let meta = Meta(A::meta(ways, slot.way).load());
-    let from_backend = maps.backend(meta.backend()).is_some_and(|backend| {
-        backend.family == A::NUMBER
-            && backend.address == context.packet.source
-            && backend.port == context.ports.source
-    });
+    let Some(backend) = maps.backend(meta.backend()) else {
+        return stranger::<A, M>(maps, context);
+    };
+    let from_backend = backend.family == A::NUMBER
+        && backend.address == context.packet.source
+        && backend.port == context.ports.source;
     if !from_backend || !meta.is_live() {
         return stranger::<A, M>(maps, context);
     }
@@ -49,7 +50,7 @@ pub fn reply<A: Family, F: Frame, M: Maps>(
     let Some(listener) = maps.listener(listener_id) else {
         return Done::NOT_OURS;
     };
-    let client = Client { listener, listener_id, address, port, slot, return_hop };
+    let client = Client { backend, listener, listener_id, address, port, slot, return_hop };
     match step::<A, F, M>(frame, maps, context, ways, meta, &client) {
         Ok(done) => done,
         Err(outcome) => Done::with(outcome, listener.service),
@@ -58,6 +59,7 @@ pub fn reply<A: Family, F: Frame, M: Maps>(
 
 /// Whose flow it is.
 struct Client<'a> {
+    backend: &'a Backend,
     listener: &'a Listener,
     listener_id: u16,
     address: [u64; 2],
@@ -82,6 +84,11 @@ fn step<A: Family, F: Frame, M: Maps>(
     }
     let word = A::meta(ways, client.slot.way);
     let service = client.listener.service;
+    let clock = Clock::read(maps, context.config);
+    // Of a busy backend at most once in a tick: the line is everybody's.
+    if segment.payload > 0 && client.backend.heard.load() != clock.jiffies {
+        client.backend.heard.store(clock.jiffies);
+    }
     match transition::backend(meta, &segment) {
         Step::Set(flags) => meta = Meta(word.fetch_or(flags)).with(flags),
         Step::Finish { flag, other, closed } => meta = finish(word, flag, other, closed),
@@ -94,12 +101,15 @@ fn step<A: Family, F: Frame, M: Maps>(
             }
         }
         Step::Refused => second_chance::<A, M>(maps, context, word, meta, client)?,
+        Step::Answer => {
+            word.compare_exchange(meta.0, meta.with(BACKEND_TOLD).0);
+            return Err(Outcome::ResetBackend);
+        }
         Step::Keep | Step::Reopen | Step::Retry | Step::Return => {}
     }
-    let now = Clock::read(maps, context.config).seen;
     // Not in every unit: the client's next packet is to find it old, and to look where it came from.
-    if meta.age(now) >= 2 {
-        word.store_high(now);
+    if meta.age(clock.seen) >= 2 {
+        word.store_high(clock.seen);
     }
     transmit::<A, F, M>(frame, maps, context, client)
 }

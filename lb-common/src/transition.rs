@@ -6,7 +6,7 @@
 
 use crate::{
     headers::tcp_flag,
-    meta::{BACKEND_FIN, CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
+    meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
     parse::Segment,
 };
 
@@ -41,12 +41,17 @@ pub enum Step {
     Return,
     /// A backend refused a SYN: another one may not.
     Refused,
+    /// The flow was reset on purpose: the segment is answered with a RST.
+    Answer,
 }
 
 /// After a segment of the client.
 #[inline(always)]
 #[must_use]
 pub const fn client(meta: Meta, segment: &Segment, now: u16) -> Step {
+    if meta.is(Kind::Killed) {
+        return if segment.opens() { Step::Reopen } else { killed(segment, Step::Keep) };
+    }
     if segment.opens() {
         return if meta.is(Kind::HalfOpen) {
             Step::Retry
@@ -82,6 +87,9 @@ pub const fn client(meta: Meta, segment: &Segment, now: u16) -> Step {
 #[inline(always)]
 #[must_use]
 pub const fn backend(meta: Meta, segment: &Segment) -> Step {
+    if meta.is(Kind::Killed) {
+        return killed(segment, Step::Become(meta.with(BACKEND_TOLD)));
+    }
     if segment.has(tcp_flag::RST) {
         return if meta.is(Kind::HalfOpen) && !meta.has(SYN_ACK) {
             Step::Refused
@@ -115,6 +123,13 @@ pub const fn backend(meta: Meta, segment: &Segment) -> Step {
     Step::Keep
 }
 
+/// After a segment of a flow that was reset on purpose. A RST is never answered, but sent on: it is what the other side
+/// should hear, too. The backend's own says that it has forgotten the flow, which is `told`.
+#[inline(always)]
+const fn killed(segment: &Segment, told: Step) -> Step {
+    if segment.has(tcp_flag::RST) { told } else { Step::Answer }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -133,7 +148,7 @@ mod tests {
     /// The word after a step, as one CPU alone would leave it.
     fn apply(meta: Meta, step: Step) -> Meta {
         match step {
-            Step::Keep | Step::Retry | Step::Return => meta,
+            Step::Keep | Step::Retry | Step::Return | Step::Answer => meta,
             Step::Set(flags) => meta.with(flags),
             Step::Finish { flag, other, closed } if meta.has(other) => meta.with(flag).become_kind(closed),
             Step::Finish { flag, .. } => meta.with(flag),
@@ -210,7 +225,33 @@ mod tests {
         assert_eq!(client(reset, &segment(SYN, 0), RESET_QUARANTINE), Step::Reopen);
     }
 
+    const KILLED: Meta = Meta::new(Kind::Killed, 7, 0);
+
+    #[test]
+    fn both_sides_of_a_killed_flow_are_answered_and_a_rst_never_is() {
+        for flags in [0, ACK, FIN | ACK, SYN | ACK, FIN, 0x18] {
+            assert_eq!(client(KILLED, &segment(flags, 3), 0), Step::Answer, "{flags:#x}");
+            assert_eq!(backend(KILLED, &segment(flags, 3)), Step::Answer, "{flags:#x}");
+        }
+        for flags in [RST, RST | ACK, RST | SYN] {
+            assert_eq!(client(KILLED, &segment(flags, 0), 0), Step::Keep);
+            assert_eq!(backend(KILLED, &segment(flags, 0)), Step::Become(KILLED.with(BACKEND_TOLD)));
+        }
+        assert_eq!(client(KILLED, &segment(SYN, 0), 0), Step::Reopen, "the same tuple begins anew");
+    }
+
     proptest! {
+        /// What was killed stays killed, whoever says what, until its own tuple begins anew.
+        #[test]
+        fn nothing_but_a_syn_brings_a_killed_flow_back(
+            story in proptest::collection::vec((any::<bool>(), 0u8..32, 0usize..2), 0..24),
+        ) {
+            let quiet: Vec<_> = story.iter()
+                .filter(|(client, flags, _)| !*client || *flags & (SYN | ACK | RST | FIN) != SYN)
+                .map(|(client, flags, payload)| (if *client { 'c' } else { 'b' }, *flags, *payload)).collect();
+            prop_assert!(after(KILLED, &quiet).is(Kind::Killed));
+        }
+
         /// Whatever a forger says in the client's name, or says before the backend has answered the handshake,
         /// no slot becomes established; and nothing at all frees one that is.
         #[test]

@@ -12,5 +12,6 @@ pub mod init;
 pub mod kubeconfig;
 pub mod names;
 pub mod network;
+pub mod resets;
 mod state;
 pub mod vip;

@@ -112,6 +112,10 @@ ca_file = "/etc/sheave/ca.crt"
     assert_eq!(config.admin.socket, Path::new("/run/sheave/admin.sock"));
     let [service] = config.services.as_slice() else { panic!("{config:?}") };
     assert_eq!(service.idle_timeout, Duration::from_secs(3 * 3600));
+    assert_eq!(
+        (service.on_dead, service.reset_after, service.reset_rate),
+        (OnDead::Reset, Duration::from_secs(5), 2000)
+    );
     assert_eq!(service.check, Check { ca_file: Some("/etc/sheave/ca.crt".into()), ..Check::default() });
     assert_eq!(service.check.interval, Duration::from_secs(1));
     assert_eq!(
@@ -142,9 +146,9 @@ balance = "maglev"
 forward = "nat"
 idle_timeout = "1h30m"
 allow = ["10.0.0.0/8", "fd00::/8", "192.0.2.7"]
-on_dead = "reset"
-reset_after = "5s"
-reset_rate = 2000
+on_dead = "keep"
+reset_after = "10s"
+reset_rate = 0
 pods = false
 [service.check]
 type = "https"
@@ -180,6 +184,10 @@ address = "[fd00::151]:6443"
     assert_eq!(config.vip.mode, VipMode::Own);
     let service = &config.services[0];
     assert_eq!(service.idle_timeout, Duration::from_secs(5400));
+    assert_eq!(
+        (service.on_dead, service.reset_after, service.reset_rate),
+        (OnDead::Keep, Duration::from_secs(10), 0)
+    );
     assert_eq!(service.allow.len(), 3);
     assert_eq!(service.check.expect, [200..=200, 300..=399]);
     assert_eq!(service.check.fast_interval, Duration::from_millis(500));
@@ -362,6 +370,18 @@ fn numbers_and_durations() {
         (&check_with("connect_timeout = \"0ms\""), "\"connect_timeout\" is too short"),
         (&check_with("fast_interval = \"2s\""), "\"fast_interval\" is longer than \"interval\" (1s)"),
         (
+            &service_with("on_dead = \"kill\""),
+            "\"on_dead\" cannot be \"kill\"\n= help: write \"reset\" or \"keep\"",
+        ),
+        (
+            &service_with("reset_after = \"900ms\""),
+            "\"reset_after\" is too short\n= help: write \"1s\" to \"1h\"",
+        ),
+        (
+            &service_with("reset_rate = -1"),
+            "\"reset_rate\" is out of range\n= help: write a number from 0 to 1000000",
+        ),
+        (
             &service_with("idle_timeout = \"9h\""),
             "\"idle_timeout\" is too long\n= help: write \"1m\" to \"8h\"",
         ),
@@ -421,12 +441,6 @@ fn what_is_not_built_yet_says_so() {
             "balance = \"round-robin\" is not built yet\n= help: write `balance = \"maglev\"`",
         ),
         (&service_with("forward = \"dsr\""), "forward = \"dsr\" is not built yet"),
-        (
-            &service_with("on_dead = \"keep\""),
-            "\"on_dead\" other than \"reset\" is not built yet\n= help: leave the key out",
-        ),
-        (&service_with("reset_after = \"10s\""), "\"reset_after\" other than \"5s\" is not built yet"),
-        (&service_with("reset_rate = 1"), "\"reset_rate\" other than 2000 is not built yet"),
         (&service_with("pods = true"), "\"pods\" other than false is not built yet"),
     ]);
 }

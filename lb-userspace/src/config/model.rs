@@ -97,6 +97,12 @@ pub struct Service {
     pub idle_timeout: Duration,
     /// Source prefixes that may open flows. Empty: everyone.
     pub allow: Vec<IpNet>,
+    /// What becomes of the flows of a backend that is dead.
+    pub on_dead: OnDead,
+    /// Silent for so long without a break, a backend is dead: 1 s to an hour.
+    pub reset_after: Duration,
+    /// Flows that are reset or asked in a second, at most. 0: no limit.
+    pub reset_rate: u32,
     /// How its backends are checked.
     pub check: Check,
     /// Names and addresses unique within the service. At least one, unless there are some by name.
@@ -117,6 +123,15 @@ pub enum Balance {
 pub enum Forward {
     /// Both addresses are rewritten, replies come back through the load balancer.
     Nat,
+}
+
+/// `service.on_dead`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnDead {
+    /// They are reset: their clients connect anew, to a backend that lives.
+    Reset,
+    /// They are kept.
+    Keep,
 }
 
 /// `[[service.backend]]`.

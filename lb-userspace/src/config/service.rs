@@ -5,7 +5,7 @@ use std::{ops::RangeInclusive, time::Duration};
 use toml::{Spanned, de::DeValue};
 
 use super::{
-    Backend, Balance, Forward, NamedBackend, Service,
+    Backend, Balance, Forward, NamedBackend, OnDead, Service,
     address::{self, Place, Role},
     check,
     diagnostic::{Problem, Span},
@@ -32,6 +32,12 @@ const KEYS: [&str; 13] = [
 const IDLE_TIMEOUT_DEFAULT: Duration = Duration::from_secs(3 * 3600);
 /// The flow table's clock wraps at 18 hours; half of that less a margin can be told apart.
 const IDLE_TIMEOUT: RangeInclusive<Duration> = Duration::from_secs(60)..=Duration::from_secs(8 * 3600);
+const RESET_AFTER_DEFAULT: Duration = Duration::from_secs(5);
+/// Shorter than a check may take, it would be no proof; longer than TCP itself has patience, no use.
+const RESET_AFTER: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3600);
+/// Ten thousand flows in five seconds.
+const RESET_RATE_DEFAULT: u32 = 2000;
+const RESET_RATE_MAX: i64 = 1_000_000;
 const WEIGHT_MAX: i64 = 256;
 
 /// A service that is right by itself, and where its parts stand: what it may share with others is seen later.
@@ -58,11 +64,7 @@ pub(super) fn read_all(root: &Section, document: &mut Document) -> Result<Vec<Re
 }
 
 fn read(section: &Section, document: &mut Document) -> Result<ReadService, Problem> {
-    for (key, default) in
-        [("on_dead", "\"reset\""), ("reset_after", "\"5s\""), ("reset_rate", "2000"), ("pods", "false")]
-    {
-        section.only_default_yet(key, default)?;
-    }
+    section.only_default_yet("pods", "false")?;
     let name = section.required_text("name", "\"kube-apiserver\"")?;
     let listen = read_listen(section)?;
     let backends = read_backends(section)?;
@@ -78,6 +80,14 @@ fn read(section: &Section, document: &mut Document) -> Result<ReadService, Probl
         forward: section.choice("forward", Forward::Nat, &[("nat", Forward::Nat)], &["dsr", "ipip"])?,
         idle_timeout: section.duration("idle_timeout", IDLE_TIMEOUT)?.unwrap_or(IDLE_TIMEOUT_DEFAULT),
         allow: address::prefixes(section)?,
+        on_dead: section.choice(
+            "on_dead",
+            OnDead::Reset,
+            &[("reset", OnDead::Reset), ("keep", OnDead::Keep)],
+            &[],
+        )?,
+        reset_after: section.duration("reset_after", RESET_AFTER)?.unwrap_or(RESET_AFTER_DEFAULT),
+        reset_rate: section.integer("reset_rate", 0..=RESET_RATE_MAX)?.unwrap_or(RESET_RATE_DEFAULT),
         check: check::read(section, document)?,
         backends: backends.by_address.iter().map(|backend| backend.get_ref().clone()).collect(),
         named_backends: backends.by_name.iter().map(|backend| backend.get_ref().clone()).collect(),

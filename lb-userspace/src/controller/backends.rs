@@ -32,6 +32,8 @@ pub(super) struct Backend {
     pub(super) state: State,
     /// Since when; None before the first check.
     pub(super) since: Option<SystemTime>,
+    /// Silent without a break since then, while it is silent or dead.
+    pub(super) silent_since: Option<Instant>,
     /// The last check.
     pub(super) report: CheckReport,
     /// When that was.
@@ -43,8 +45,12 @@ pub(super) struct Backend {
 impl Backend {
     /// Takes in the result of a check.
     pub(super) fn observe(&mut self, event: &Event, now: Instant) {
-        self.state = event.state;
-        self.since = Some(event.since);
+        self.silent_since = event.silent_since.filter(|_| event.state == State::Silent);
+        // What checks see of the dead is silence.
+        if self.state != State::Dead || self.silent_since.is_none() {
+            self.state = event.state;
+            self.since = Some(event.since);
+        }
         self.report = event.report.clone();
         self.checked = Some(now);
     }
@@ -92,6 +98,7 @@ pub(super) fn enumerate(
                 local,
                 state: State::Unknown,
                 since: None,
+                silent_since: None,
                 report: CheckReport::initializing(),
                 checked: None,
                 way: Way::Unknown,

@@ -10,6 +10,7 @@ mod next_hops;
 mod plan;
 mod ports;
 mod probe_targets;
+mod resets;
 mod selection;
 mod status;
 
@@ -42,6 +43,7 @@ pub use hash_key::{HashKeyError, load as load_hash_key};
 use next_hops::{Found, Hop, LearnedHops};
 pub use plan::Plan;
 use ports::Ports;
+use resets::Resets;
 use selection::Choice;
 
 /// How often the flow table is looked through.
@@ -115,7 +117,8 @@ pub struct Controller {
     last_turn: Instant,
     /// What backends by name stand for. None: nobody looks.
     names: Option<Names>,
-    _checks: health::Handle,
+    checks: health::Handle,
+    resets: Resets,
 }
 
 impl Controller {
@@ -129,6 +132,8 @@ impl Controller {
     ) -> Result<Self, ControllerError> {
         let now = Instant::now();
         let vips = plan::vips(&config);
+        let resets = Resets::open(&config, now)
+            .map_err(|source| ControllerError::System { doing: "open raw sockets", source })?;
         let mut controller = Self {
             network,
             dataplane,
@@ -148,7 +153,8 @@ impl Controller {
             last_turn: now,
             names: None,
             config,
-            _checks: checks,
+            checks,
+            resets,
         };
         controller.fill()?;
         let used = used_tcp_ports(&controller.own_addresses())
@@ -295,6 +301,7 @@ impl Controller {
         self.look_for_vips();
         let mut names = self.names.clone();
         loop {
+            let reset_turn = self.resets.due();
             tokio::select! {
                 Some(event) = inbox.checks.recv() => self.take(&event),
                 Some(change) = inbox.network.recv() => {
@@ -313,6 +320,7 @@ impl Controller {
                 },
                 () = renamed(&mut names) => self.say_what_moved(),
                 _ = second.tick() => self.turn().await,
+                () = tokio::time::sleep_until(reset_turn) => self.reset_turn(),
                 _ = inbox.stop.recv() => return End::Stop,
             }
         }
@@ -328,9 +336,13 @@ impl Controller {
     /// Returns the family of the backend.
     fn observe(&mut self, event: &Event) -> Option<bool> {
         let backend = self.backends.iter_mut().find(|backend| backend.target == event.id)?;
+        let before = backend.clone();
         backend.observe(event, Instant::now());
         let (ipv6, name) = (backend.address.is_ipv6(), backend.name.clone());
+        self.consider_asking(event, &before);
         if let Some(transition) = &event.transition {
+            // The checks know of no death.
+            let transition = &health::Transition { from: before.state, ..transition.clone() };
             let of_service = || self.backends.iter().filter(|it| it.target.service == event.id.service);
             let ready = of_service().filter(|backend| backend.state == State::Ready).count();
             let service = &self.config.services[event.id.service].name;

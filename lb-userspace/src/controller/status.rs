@@ -90,6 +90,7 @@ impl Controller {
                 State::Ready => BackendState::Ready,
                 State::Draining => BackendState::Draining,
                 State::Silent => BackendState::Silent,
+                State::Dead => BackendState::Dead,
             },
             weight: backend.weight,
             active_flows: self.reaped.active.get(usize::from(backend.id)).copied().unwrap_or_default(),

@@ -9,7 +9,7 @@ use lb_common::{
     cell::Cell8,
     flow::{Family, LONG_QUARANTINE, Query, V4, V6},
     layout::{Config, OverflowMarks, WAYS},
-    meta::{CLIENT_FIN, Kind, Meta, RESET},
+    meta::{BACKEND_TOLD, CLIENT_FIN, Kind, Meta, RESET},
     transition::RESET_QUARANTINE,
 };
 
@@ -69,6 +69,11 @@ impl Round<'_> {
             (age > idle).then(|| meta.without_flags().become_kind(Kind::ClosedByBackend))
         } else if meta.is_closed() {
             (age > LONG_QUARANTINE).then_some(Meta::FREE)
+        } else if meta.is(Kind::Killed) {
+            // What its backend was not told of waits until that has been ready for a while (`release_killed`); if it
+            // never comes back, no longer than the flow would have been remembered.
+            let rest = if meta.has(BACKEND_TOLD) { LONG_QUARANTINE } else { idle };
+            (age > rest).then_some(Meta::FREE)
         } else {
             None
         }
@@ -156,7 +161,8 @@ fn sweep<F: Family>(
             if meta.is(Kind::Claiming) {
                 claims.insert(meta);
             }
-            let ending = meta.has(RESET) || (meta.is(Kind::HalfOpen) && meta.has(CLIENT_FIN));
+            let ending =
+                meta.has(RESET) || meta.is(Kind::Killed) || (meta.is(Kind::HalfOpen) && meta.has(CLIENT_FIN));
             if meta.is_live() && !meta.is_closed() && !ending {
                 reaped.active[usize::from(meta.backend())] += 1;
             }
@@ -249,6 +255,10 @@ mod tests {
         assert_eq!(verdict(Kind::Established, RESET, 1, 11), Some(Kind::ClosedByClient));
         assert_eq!(verdict(Kind::ClosedByBackend, 0, 1, 60), None);
         assert_eq!(verdict(Kind::ClosedByBackend, 0, 1, 61), Some(Kind::Free));
+        assert_eq!(verdict(Kind::Killed, BACKEND_TOLD, 1, 60), None);
+        assert_eq!(verdict(Kind::Killed, BACKEND_TOLD, 1, 61), Some(Kind::Free));
+        assert_eq!(verdict(Kind::Killed, 0, 1, 10_000), None, "its backend may come back and remember");
+        assert_eq!(verdict(Kind::Killed, 0, 1, 10_001), Some(Kind::Free));
     }
 
     #[test]

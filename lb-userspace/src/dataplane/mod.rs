@@ -11,6 +11,7 @@ mod flows;
 mod grace;
 mod learned;
 mod mapped;
+mod reset;
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -47,6 +48,7 @@ pub use flows::Reaped;
 use grace::Grace;
 pub use grace::wait as wait_grace_period;
 pub use mapped::Mapped;
+pub use reset::{Cursor, Flow, FlowFilter, Hop};
 
 /// The kernel programs, as the build script compiled them. Empty if it was told to leave them out.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-ebpf"));

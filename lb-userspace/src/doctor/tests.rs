@@ -9,7 +9,9 @@ use rustls_pki_types::{PrivateKeyDer, pem::PemObject};
 
 use super::*;
 use crate::{
-    config::{Admin, Backend, Balance, Check, CheckKind, Dataplane, Forward, Service, Vip, VipMode, XdpMode},
+    config::{
+        Admin, Backend, Balance, Check, CheckKind, Dataplane, Forward, OnDead, Service, Vip, VipMode, XdpMode,
+    },
     network::testing::{Peer, in_namespace, ip},
 };
 
@@ -46,6 +48,9 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
             forward: Forward::Nat,
             idle_timeout: Duration::from_secs(3600),
             allow: vec![],
+            on_dead: OnDead::Reset,
+            reset_after: Duration::from_secs(5),
+            reset_rate: 2000,
             check: Check {
                 kind: CheckKind::Https,
                 path: "/readyz".to_owned(),

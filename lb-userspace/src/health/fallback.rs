@@ -93,7 +93,7 @@ impl SelectionReason {
 ///    works and the others are rightly refused.)
 /// 4. The same again among those the operator drained (also by weight 0).
 ///
-/// Never one in maintenance, nor one that is silent or not yet known.
+/// Never one in maintenance, nor one that is silent, dead or not yet known.
 #[must_use]
 pub fn select(candidates: &[Candidate]) -> Selection {
     let eligible = |candidate: &&Candidate| candidate.operator != OperatorState::Maint;
@@ -170,7 +170,7 @@ mod tests {
 
     #[test]
     fn ready_ones_are_enough() {
-        let candidates = [answering(500), candidate(State::Ready), answering(401), candidate(State::Silent)];
+        let candidates = [answering(500), candidate(State::Ready), answering(401), candidate(State::Dead)];
         assert_eq!(selected(&candidates), (vec![1], SelectionReason::Ready));
     }
 
@@ -214,12 +214,19 @@ mod tests {
     fn nobody_known_or_everybody_silent_is_nobody() {
         assert_eq!(selected(&[candidate(State::Unknown); 3]), (vec![], SelectionReason::None));
         assert_eq!(selected(&[candidate(State::Silent); 3]), (vec![], SelectionReason::None));
+        assert_eq!(selected(&[candidate(State::Dead); 3]), (vec![], SelectionReason::None));
         assert_eq!(selected(&[]), (vec![], SelectionReason::None));
     }
 
     fn any_candidate() -> impl Strategy<Value = Candidate> {
         (
-            prop_oneof![Just(State::Unknown), Just(State::Ready), Just(State::Draining), Just(State::Silent)],
+            prop_oneof![
+                Just(State::Unknown),
+                Just(State::Ready),
+                Just(State::Draining),
+                Just(State::Silent),
+                Just(State::Dead)
+            ],
             any::<bool>(),
             prop_oneof![Just(None), Just(Some(200)), Just(Some(401)), Just(Some(403)), Just(Some(500))],
             any::<bool>(),
@@ -257,7 +264,7 @@ mod tests {
                 prop_assert_ne!(member.operator, OperatorState::Maint);
                 prop_assert_eq!(free(&member), reason != SelectionReason::OperatorDrained);
             }
-            if candidates.iter().all(|c| matches!(c.state, State::Silent | State::Unknown)) {
+            if candidates.iter().all(|c| matches!(c.state, State::Silent | State::Dead | State::Unknown)) {
                 prop_assert_eq!(reason, SelectionReason::None);
             }
         }

@@ -21,6 +21,7 @@ mod state;
 mod transition;
 mod unverified;
 mod validate;
+mod vigil;
 
 #[cfg(test)]
 mod tests;
@@ -33,3 +34,4 @@ pub use schedule::{Event, Handle, Target, TargetId, check_once, spawn};
 pub use state::{Change, Machine, State, Thresholds};
 pub use transition::{Transition, transition_line};
 pub use validate::{HealthError, validate};
+pub use vigil::{Sighting, Vigil};

@@ -6,7 +6,7 @@
 //! | `fall` failures, at least one of the last `fall` an answer of some kind | draining |
 //! | `fall` failures, all of the last `fall` silence | silent |
 //!
-//! Silence is the grave verdict (a later step resets connections on it), so every doubt goes the other way:
+//! Silence is the grave verdict ([`Vigil`](super::Vigil) resets connections on it when it lasts), so every doubt goes the other way:
 //! mixed failures are *draining*, any answer from a silent backend makes it *draining* at once, and a result
 //! that is our own host's trouble changes nothing but restarts the clock of [`Machine::silent_since`].
 
@@ -25,6 +25,9 @@ pub enum State {
     Draining,
     /// It does not answer below HTTP; no new flows, those it has are kept.
     Silent,
+    /// Silent for so long, and not a word of it in the data path, that those it has are reset. Not the checks' verdict
+    /// alone: see [`Vigil`](super::Vigil).
+    Dead,
 }
 
 impl State {
@@ -36,6 +39,7 @@ impl State {
             Self::Ready => "ready",
             Self::Draining => "draining",
             Self::Silent => "silent",
+            Self::Dead => "dead",
         }
     }
 }
@@ -114,7 +118,7 @@ impl Machine {
             State::Unknown => true,
             State::Ready => self.failures > 0,
             State::Draining => self.successes > 0 || self.silences > 0,
-            State::Silent => self.successes > 0,
+            State::Silent | State::Dead => self.successes > 0,
         }
     }
 
@@ -140,8 +144,8 @@ impl Machine {
         self.silent_since = None;
         match self.state {
             State::Unknown | State::Ready => State::Ready,
-            State::Draining | State::Silent if self.successes >= self.thresholds.rise.get() => State::Ready,
-            State::Draining | State::Silent => State::Draining,
+            _ if self.successes >= self.thresholds.rise.get() => State::Ready,
+            State::Draining | State::Silent | State::Dead => State::Draining,
         }
     }
 
@@ -316,7 +320,7 @@ mod tests {
                 if outcome == Outcome::Pass {
                     match before {
                         State::Unknown | State::Ready => prop_assert_eq!(after, State::Ready),
-                        State::Draining | State::Silent => {
+                        State::Draining | State::Silent | State::Dead => {
                             prop_assert_eq!(after == State::Ready, passes >= rise);
                         }
                     }

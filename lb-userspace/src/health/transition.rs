@@ -38,7 +38,7 @@ pub fn transition_line(
     let Transition { from, to, report } = transition;
     let verb = match (from, to) {
         (_, State::Ready) => "is UP",
-        (State::Draining | State::Silent, _) => "is still DOWN",
+        (State::Draining | State::Silent | State::Dead, _) => "is still DOWN",
         _ => "is DOWN",
     };
     let mut line = format!("Server {service}/{backend} {verb}, reason: {}", report.code.description());
@@ -65,6 +65,7 @@ fn meaning(state: State) -> &'static str {
         State::Unknown => "not checked yet",
         State::Ready => "gets new flows",
         State::Draining | State::Silent => "no new flows, established ones are kept",
+        State::Dead => "no new flows, established ones are reset",
     }
 }
 

@@ -74,7 +74,8 @@ fn join(interface: u32, address: Ipv6Addr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-fn link_address(interface: u32, ethertype: u16) -> io::Result<SockAddr> {
+/// Where frames of a packet socket come from or go to. `ethertype` 0: for sending only, the frame itself says.
+pub(crate) fn link_address(interface: u32, ethertype: u16) -> io::Result<SockAddr> {
     let address = libc::sockaddr_ll {
         sll_family: libc::AF_PACKET as u16,
         sll_protocol: ethertype.to_be(),

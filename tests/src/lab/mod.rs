@@ -136,7 +136,15 @@ impl Lab {
     /// # Errors
     /// When the host has no link.
     pub fn unplug(&self, host: &Host) -> Result<()> {
-        self.net.ip(&format!("link set {} down", host.link()?.port))
+        self.unplug_link(host, 0)
+    }
+
+    /// The same with the host's link of this number, from 0.
+    ///
+    /// # Errors
+    /// When the host has no such link.
+    pub fn unplug_link(&self, host: &Host, number: usize) -> Result<()> {
+        self.switch(host, number, "down")
     }
 
     /// Undoes [`Lab::unplug`].
@@ -144,7 +152,20 @@ impl Lab {
     /// # Errors
     /// When the host has no link.
     pub fn replug(&self, host: &Host) -> Result<()> {
-        self.net.ip(&format!("link set {} up", host.link()?.port))
+        self.replug_link(host, 0)
+    }
+
+    /// Undoes [`Lab::unplug_link`].
+    ///
+    /// # Errors
+    /// When the host has no such link.
+    pub fn replug_link(&self, host: &Host, number: usize) -> Result<()> {
+        self.switch(host, number, "up")
+    }
+
+    fn switch(&self, host: &Host, number: usize, state: &str) -> Result<()> {
+        let link = host.links().get(number).with_context(|| format!("{} has no such link", host.name()))?;
+        self.net.ip(&format!("link set {} {state}", link.port))
     }
 }
 

@@ -15,7 +15,7 @@ use lb_common::{
     meta::{Kind, Meta},
     outcome::{Action, COUNTERS, Counter, Event, Outcome},
 };
-use lb_userspace::dataplane::{Dataplane, Listener, Mapped, OBJECT, Port, Settings};
+use lb_userspace::dataplane::{Cursor, Dataplane, FlowFilter, Listener, Mapped, OBJECT, Port, Settings};
 
 use super::{
     frame::{ACK, Frame, PSH, SYN},
@@ -318,6 +318,25 @@ impl World {
         let flow = self.open(client, self.ip.listener());
         self.prove(&flow);
         flow
+    }
+
+    /// Resets a flow, as the daemon does; how many it were.
+    ///
+    /// # Panics
+    /// When the clock cannot be read.
+    pub fn kill(&mut self, flow: &Flow) -> usize {
+        let filter = FlowFilter {
+            backend: Some(flow.backend),
+            client: Some(flow.client.ip().into()),
+            client_port: Some(flow.client.port()),
+            ..FlowFilter::default()
+        };
+        let killed = self.dataplane.kill_flows(&filter, &mut Cursor::default(), usize::MAX).unwrap();
+        for it in &killed {
+            assert_eq!((it.client, it.listener, it.source), (flow.client, flow.listener, flow.snat));
+            assert_eq!(it.backend, self.ip.backend(flow.backend));
+        }
+        killed.len()
     }
 
     /// Every slot that is not free.

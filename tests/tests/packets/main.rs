@@ -9,6 +9,7 @@
 mod budget;
 mod hostile;
 mod icmp;
+mod killed;
 mod outcomes;
 mod refusal;
 mod routes;

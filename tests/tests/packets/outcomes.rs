@@ -68,6 +68,13 @@ fn make(outcome: Outcome, world: &mut World) -> Result<Exchange, Impossible> {
             world.dataplane.set_allowed(1, &[elsewhere]).unwrap();
             world.run(&Frame::syn(client, SocketAddr::new(ip.vip(0), 9345)).bytes())
         }
+        Outcome::ResetClient | Outcome::ResetBackend => {
+            let flow = world.establish(client);
+            assert_eq!(world.kill(&flow), 1);
+            let from_client = outcome == Outcome::ResetClient;
+            let frame = if from_client { flow.from_client() } else { flow.from_backend() };
+            world.run(&frame.bytes())
+        }
         Outcome::SecondChance => {
             let flow = world.open(client, listener);
             world.run(&Frame { flags: RST | ACK, ..flow.from_backend() }.bytes())

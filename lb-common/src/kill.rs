@@ -1,0 +1,92 @@
+//! Resetting a flow on purpose, from the daemon's side: its backend is dead, or an operator says so.
+//!
+//! The slot becomes *killed* by compare-and-exchange on its word, as every transition does, and from then on the program
+//! answers both sides with exact RSTs ([`crate::transition`], [`crate::refuse`]). A client that says nothing is told by
+//! the daemon: one RST whose sequence number is the last that the client acknowledged, which is the only thing that is
+//! believed by the client and by every stateful router on the way to it. (An acknowledgement outside of the window, as a
+//! question, is dropped or misdelivered by conntrack.)
+
+use crate::{
+    cell::Cell32,
+    meta::{CLIENT_ACK, Kind, Meta, SYN_ACK},
+};
+
+/// Units (about seconds) that a killed slot is not given to another flow: the client's RST is repeated after 100 ms
+/// and after a second, and the client may speak.
+pub const KILLED_REST: u16 = 3;
+/// Seconds that a backend must have been ready again before its killed slots may be used towards it, if it has not been
+/// heard to have forgotten their flows.
+pub const KILLED_QUARANTINE: u64 = 60;
+
+/// Times to look again, when a packet changes the word meanwhile.
+const ATTEMPTS: usize = 8;
+
+/// Has it a client that believes to be connected, and a backend that may hold on to it?
+///
+/// A SYN that was not answered yet is not reset: the client's next one goes to another backend by itself.
+#[must_use]
+pub const fn is_resettable(meta: Meta) -> bool {
+    meta.is(Kind::Established) || (meta.is(Kind::HalfOpen) && meta.has(SYN_ACK))
+}
+
+/// Does the slot hold the last number that its client acknowledged? (Until then: when it was claimed.)
+#[must_use]
+pub const fn knows_last_ack(meta: Meta) -> bool {
+    meta.is(Kind::Established) || (meta.is(Kind::HalfOpen) && meta.has(SYN_ACK | CLIENT_ACK))
+}
+
+/// Kills the flow whose word is examined in `word`, at the time `now`, if it is one of `backend` that can be reset.
+/// Returns its last word before.
+pub fn kill(word: &Cell32, backend: u8, now: u16) -> Option<Meta> {
+    let mut meta = Meta(word.load());
+    for _ in 0..ATTEMPTS {
+        if !is_resettable(meta) || meta.backend() != backend {
+            return None;
+        }
+        let killed = Meta::new(Kind::Killed, backend, now);
+        let found = Meta(word.compare_exchange(meta.0, killed.0));
+        if found == meta {
+            return Some(meta);
+        }
+        meta = found;
+    }
+    None
+}
+
+#[cfg(test)]
+#[cfg(not(loom))]
+mod tests {
+    use super::*;
+    use crate::meta::{BACKEND_TOLD, CLIENT_FIN, RESET};
+
+    fn cell(meta: Meta) -> Cell32 {
+        let cell = Cell32::default();
+        cell.store(meta.0);
+        cell
+    }
+
+    #[test]
+    fn a_flow_that_somebody_believes_in_is_killed_whatever_was_heard_of_it() {
+        for flags in [0, RESET, CLIENT_FIN, SYN_ACK | CLIENT_ACK] {
+            let before = Meta::new(Kind::Established, 3, 100).with(flags);
+            let word = cell(before);
+            assert_eq!(kill(&word, 3, 200), Some(before));
+            let after = Meta(word.load());
+            assert_eq!(after, Meta::new(Kind::Killed, 3, 200));
+            assert!(after.is_untold() && !after.with(BACKEND_TOLD).is_untold());
+            assert_eq!(kill(&word, 3, 201), None, "once");
+        }
+        let answered = Meta::new(Kind::HalfOpen, 3, 100).with(SYN_ACK);
+        assert_eq!(kill(&cell(answered), 3, 200), Some(answered));
+        assert!(!knows_last_ack(answered) && knows_last_ack(answered.with(CLIENT_ACK)));
+    }
+
+    #[test]
+    fn what_is_over_has_not_begun_or_is_anothers_is_left_alone() {
+        for kind in [Kind::Free, Kind::Claiming, Kind::HalfOpen, Kind::ClosedByClient, Kind::ClosedByBackend]
+        {
+            assert_eq!(kill(&cell(Meta::new(kind, 3, 100)), 3, 200), None, "{kind:?}");
+        }
+        assert_eq!(kill(&cell(Meta::new(Kind::Established, 4, 100)), 3, 200), None);
+    }
+}

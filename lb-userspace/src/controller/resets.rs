@@ -1,0 +1,402 @@
+//! Flows that must end because their backend is dead, and flows that are asked because it may have forgotten them.
+//!
+//! | what is seen of a backend | its flows |
+//! |---|---|
+//! | it is dead ([`Vigil`]) | reset, at most `reset_rate` a second; or kept, as `on_dead` says |
+//! | it refuses connections, or answers after any silence: it may have rebooted | asked, at the same rate |
+//! | everything else | left alone |
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    io,
+    time::{Duration, Instant},
+};
+
+use lb_common::kill::KILLED_QUARANTINE;
+
+use super::{Controller, backends::Backend};
+use crate::{
+    config::{Config, OnDead},
+    dataplane::{Cursor, DataplaneError, Flow, FlowFilter},
+    health::{CheckReport, Event, Failure, Outcome, Sighting, State, Transition, Vigil, transition_line},
+    resets::{Pace, Repeats, Wire},
+};
+
+/// Between batches of flows.
+const SOON: Duration = Duration::from_millis(10);
+/// Between looks at backends that may die.
+const WATCHED: Duration = Duration::from_millis(50);
+/// Between looks at the table for flows of a dead backend that were missed: a packet may have changed them just then.
+const AGAIN: Duration = Duration::from_secs(1);
+/// When there is nothing to do.
+const LATER: Duration = Duration::from_secs(1);
+
+/// All that is kept about resetting and asking.
+pub(super) struct Resets {
+    wire: Wire,
+    /// By service.
+    vigils: Vec<Vigil>,
+    /// By service.
+    paces: Vec<Pace>,
+    jobs: VecDeque<Job>,
+    repeats: Repeats<Flow>,
+    /// When the others were last asked because somebody is silent, by service.
+    looked: Vec<Instant>,
+    /// Since when backends have been ready, by id.
+    ready_since: BTreeMap<u8, Instant>,
+    due: Instant,
+    /// Segments could not be sent: said once.
+    mute: bool,
+}
+
+/// Something that is done to all flows of a backend, a few at a time.
+#[derive(Debug)]
+struct Job {
+    work: Work,
+    backend: u8,
+    service: usize,
+    cursor: Cursor,
+    count: usize,
+    /// Not before.
+    at: Instant,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Work {
+    Reset,
+    Ask,
+}
+
+impl Resets {
+    /// Opens the sockets.
+    pub(super) fn open(config: &Config, now: Instant) -> io::Result<Self> {
+        let mut resets = Self {
+            wire: Wire::open()?,
+            vigils: Vec::new(),
+            paces: Vec::new(),
+            looked: Vec::new(),
+            jobs: VecDeque::new(),
+            repeats: Repeats::default(),
+            ready_since: BTreeMap::new(),
+            due: now,
+            mute: false,
+        };
+        resets.configure(config, now);
+        Ok(resets)
+    }
+
+    /// Begins anew for the services of `config`; what was killed is still repeated.
+    pub(super) fn configure(&mut self, config: &Config, now: Instant) {
+        let services = || config.services.iter();
+        self.vigils =
+            services().map(|service| Vigil::new(service.reset_after, service.backends.len())).collect();
+        self.paces = services().map(|service| Pace::new(service.reset_rate, now)).collect();
+        self.looked = services().map(|_| now).collect();
+        self.jobs.clear();
+    }
+
+    /// When [`Controller::reset_turn`] is to be called again.
+    pub(super) fn due(&self) -> tokio::time::Instant {
+        self.due.into()
+    }
+
+    /// At the next opportunity.
+    pub(super) fn hurry(&mut self) {
+        self.due = Instant::now();
+    }
+
+    fn begin(&mut self, work: Work, backend: &Backend, now: Instant) {
+        let same = |job: &Job| (job.work, job.backend) == (work, backend.id);
+        // What was passed by already is asked again.
+        self.jobs.retain(|job| !same(job));
+        self.jobs.push_back(Job {
+            work,
+            backend: backend.id,
+            service: backend.target.service,
+            cursor: Cursor::default(),
+            count: 0,
+            at: now,
+        });
+        self.due = now;
+    }
+
+    /// What was sent, or why not, once.
+    fn heed(&mut self, sent: io::Result<()>) {
+        match sent {
+            Ok(()) => self.mute = false,
+            Err(error) if !self.mute => {
+                self.mute = true;
+                tracing::warn!(
+                    "cannot send the segments that end flows ({error}): their clients are told when they speak"
+                );
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+impl Controller {
+    /// Takes in a finished check: a backend that may have forgotten its flows is asked about them. `before` is the backend
+    /// as it was before the check.
+    pub(super) fn consider_asking(&mut self, event: &Event, before: &Backend) {
+        let now = Instant::now();
+        if event.state == State::Ready {
+            self.resets.ready_since.entry(before.id).or_insert(now);
+        } else {
+            self.resets.ready_since.remove(&before.id);
+        }
+        if event.state == State::Silent && before.silent_since.is_none() {
+            self.resets.hurry();
+        }
+        if !before.local && may_have_forgotten(event, before) {
+            tracing::debug!("asking about the flows of {}", before.name);
+            self.resets.begin(Work::Ask, before, now);
+        }
+    }
+
+    /// Looks who has died, and resets, asks and repeats what it is time for.
+    pub(super) fn reset_turn(&mut self) {
+        let now = Instant::now();
+        let watching = self.look_for_the_dead(now);
+        if let Err(error) = self.work(now) {
+            tracing::warn!("cannot look through the flow table: {error}");
+        }
+        for flow in self.resets.repeats.due(now) {
+            if let Some(last_ack) = self.dataplane.last_ack_of_killed(&flow) {
+                let sent = self.resets.wire.reset_client(&flow, last_ack);
+                self.resets.heed(sent);
+            }
+        }
+        self.release_killed(now);
+        let soon = watching.then_some(now + WATCHED);
+        let jobs = self.resets.jobs.iter().map(|job| job.at.max(now + SOON)).min();
+        let next = [soon, jobs, self.resets.repeats.next()].into_iter().flatten().min();
+        self.resets.due = next.unwrap_or(now + LATER);
+    }
+
+    /// Resets the flows that `filter` wants, all at once, whatever their service says about dead backends, and tells both of
+    /// their ends. How many it were.
+    pub fn kill(&mut self, filter: &FlowFilter) -> Result<usize, DataplaneError> {
+        let now = Instant::now();
+        let flows = self.dataplane.kill_flows(filter, &mut Cursor::default(), usize::MAX)?;
+        let count = flows.len();
+        for flow in flows {
+            // The backend lives, and answers what it is asked; the program answers that with a RST.
+            let asked = self.resets.wire.ask_backend(&flow, flow.last_ack.unwrap_or_default());
+            self.resets.heed(asked);
+            self.tell(flow, now);
+        }
+        self.resets.hurry();
+        Ok(count)
+    }
+
+    /// Whether there is anybody who may die soon.
+    fn look_for_the_dead(&mut self, now: Instant) -> bool {
+        if !self.backends.iter().any(|backend| matches!(backend.state, State::Silent | State::Dead)) {
+            // Everybody is well: nothing is remembered of earlier times but what the vigils know.
+            for service in 0..self.config.services.len() {
+                self.judge(service, &[], now);
+            }
+            return false;
+        }
+        let heard = self.dataplane.heard().unwrap_or_else(|error| {
+            tracing::warn!("cannot read when backends were heard: {error}");
+            Vec::new()
+        });
+        for service in 0..self.config.services.len() {
+            for died in self.judge(service, &heard, now) {
+                self.bury(service, died, now);
+            }
+            self.look_elsewhere(service, now);
+        }
+        self.backends.iter().any(|backend| backend.state == State::Silent)
+    }
+
+    /// Who of a service has died just now. Whoever has come back to life is silent again.
+    fn judge(&mut self, service: usize, heard: &[Option<Duration>], now: Instant) -> Vec<usize> {
+        let of_service: Vec<_> = (0..self.backends.len())
+            .filter(|index| self.backends[*index].target.service == service)
+            .collect();
+        let sightings: Vec<_> = of_service
+            .iter()
+            .map(|index| {
+                let backend = &self.backends[*index];
+                backend.sighting(heard.get(usize::from(backend.id)).copied().flatten(), now)
+            })
+            .collect();
+        let died = self.resets.vigils[service].judge(&sightings, now);
+        for (place, index) in of_service.iter().enumerate() {
+            let backend = &mut self.backends[*index];
+            if backend.state == State::Dead && !self.resets.vigils[service].is_dead(place) {
+                backend.state = State::Silent;
+                tracing::warn!("{}: there are signs of life: silent, not dead", backend.name);
+            }
+        }
+        died.into_iter().map(|place| of_service[place]).collect()
+    }
+
+    /// Says that a backend is dead, and sees to its flows.
+    fn bury(&mut self, service: usize, index: usize, now: Instant) {
+        let keep = self.config.services[service].on_dead == OnDead::Keep;
+        let backend = &mut self.backends[index];
+        backend.state = State::Dead;
+        backend.since = Some(std::time::SystemTime::now());
+        let transition =
+            Transition { from: State::Silent, to: State::Dead, report: CheckReport::clone(&backend.report) };
+        let backend = &self.backends[index];
+        let of_service = || self.backends.iter().filter(|it| it.target.service == service);
+        let ready = of_service().filter(|backend| backend.state == State::Ready).count();
+        let name = &self.config.services[service].name;
+        tracing::warn!("{}", transition_line(name, &backend.name, &transition, ready, of_service().count()));
+        if keep {
+            tracing::info!("{name}/{}: its flows are kept, as on_dead says", backend.name);
+        } else if backend.local {
+            tracing::info!("{name}/{}: is this host, its flows are its own kernel's to end", backend.name);
+        } else if !self.owns_a_vip_of(service) {
+            tracing::info!("{name}/{}: its VIP is on another host, whose flows these are now", backend.name);
+        } else {
+            let backend = backend.clone();
+            self.resets.begin(Work::Reset, &backend, now);
+        }
+    }
+
+    /// A host that has handed its VIP on still has the flows in its table, and must not speak in their name.
+    fn owns_a_vip_of(&self, service: usize) -> bool {
+        let mut listen = self.config.services[service].listen.iter();
+        listen.any(|listener| self.network.interface_carrying(listener.ip()).is_some())
+    }
+
+    /// While somebody is silent, the others are asked whether it is us.
+    fn look_elsewhere(&mut self, service: usize, now: Instant) {
+        let of_service = || self.backends.iter().filter(|backend| backend.target.service == service);
+        let sight = self.resets.vigils[service].sight();
+        if !of_service().any(|backend| backend.state == State::Silent)
+            || now.saturating_duration_since(self.resets.looked[service]) < sight
+        {
+            return;
+        }
+        self.resets.looked[service] = now;
+        let stale = |backend: &&Backend| {
+            backend.checked.is_none_or(|checked| now.saturating_duration_since(checked) > sight)
+        };
+        for backend in of_service().filter(stale).filter(|it| it.silent_since.is_none()) {
+            self.checks.check_now(backend.target);
+        }
+    }
+
+    fn work(&mut self, now: Instant) -> Result<(), DataplaneError> {
+        for _ in 0..self.resets.jobs.len() {
+            let Some(mut job) = self.resets.jobs.pop_front() else { break };
+            let done = if job.at <= now { self.batch(&mut job, now) } else { Ok(()) };
+            if let Some(job) = self.after(job, now) {
+                self.resets.jobs.push_back(job);
+            }
+            done?;
+        }
+        Ok(())
+    }
+
+    /// Does as much of a job as may be done now.
+    fn batch(&mut self, job: &mut Job, now: Instant) -> Result<(), DataplaneError> {
+        let limit = self.resets.paces[job.service].allowed(now);
+        if limit == 0 {
+            return Ok(());
+        }
+        let filter = FlowFilter::of_backend(job.backend);
+        let flows = match job.work {
+            Work::Reset => self.dataplane.kill_flows(&filter, &mut job.cursor, limit)?,
+            Work::Ask => self.dataplane.flows_to_ask(&filter, &mut job.cursor, limit),
+        };
+        self.resets.paces[job.service].done(flows.len());
+        job.count += flows.len();
+        for flow in flows {
+            match (job.work, flow.last_ack) {
+                (Work::Reset, _) => self.tell(flow, now),
+                (Work::Ask, Some(last_ack)) => {
+                    let sent = self.resets.wire.ask_backend(&flow, last_ack);
+                    self.resets.heed(sent);
+                }
+                (Work::Ask, None) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// What is left to do. A dead backend's flows are looked for as long as it is dead.
+    fn after(&self, job: Job, now: Instant) -> Option<Job> {
+        let name = || {
+            let backend = self.backends.iter().find(|backend| backend.id == job.backend);
+            backend.map_or_else(String::new, |backend| {
+                format!("{}/{}", self.config.services[job.service].name, backend.name)
+            })
+        };
+        let is_dead = || self.backends.iter().any(|it| it.id == job.backend && it.state == State::Dead);
+        if job.work == Work::Reset && !is_dead() {
+            return None;
+        }
+        if !job.cursor.is_at_end() {
+            return Some(job);
+        }
+        match job.work {
+            Work::Ask => {
+                tracing::debug!("asked about {} flows of {}", job.count, name());
+                None
+            }
+            Work::Reset => {
+                if job.count > 0 {
+                    tracing::info!("{} flows of {} were reset", job.count, name());
+                }
+                Some(Job { cursor: Cursor::default(), count: 0, at: now + AGAIN, ..job })
+            }
+        }
+    }
+
+    /// Tells the client of a flow that was reset that it is over, now and twice again.
+    fn tell(&mut self, flow: Flow, now: Instant) {
+        // A client in the middle of its handshake is told when it speaks, and that is soon.
+        let Some(last_ack) = flow.last_ack else { return };
+        let sent = self.resets.wire.reset_client(&flow, last_ack);
+        self.resets.heed(sent);
+        self.resets.repeats.said(flow, now);
+    }
+
+    /// Frees the killed slots of backends that have been ready for so long that they have forgotten the flows.
+    fn release_killed(&mut self, now: Instant) {
+        let quarantine = Duration::from_secs(KILLED_QUARANTINE);
+        let over = |since: &Instant| now.saturating_duration_since(*since) >= quarantine;
+        let backends: Vec<_> =
+            self.resets.ready_since.iter().filter(|(_, since)| over(since)).map(|(id, _)| *id).collect();
+        for id in backends {
+            // It begins anew with the next check: what is killed from now on has its own quarantine.
+            self.resets.ready_since.remove(&id);
+            if let Err(error) = self.dataplane.release_killed(id) {
+                tracing::warn!("cannot free slots that were reset: {error}");
+            }
+        }
+    }
+}
+
+/// Whether a backend may have rebooted, or lost its flows in another way: it refuses connections, which it did not before,
+/// or answers after silence.
+fn may_have_forgotten(event: &Event, before: &Backend) -> bool {
+    let refuses = |report: &CheckReport| report.outcome == Outcome::Fail(Failure::Refused);
+    let answers = event.silent_since.is_none() && event.report.outcome != Outcome::Local;
+    let was_silent = before.report.outcome == Outcome::Fail(Failure::Silent)
+        || matches!(before.state, State::Silent | State::Dead);
+    let begins_to_refuse = refuses(&event.report)
+        && event.state == State::Draining
+        && !(refuses(&before.report) && before.state == State::Draining);
+    (answers && was_silent) || begins_to_refuse
+}
+
+impl Backend {
+    /// What the vigil over its service looks at; `heard` is how long ago it sent payload to a client.
+    fn sighting(&self, heard: Option<Duration>, now: Instant) -> Sighting {
+        let answers = !matches!(self.report.outcome, Outcome::Local | Outcome::Fail(Failure::Silent));
+        Sighting {
+            silent_since: self.silent_since,
+            answered: self.checked.filter(|_| answers),
+            heard: heard.and_then(|ago| now.checked_sub(ago)),
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! Flows that end because their backend is dead, flows that are asked, and flows that nobody may touch.
+
+#![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
+
+use std::{
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::ensure;
+use lb_tests::{
+    cluster::{Cluster, Router, Shape},
+    daemon::{Daemon, Settings},
+    lab::{Host, eventually},
+    load::{Client, Crowd},
+};
+
+/// Some checks and `reset_after`, with room for a busy machine.
+const VERDICT: Duration = Duration::from_secs(30);
+/// What is asserted not to happen is watched for so long: twice `reset_after`.
+const WATCHED: Duration = Duration::from_secs(5);
+/// Connections at each VIP: of three servers each has some.
+const CONNECTIONS: usize = 30;
+
+/// Checks quickly, and finds somebody dead after `reset_after`.
+fn settings(cluster: &Cluster, reset_after: &str) -> Settings {
+    let mut settings = cluster.settings().unwrap();
+    settings.service = vec![format!("reset_after = {reset_after:?}")];
+    settings.check = ["interval = \"300ms\"", "fast_interval = \"100ms\"", "connect_timeout = \"500ms\""]
+        .map(str::to_owned)
+        .to_vec();
+    settings.check.push("timeout = \"2s\"".to_owned());
+    settings
+}
+
+fn start(cluster: &Cluster, settings: &Settings) -> Daemon {
+    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), settings).unwrap();
+    daemon.wait_ready(cluster.apiservers.len()).unwrap();
+    daemon
+}
+
+/// Connections through both VIPs that are open and say nothing, as a watch without events.
+struct Idle {
+    crowds: Vec<(Crowd, Vec<String>)>,
+    /// What the client's kernel had counted when they were open.
+    resets: u64,
+}
+
+impl Idle {
+    fn open(cluster: &Cluster) -> Self {
+        let open = |vip: IpAddr| {
+            let mut crowd = Crowd::open(&cluster.client, &client(cluster, vip), CONNECTIONS).unwrap();
+            let report = crowd.ask_names();
+            report.require_all(CONNECTIONS).unwrap();
+            let servers = report.outcomes.into_iter().map(|outcome| outcome.result.unwrap()).collect();
+            (crowd, servers)
+        };
+        let crowds = cluster.vips().map(open).into();
+        Self { crowds, resets: resets(cluster) }
+    }
+
+    /// How many of them are at a server.
+    fn at(&self, server: &str) -> u64 {
+        let all = self.crowds.iter().flat_map(|(_, servers)| servers);
+        all.filter(|at| *at == server).count() as u64
+    }
+
+    /// Waits until the client's kernel has had so many connections reset: without saying anything itself.
+    fn wait_reset(&self, cluster: &Cluster, count: u64) {
+        eventually(VERDICT, &format!("{count} connections are reset"), || {
+            let reset = resets(cluster) - self.resets;
+            ensure!(reset == count, "{reset} of {count}");
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    /// None was reset, and each still has its server.
+    fn require_alive(&mut self, cluster: &Cluster) {
+        assert_eq!(resets(cluster), self.resets);
+        self.require_gone_only(&[]);
+        assert_eq!(resets(cluster), self.resets);
+    }
+
+    /// Those of `gone` are gone, and all others are where they were.
+    fn require_gone_only(&mut self, gone: &[&str]) {
+        for (crowd, servers) in &mut self.crowds {
+            for (outcome, server) in crowd.ask_names().outcomes.iter().zip(servers) {
+                match &outcome.result {
+                    Ok(answered) => assert!(answered == server && !gone.contains(&server.as_str())),
+                    Err(error) => assert!(gone.contains(&server.as_str()), "{server}: {error}"),
+                }
+            }
+        }
+    }
+}
+
+/// A short wait for an answer, so that connections that hang are noticed.
+fn client(cluster: &Cluster, vip: IpAddr) -> Client {
+    cluster.client_of(vip).unwrap()
+}
+
+/// Connections of the client that ended by a RST.
+fn resets(cluster: &Cluster) -> u64 {
+    cluster.client.counter("Tcp", "EstabResets").unwrap()
+}
+
+/// What is in the state `state` stays in it: it never becomes dead.
+fn require_not_dead(daemon: &Daemon, backends: &[&str]) {
+    let begin = Instant::now();
+    while begin.elapsed() < WATCHED {
+        let status = daemon.status().unwrap();
+        for backend in backends {
+            assert!(!status.states(backend).contains(&"dead"), "{backend} is dead:\n{}", daemon.log());
+        }
+    }
+}
+
+/// Cuts a server off for good: its connections' clients are told, the others' do not notice.
+fn cut_off_for_good(cluster: &Cluster) {
+    let mut daemon = start(cluster, &settings(cluster, "2s"));
+    let mut idle = Idle::open(cluster);
+    let doomed = idle.at("api-1");
+    assert!(doomed > 0);
+    cluster.apiservers[0].host.cut_off().unwrap();
+    daemon.wait_state("api-1", "dead", VERDICT).unwrap();
+    idle.wait_reset(cluster, doomed);
+    idle.require_gone_only(&["api-1"]);
+    assert_eq!(resets(cluster), idle.resets + doomed);
+    assert!(daemon.log().contains("silent -> dead"), "{}", daemon.log());
+    cluster.require_no_own_resets().unwrap();
+    let table = daemon.status_table().unwrap();
+    assert!(table.contains("dead"), "{table}");
+
+    // It comes back, and is a backend as any other.
+    cluster.apiservers[0].host.reconnect().unwrap();
+    daemon.wait_state("api-1", "ready", VERDICT).unwrap();
+    // Its kernel still held on to the flows, and hears that they are over.
+    wait_forgotten(cluster, &cluster.apiservers[0].host);
+    let again = Idle::open(cluster);
+    assert!(again.at("api-1") > 0);
+    cluster.require_no_own_resets().unwrap();
+}
+
+/// A server has no connection through the load balancer left.
+fn wait_forgotten(cluster: &Cluster, host: &Host) {
+    eventually(VERDICT, "the server has heard of it", || {
+        for vip in cluster.vips() {
+            let peer = if vip.is_ipv6() { format!("[{vip}]") } else { vip.to_string() };
+            let open = host.run(&format!("ss -Htn state established dst {peer}"))?;
+            ensure!(open.is_empty(), "{open}");
+        }
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn a_silent_connection_to_a_server_that_is_cut_off_is_reset() {
+    cut_off_for_good(&Cluster::start(Shape::OneArm, 3).unwrap());
+}
+
+#[test]
+fn also_behind_a_masquerading_router_and_a_client_that_drops_what_conntrack_finds_invalid() {
+    let cluster =
+        Cluster::start(Shape::Routed(Router { masquerades: true, ..Router::default() }), 3).unwrap();
+    for host in [&cluster.client, cluster.router.as_ref().unwrap()] {
+        host.nft(
+            "add table inet strict; \
+             add chain inet strict in { type filter hook input priority 0; }; \
+             add chain inet strict through { type filter hook forward priority 0; }; \
+             add rule inet strict in ct state invalid counter drop; \
+             add rule inet strict through ct state invalid counter drop",
+        )
+        .unwrap();
+    }
+    cut_off_for_good(&cluster);
+}
+
+#[test]
+fn silence_that_is_shorter_than_reset_after_resets_nobody() {
+    let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let mut daemon = start(&cluster, &settings(&cluster, "20s"));
+    let mut idle = Idle::open(&cluster);
+    // A snapshot stops the whole machine; a busy disk stops the process alone.
+    cluster.apiservers[0].host.cut_off().unwrap();
+    daemon.wait_state("api-1", "silent", VERDICT).unwrap();
+    cluster.apiservers[0].host.reconnect().unwrap();
+    daemon.wait_state("api-1", "ready", VERDICT).unwrap();
+    cluster.apiservers[0].stub.freeze().unwrap();
+    daemon.wait_state("api-1", "silent", VERDICT).unwrap();
+    cluster.apiservers[0].stub.thaw().unwrap();
+    daemon.wait_state("api-1", "ready", VERDICT).unwrap();
+    // It was asked about its flows, and knows them.
+    idle.require_alive(&cluster);
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn all_silent_together_are_not_dead_and_new_connections_are_refused() {
+    let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let mut daemon = start(&cluster, &settings(&cluster, "2s"));
+    let mut idle = Idle::open(&cluster);
+    for apiserver in &cluster.apiservers {
+        apiserver.host.cut_off().unwrap();
+    }
+    for apiserver in &cluster.apiservers {
+        daemon.wait_state(apiserver.stub.name(), "silent", VERDICT).unwrap();
+    }
+    for vip in cluster.vips() {
+        let curl = cluster.curl(vip, "/name").output().unwrap();
+        assert_eq!(curl.status.code(), Some(7), "refused, not timed out: {curl:?}");
+    }
+    require_not_dead(&daemon, &["api-1", "api-2", "api-3"]);
+    for apiserver in &cluster.apiservers {
+        apiserver.host.reconnect().unwrap();
+    }
+    daemon.wait_ready(3).unwrap();
+    idle.require_alive(&cluster);
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn when_the_load_balancers_own_link_is_gone_nobody_is_reset() {
+    let cluster = Cluster::start(Shape::TwoArm, 3).unwrap();
+    let mut daemon = start(&cluster, &settings(&cluster, "2s"));
+    let mut idle = Idle::open(&cluster);
+    cluster.lab.unplug_link(&cluster.lb, 1).unwrap();
+    eventually(VERDICT, "nobody is ready", || {
+        let status = daemon.status()?;
+        let ready = |backend: &&lb_tests::daemon::BackendStatus| backend.state == "ready";
+        let backends = status.services.iter().flat_map(|service| &service.backends);
+        ensure!(backends.filter(ready).count() == 0, "{status:?}");
+        Ok(())
+    })
+    .unwrap();
+    require_not_dead(&daemon, &["api-1", "api-2", "api-3"]);
+    cluster.lab.replug_link(&cluster.lb, 1).unwrap();
+    daemon.wait_ready(3).unwrap();
+    idle.require_alive(&cluster);
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn a_frozen_server_is_dead_in_time_and_hears_of_it_when_it_thaws() {
+    let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let mut daemon = start(&cluster, &settings(&cluster, "2s"));
+    let mut idle = Idle::open(&cluster);
+    let doomed = idle.at("api-1");
+    // Its kernel goes on acknowledging.
+    cluster.apiservers[0].stub.freeze().unwrap();
+    daemon.wait_state("api-1", "dead", VERDICT).unwrap();
+    idle.wait_reset(&cluster, doomed);
+    idle.require_gone_only(&["api-1"]);
+    cluster.apiservers[0].stub.thaw().unwrap();
+    daemon.wait_state("api-1", "ready", VERDICT).unwrap();
+    wait_forgotten(&cluster, &cluster.apiservers[0].host);
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn a_server_that_has_rebooted_ends_its_old_connections_itself() {
+    let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    // So long that nobody is found dead meanwhile.
+    let mut daemon = start(&cluster, &settings(&cluster, "10m"));
+    let mut idle = Idle::open(&cluster);
+    let doomed = idle.at("api-1");
+    let rebooted = &mut cluster.apiservers[0];
+    rebooted.host.cut_off().unwrap();
+    // Nothing gets out of what a dying process and a dying kernel say.
+    rebooted.stub.kill().unwrap();
+    rebooted.host.run("ss -K state all sport = :6443").unwrap();
+    daemon.wait_state("api-1", "silent", VERDICT).unwrap();
+    assert_eq!(resets(&cluster), idle.resets);
+    // The kernel is up and knows nothing; the server is not, yet.
+    cluster.apiservers[0].host.reconnect().unwrap();
+    daemon.wait_state("api-1", "draining", VERDICT).unwrap();
+    idle.wait_reset(&cluster, doomed);
+    idle.require_gone_only(&["api-1"]);
+    cluster.apiservers[0].start().unwrap();
+    daemon.wait_state("api-1", "ready", VERDICT).unwrap();
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn a_dead_servers_connections_are_kept_where_the_configuration_says_so() {
+    let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let mut settings = settings(&cluster, "2s");
+    settings.service.push("on_dead = \"keep\"".to_owned());
+    let mut daemon = start(&cluster, &settings);
+    let mut idle = Idle::open(&cluster);
+    cluster.apiservers[0].host.cut_off().unwrap();
+    daemon.wait_state("api-1", "dead", VERDICT).unwrap();
+    cluster.apiservers[0].host.reconnect().unwrap();
+    daemon.wait_state("api-1", "ready", VERDICT).unwrap();
+    idle.require_alive(&cluster);
+}
