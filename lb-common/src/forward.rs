@@ -15,6 +15,7 @@ use crate::{
     process::{self, Context, Done},
     rewrite,
     transition::{self, Step},
+    witness,
 };
 
 /// Entries of the selection table that are tried for another backend than the one that refused.
@@ -61,7 +62,7 @@ fn step<A: Family, F: Frame, M: Maps>(
     } else {
         begin::<A, M>(maps, context, listener, query)?
     };
-    transmit::<A, F, M>(frame, maps, context, listener, flow)
+    transmit::<A, F, M>(frame, maps, context, listener, flow, &segment)
 }
 
 /// A flow's slot, and its word as it is now.
@@ -281,6 +282,7 @@ fn transmit<A: Family, F: Frame, M: Maps>(
     context: &Context<'_>,
     listener: &Listener,
     (slot, meta): Flow,
+    segment: &Segment,
 ) -> Result<Done, Outcome> {
     let backend = maps.backend(meta.backend()).ok_or(Outcome::NextHopUnknown)?;
     if backend.flags.load() & backend_flag::LOCAL != 0 {
@@ -289,6 +291,9 @@ fn transmit<A: Family, F: Frame, M: Maps>(
     let hop = NextHop(backend.next_hop.load());
     if hop == NextHop::UNKNOWN {
         return Err(Outcome::NextHopUnknown);
+    }
+    if segment.payload > 0 || segment.opens() {
+        witness::ask(backend, Clock::read(maps, context.config).jiffies);
     }
     let translation = to_backend::<A>(context, listener, backend, slot);
     let interface = rewrite::send(frame, context.config, &context.link, &context.packet, &translation, hop)?;

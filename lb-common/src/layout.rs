@@ -232,7 +232,7 @@ pub struct Service {
     pub reserved: u32,
 }
 
-/// Where flows go. All but `next_hop`, `heard` and `flags` stay as they are while a slot names the id.
+/// Where flows go. All but the cells stay as they are while a slot names the id.
 #[repr(C)]
 #[derive(Default)]
 pub struct Backend {
@@ -253,6 +253,10 @@ pub struct Backend {
     pub heard: Cell32,
     /// Where its packets go: see [`NextHop`]; 0: not known. Changed in one store.
     pub next_hop: Cell64,
+    /// Since when clients wait for it, in jiffies like `heard`: see [`crate::witness`].
+    pub asked: Cell32,
+    /// When it last refused a SYN, in jiffies like `heard`; 0: never.
+    pub refused: Cell32,
 }
 
 /// Flags of a [`Backend`].
@@ -331,7 +335,7 @@ mod tests {
         assert_eq!(size_of::<Port>(), 4 + 4 + 8 + 8 + 4 + 4);
         assert_eq!(size_of::<Listener>(), 16 + 2 + 1 + 1 + 2 + 2 + 4 + 4);
         assert_eq!(size_of::<Service>(), 16);
-        assert_eq!(size_of::<Backend>(), 16 + 4 + 4 + 4 + 4 + 8);
+        assert_eq!(size_of::<Backend>(), 16 + 4 + 4 + 4 + 4 + 8 + 4 + 4);
         assert_eq!((offset_of!(Backend, heard), offset_of!(Backend, next_hop)), (28, 32));
         assert_eq!(
             size_of::<Config>(),

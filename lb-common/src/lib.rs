@@ -44,6 +44,7 @@ pub mod refuse;
 pub mod reply;
 pub mod rewrite;
 pub mod transition;
+pub mod witness;
 
 pub use outcome::Outcome;
 pub use process::process;

@@ -179,6 +179,8 @@ impl Memory {
             sum: endpoint_sum(address, port),
             heard: Cell32::default(),
             next_hop: Cell64::default(),
+            asked: Cell32::default(),
+            refused: Cell32::default(),
         };
         backend.flags.store(backend_flag::ACCEPTS);
         backend.next_hop.store(hop.0);

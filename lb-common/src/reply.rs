@@ -14,6 +14,7 @@ use crate::{
     process::{self, Context, Done},
     rewrite,
     transition::{self, Step},
+    witness,
 };
 
 /// Backends that a packet without a slot is compared with.
@@ -85,9 +86,8 @@ fn step<A: Family, F: Frame, M: Maps>(
     let word = A::meta(ways, client.slot.way);
     let service = client.listener.service;
     let clock = Clock::read(maps, context.config);
-    // Of a busy backend at most once in a tick: the line is everybody's.
-    if segment.payload > 0 && client.backend.heard.load() != clock.jiffies {
-        client.backend.heard.store(clock.jiffies);
+    if segment.payload > 0 {
+        witness::hear(client.backend, clock.jiffies);
     }
     match transition::backend(meta, &segment) {
         Step::Set(flags) => meta = Meta(word.fetch_or(flags)).with(flags),
@@ -100,7 +100,10 @@ fn step<A: Family, F: Frame, M: Maps>(
                 meta = next;
             }
         }
-        Step::Refused => second_chance::<A, M>(maps, context, word, meta, client)?,
+        Step::Refused => {
+            client.backend.refused.store(clock.jiffies);
+            second_chance::<A, M>(maps, context, word, meta, client)?;
+        }
         Step::Answer => {
             word.compare_exchange(meta.0, meta.with(BACKEND_TOLD).0);
             return Err(Outcome::ResetBackend);

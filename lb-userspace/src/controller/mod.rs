@@ -13,6 +13,7 @@ mod probe_targets;
 mod resets;
 mod selection;
 mod status;
+mod witness;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -45,7 +46,10 @@ pub use plan::Plan;
 use ports::Ports;
 use resets::Resets;
 use selection::Choice;
+use witness::Witness;
 
+/// How often the data path is asked what it has noticed.
+const SIGNALS_EVERY: Duration = Duration::from_millis(25);
 /// How often the flow table is looked through.
 const REAP_EVERY: u64 = 5;
 /// How often neighbours are kept in the kernel's memory, and counters looked at.
@@ -118,6 +122,8 @@ pub struct Controller {
     /// What backends by name stand for. None: nobody looks.
     names: Option<Names>,
     checks: health::Handle,
+    /// By id of the backend.
+    witnesses: BTreeMap<u8, Witness>,
     resets: Resets,
 }
 
@@ -154,6 +160,7 @@ impl Controller {
             names: None,
             config,
             checks,
+            witnesses: BTreeMap::new(),
             resets,
         };
         controller.fill()?;
@@ -297,6 +304,8 @@ impl Controller {
     pub async fn run(&mut self, mut inbox: Inbox) -> End {
         let mut second = interval(Duration::from_secs(1));
         second.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let mut signals = interval(SIGNALS_EVERY);
+        signals.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sockets = watch_sockets(self.own_addresses());
         self.look_for_vips();
         let mut names = self.names.clone();
@@ -319,9 +328,31 @@ impl Controller {
                     Request::Unload(answer) => return End::Unload(answer),
                 },
                 () = renamed(&mut names) => self.say_what_moved(),
+                _ = signals.tick() => self.heed_signals(),
                 _ = second.tick() => self.turn().await,
                 () = tokio::time::sleep_until(reset_turn) => self.reset_turn(),
                 _ = inbox.stop.recv() => return End::Stop,
+            }
+        }
+    }
+
+    /// Has backends checked at once about which flows say something new.
+    fn heed_signals(&mut self) {
+        let now = Instant::now();
+        let signals = match self.dataplane.signals(self.backends.iter().map(|backend| backend.id)) {
+            Ok(signals) => signals,
+            Err(error) => {
+                tracing::debug!("cannot read what the data path has noticed: {error}");
+                return;
+            }
+        };
+        for (backend, signal) in self.backends.iter().zip(signals) {
+            let witness = self.witnesses.entry(backend.id).or_insert_with(|| Witness::new(signal));
+            let testimony = witness.hear(signal, now);
+            self.checks.accuse(backend.target, testimony.against);
+            if testimony.news {
+                tracing::debug!("flows say that {} does not answer: checking it", backend.name);
+                self.checks.check_now(backend.target);
             }
         }
     }
@@ -339,6 +370,11 @@ impl Controller {
         let before = backend.clone();
         backend.observe(event, Instant::now());
         let (ipv6, name) = (backend.address.is_ipv6(), backend.name.clone());
+        if event.report.outcome == health::Outcome::Pass
+            && let Some(witness) = self.witnesses.get_mut(&backend.id)
+        {
+            witness.passed();
+        }
         self.consider_asking(event, &before);
         if let Some(transition) = &event.transition {
             // The checks know of no death.

@@ -12,6 +12,7 @@ mod grace;
 mod learned;
 mod mapped;
 mod reset;
+mod signals;
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -49,6 +50,7 @@ use grace::Grace;
 pub use grace::wait as wait_grace_period;
 pub use mapped::Mapped;
 pub use reset::{Cursor, Flow, FlowFilter, Hop};
+pub use signals::Signal;
 
 /// The kernel programs, as the build script compiled them. Empty if it was told to leave them out.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-ebpf"));

@@ -103,6 +103,14 @@ pub enum Outcome {
     Local,
 }
 
+impl Outcome {
+    /// Is nobody there, as far as can be told from below HTTP?
+    #[must_use]
+    pub fn finds_nobody(self) -> bool {
+        matches!(self, Self::Fail(Failure::Refused | Failure::Silent))
+    }
+}
+
 /// How a backend failed a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Failure {

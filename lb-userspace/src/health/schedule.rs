@@ -4,7 +4,10 @@ use std::{
     collections::HashMap,
     net::SocketAddr,
     num::NonZeroU32,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -70,10 +73,17 @@ pub struct Event {
     pub silent_since: Option<std::time::Instant>,
 }
 
+/// What is said to the checks of a target from outside.
+#[derive(Debug, Default)]
+struct Wake {
+    check: Notify,
+    accused: AtomicBool,
+}
+
 /// Running checks. Dropping it stops them.
 #[derive(Debug)]
 pub struct Handle {
-    wake: HashMap<TargetId, Arc<Notify>>,
+    wake: HashMap<TargetId, Arc<Wake>>,
     _tasks: JoinSet<()>,
 }
 
@@ -81,8 +91,16 @@ impl Handle {
     /// Checks a backend now, or again as soon as the check that is running ends. `false`: no such target.
     pub fn check_now(&self, id: TargetId) -> bool {
         let Some(wake) = self.wake.get(&id) else { return false };
-        wake.notify_one();
+        wake.check.notify_one();
         true
+    }
+
+    /// Whether flows say that a backend is gone. A check that finds nobody there then counts twice: once for what it
+    /// has seen itself, once for what they have.
+    pub fn accuse(&self, id: TargetId, accused: bool) {
+        if let Some(wake) = self.wake.get(&id) {
+            wake.accused.store(accused, Ordering::Relaxed);
+        }
     }
 }
 
@@ -98,7 +116,7 @@ pub fn spawn(targets: Vec<Target>, events: mpsc::Sender<Event>) -> Handle {
     let count = u32::try_from(targets.len()).unwrap_or(u32::MAX);
     let begin = Instant::now();
     for (target, index) in targets.into_iter().zip(0_u32..) {
-        let woken = Arc::new(Notify::new());
+        let woken = Arc::new(Wake::default());
         wake.insert(target.id, Arc::clone(&woken));
         let prober = Prober::new(target.address, &target.check, store.credentials(&target.check))
             .found_by(target.host.as_deref());
@@ -117,7 +135,7 @@ async fn watch(
     id: TargetId,
     mut prober: Prober,
     rhythm: Rhythm,
-    woken: Arc<Notify>,
+    woken: Arc<Wake>,
     events: mpsc::Sender<Event>,
 ) {
     let at_least_one = |count| NonZeroU32::new(count).unwrap_or(NonZeroU32::MIN);
@@ -127,7 +145,14 @@ async fn watch(
     loop {
         let report = prober.check().await;
         let end = Instant::now();
-        let change = machine.observe(report.outcome, end.into_std());
+        let mut change = machine.observe(report.outcome, end.into_std());
+        if report.outcome.finds_nobody() && woken.accused.load(Ordering::Relaxed) {
+            let second = machine.observe(report.outcome, end.into_std());
+            change = match (change, second) {
+                (Some(Change { from, .. }), Some(Change { to, .. })) => Some(Change { from, to }),
+                (first, second) => first.or(second),
+            };
+        }
         if change.is_some() {
             since = SystemTime::now();
         }
@@ -148,7 +173,7 @@ async fn watch(
         tokio::select! {
             // A backend without checks is asked only by `check_now`.
             () = sleep_until(next), if kind != CheckKind::None => {}
-            () = woken.notified() => {}
+            () = woken.check.notified() => {}
         }
     }
 }

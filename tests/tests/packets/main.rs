@@ -18,3 +18,4 @@ mod states;
 mod table;
 mod tags;
 mod translation;
+mod witness;
