@@ -27,15 +27,23 @@ fn start(cluster: &Cluster) -> Daemon {
     daemon
 }
 
+/// Clients of both VIPs that keep asking.
+fn load(cluster: &Cluster) -> [Asker; 2] {
+    cluster.vips().map(|vip| {
+        let client = cluster.client_of(vip).unwrap();
+        Asker::start(&cluster.client, &client, 4, Duration::from_millis(20))
+    })
+}
+
 #[test]
 fn a_refused_connection_is_noticed_by_the_flow_that_meets_it() {
     let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
     let mut daemon = start(&cluster);
     let client = cluster.client_of(cluster.vip4).unwrap();
-    let load = Asker::start(&cluster.client, &client, 4, Duration::from_millis(20));
-    cluster.apiservers[0].kill().unwrap();
+    let load = load(&cluster);
+    cluster.apiservers[0].stub.kill().unwrap();
     daemon.wait_state("api-1", "draining", VERDICT).unwrap();
-    load.stop();
+    drop(load);
     // And the verdict holds: nobody meets it again.
     let report = sequential(&cluster.client, &client, 60).unwrap();
     report.require_all(60).unwrap();
@@ -48,14 +56,14 @@ fn a_wait_without_an_answer_is_noticed_on_a_frozen_server_and_on_one_that_is_cut
         let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
         let mut daemon = start(&cluster);
         let client = cluster.client_of(cluster.vip4).unwrap();
-        let load = Asker::start(&cluster.client, &client, 4, Duration::from_millis(20));
+        let load = load(&cluster);
         if cut {
             cluster.apiservers[0].host.cut_off().unwrap();
         } else {
-            cluster.apiservers[0].freeze().unwrap();
+            cluster.apiservers[0].stub.freeze().unwrap();
         }
         daemon.wait_state("api-1", "silent", VERDICT).unwrap();
-        load.stop();
+        drop(load);
         let report = sequential(&cluster.client, &client, 60).unwrap();
         report.require_all(60).unwrap();
         assert!(!report.by_server().contains_key("api-1"), "{:?}", report.by_server());
