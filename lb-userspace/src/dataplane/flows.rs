@@ -29,6 +29,10 @@ pub struct Reaped {
     pub occupied: u64,
     /// Slots there are.
     pub slots: u64,
+    /// Whether any slot in use names a backend, by id.
+    pub named_backends: Vec<bool>,
+    /// Whether any slot in use names a listener, by id.
+    pub named_listeners: Vec<bool>,
 }
 
 /// What the reaper knows when it looks at a slot.
@@ -88,7 +92,10 @@ impl Dataplane {
         let idle: Vec<u16> = (0..self.listeners.len())
             .map(|id| {
                 let service = self.listeners.read(id).map_or(0, |listener| usize::from(listener.service));
-                let timeout = service.checked_sub(1).and_then(|index| idle.get(index));
+                let timeout = match service.checked_sub(1) {
+                    Some(index) => idle.get(index),
+                    None => self.kept_idle.get(&(id as u16)),
+                };
                 self.ticks.units(timeout.copied().unwrap_or(TRANSITORY))
             })
             .collect();
@@ -102,7 +109,12 @@ impl Dataplane {
         let claims = std::mem::take(&mut self.claims);
         let transitory = self.ticks.units(TRANSITORY);
         let round = Round { now, transitory, idle: &idle, local: &local, claims: &claims };
-        let mut reaped = Reaped { active: vec![0; self.backends.len()], ..Reaped::default() };
+        let mut reaped = Reaped {
+            active: vec![0; self.backends.len()],
+            named_backends: vec![false; self.backends.len()],
+            named_listeners: vec![false; self.listeners.len()],
+            ..Reaped::default()
+        };
         let config = self.settings();
         if config.snat4_count > 0 {
             sweep::<V4>(&self.flows4, &round, &mut reaped, &mut self.claims);
@@ -160,6 +172,10 @@ fn sweep<F: Family>(
             reaped.occupied += 1;
             if meta.is(Kind::Claiming) {
                 claims.insert(meta);
+            }
+            reaped.named_backends[usize::from(meta.backend())] = true;
+            if let Some(named) = reaped.named_listeners.get_mut(usize::from(listener)) {
+                *named = true;
             }
             let ending =
                 meta.has(RESET) || meta.is(Kind::Killed) || (meta.is(Kind::HalfOpen) && meta.has(CLIENT_FIN));

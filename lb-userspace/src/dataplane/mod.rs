@@ -5,17 +5,19 @@
 //! one word that makes them count, and what was taken out is not reused before a grace period is over.
 
 mod attach;
+mod change;
 mod clock;
 mod error;
 mod flows;
 mod grace;
 mod learned;
+mod list;
 mod mapped;
 mod reset;
 mod signals;
 
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     time::{Duration, Instant},
@@ -23,18 +25,17 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{LpmTrie, Map, MapData, PerCpuArray, lpm_trie::Key},
+    maps::{LpmTrie, Map, MapData, PerCpuArray},
     programs::{TestRun as _, TestRunOptions, Xdp},
 };
-use ipnet::IpNet;
 use lb_common::{
     cell::Cell64,
     flow::{Family as _, V4, V6},
     hash,
     layout::{
-        self, ALLOW_SERVICE_BITS, AllowKey, BACKENDS, BUCKETS, LISTENERS, NextHop, OverflowMarks, PARTNERS,
-        PORTS, ReturnHops, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Set4, Set6, WAYS,
-        allow_key, backend_flag, enter_snat, family,
+        self, AllowKey, BACKENDS, BUCKETS, LISTENERS, NextHop, OverflowMarks, PARTNERS, PORTS, ReturnHops,
+        SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Set4, Set6, WAYS, backend_flag, enter_snat,
+        family,
     },
     maglev::{self, TABLE_SIZE},
     meta::Meta,
@@ -48,6 +49,7 @@ pub use error::DataplaneError;
 pub use flows::Reaped;
 use grace::Grace;
 pub use grace::wait as wait_grace_period;
+pub use list::{Cursor, FlowState, ListedFlow};
 pub use mapped::Mapped;
 pub use reset::{Cursor, Flow, FlowFilter, Hop};
 pub use signals::Signal;
@@ -119,6 +121,8 @@ pub struct Dataplane {
     ticks: Ticks,
     loaded: (u64, Instant),
     grace: Grace,
+    /// Idle timeouts of the flows of listeners that belong to no service any more, by listener id.
+    kept_idle: BTreeMap<u16, Duration>,
     attached: Vec<Attached>,
     /// The words of claims that the last look through the flow table found.
     claims: HashSet<Meta>,
@@ -173,6 +177,7 @@ impl Dataplane {
             ticks: Ticks { frequency: 250 },
             loaded: (0, Instant::now()),
             grace: Grace::default(),
+            kept_idle: BTreeMap::new(),
             attached: Vec::new(),
             claims: HashSet::new(),
             ebpf,
@@ -262,26 +267,7 @@ impl Dataplane {
             return Err(DataplaneError::TooMany { what: "listeners", limit: LISTENERS as usize - 1 });
         }
         for (index, listener) in listeners.iter().enumerate() {
-            let (id, number) = (index as u16 + 1, usize::from(listener.address.port()));
-            let (word, shift) = (number / 4, number % 4 * 16);
-            let head = self.listener_ports.read(word).unwrap_or_default();
-            let address = words(listener.address.ip());
-            let port = listener.address.port().to_be();
-            self.listeners.write(
-                usize::from(id),
-                layout::Listener {
-                    address,
-                    port,
-                    family: family_of(listener.address.ip()),
-                    reserved: 0,
-                    service: service_id(listener.service),
-                    next: (head >> shift) as u16,
-                    ports: (1u64 << ports).wrapping_sub(1) as u32,
-                    sum: endpoint_sum(address, port),
-                },
-            );
-            self.listener_ports.write(word, head & !(0xffff << shift) | u64::from(id) << shift);
-            self.block(listener.address.port());
+            self.place_listener(index as u16 + 1, listener, ports);
         }
         Ok(())
     }
@@ -302,23 +288,6 @@ impl Dataplane {
                 .fold(0, |bits: u64, port| bits | 1 << (port % 64));
             self.blocked.write(word, bits);
         }
-    }
-
-    /// Restricts a service to clients in `prefixes`; none: everyone. To be called once for each service.
-    pub fn set_allowed(&mut self, service: usize, prefixes: &[IpNet]) -> Result<(), DataplaneError> {
-        let id = service_id(service);
-        for prefix in prefixes {
-            let (address, bits) = match prefix {
-                IpNet::V4(net) => (net.network().to_ipv6_mapped(), u32::from(net.prefix_len()) + 96),
-                IpNet::V6(net) => (net.network(), u32::from(net.prefix_len())),
-            };
-            let key = Key::new(bits + ALLOW_SERVICE_BITS, allow_key(id, words(address.into())));
-            self.allow.insert(&key, 1, 0).map_err(|source| DataplaneError::Map { name: "ALLOW", source })?;
-        }
-        let mut entry = self.services.read(usize::from(id)).unwrap_or_default();
-        entry.restricted = u32::from(!prefixes.is_empty());
-        self.services.write(usize::from(id), entry);
-        Ok(())
     }
 
     /// Gives a backend the id `id`, which must be new: from 1, and never used for another address.
