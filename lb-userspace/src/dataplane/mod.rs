@@ -34,8 +34,8 @@ use lb_common::{
     hash,
     layout::{
         self, AllowKey, BACKENDS, BUCKETS, LISTENERS, NextHop, OverflowMarks, PARTNERS, PORTS, ReturnHops,
-        SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Set4, Set6, WAYS, backend_flag, enter_snat,
-        family,
+        SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Set4, Set6, WAYS, backend_flag,
+        enter_snat, family,
     },
     maglev::{self, TABLE_SIZE},
     meta::Meta,

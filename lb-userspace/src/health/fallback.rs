@@ -6,7 +6,8 @@
 use super::state::State;
 
 /// What the operator said about a backend.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum OperatorState {
     /// Nothing.
     #[default]

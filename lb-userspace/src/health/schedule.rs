@@ -1,7 +1,7 @@
 //! When each backend is checked, and who hears of it.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::SocketAddr,
     num::NonZeroU32,
     sync::{
@@ -13,7 +13,7 @@ use std::{
 
 use tokio::{
     sync::{Notify, mpsc},
-    task::JoinSet,
+    task::{AbortHandle, JoinSet},
     time::{Instant, sleep_until},
 };
 
@@ -83,23 +83,70 @@ struct Wake {
 /// Running checks. Dropping it stops them.
 #[derive(Debug)]
 pub struct Handle {
-    wake: HashMap<TargetId, Arc<Wake>>,
-    _tasks: JoinSet<()>,
+    running: HashMap<TargetId, Running>,
+    tasks: JoinSet<()>,
+    events: mpsc::Sender<Event>,
+}
+
+/// The checks of one target.
+#[derive(Debug)]
+struct Running {
+    target: Target,
+    wake: Arc<Wake>,
+    task: AbortHandle,
 }
 
 impl Handle {
     /// Checks a backend now, or again as soon as the check that is running ends. `false`: no such target.
     pub fn check_now(&self, id: TargetId) -> bool {
-        let Some(wake) = self.wake.get(&id) else { return false };
-        wake.check.notify_one();
+        let Some(running) = self.running.get(&id) else { return false };
+        running.wake.check.notify_one();
         true
     }
 
     /// Whether flows say that a backend is gone. A check that finds nobody there then counts twice: once for what it
     /// has seen itself, once for what they have.
     pub fn accuse(&self, id: TargetId, accused: bool) {
-        if let Some(wake) = self.wake.get(&id) {
-            wake.accused.store(accused, Ordering::Relaxed);
+        if let Some(running) = self.running.get(&id) {
+            running.wake.accused.store(accused, Ordering::Relaxed);
+        }
+    }
+
+    /// From now on checks these targets: checks of new ones begin, of those that are gone end, and those that are the
+    /// same go on undisturbed. Where only the check is another it begins anew, with the verdict that `state` says.
+    pub fn update(&mut self, targets: Vec<Target>, state: impl Fn(TargetId) -> State) {
+        let wanted: HashSet<_> = targets.iter().map(|target| target.id).collect();
+        self.running.retain(|id, running| {
+            let stays = wanted.contains(id);
+            if !stays {
+                running.task.abort();
+            }
+            stays
+        });
+        let same = |target: &Target| {
+            let running = self.running.get(&target.id);
+            running.is_some_and(|it| (it.target.address, &it.target.check) == (target.address, &target.check))
+        };
+        let begin = targets.into_iter().filter(|target| !same(target)).collect();
+        self.begin(begin, state);
+        while self.tasks.try_join_next().is_some() {}
+    }
+
+    fn begin(&mut self, targets: Vec<Target>, state: impl Fn(TargetId) -> State) {
+        let mut store = Store::default();
+        let count = u32::try_from(targets.len()).unwrap_or(u32::MAX);
+        let begin = Instant::now();
+        for (target, index) in targets.into_iter().zip(0_u32..) {
+            let wake = Arc::new(Wake::default());
+            let prober = Prober::new(target.address, &target.check, store.credentials(&target.check))
+                .found_by(target.host.as_deref());
+            let rhythm = Rhythm::new(begin, target.check.clone(), index, count);
+            let check =
+                watch(target.id, prober, rhythm, state(target.id), Arc::clone(&wake), self.events.clone());
+            let task = self.tasks.spawn(check);
+            if let Some(before) = self.running.insert(target.id, Running { target, wake, task }) {
+                before.task.abort();
+            }
         }
     }
 }
@@ -110,20 +157,9 @@ impl Handle {
 ///
 /// Must be called within a tokio runtime that has I/O and time enabled.
 pub fn spawn(targets: Vec<Target>, events: mpsc::Sender<Event>) -> Handle {
-    let mut store = Store::default();
-    let mut wake = HashMap::with_capacity(targets.len());
-    let mut tasks = JoinSet::new();
-    let count = u32::try_from(targets.len()).unwrap_or(u32::MAX);
-    let begin = Instant::now();
-    for (target, index) in targets.into_iter().zip(0_u32..) {
-        let woken = Arc::new(Wake::default());
-        wake.insert(target.id, Arc::clone(&woken));
-        let prober = Prober::new(target.address, &target.check, store.credentials(&target.check))
-            .found_by(target.host.as_deref());
-        let rhythm = Rhythm::new(begin, target.check.clone(), index, count);
-        tasks.spawn(watch(target.id, prober, rhythm, woken, events.clone()));
-    }
-    Handle { wake, _tasks: tasks }
+    let mut handle = Handle { running: HashMap::new(), tasks: JoinSet::new(), events };
+    handle.begin(targets, |_| State::Unknown);
+    handle
 }
 
 /// Checks one backend once, as [`spawn`] would the first time.
@@ -135,12 +171,14 @@ async fn watch(
     id: TargetId,
     mut prober: Prober,
     rhythm: Rhythm,
+    state: State,
     woken: Arc<Wake>,
     events: mpsc::Sender<Event>,
 ) {
     let at_least_one = |count| NonZeroU32::new(count).unwrap_or(NonZeroU32::MIN);
     let Check { rise, fall, kind, .. } = rhythm.check;
-    let mut machine = Machine::new(Thresholds { rise: at_least_one(rise), fall: at_least_one(fall) });
+    let thresholds = Thresholds { rise: at_least_one(rise), fall: at_least_one(fall) };
+    let mut machine = Machine::resume(thresholds, state);
     let mut since = SystemTime::now();
     loop {
         let report = prober.check().await;

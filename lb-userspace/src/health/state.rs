@@ -84,7 +84,17 @@ impl Machine {
     /// A backend nobody has asked yet.
     #[must_use]
     pub fn new(thresholds: Thresholds) -> Self {
-        Self { thresholds, state: State::Unknown, successes: 0, failures: 0, silences: 0, silent_since: None }
+        Self::resume(thresholds, State::Unknown)
+    }
+
+    /// A backend with a verdict of earlier checks, which stands until enough new ones say otherwise.
+    #[must_use]
+    pub fn resume(thresholds: Thresholds, state: State) -> Self {
+        // As many failures as made the verdict: one answer ends silence.
+        let fall = thresholds.fall.get();
+        let failures = if matches!(state, State::Unknown | State::Ready) { 0 } else { fall };
+        let silences = if state == State::Silent { fall } else { 0 };
+        Self { thresholds, state, successes: 0, failures, silences, silent_since: None }
     }
 
     /// The verdict that stands.

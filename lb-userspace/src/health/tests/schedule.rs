@@ -115,3 +115,36 @@ async fn a_backend_without_checks_is_ready_and_left_alone() {
     handle.check_now(TargetId { service: 0, backend: 0 });
     assert_eq!(receive(&mut events).await.successes, 2);
 }
+
+#[tokio::test]
+async fn an_update_ends_begins_and_goes_on_with_the_verdict_that_stood() {
+    let cluster = Cluster::new();
+    let server = cluster.apiserver(|_| Answer::ok()).await;
+    let ill = cluster.apiserver(|_| Answer::status("500 Internal Server Error", "")).await;
+    let (sender, mut events) = mpsc::channel(16);
+    let hour = Duration::from_secs(3600);
+    let check = Check { interval: hour, fast_interval: hour, fall: 3, ..cluster.check() };
+    let mut handle = spawn(
+        vec![target(0, server.address, check.clone()), target(1, server.address, check.clone())],
+        sender,
+    );
+    until(&mut events, State::Ready).await;
+    until(&mut events, State::Ready).await;
+
+    // The first is gone, the second is checked elsewhere, the third is new.
+    let elsewhere = Check { port: Some(ill.address.port()), ..check.clone() };
+    let targets =
+        vec![target(1, server.address, elsewhere.clone()), target(2, server.address, check.clone())];
+    handle.update(targets.clone(), |id| if id.backend == 1 { State::Ready } else { State::Unknown });
+    let mut seen = [receive(&mut events).await, receive(&mut events).await];
+    seen.sort_unstable_by_key(|event| event.id);
+    assert_eq!((seen[0].id.backend, seen[0].state, seen[0].failures), (1, State::Ready, 1));
+    assert_eq!((seen[1].id.backend, seen[1].state, seen[1].successes), (2, State::Ready, 1));
+
+    // The same again disturbs nobody: the count goes on.
+    handle.update(targets, |_| State::Unknown);
+    assert!(!handle.check_now(TargetId { service: 0, backend: 0 }));
+    assert!(handle.check_now(TargetId { service: 0, backend: 1 }));
+    let event = receive(&mut events).await;
+    assert_eq!((event.id.backend, event.state, event.failures), (1, State::Ready, 2));
+}
