@@ -1,6 +1,6 @@
 //! Small JSON files in the state directory: what must be known after a crash.
 
-use std::{fs, io, path::Path};
+use std::{fs, io, io::Write as _, path::Path};
 
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -25,6 +25,18 @@ pub(crate) fn save<T: Serialize>(path: &Path, content: Option<&T>) -> io::Result
         fs::create_dir_all(directory)?;
     }
     let unfinished = path.with_extension("new");
-    fs::write(&unfinished, serde_json::to_vec_pretty(content)?)?;
-    fs::rename(&unfinished, path)
+    replace(path, &unfinished, &serde_json::to_vec_pretty(content)?)
+}
+
+/// Writes `bytes` to `unfinished`, which then takes the place of `path`: on the disk before it has the name, so that
+/// a power cut leaves the old or the new content as well.
+pub(crate) fn replace(path: &Path, unfinished: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = fs::File::create(unfinished)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(unfinished, path)?;
+    match path.parent() {
+        Some(directory) => fs::File::open(directory)?.sync_all(),
+        None => Ok(()),
+    }
 }

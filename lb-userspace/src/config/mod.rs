@@ -24,6 +24,7 @@ pub use diagnostic::{Diagnostic, Warning};
 pub use model::*;
 use section::{Document, Section};
 use toml::de::DeTable;
+pub use values::duration as parse_duration;
 
 /// Larger than any real file; keeps `--config /dev/zero` from eating the host.
 const FILE_SIZE_MAX: u64 = 1 << 20;
@@ -130,12 +131,13 @@ fn read_vip(root: &Section) -> Result<Vip, Problem> {
 }
 
 fn read_admin(root: &Section, document: &Document) -> Result<Admin, Problem> {
-    let section = root.section("admin", &["socket", "listen"])?;
+    let section = root.section("admin", &["socket", "group", "listen"])?;
     let socket = values::socket_path(&section, document)?;
     let listen = section.text("listen", "\"127.0.0.1:1936\"")?;
     Ok(Admin {
         socket: socket.unwrap_or_else(|| Path::new(Admin::SOCKET).to_owned()),
         listen: listen.map(|written| address::admin_address(&written)).transpose()?,
+        group: section.text("group", "\"sheave\"")?.map(toml::Spanned::into_inner),
     })
 }
 

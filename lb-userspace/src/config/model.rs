@@ -80,6 +80,8 @@ pub struct Admin {
     pub socket: PathBuf,
     /// Where `GET /probe/...` is answered over TCP, for kubelets and monitors. Absent: nowhere.
     pub listen: Option<SocketAddr>,
+    /// The group whose members may use it beside root.
+    pub group: Option<String>,
 }
 
 /// `[[service]]`: some listeners and the backends behind them.

@@ -14,7 +14,7 @@ use super::{
 pub(super) const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
 /// `"200ms"`, `"1s"`, `"5m"`, `"3h"`, `"1m30s"`; at most [`LONGEST`]. Whole numbers only.
-pub(super) fn duration(text: &str) -> Option<Duration> {
+pub fn duration(text: &str) -> Option<Duration> {
     let mut rest = text;
     let mut total = Duration::ZERO;
     while !rest.is_empty() {

@@ -40,7 +40,7 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
             state_dir: "/nonexistent".into(),
         },
         vip: Vip { mode: VipMode::Follow },
-        admin: Admin { socket: "/nonexistent".into(), listen: None },
+        admin: Admin { socket: "/nonexistent".into(), group: None, listen: None },
         services: vec![Service {
             name: "api".to_owned(),
             listen: vec![listen.parse().unwrap()],

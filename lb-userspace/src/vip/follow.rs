@@ -33,6 +33,13 @@ impl Follower {
         Self { known: vips.into_iter().map(|vip| (vip, None)).collect() }
     }
 
+    /// Follows these from now on. What is known of those that were followed before stays known.
+    pub fn follow(&mut self, vips: impl IntoIterator<Item = IpAddr>) {
+        let before = std::mem::take(&mut self.known);
+        let known = |vip| (vip, before.get(&vip).copied().flatten());
+        self.known = vips.into_iter().map(known).collect();
+    }
+
     /// What is different since the last look. Call it after [`Change::Addresses`](crate::network::Change).
     pub fn look(&mut self, network: &Network) -> Vec<Presence> {
         let mut news = Vec::new();
