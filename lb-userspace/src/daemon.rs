@@ -6,12 +6,13 @@
 use std::{
     collections::HashSet,
     io,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, watch},
+    sync::mpsc,
     time::timeout_at,
 };
 
@@ -67,19 +68,25 @@ impl DaemonError {
     }
 }
 
-/// Runs until a signal or `sheave unload` ends it. `log_one_in`: log one packet in so many.
-pub fn run(config: Config, log_one_in: Option<u32>) -> Result<(), DaemonError> {
+/// Runs until a signal or `sheave unload` ends it. `config_file` is read again by a reload. `log_one_in`: log one packet in so many.
+pub fn run(config: Config, config_file: PathBuf, log_one_in: Option<u32>) -> Result<(), DaemonError> {
     let began = Instant::now();
     controller::check_files(&config)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|source| DaemonError::System { doing: "start the runtime", source })?;
-    runtime.block_on(serve(config, log_one_in, began))
+    runtime.block_on(serve(config, config_file, log_one_in, began))
 }
 
-async fn serve(config: Config, log_one_in: Option<u32>, began: Instant) -> Result<(), DaemonError> {
-    let mut stop = signals().map_err(|source| DaemonError::System { doing: "listen for signals", source })?;
+async fn serve(
+    config: Config,
+    config_file: PathBuf,
+    log_one_in: Option<u32>,
+    began: Instant,
+) -> Result<(), DaemonError> {
+    let (mut stop, reload) =
+        signals().map_err(|source| DaemonError::System { doing: "listen for signals", source })?;
     // Before anything is touched: another daemon may be at work here.
     let admin = admin::bind(&config.admin.socket)?;
     let probes = config
@@ -88,8 +95,11 @@ async fn serve(config: Config, log_one_in: Option<u32>, began: Instant) -> Resul
         .map(ProbeListener::bind)
         .transpose()
         .map_err(|source| DaemonError::System { doing: "listen on admin.listen", source })?;
+    if let Some(group) = &config.admin.group {
+        admin.share_with(group)?;
+    }
     let started = tokio::select! {
-        started = start(config.clone(), log_one_in) => Some(started),
+        started = start(config.clone(), config_file, log_one_in) => Some(started),
         _ = stop.recv() => None,
     };
     let (mut controller, checks, network) = match started {
@@ -106,10 +116,9 @@ async fn serve(config: Config, log_one_in: Option<u32>, began: Instant) -> Resul
     };
     let (questions, requests) = mpsc::channel(16);
     let server = tokio::spawn(admin.serve(questions));
-    let (_targets, targets) = watch::channel(controller.probe_targets());
-    let probes = probes.map(|probes| tokio::spawn(probes.serve(targets)));
+    let probes = probes.map(|probes| tokio::spawn(probes.serve(controller.watch_probe_targets())));
     tracing::info!("ready after {} ms: {}", began.elapsed().as_millis(), controller.summary());
-    let end = controller.run(Inbox { checks, network, requests, stop }).await;
+    let end = controller.run(Inbox { checks, network, requests, stop, reload }).await;
     tracing::info!("stopping");
     let done = controller.dismantle().await;
     for what in &done.removed {
@@ -138,7 +147,11 @@ async fn serve(config: Config, log_one_in: Option<u32>, began: Instant) -> Resul
 type Started = (Controller, mpsc::Receiver<Event>, mpsc::Receiver<crate::network::Change>);
 
 /// Everything up to the VIP. Whatever was attached goes with the error.
-async fn start(config: Config, log_one_in: Option<u32>) -> Result<Started, ControllerError> {
+async fn start(
+    config: Config,
+    config_file: PathBuf,
+    log_one_in: Option<u32>,
+) -> Result<Started, ControllerError> {
     let secret = controller::load_hash_key(config.dataplane.hash_key_file.as_deref())
         .map_err(ControllerError::HashKey)?;
     let (network, changes) = Network::open().await?;
@@ -147,7 +160,7 @@ async fn start(config: Config, log_one_in: Option<u32>) -> Result<Started, Contr
     let (config, problems) = names.apply(&config);
     problems.iter().for_each(|problem| tracing::warn!("{problem}"));
     let plan = Plan::make(&config, &network).await?;
-    let targets = plan.targets(&config);
+    let targets = plan.targets();
     let count = targets.len();
     let (sender, mut events) = mpsc::channel(256);
     let checks = health::spawn(targets, sender);
@@ -163,7 +176,7 @@ async fn start(config: Config, log_one_in: Option<u32>) -> Result<Started, Contr
     if log_one_in.is_some() {
         read_packet_log(dataplane.take_packet_log());
     }
-    let mut controller = Controller::new(config, network, dataplane, plan, checks).await?;
+    let mut controller = Controller::new(config, config_file, network, dataplane, plan, checks).await?;
     controller.follow_names(names);
     controller.begin(results).await;
     controller.attach().await?;
@@ -220,28 +233,35 @@ pub async fn unload_leftovers(config: Option<&Config>) -> Result<Vec<String>, Co
     Ok(removed)
 }
 
-/// SIGTERM and SIGINT; SIGHUP is noted.
-fn signals() -> io::Result<mpsc::Receiver<()>> {
+/// SIGTERM and SIGINT, of which the second ends the process at once; and SIGHUP.
+fn signals() -> io::Result<(mpsc::Receiver<()>, mpsc::Receiver<()>)> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
-    let (sender, receiver) = mpsc::channel(1);
+    let (stop, stops) = mpsc::channel(1);
+    let (reload, reloads) = mpsc::channel(1);
     tokio::spawn(async move {
+        let mut stopping = false;
         loop {
             tokio::select! {
-                _ = terminate.recv() => break,
-                _ = interrupt.recv() => break,
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
                 _ = hangup.recv() => {
-                    tracing::info!("SIGHUP: reload comes with a later release; restart sheave to read the configuration");
+                    // One that waits to be served reads the file as it is then: it stands for all others.
+                    let _ = reload.try_send(());
+                    continue;
                 }
             }
+            if stopping {
+                tracing::warn!("a second signal: ending at once; `sheave unload` takes away what is left");
+                std::process::exit(1);
+            }
+            stopping = true;
+            // Nobody receives once the daemon is stopping anyway.
+            let _ = stop.try_send(());
         }
-        // Nobody receives once the daemon is stopping anyway.
-        let _ = sender.send(()).await;
-        // Kept open: a closed channel would read as a signal.
-        std::future::pending::<()>().await;
     });
-    Ok(receiver)
+    Ok((stops, reloads))
 }
 
 /// Hands what the program logs to our own log, for as long as the daemon runs.

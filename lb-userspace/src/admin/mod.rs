@@ -7,7 +7,9 @@
 //! The server side knows nothing of the daemon: it turns requests into [`Request`]s, which the controller answers.
 
 mod client;
+mod commands;
 mod probe;
+mod query;
 mod server;
 pub mod socket;
 mod status;
@@ -15,8 +17,9 @@ mod status;
 #[cfg(test)]
 mod tests;
 
-pub use client::{Client, ClientError};
+pub use client::{Client, ClientError, FlowsError};
+pub use commands::*;
 pub use probe::{ProbeListener, ProbeTarget, ProbeTargets};
-pub use server::Request;
+pub use server::{Caller, Request};
 pub use socket::{AdminListener, BindError, bind};
 pub use status::*;

@@ -1,26 +1,38 @@
 //! Requests on the admin socket, turned into questions to the controller.
 
-use std::{convert::Infallible, io, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    fmt, io,
+    os::fd::AsFd as _,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use bytes::Bytes;
-use http_body_util::Full;
+use futures_util::stream;
+use http_body_util::{BodyExt as _, Full, Limited, StreamBody, combinators::UnsyncBoxBody};
 use hyper::{
     Method, Response, StatusCode,
-    body::Incoming,
+    body::{Frame, Incoming},
     header::{ALLOW, CONTENT_TYPE, HeaderValue},
     server::conn::http1,
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use serde::Serialize;
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     net::{UnixListener, UnixStream},
     sync::{Semaphore, mpsc, oneshot},
-    time::timeout,
+    time::{Instant, sleep_until, timeout},
 };
 
 use super::{
     AdminListener,
+    commands::{
+        Events, FlowFilter, FlowPage, Ordered, Refusal, RefusalKind, Reloaded, StateOrder, WeightOrder,
+    },
+    query,
     status::{Alive, Failure, Status, Unloaded},
 };
 
@@ -35,21 +47,54 @@ pub enum Request {
     Alive(oneshot::Sender<Alive>),
     /// `POST /v1/unload`; an error is one sentence for the operator.
     Unload(oneshot::Sender<Result<Unloaded, String>>),
+    /// `POST /v1/reload`
+    Reload(Caller, oneshot::Sender<Result<Reloaded, Refusal>>),
+    /// `POST /v1/backends/state`
+    SetState(StateOrder, Caller, oneshot::Sender<Result<Ordered, Refusal>>),
+    /// `POST /v1/backends/weight`
+    SetWeight(WeightOrder, Caller, oneshot::Sender<Result<Ordered, Refusal>>),
+    /// `GET /v1/flows`, a page at a time: the number is 0 at first, then [`FlowPage::next`].
+    Flows(FlowFilter, u64, oneshot::Sender<Result<FlowPage, Refusal>>),
+    /// `GET /v1/events`
+    Events(oneshot::Sender<Events>),
+}
+
+/// Who sent a request, as the kernel says: for the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caller {
+    /// User id; None: the kernel did not say.
+    pub user: Option<u32>,
+}
+
+impl fmt::Display for Caller {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.user {
+            Some(0) => out.write_str("root"),
+            Some(user) => write!(out, "user {user}"),
+            None => out.write_str("somebody"),
+        }
+    }
 }
 
 /// Clients served at once; more wait in the kernel's backlog.
 const CONNECTIONS_MAX: usize = 32;
 /// From the first byte to the end of the headers. Nobody types requests here.
 const HEADERS_TIMEOUT: Duration = Duration::from_secs(2);
-/// Of a request's headers. Bodies are not read.
+/// For the body of a request.
+const BODY_TIMEOUT: Duration = Duration::from_secs(2);
+/// Of a request's headers.
 const REQUEST_SIZE_MAX: usize = 16 * 1024;
-/// For the controller's answer. It never does more than look into memory.
+/// Of a request's body: an order is a few words.
+const BODY_SIZE_MAX: usize = 16 * 1024;
+/// For the controller's answer. It never does more than look into memory, and write a line to the disk.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// `sheave alive` gives up after one second: the answer "the daemon hangs" must come before that.
 const ALIVE_TIMEOUT: Duration = Duration::from_millis(700);
+/// Reloading waits for the first checks of new backends.
+const RELOAD_TIMEOUT: Duration = Duration::from_secs(20);
 /// Unloading waits for the kernel.
 const UNLOAD_TIMEOUT: Duration = Duration::from_secs(20);
-/// A connection altogether, the client reading the answer included.
+/// A connection altogether, the client reading the answer included; in a list of flows from one page to the next.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(25);
 /// After `accept` failed, which it does while descriptors are short.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
@@ -70,7 +115,11 @@ impl AdminListener {
                 Ok((stream, place)) => {
                     let controller = controller.clone();
                     tokio::spawn(async move {
-                        let _ = timeout(CONNECTION_TIMEOUT, serve_one(stream, controller)).await;
+                        let patience = Patience::begin();
+                        tokio::select! {
+                            () = serve_one(stream, controller, &patience) => {}
+                            () = patience.ends() => {}
+                        }
                         drop(place);
                     });
                 }
@@ -79,6 +128,31 @@ impl AdminListener {
                     tokio::time::sleep(ACCEPT_RETRY).await;
                 }
             }
+        }
+    }
+}
+
+/// Until when a connection may take.
+#[derive(Clone, Debug)]
+struct Patience(Arc<Mutex<Instant>>);
+
+impl Patience {
+    fn begin() -> Self {
+        Self(Arc::new(Mutex::new(Instant::now() + CONNECTION_TIMEOUT)))
+    }
+
+    /// The client has taken what it was given.
+    fn renew(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now() + CONNECTION_TIMEOUT;
+    }
+
+    async fn ends(&self) {
+        loop {
+            let deadline = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            if Instant::now() >= deadline {
+                return;
+            }
+            sleep_until(deadline).await;
         }
     }
 }
@@ -92,8 +166,9 @@ async fn accept(
     Ok((stream, place))
 }
 
-async fn serve_one(stream: UnixStream, controller: mpsc::Sender<Request>) {
-    let service = service_fn(|request| answer(request, &controller));
+async fn serve_one(stream: UnixStream, controller: mpsc::Sender<Request>, patience: &Patience) {
+    let caller = Caller { user: getsockopt(&stream.as_fd(), PeerCredentials).ok().map(|it| it.uid()) };
+    let service = service_fn(|request| answer(request, &controller, caller, patience));
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADERS_TIMEOUT)
@@ -106,16 +181,17 @@ async fn serve_one(stream: UnixStream, controller: mpsc::Sender<Request>) {
     }
 }
 
+type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
+
 async fn answer(
     request: hyper::Request<Incoming>,
     controller: &mpsc::Sender<Request>,
-) -> Result<Response<Full<Bytes>>, Infallible> {
-    let (path, method) = (request.uri().path(), request.method());
-    Ok(match (path, method) {
-        ("/v1/status", &Method::GET) => match ask(controller, Request::Status, ANSWER_TIMEOUT).await {
-            Ok(status) => json(StatusCode::OK, &status),
-            Err(silence) => unavailable(silence),
-        },
+    caller: Caller,
+    patience: &Patience,
+) -> Result<Answer, Infallible> {
+    let (head, body) = request.into_parts();
+    Ok(match (head.uri.path(), &head.method) {
+        ("/v1/status", &Method::GET) => plain(ask(controller, Request::Status, ANSWER_TIMEOUT).await),
         ("/v1/alive", &Method::GET) => {
             let answer = ask(controller, Request::Alive, ALIVE_TIMEOUT).await;
             let not_alive = |silence: &str| Alive { alive: false, reasons: vec![silence.to_owned()] };
@@ -123,12 +199,42 @@ async fn answer(
         }
         ("/v1/unload", &Method::POST) => match ask(controller, Request::Unload, UNLOAD_TIMEOUT).await {
             Ok(Ok(unloaded)) => json(StatusCode::OK, &unloaded),
-            Ok(Err(error)) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error),
+            Ok(Err(error)) => refused(&Refusal::new(RefusalKind::Failed, error)),
             Err(silence) => unavailable(silence),
         },
-        ("/v1/status" | "/v1/alive", _) => wrong_method("GET"),
-        ("/v1/unload", _) => wrong_method("POST"),
-        _ => failure(StatusCode::NOT_FOUND, "there is GET /v1/status, GET /v1/alive and POST /v1/unload"),
+        ("/v1/reload", &Method::POST) => {
+            let question = |answer| Request::Reload(caller, answer);
+            decided(ask(controller, question, RELOAD_TIMEOUT).await)
+        }
+        ("/v1/backends/state", &Method::POST) => match read(body).await {
+            Ok(order) => {
+                let question = |answer| Request::SetState(order, caller, answer);
+                decided(ask(controller, question, ANSWER_TIMEOUT).await)
+            }
+            Err((status, error)) => failure(status, RefusalKind::Usage, &error),
+        },
+        ("/v1/backends/weight", &Method::POST) => match read(body).await {
+            Ok(order) => {
+                let question = |answer| Request::SetWeight(order, caller, answer);
+                decided(ask(controller, question, ANSWER_TIMEOUT).await)
+            }
+            Err((status, error)) => failure(status, RefusalKind::Usage, &error),
+        },
+        ("/v1/flows", &Method::GET) => match query::flows(head.uri.query().unwrap_or_default()) {
+            Ok(filter) => flows(filter, controller.clone(), patience.clone()).await,
+            Err(error) => refused(&Refusal::new(RefusalKind::Usage, error)),
+        },
+        ("/v1/events", &Method::GET) => plain(ask(controller, Request::Events, ANSWER_TIMEOUT).await),
+        ("/v1/status" | "/v1/alive" | "/v1/flows" | "/v1/events", _) => wrong_method("GET"),
+        ("/v1/unload" | "/v1/reload" | "/v1/backends/state" | "/v1/backends/weight", _) => {
+            wrong_method("POST")
+        }
+        _ => failure(
+            StatusCode::NOT_FOUND,
+            RefusalKind::Usage,
+            "there is GET /v1/status, /v1/alive, /v1/flows and /v1/events, and POST /v1/reload, \
+             /v1/backends/state, /v1/backends/weight and /v1/unload",
+        ),
     })
 }
 
@@ -146,27 +252,122 @@ async fn ask<T>(
     timeout(limit, exchange).await.unwrap_or(Err("the daemon hangs: its controller did not answer in time"))
 }
 
-fn unavailable(silence: &str) -> Response<Full<Bytes>> {
-    failure(StatusCode::SERVICE_UNAVAILABLE, silence)
+/// Reads an order, or says what is wrong with it.
+async fn read<T: DeserializeOwned>(body: Incoming) -> Result<T, (StatusCode, String)> {
+    let collected = match timeout(BODY_TIMEOUT, Limited::new(body, BODY_SIZE_MAX).collect()).await {
+        Ok(Ok(collected)) => collected.to_bytes(),
+        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
+            return Err((StatusCode::PAYLOAD_TOO_LARGE, "an order is at most 16 KiB of JSON".to_owned()));
+        }
+        Ok(Err(error)) => {
+            return Err((StatusCode::BAD_REQUEST, format!("the body cannot be read: {error}")));
+        }
+        Err(_) => return Err((StatusCode::REQUEST_TIMEOUT, "the body did not come within 2 s".to_owned())),
+    };
+    serde_json::from_slice(&collected).map_err(|error| {
+        (StatusCode::BAD_REQUEST, format!("the body is not the JSON that is expected: {error}"))
+    })
 }
 
-fn wrong_method(allowed: &'static str) -> Response<Full<Bytes>> {
-    let mut response = failure(StatusCode::METHOD_NOT_ALLOWED, &format!("use {allowed} here"));
+/// The flows as JSON lines, a page at a time, no faster than the client reads. What goes wrong after the first page is
+/// told in a last line.
+async fn flows(filter: FlowFilter, controller: mpsc::Sender<Request>, patience: Patience) -> Answer {
+    let first = match page(&controller, &filter, 0).await {
+        Ok(first) => first,
+        Err(Ok(refusal)) => return refused(&refusal),
+        Err(Err(silence)) => return unavailable(silence),
+    };
+    let pages = stream::unfold(Some(Ok(first)), move |state| {
+        let (controller, filter, patience) = (controller.clone(), filter.clone(), patience.clone());
+        async move {
+            let page: FlowPage = match state? {
+                Ok(page) => page,
+                Err(next) => match self::page(&controller, &filter, next).await {
+                    Ok(page) => page,
+                    Err(error) => return Some((Ok(Frame::data(last_words(error))), None)),
+                },
+            };
+            patience.renew();
+            let mut lines = Vec::new();
+            for flow in &page.flows {
+                // Our own types have string keys only, which is all that can go wrong.
+                let _ = serde_json::to_writer(&mut lines, flow);
+                lines.push(b'\n');
+            }
+            Some((Ok::<_, Infallible>(Frame::data(Bytes::from(lines))), page.next.map(Err)))
+        }
+    });
+    let mut response = Response::new(StreamBody::new(pages).boxed_unsync());
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/jsonl"));
+    response
+}
+
+async fn page(
+    controller: &mpsc::Sender<Request>,
+    filter: &FlowFilter,
+    from: u64,
+) -> Result<FlowPage, Result<Refusal, &'static str>> {
+    let question = |answer| Request::Flows(filter.clone(), from, answer);
+    ask(controller, question, ANSWER_TIMEOUT).await.map_err(Err)?.map_err(Ok)
+}
+
+fn last_words(error: Result<Refusal, &'static str>) -> Bytes {
+    let failure = match error {
+        Ok(refusal) => Failure { error: refusal.error, kind: refusal.kind },
+        Err(silence) => Failure { error: silence.to_owned(), kind: RefusalKind::Failed },
+    };
+    let mut line = serde_json::to_vec(&failure).unwrap_or_default();
+    line.push(b'\n');
+    line.into()
+}
+
+fn plain(answer: Result<impl Serialize, &'static str>) -> Answer {
+    match answer {
+        Ok(facts) => json(StatusCode::OK, &facts),
+        Err(silence) => unavailable(silence),
+    }
+}
+
+fn decided(answer: Result<Result<impl Serialize, Refusal>, &'static str>) -> Answer {
+    match answer {
+        Ok(Ok(facts)) => json(StatusCode::OK, &facts),
+        Ok(Err(refusal)) => refused(&refusal),
+        Err(silence) => unavailable(silence),
+    }
+}
+
+fn refused(refusal: &Refusal) -> Answer {
+    let status = match refusal.kind {
+        RefusalKind::Usage => StatusCode::BAD_REQUEST,
+        RefusalKind::Configuration => StatusCode::UNPROCESSABLE_ENTITY,
+        RefusalKind::Conflict => StatusCode::CONFLICT,
+        RefusalKind::Failed => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    failure(status, refusal.kind, &refusal.error)
+}
+
+fn unavailable(silence: &str) -> Answer {
+    failure(StatusCode::SERVICE_UNAVAILABLE, RefusalKind::Failed, silence)
+}
+
+fn wrong_method(allowed: &'static str) -> Answer {
+    let error = format!("use {allowed} here");
+    let mut response = failure(StatusCode::METHOD_NOT_ALLOWED, RefusalKind::Usage, &error);
     response.headers_mut().insert(ALLOW, HeaderValue::from_static(allowed));
     response
 }
 
-fn failure(status: StatusCode, error: &str) -> Response<Full<Bytes>> {
-    json(status, &Failure { error: error.to_owned() })
+fn failure(status: StatusCode, kind: RefusalKind, error: &str) -> Answer {
+    json(status, &Failure { error: error.to_owned(), kind })
 }
 
-fn json(status: StatusCode, body: &impl Serialize) -> Response<Full<Bytes>> {
+fn json(status: StatusCode, body: &impl Serialize) -> Answer {
     let (status, text) = match serde_json::to_vec(body) {
         Ok(text) => (status, text),
         // Our own types have string keys only, which is all that can go wrong.
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string().into_bytes()),
     };
-    let mut response = Response::new(Full::new(Bytes::from(text)));
+    let mut response = Response::new(Full::new(Bytes::from(text)).boxed_unsync());
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response

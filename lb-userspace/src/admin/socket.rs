@@ -13,6 +13,7 @@ use std::{
 use nix::{
     fcntl::{Flock, FlockArg},
     sys::socket::{getsockopt, sockopt::PeerCredentials},
+    unistd::{Group, chown},
 };
 use socket2::{Domain, SockAddr, Socket, Type};
 
@@ -42,6 +43,9 @@ pub enum BindError {
     /// Something that is no socket has the name.
     #[error("{} exists and is not a socket; remove it, or set `admin.socket` to another path", .0.display())]
     NotASocket(PathBuf),
+    /// There is no such group on this host.
+    #[error("admin.group: there is no group {0:?} on this host: `groupadd --system {0}`, or name another")]
+    NoGroup(String),
     /// Anything else.
     #[error("cannot {action} {}: {reason}", .path.display())]
     Io {
@@ -63,6 +67,17 @@ fn process(pid: Option<i32>) -> String {
 pub struct AdminListener {
     pub(super) socket: Socket,
     pub(super) file: SocketFile,
+}
+
+impl AdminListener {
+    /// Lets the members of a group use the socket as root may.
+    pub fn share_with(&self, group: &str) -> Result<(), BindError> {
+        let path = &self.file.path;
+        let failed = |reason| BindError::Io { action: "give the group", path: path.clone(), reason };
+        let found = Group::from_name(group).map_err(|error| failed(error.into()))?;
+        let found = found.ok_or_else(|| BindError::NoGroup(group.to_owned()))?;
+        chown(path, None, Some(found.gid)).map_err(|error| failed(error.into()))
+    }
 }
 
 /// Binds the admin socket: makes its directory, replaces the socket of a daemon that is gone, refuses when one lives.

@@ -199,4 +199,7 @@ pub struct Unloaded {
 pub struct Failure {
     /// What failed, and what to do.
     pub error: String,
+    /// What kind of trouble.
+    #[serde(default)]
+    pub kind: super::RefusalKind,
 }

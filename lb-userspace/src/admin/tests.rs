@@ -54,7 +54,41 @@ fn start() -> Daemon {
         Request::Status(answer) => drop(answer.send(status())),
         Request::Alive(answer) => drop(answer.send(Alive { alive: true, reasons: Vec::new() })),
         Request::Unload(answer) => drop(answer.send(Err("the map is busy".to_owned()))),
+        Request::Reload(_, answer) => {
+            drop(answer.send(Err(Refusal::new(RefusalKind::Configuration, "line 7 is wrong"))));
+        }
+        Request::SetState(order, caller, answer) => drop(answer.send(ordered(&order.backend, caller))),
+        Request::SetWeight(order, caller, answer) => drop(answer.send(ordered(&order.backend, caller))),
+        Request::Flows(filter, from, answer) => drop(answer.send(flows(&filter, from))),
+        Request::Events(answer) => drop(answer.send(Events::default())),
     })
+}
+
+/// Knows one backend, `master-1`, and says who asked.
+fn ordered(backend: &str, caller: Caller) -> Result<Ordered, Refusal> {
+    if backend != "master-1" {
+        return Err(Refusal::new(RefusalKind::Usage, format!("there is no {backend}")));
+    }
+    Ok(Ordered { backends: Vec::new(), warnings: vec![caller.to_string()] })
+}
+
+/// As many pages of a thousand flows as `min_age` says; the seconds count them.
+fn flows(filter: &FlowFilter, from: u64) -> Result<FlowPage, Refusal> {
+    if filter.backend.is_some() {
+        return Err(Refusal::new(RefusalKind::Usage, "nobody is called that"));
+    }
+    let flow = |number| Flow {
+        client: ([10, 0, 0, 5], 40_000).into(),
+        listener: None,
+        service: Some("api".to_owned()),
+        backend: Some("master-1".to_owned()),
+        backend_address: None,
+        source: ([10, 0, 0, 100], 1234).into(),
+        state: "established".to_owned(),
+        idle_seconds: number,
+    };
+    let next = (from + 1 < filter.min_age).then_some(from + 1);
+    Ok(FlowPage { flows: (from * 1000..(from + 1) * 1000).map(flow).collect(), next })
 }
 
 fn start_with(mut handle: impl FnMut(Request) + Send + 'static) -> Daemon {
@@ -100,6 +134,140 @@ async fn every_question_has_its_answer() {
     assert!(daemon.client().alive().await.expect("an answer").alive);
     let refused = daemon.client().unload().await.expect_err("refused").to_string();
     assert_eq!(refused, "the sheave daemon says: the map is busy");
+}
+
+fn drain(backend: &str) -> StateOrder {
+    StateOrder { backend: backend.to_owned(), service: None, all_services: false, state: OrderedState::Drain }
+}
+
+#[tokio::test]
+async fn orders_are_carried_out_or_refused_with_the_reason() {
+    let daemon = start();
+    let ordered = daemon.client().set_state(&drain("master-1")).await.expect("done");
+    let root = nix::unistd::geteuid().is_root();
+    let ourselves = if root { "root".to_owned() } else { format!("user {}", nix::unistd::geteuid()) };
+    assert_eq!(ordered.warnings, [ourselves], "the kernel says who asks");
+    let refused = daemon.client().set_state(&drain("master-2")).await.expect_err("unknown");
+    assert!(refused.is_mistake());
+    assert_eq!(refused.to_string(), "the sheave daemon says: there is no master-2");
+    let refused = daemon.client().reload().await.expect_err("a wrong file");
+    assert!(refused.is_mistake() && refused.to_string().contains("line 7 is wrong"), "{refused}");
+    assert!(!daemon.client().unload().await.expect_err("refused").is_mistake(), "the daemon's own trouble");
+}
+
+#[tokio::test]
+async fn a_list_of_flows_comes_in_pieces_and_may_be_left_early() {
+    let daemon = start();
+    let client = daemon.client();
+    let three_pages = FlowFilter { min_age: 3, ..FlowFilter::default() };
+    let mut seen = Vec::new();
+    let all = client.flows(&three_pages, |flow| {
+        seen.push(flow.idle_seconds);
+        Ok(true)
+    });
+    all.await.expect("listed");
+    assert_eq!(seen, (0..3000).collect::<Vec<_>>());
+
+    let mut taken = 0;
+    let endless = FlowFilter { min_age: u64::MAX, ..FlowFilter::default() };
+    let some = client.flows(&endless, |_| {
+        taken += 1;
+        Ok(taken < 5000)
+    });
+    some.await.expect("enough");
+    assert_eq!(taken, 5000);
+
+    let nobody = FlowFilter { backend: Some("nobody".to_owned()), ..FlowFilter::default() };
+    let refused = daemon.client().flows(&nobody, |_| Ok(true)).await.expect_err("unknown").to_string();
+    assert!(refused.contains("nobody is called that"), "{refused}");
+    daemon.assert_serves().await;
+}
+
+#[tokio::test]
+async fn a_list_that_nobody_reads_costs_the_daemon_no_more_than_a_page() {
+    let (pages, mut counted) = mpsc::unbounded_channel();
+    let daemon = start_with(move |request| match request {
+        Request::Flows(filter, from, answer) => {
+            let _ = pages.send(from);
+            drop(answer.send(flows(&filter, from)));
+        }
+        Request::Status(answer) => drop(answer.send(status())),
+        _ => {}
+    });
+    let mut lazy = UnixStream::connect(&daemon.path).await.expect("connected");
+    lazy.write_all(b"GET /v1/flows?min_age=100000 HTTP/1.1\r\nHost: a\r\n\r\n").await.expect("written");
+    // It is asked for as long as the socket takes more, and then no more.
+    let mut asked = 0;
+    while let Ok(Some(_)) = tokio::time::timeout(Duration::from_secs(1), counted.recv()).await {
+        asked += 1;
+        assert!(asked < 1000, "pages are made for nobody");
+    }
+    assert!(asked > 0);
+    daemon.assert_serves().await;
+}
+
+#[tokio::test]
+async fn an_order_that_is_none_is_answered() {
+    let daemon = start();
+    for (body, status, what) in [
+        ("", 400, "EOF"),
+        ("{", 400, "EOF"),
+        ("[]", 400, "the JSON that is expected"),
+        ("{\"backend\": \"a\"}", 400, "missing field `state`"),
+        ("{\"backend\": \"a\", \"state\": \"dead\"}", 400, "unknown variant"),
+        ("{\"backend\": \"a\", \"state\": \"drain\", \"when\": \"now\"}", 400, "unknown field `when`"),
+    ] {
+        let request = format!(
+            "POST /v1/backends/state HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        let answer = daemon.raw(request.as_bytes()).await;
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status}")) && answer.contains(what),
+            "{body}: {answer}"
+        );
+    }
+    let answer = daemon.raw(b"GET /v1/flows?colour=red HTTP/1.1\r\nHost: a\r\n\r\n").await;
+    assert!(answer.starts_with("HTTP/1.1 400") && answer.contains("min_age"), "{answer}");
+    daemon.assert_serves().await;
+}
+
+#[tokio::test]
+async fn an_order_that_is_too_long_or_never_ends_is_given_up() {
+    let daemon = start();
+    let head = "POST /v1/backends/state HTTP/1.1\r\nHost: a\r\nContent-Length:";
+    let long = format!("{head} {}\r\n\r\n{}", 1 << 20, "a".repeat(1 << 17));
+    let answer = daemon.raw(long.as_bytes()).await;
+    assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 413"), "{answer}");
+    let answer = daemon.raw(format!("{head} 100\r\n\r\n{{").as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
+    daemon.assert_serves().await;
+}
+
+#[tokio::test]
+async fn many_orders_at_once_are_all_answered() {
+    let daemon = start();
+    let mut orders = tokio::task::JoinSet::new();
+    for number in 0..200 {
+        let client = daemon.client();
+        orders.spawn(
+            async move { (number, client.set_state(&drain(&format!("master-{}", number % 2))).await) },
+        );
+    }
+    for (number, result) in orders.join_all().await {
+        assert_eq!(result.is_ok(), number % 2 == 1, "{number}: {result:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_socket_may_be_a_groups_too() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let listener = bind(&directory.path().join("admin.sock")).expect("bound");
+    let error = listener.share_with("no-such-group-here").expect_err("unknown").to_string();
+    assert!(error.contains("groupadd --system no-such-group-here"), "{error}");
+    // Root may give it to any group, everybody else to a group of his own.
+    let own = nix::unistd::Group::from_gid(nix::unistd::getegid()).expect("readable").expect("has a name");
+    listener.share_with(&own.name).expect("shared");
 }
 
 #[tokio::test]

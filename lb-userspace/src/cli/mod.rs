@@ -4,9 +4,13 @@ mod alive;
 mod check_config;
 mod completions;
 mod doctor;
+mod events;
+mod flows;
 mod init;
+mod orders;
 mod output;
 mod rbac;
+mod reload;
 mod run;
 mod status;
 mod table;
@@ -22,6 +26,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
+    admin::{ClientError, OrderedState},
     config::{Admin, ConfigError},
     controller::ControllerError,
     daemon::DaemonError,
@@ -49,6 +54,9 @@ Examples:
   sheave run                          balance, until stopped
   sheave status                       services, backends and their last checks
   watch -n1 sheave status             the same, all the time
+  sheave drain master-1               before an upgrade of master-1
+  sheave ready master-1               after it
+  sheave reload                       after a change of /etc/sheave/sheave.toml
   sheave completions bash > /etc/bash_completion.d/sheave
 
 In keepalived, instead of `pgrep haproxy`:
@@ -88,6 +96,20 @@ enum Command {
     Status(status::Arguments),
     /// Look for what would keep this host from balancing, each with its fix
     Doctor(doctor::Arguments),
+    /// Take a backend out of service for an upgrade: no new flows, old ones live on
+    Drain(orders::StateArguments),
+    /// Give a drained backend, or one in maintenance, back to its checks
+    Ready(orders::StateArguments),
+    /// As drain, and never used, not even when there is nobody else
+    Maint(orders::StateArguments),
+    /// Change a backend's share of new flows
+    Weight(orders::WeightArguments),
+    /// List flows: clients, backends, states
+    Flows(flows::Arguments),
+    /// Show the last changes of state and operator's orders, with their reasons
+    Events(events::Arguments),
+    /// Read the configuration file again and apply what is different; flows are untouched
+    Reload(reload::Arguments),
     /// Say whether this load balancer works, whatever its backends do (for keepalived)
     Alive(alive::Arguments),
     /// Take sheave's programs, maps and addresses off this host
@@ -127,6 +149,13 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Status(arguments) => status::run(arguments),
         Command::Doctor(arguments) => doctor::run(arguments),
         Command::Alive(arguments) => alive::run(arguments),
+        Command::Drain(arguments) => orders::set_state(arguments, OrderedState::Drain),
+        Command::Ready(arguments) => orders::set_state(arguments, OrderedState::Ready),
+        Command::Maint(arguments) => orders::set_state(arguments, OrderedState::Maint),
+        Command::Weight(arguments) => orders::set_weight(arguments),
+        Command::Flows(arguments) => flows::run(arguments),
+        Command::Events(arguments) => events::run(arguments),
+        Command::Reload(arguments) => reload::run(&arguments),
         Command::Unload(arguments) => unload::run(arguments),
         Command::Completions(arguments) => completions::run(arguments),
     }
@@ -148,6 +177,7 @@ fn message(error: &anyhow::Error) -> String {
 fn exit_code(error: &anyhow::Error) -> ExitCode {
     let mistake = error.is::<ConfigError>()
         || error.is::<UsageError>()
+        || error.downcast_ref().is_some_and(ClientError::is_mistake)
         || error.downcast_ref().is_some_and(DaemonError::is_configuration)
         || error.downcast_ref().is_some_and(ControllerError::is_configuration);
     ExitCode::from(if mistake { USAGE } else { FAILED })
@@ -208,9 +238,24 @@ mod tests {
     #[test]
     fn help_shows_every_command_on_one_line_and_the_exit_codes() {
         let help = Arguments::command().render_help().to_string();
-        for name in
-            ["init", "rbac", "run", "check-config", "status", "doctor", "alive", "unload", "completions"]
-        {
+        for name in [
+            "init",
+            "rbac",
+            "run",
+            "check-config",
+            "status",
+            "doctor",
+            "drain",
+            "ready",
+            "maint",
+            "weight",
+            "flows",
+            "events",
+            "reload",
+            "alive",
+            "unload",
+            "completions",
+        ] {
             let line = help.lines().find(|line| line.trim_start().starts_with(&format!("{name} ")));
             assert!(line.is_some(), "{name} is missing in\n{help}");
         }

@@ -35,6 +35,8 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     for warning in &warnings {
         tracing::warn!("{}", warning.one_line());
     }
-    daemon::run(config, arguments.log_packets)?;
+    // A relative path would mean another file after a change of directory.
+    let file = std::path::absolute(&arguments.config)?;
+    daemon::run(config, file, arguments.log_packets)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,12 +1,13 @@
 //! The backends, as the controller sees them: what is configured, what the checks say, where their packets go.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     time::{Instant, SystemTime},
 };
 
-use super::{ControllerError, next_hops::Way};
+use super::{ControllerError, next_hops::Way, orders::Order, roster::Roster, services::Services};
 use crate::{
+    admin::BackendState,
     config::Config,
     health::{Candidate, CheckReport, Event, OperatorState, State, Target, TargetId},
 };
@@ -14,9 +15,9 @@ use crate::{
 /// A backend of one service.
 #[derive(Clone, Debug)]
 pub(super) struct Backend {
-    /// Its id in the data path: from 1, in configuration order, never another's.
+    /// Its id in the data path: see [`super::roster`].
     pub(super) id: u8,
-    /// Which service's, and which of that service's.
+    /// Its service's number, and its id: whose checks these are.
     pub(super) target: TargetId,
     /// Unique within the service.
     pub(super) name: String,
@@ -26,6 +27,10 @@ pub(super) struct Backend {
     pub(super) host: Option<String>,
     /// Share of new flows.
     pub(super) weight: u16,
+    /// The same, as configured: the operator may have ordered another.
+    pub(super) configured_weight: u16,
+    /// What the operator says.
+    pub(super) operator: OperatorState,
     /// It is this host.
     pub(super) local: bool,
     /// What its checks say.
@@ -55,6 +60,38 @@ impl Backend {
         self.checked = Some(now);
     }
 
+    /// Does what the operator has ordered.
+    pub(super) fn obey(&mut self, order: &Order) {
+        self.operator = order.state;
+        self.weight = order.weight.unwrap_or(self.configured_weight);
+    }
+
+    /// Knows what is known of the same backend before a reload.
+    pub(super) fn take_over(&mut self, known: &Self) {
+        (self.state, self.since) = (known.state, known.since);
+        self.silent_since = known.silent_since;
+        (self.report, self.checked) = (known.report.clone(), known.checked);
+        self.way = known.way.clone();
+    }
+
+    /// Is this its name, or its address and port?
+    pub(super) fn answers_to(&self, name: &str) -> bool {
+        self.name == name || name.parse() == Ok(self.address)
+    }
+
+    /// Its state in the status: the operator's word goes before the checks'.
+    pub(super) fn shown_state(&self) -> BackendState {
+        match (self.operator, self.state) {
+            (OperatorState::Maint, _) => BackendState::Maint,
+            (OperatorState::Drain, _) => BackendState::Drain,
+            (OperatorState::None, State::Unknown) => BackendState::Unknown,
+            (OperatorState::None, State::Ready) => BackendState::Ready,
+            (OperatorState::None, State::Draining) => BackendState::Draining,
+            (OperatorState::None, State::Silent) => BackendState::Silent,
+            (OperatorState::None, State::Dead) => BackendState::Dead,
+        }
+    }
+
     /// What the choice of backends for new flows looks at.
     pub(super) fn candidate(&self) -> Candidate {
         Candidate {
@@ -62,21 +99,20 @@ impl Backend {
             connected: self.report.connected,
             http_status: self.report.http_status,
             certificate_rejected: self.report.certificate_rejected,
-            operator: OperatorState::None,
+            operator: self.operator,
             weight: self.weight,
         }
     }
 }
 
-/// Every backend of every service; ids in configuration order.
-pub(super) fn enumerate(
-    config: &Config,
-    is_local: impl Fn(IpAddr) -> bool,
-) -> Result<Vec<Backend>, ControllerError> {
+/// Every backend of every service in configuration order, under the ids that they have.
+pub(super) fn enumerate(config: &Config, roster: &Roster) -> Result<Vec<Backend>, ControllerError> {
     let mut backends = Vec::new();
-    for (number, service) in config.services.iter().enumerate() {
-        for (index, backend) in service.backends.iter().enumerate() {
-            let local = is_local(backend.address.ip());
+    for service in &config.services {
+        let Some(number) = roster.service(&service.name) else { continue };
+        for backend in &service.backends {
+            let Some(id) = roster.backend(number, backend.address) else { continue };
+            let local = roster.backends()[&id].local;
             let other = service.listen.iter().find(|listener| {
                 listener.is_ipv4() == backend.address.is_ipv4() && listener.port() != backend.address.port()
             });
@@ -88,13 +124,14 @@ pub(super) fn enumerate(
                 });
             }
             backends.push(Backend {
-                // The configuration allows no more than there are ids.
-                id: u8::try_from(backends.len() + 1).unwrap_or(u8::MAX),
-                target: TargetId { service: number, backend: index },
+                id,
+                target: TargetId { service: number, backend: id.into() },
                 name: backend.name.clone(),
                 address: backend.address,
                 host: backend.host.clone(),
                 weight: backend.weight,
+                configured_weight: backend.weight,
+                operator: OperatorState::None,
                 local,
                 state: State::Unknown,
                 since: None,
@@ -109,11 +146,11 @@ pub(super) fn enumerate(
 }
 
 /// What is to be checked.
-pub(super) fn targets(config: &Config, backends: &[Backend]) -> Vec<Target> {
+pub(super) fn targets(services: &Services, backends: &[Backend]) -> Vec<Target> {
     backends
         .iter()
         .map(|backend| {
-            let service = &config.services[backend.target.service];
+            let service = &services[backend.target.service];
             Target {
                 id: backend.target,
                 service: service.name.clone(),
@@ -128,11 +165,14 @@ pub(super) fn targets(config: &Config, backends: &[Backend]) -> Vec<Target> {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::net::IpAddr;
+
     use super::*;
 
     /// Backends at these addresses of one service with a listener on port 6443.
     pub(in crate::controller) fn backends(addresses: &[&str]) -> Vec<Backend> {
-        enumerate(&config(addresses), |_| false).unwrap()
+        let config = config(addresses);
+        enumerate(&config, &Roster::default().next(&config, |_| false).unwrap()).unwrap()
     }
 
     pub(in crate::controller) fn config(addresses: &[&str]) -> Config {
@@ -150,9 +190,13 @@ pub(super) mod tests {
     #[test]
     fn a_backend_on_this_host_must_have_the_listeners_port() {
         let local = |address: IpAddr| address == IpAddr::from([10, 0, 0, 1]);
-        let backends = enumerate(&config(&["10.0.0.1:6443", "10.0.0.2:6444"]), local).unwrap();
+        let enumerate = |addresses: &[&str]| {
+            let config = config(addresses);
+            enumerate(&config, &Roster::default().next(&config, local).unwrap())
+        };
+        let backends = enumerate(&["10.0.0.1:6443", "10.0.0.2:6444"]).unwrap();
         assert_eq!(backends.iter().map(|backend| backend.local).collect::<Vec<_>>(), [true, false]);
-        let error = enumerate(&config(&["10.0.0.1:6444"]), local).unwrap_err();
+        let error = enumerate(&["10.0.0.1:6444"]).unwrap_err();
         assert!(error.to_string().contains("10.0.0.100:6443"), "{error}");
         assert!(error.is_configuration());
     }

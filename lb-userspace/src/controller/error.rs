@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use super::HashKeyError;
+use super::{HashKeyError, NumbersError};
 use crate::{
     dataplane::DataplaneError,
     health::HealthError,
@@ -61,6 +61,9 @@ pub enum ControllerError {
          there, or name the interfaces in dataplane.interfaces"
     )]
     NoInterface,
+    /// There are more services, listeners or backends than numbers: the configuration should have said so.
+    #[error(transparent)]
+    Numbers(#[from] NumbersError),
     /// The network could not be asked.
     #[error(transparent)]
     Network(#[from] NetworkError),

@@ -52,6 +52,10 @@ pub(super) fn of_service(
              and HTTP work: give the check a credential (`sheave rbac`) and expect 200"
         ));
     }
+    for backend in backends.iter().filter(|backend| backend.weight != backend.configured_weight) {
+        let Backend { name, weight, configured_weight, .. } = backend;
+        add(format!("{name} has weight {weight} by an operator's order, {configured_weight} as configured"));
+    }
     for backend in backends {
         let report = &backend.report;
         if let Some(text) = report.server_certificate.as_deref().and_then(|facts| expiry(facts, now)) {

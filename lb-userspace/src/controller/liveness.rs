@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::backends::Backend;
-use crate::config::{Check, CheckKind, Config};
+use super::{backends::Backend, services::Services};
+use crate::config::{Check, CheckKind};
 
 /// How long the controller may be away from its work.
 const TURNED_WITHIN: Duration = Duration::from_secs(2);
@@ -31,17 +31,17 @@ pub(super) fn stalled(last_turn: Instant, now: Instant) -> Option<String> {
 
 /// Whether checks are being made.
 pub(super) fn overdue(
-    config: &Config,
+    services: &Services,
     backends: &[Backend],
     started: Instant,
     now: Instant,
 ) -> Option<String> {
     let late = backends.iter().find(|backend| {
-        let check = &config.services[backend.target.service].check;
+        let check = &services[backend.target.service].check;
         let since = now.saturating_duration_since(backend.checked.unwrap_or(started));
         check.kind != CheckKind::None && since > longest(check) + LATE
     })?;
-    let service = &config.services[late.target.service].name;
+    let service = &services[late.target.service].name;
     Some(format!("no check of {service}/{} has finished for too long: see the log", late.name))
 }
 
@@ -54,7 +54,10 @@ fn longest(check: &Check) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::backends::tests::{backends, config},
+        super::{
+            backends::tests::{backends, config},
+            roster::Roster,
+        },
         *,
     };
 
@@ -79,13 +82,15 @@ mod tests {
     #[test]
     fn checks_that_do_not_come_are_noticed_before_and_after_the_first() {
         let config = config(&["10.0.0.1:6443"]);
+        let roster = Roster::default().next(&config, |_| false).unwrap();
+        let services = Services::of(&config, &roster);
         let mut backends = backends(&["10.0.0.1:6443"]);
         let start = Instant::now();
         let after = |seconds| start + Duration::from_secs(seconds);
-        assert_eq!(overdue(&config, &backends, start, after(10)), None);
-        assert!(overdue(&config, &backends, start, after(30)).is_some());
+        assert_eq!(overdue(&services, &backends, start, after(10)), None);
+        assert!(overdue(&services, &backends, start, after(30)).is_some());
         backends[0].checked = Some(after(25));
-        assert_eq!(overdue(&config, &backends, start, after(30)), None);
-        assert!(overdue(&config, &backends, start, after(60)).unwrap().contains("api/10.0.0.1:6443"));
+        assert_eq!(overdue(&services, &backends, start, after(30)), None);
+        assert!(overdue(&services, &backends, start, after(60)).unwrap().contains("api/10.0.0.1:6443"));
     }
 }

@@ -2,34 +2,44 @@
 //! is (the data path's maps). A single task that takes events and applies the difference.
 
 mod backends;
+mod commands;
+mod difference;
 mod error;
 mod flags;
+mod flow_list;
 mod hash_key;
+mod journal;
 mod liveness;
 mod next_hops;
+mod orders;
 mod plan;
 mod ports;
 mod probe_targets;
+mod reload;
 mod resets;
+mod roster;
 mod selection;
+mod services;
 mod status;
 mod witness;
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     net::IpAddr,
+    path::PathBuf,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use futures_util::future::join_all;
 use lb_common::layout::PORTS;
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     time::{MissedTickBehavior, interval},
 };
 
 use crate::{
-    admin::{Request, Unloaded},
+    admin::{Events, JournalKind, ProbeTarget, Request, Unloaded},
     config::{Config, VipMode, XdpMode},
     dataplane::{Dataplane, DataplaneError, Listener, Mode, Reaped, Target},
     health::{self, Event, State, transition_line},
@@ -41,11 +51,17 @@ use crate::{
 use backends::Backend;
 pub use error::ControllerError;
 pub use hash_key::{HashKeyError, load as load_hash_key};
+use journal::Journal;
 use next_hops::{Found, Hop, LearnedHops};
+use orders::Orders;
 pub use plan::Plan;
 use ports::Ports;
+use reload::Pending;
 use resets::Resets;
+pub use roster::NumbersError;
+use roster::Roster;
 use selection::Choice;
+use services::Services;
 use witness::Witness;
 
 /// How often the data path is asked what it has noticed.
@@ -96,16 +112,31 @@ pub struct Inbox {
     pub requests: mpsc::Receiver<Request>,
     /// Signals that end the daemon.
     pub stop: mpsc::Receiver<()>,
+    /// Signals to read the configuration again.
+    pub reload: mpsc::Receiver<()>,
 }
 
 /// The controller and all that it keeps.
 pub struct Controller {
     config: Config,
+    config_file: PathBuf,
+    roster: Roster,
+    /// While a reload is under way, those that it ends as well.
+    services: Services,
     network: Network,
     dataplane: Dataplane,
     backends: Vec<Backend>,
     ports: Ports,
     snat: Vec<IpAddr>,
+    /// Ports that sockets of this host held when last looked at.
+    used_ports: BTreeSet<u16>,
+    /// Ports of listeners that a reload is about to open, or was refused to.
+    wanted_ports: BTreeSet<u16>,
+    orders: Orders,
+    journal: Journal,
+    pending: Option<Pending>,
+    /// The addresses of this host are others since a reload.
+    reloaded: bool,
     /// By service and family (true: IPv6).
     choices: BTreeMap<(usize, bool), Choice>,
     learned: LearnedHops,
@@ -125,12 +156,17 @@ pub struct Controller {
     /// By id of the backend.
     witnesses: BTreeMap<u8, Witness>,
     resets: Resets,
+    /// Tells those who ask in a backend's name that there are other backends.
+    probes: watch::Sender<Vec<Arc<ProbeTarget>>>,
 }
 
 impl Controller {
     /// Fills the maps: interfaces, listeners, allow lists, backends, ports that must not be slots.
+    ///
+    /// `config_file` is read again by a reload.
     pub async fn new(
         config: Config,
+        config_file: PathBuf,
         network: Network,
         dataplane: Dataplane,
         plan: Plan,
@@ -138,14 +174,28 @@ impl Controller {
     ) -> Result<Self, ControllerError> {
         let now = Instant::now();
         let vips = plan::vips(&config);
-        let resets = Resets::open(&config, now)
+        let resets = Resets::open(&plan.services, now)
             .map_err(|source| ControllerError::System { doing: "open raw sockets", source })?;
+        let state_dir = &config.dataplane.state_dir;
+        let orders = Orders::load(state_dir).unwrap_or_else(|error| {
+            tracing::error!("{error}; as nothing can be read there, no backend is drained or in maintenance");
+            Orders::none(state_dir)
+        });
         let mut controller = Self {
+            orders,
+            journal: Journal::open(state_dir),
+            config_file,
             network,
             dataplane,
+            roster: plan.roster,
+            services: plan.services,
             backends: plan.backends,
             ports: plan.ports,
             snat: plan.source.addresses,
+            used_ports: BTreeSet::new(),
+            wanted_ports: BTreeSet::new(),
+            pending: None,
+            reloaded: false,
             choices: BTreeMap::new(),
             learned: LearnedHops::default(),
             vips: Follower::new(vips),
@@ -158,16 +208,18 @@ impl Controller {
             turns: 0,
             last_turn: now,
             names: None,
+            probes: watch::Sender::new(Vec::new()),
             config,
             checks,
             witnesses: BTreeMap::new(),
             resets,
         };
+        controller.obey_orders();
         controller.fill()?;
-        let used = used_tcp_ports(&controller.own_addresses())
+        controller.used_ports = used_tcp_ports(&controller.own_addresses())
             .await
             .map_err(|source| ControllerError::System { doing: "list the sockets of this host", source })?;
-        controller.block(used);
+        controller.block();
         Ok(controller)
     }
 
@@ -178,18 +230,13 @@ impl Controller {
 
     fn fill(&mut self) -> Result<(), DataplaneError> {
         self.dataplane.set_ports(&self.ports.layout())?;
-        let listeners: Vec<_> = self
-            .config
-            .services
-            .iter()
-            .enumerate()
-            .flat_map(|(service, it)| {
-                it.listen.iter().map(move |address| Listener { address: *address, service })
-            })
-            .collect();
+        // In the order of their ids.
+        let listener =
+            |seat: &roster::Seat| Some(Listener { address: seat.address, service: seat.service()? });
+        let listeners: Vec<_> = self.roster.listeners().values().filter_map(listener).collect();
         // Also those that come later.
         self.dataplane.set_listeners(&listeners, PORTS)?;
-        for (number, service) in self.config.services.iter().enumerate() {
+        for (number, service) in self.services.iter() {
             self.dataplane.set_allowed(number, &service.allow)?;
         }
         for backend in &self.backends {
@@ -205,11 +252,19 @@ impl Controller {
         addresses
     }
 
-    /// Keeps slots away from listeners and from ports that sockets of this host hold.
-    fn block(&mut self, mut used: BTreeSet<u16>) {
-        let listeners = self.config.services.iter().flat_map(|service| &service.listen);
-        used.extend(listeners.map(|listener| listener.port()));
+    /// Keeps slots away from listeners, also from those that leave, and from ports that sockets of this host hold.
+    fn block(&mut self) {
+        let mut used = self.used_ports.clone();
+        used.extend(self.roster.listeners().values().map(|seat| seat.address.port()));
+        used.extend(&self.wanted_ports);
         self.dataplane.set_blocked(&used);
+    }
+
+    fn obey_orders(&mut self) {
+        for backend in &mut self.backends {
+            let service = &self.services[backend.target.service].name;
+            backend.obey(&self.orders.about(service, backend.address));
+        }
     }
 
     /// Takes in the first check results, finds the next hops, and gives every service its first selection.
@@ -218,11 +273,13 @@ impl Controller {
         for event in results {
             self.observe(&event);
         }
-        for service in 0..self.config.services.len() {
+        for service in self.services.numbers() {
             for ipv6 in [false, true] {
                 self.select(service, ipv6);
             }
         }
+        let version = env!("CARGO_PKG_VERSION");
+        self.journal.note(JournalKind::Daemon, None, format!("sheave {version} began to balance"));
     }
 
     /// Attaches the program everywhere. On an error it is attached nowhere once the controller is dropped.
@@ -278,7 +335,7 @@ impl Controller {
 
     /// What is served, in a line.
     pub fn summary(&self) -> String {
-        let services = self.config.services.iter().enumerate().map(|(number, service)| {
+        let services = self.services.iter().map(|(number, service)| {
             let backends = || self.backends.iter().filter(|it| it.target.service == number);
             let ready = backends().filter(|it| it.state == State::Ready).count();
             let listen: Vec<_> = service.listen.iter().map(ToString::to_string).collect();
@@ -313,6 +370,8 @@ impl Controller {
             let reset_turn = self.resets.due();
             tokio::select! {
                 Some(event) = inbox.checks.recv() => self.take(&event),
+                () = reload_is_due(self.pending.as_ref()) => self.finish_reload(),
+                Some(()) = inbox.reload.recv() => self.begin_reload(None, None).await,
                 Some(change) = inbox.network.recv() => {
                     let mut changes = BTreeSet::from([change]);
                     while let Ok(change) = inbox.network.try_recv() {
@@ -320,18 +379,32 @@ impl Controller {
                     }
                     self.follow(&changes).await;
                 }
-                Some(used) = sockets.recv() => self.block(used),
+                Some(used) = sockets.recv() => {
+                    self.used_ports = used;
+                    self.block();
+                }
                 Some(request) = inbox.requests.recv() => match request {
                     // Whoever asked may have gone meanwhile.
                     Request::Status(answer) => drop(answer.send(self.status())),
                     Request::Alive(answer) => drop(answer.send(self.alive().await)),
                     Request::Unload(answer) => return End::Unload(answer),
+                    Request::Reload(caller, answer) => self.begin_reload(Some(caller), Some(answer)).await,
+                    Request::SetState(order, by, answer) => drop(answer.send(self.set_state(&order, by))),
+                    Request::SetWeight(order, by, answer) => drop(answer.send(self.set_weight(&order, by))),
+                    Request::Flows(filter, from, answer) => drop(answer.send(self.flow_page(&filter, from))),
+                    Request::Events(answer) => {
+                        drop(answer.send(Events { events: self.journal.events().cloned().collect() }));
+                    }
                 },
                 () = renamed(&mut names) => self.say_what_moved(),
                 _ = signals.tick() => self.heed_signals(),
                 _ = second.tick() => self.turn().await,
                 () = tokio::time::sleep_until(reset_turn) => self.reset_turn(),
                 _ = inbox.stop.recv() => return End::Stop,
+            }
+            if std::mem::take(&mut self.reloaded) {
+                sockets = watch_sockets(self.own_addresses());
+                names = self.names.clone();
             }
         }
     }
@@ -362,6 +435,9 @@ impl Controller {
         if let Some(ipv6) = self.observe(event) {
             self.select(event.id.service, ipv6);
         }
+        if self.pending.as_mut().is_some_and(|pending| pending.observe(event)) {
+            self.finish_reload();
+        }
     }
 
     /// Returns the family of the backend.
@@ -381,20 +457,21 @@ impl Controller {
             let transition = &health::Transition { from: before.state, ..transition.clone() };
             let of_service = || self.backends.iter().filter(|it| it.target.service == event.id.service);
             let ready = of_service().filter(|backend| backend.state == State::Ready).count();
-            let service = &self.config.services[event.id.service].name;
-            let line = transition_line(service, &name, transition, ready, of_service().count());
+            let service = self.services[event.id.service].name.clone();
+            let line = transition_line(&service, &name, transition, ready, of_service().count());
             if transition.is_down() {
                 tracing::warn!("{line}");
             } else {
                 tracing::info!("{line}");
             }
+            self.journal.note(JournalKind::Check, Some((&service, &name)), line);
         }
         Some(ipv6)
     }
 
     /// Gives a service and family the backends for its new flows.
     fn select(&mut self, service: usize, ipv6: bool) {
-        let listens = |family| self.config.services[service].listen.iter().any(|it| it.is_ipv6() == family);
+        let listens = |family| self.services[service].listen.iter().any(|it| it.is_ipv6() == family);
         if !listens(ipv6) {
             return;
         }
@@ -404,10 +481,11 @@ impl Controller {
         if before == Some(&choice) {
             return;
         }
+        let mut said = None;
         let news =
             before.map_or(choice.reason != health::SelectionReason::Ready, |it| it.reason != choice.reason);
         if news {
-            let name = &self.config.services[service].name;
+            let name = &self.services[service].name;
             let both = listens(!ipv6);
             let name = if both { format!("{name} ({})", family_name(ipv6)) } else { name.clone() };
             let sentence = choice.sentence(&name, &backends);
@@ -415,13 +493,15 @@ impl Controller {
                 health::SelectionReason::Ready => tracing::info!("{sentence}"),
                 _ => tracing::warn!("{sentence}"),
             }
+            said = Some(sentence);
         }
         let left: Vec<_> = backends.iter().map(|it| it.id).filter(|id| !choice.has(*id)).collect();
         let members: Vec<_> = choice
             .members
             .iter()
             .filter_map(|(id, weight)| {
-                Some((*id, self.backends.get(usize::from(*id) - 1)?.name.as_str(), *weight))
+                let of_it = |it: &&Backend| (it.target.service, it.id) == (service, *id);
+                Some((*id, self.backends.iter().find(of_it)?.name.as_str(), *weight))
             })
             .collect();
         if before.is_none_or(|before| before.members != choice.members) {
@@ -435,6 +515,9 @@ impl Controller {
             left.iter().for_each(|id| self.dataplane.set_accepts(*id, false));
         }
         self.choices.insert((service, ipv6), choice);
+        if let Some(sentence) = said {
+            self.journal.note(JournalKind::Selection, None, sentence);
+        }
     }
 
     fn of_family(&self, service: usize, ipv6: bool) -> impl Iterator<Item = &Backend> {
@@ -521,7 +604,7 @@ impl Controller {
         if way == backend.way {
             return;
         }
-        let service = &self.config.services[backend.target.service].name;
+        let service = &self.services[backend.target.service].name;
         match way.news(&backend.way) {
             Some((line, true)) => tracing::warn!("backend {service}/{}: {line}", backend.name),
             Some((line, false)) => tracing::info!("backend {service}/{}: {line}", backend.name),
@@ -561,7 +644,7 @@ impl Controller {
             .filter(|(is, wanted)| is.backends != wanted.backends)
             .map(|(is, _)| {
                 format!(
-                    "{}: a backend's name stands for other addresses now: restart sheave to use them",
+                    "{}: a backend's name stands for other addresses now: `sheave reload` uses them",
                     is.name
                 )
             })
@@ -590,10 +673,12 @@ impl Controller {
     }
 
     fn reap(&mut self) {
-        let idle: Vec<_> = self.config.services.iter().map(|service| service.idle_timeout).collect();
+        let idle = self.services.by_number(Duration::from_secs(3 * 3600), |service| service.idle_timeout);
+        self.await_programs();
         match self.dataplane.reap(&idle) {
             Ok(reaped) => {
                 (self.reaped, self.reaped_at) = (reaped, Instant::now());
+                self.release_numbers();
             }
             Err(error) => tracing::warn!("cannot look through the flow table: {error}"),
         }
@@ -634,6 +719,14 @@ pub struct Dismantled {
     pub removed: Vec<String>,
     /// What could not be.
     pub failures: Vec<String>,
+}
+
+/// When a reload has waited long enough; never, where there is none.
+async fn reload_is_due(pending: Option<&Pending>) {
+    match pending {
+        Some(pending) => tokio::time::sleep_until(pending.deadline).await,
+        None => std::future::pending().await,
+    }
 }
 
 fn family_name(ipv6: bool) -> &'static str {

@@ -14,6 +14,8 @@ use super::{
     ControllerError,
     backends::{self, Backend},
     ports::Ports,
+    roster::Roster,
+    services::Services,
 };
 use crate::{
     config::{Config, Interfaces},
@@ -25,6 +27,8 @@ use crate::{
 /// What is to be loaded, attached and checked.
 #[derive(Debug)]
 pub struct Plan {
+    pub(super) roster: Roster,
+    pub(super) services: Services,
     pub(super) backends: Vec<Backend>,
     pub(super) ports: Ports,
     pub(super) source: Source,
@@ -35,6 +39,63 @@ pub struct Plan {
 impl Plan {
     /// Looks at the routes and addresses of this host. Says what the operator should know.
     pub async fn make(config: &Config, network: &Network) -> Result<Self, ControllerError> {
+        let Survey { addresses, here, reach, homes } = Survey::make(config, network).await?;
+        let roster = Roster::default().next(config, |address| here.contains(&address))?;
+        let backends = backends::enumerate(config, &roster)?;
+        for (vip, _) in homes.iter().filter(|(_, home)| home.is_none()) {
+            tracing::warn!("the VIP {vip} is in no subnet of this host: clients must be routed here");
+        }
+        let wanted = reach.iter().map(|reach| reach.route.interface).chain(homes.values().flatten().copied());
+        let ports = Ports::open(network, &config.dataplane.interfaces, wanted)?;
+        let reached = |reach: &&Reach| ports.number(reach.route.interface).is_some();
+        if let (Interfaces::Named(_), Some(out)) =
+            (&config.dataplane.interfaces, reach.iter().find(|it| !reached(it)))
+        {
+            let name = network.interface(out.route.interface).map_or_else(|_| "?".to_owned(), |it| it.name);
+            return Err(ControllerError::NotNamed { backend: out.address, interface: name });
+        }
+        let source = Source::choose(config, &homes, &reach, &addresses, first_ephemeral_port());
+        source.notes.iter().for_each(|note| tracing::warn!("{note}"));
+        let checks_use_slots = reach.iter().any(|reach| {
+            reach.route.preferred_source.is_some_and(|address| source.addresses.contains(&address))
+                && *source.ports.end() >= first_ephemeral_port()
+        });
+        let services = Services::of(config, &roster);
+        Ok(Self { roster, services, backends, ports, source, checks_use_slots })
+    }
+
+    /// What the checks are to be made of.
+    pub fn targets(&self) -> Vec<Target> {
+        backends::targets(&self.services, &self.backends)
+    }
+
+    /// What the data path is to be loaded with.
+    pub fn settings(&self, secret: [u64; 2], log_one_in: Option<u32>) -> Settings {
+        Settings {
+            snat_addresses: self.source.addresses.clone(),
+            snat_ports: self.source.ports.clone(),
+            secret,
+            log_one_in,
+        }
+    }
+}
+
+/// What this host says about the addresses of a configuration.
+#[derive(Debug)]
+pub(super) struct Survey {
+    /// This host's own.
+    pub(super) addresses: Vec<LocalAddress>,
+    /// This host's own, as routes see it.
+    pub(super) here: BTreeSet<IpAddr>,
+    /// Backends on other hosts, and the ways there.
+    pub(super) reach: Vec<Reach>,
+    /// The interface of each VIP: see [`homes`].
+    pub(super) homes: BTreeMap<IpAddr, Option<u32>>,
+}
+
+impl Survey {
+    /// Asks the kernel.
+    pub(super) async fn make(config: &Config, network: &Network) -> Result<Self, ControllerError> {
         let addresses = network.local_addresses();
         let targets: BTreeSet<_> = config
             .services
@@ -55,42 +116,8 @@ impl Plan {
                 Err(error) => return Err(error.into()),
             }
         }
-        let backends = backends::enumerate(config, |address| here.contains(&address))?;
         let homes = homes(&vips(config), &addresses, |interface| network.port_of(interface).is_ok());
-        for (vip, _) in homes.iter().filter(|(_, home)| home.is_none()) {
-            tracing::warn!("the VIP {vip} is in no subnet of this host: clients must be routed here");
-        }
-        let wanted = reach.iter().map(|reach| reach.route.interface).chain(homes.values().flatten().copied());
-        let ports = Ports::open(network, &config.dataplane.interfaces, wanted)?;
-        let reached = |reach: &&Reach| ports.number(reach.route.interface).is_some();
-        if let (Interfaces::Named(_), Some(out)) =
-            (&config.dataplane.interfaces, reach.iter().find(|it| !reached(it)))
-        {
-            let name = network.interface(out.route.interface).map_or_else(|_| "?".to_owned(), |it| it.name);
-            return Err(ControllerError::NotNamed { backend: out.address, interface: name });
-        }
-        let source = Source::choose(config, &homes, &reach, &addresses, first_ephemeral_port());
-        source.notes.iter().for_each(|note| tracing::warn!("{note}"));
-        let checks_use_slots = reach.iter().any(|reach| {
-            reach.route.preferred_source.is_some_and(|address| source.addresses.contains(&address))
-                && *source.ports.end() >= first_ephemeral_port()
-        });
-        Ok(Self { backends, ports, source, checks_use_slots })
-    }
-
-    /// What the checks are to be made of.
-    pub fn targets(&self, config: &Config) -> Vec<Target> {
-        backends::targets(config, &self.backends)
-    }
-
-    /// What the data path is to be loaded with.
-    pub fn settings(&self, secret: [u64; 2], log_one_in: Option<u32>) -> Settings {
-        Settings {
-            snat_addresses: self.source.addresses.clone(),
-            snat_ports: self.source.ports.clone(),
-            secret,
-            log_one_in,
-        }
+        Ok(Self { addresses, here, reach, homes })
     }
 }
 

@@ -14,10 +14,11 @@ use std::{
 
 use lb_common::kill::KILLED_QUARANTINE;
 
-use super::{Controller, backends::Backend};
+use super::{Controller, backends::Backend, services::Services};
 use crate::{
-    config::{Config, OnDead},
-    dataplane::{Cursor, DataplaneError, Flow, FlowFilter},
+    admin::JournalKind,
+    config::OnDead,
+    dataplane::{DataplaneError, Flow, FlowFilter, Walk},
     health::{CheckReport, Event, Failure, Outcome, Sighting, State, Transition, Vigil, transition_line},
     resets::{Pace, Repeats, Wire},
 };
@@ -34,19 +35,24 @@ const LATER: Duration = Duration::from_secs(1);
 /// All that is kept about resetting and asking.
 pub(super) struct Resets {
     wire: Wire,
-    /// By service.
-    vigils: Vec<Vigil>,
-    /// By service.
-    paces: Vec<Pace>,
+    /// By number of the service.
+    watches: BTreeMap<usize, Watch>,
     jobs: VecDeque<Job>,
     repeats: Repeats<Flow>,
-    /// When the others were last asked because somebody is silent, by service.
-    looked: Vec<Instant>,
     /// Since when backends have been ready, by id.
     ready_since: BTreeMap<u8, Instant>,
     due: Instant,
     /// Segments could not be sent: said once.
     mute: bool,
+}
+
+/// Over the backends of a service.
+struct Watch {
+    vigil: Vigil,
+    reset_rate: u32,
+    pace: Pace,
+    /// When the others were last asked because somebody is silent.
+    looked: Instant,
 }
 
 /// Something that is done to all flows of a backend, a few at a time.
@@ -55,7 +61,7 @@ struct Job {
     work: Work,
     backend: u8,
     service: usize,
-    cursor: Cursor,
+    walk: Walk,
     count: usize,
     /// Not before.
     at: Instant,
@@ -69,30 +75,43 @@ enum Work {
 
 impl Resets {
     /// Opens the sockets.
-    pub(super) fn open(config: &Config, now: Instant) -> io::Result<Self> {
+    pub(super) fn open(services: &Services, now: Instant) -> io::Result<Self> {
         let mut resets = Self {
             wire: Wire::open()?,
-            vigils: Vec::new(),
-            paces: Vec::new(),
-            looked: Vec::new(),
+            watches: BTreeMap::new(),
             jobs: VecDeque::new(),
             repeats: Repeats::default(),
             ready_since: BTreeMap::new(),
             due: now,
             mute: false,
         };
-        resets.configure(config, now);
+        resets.watch_over(services, now);
         Ok(resets)
     }
 
-    /// Begins anew for the services of `config`; what was killed is still repeated.
-    pub(super) fn configure(&mut self, config: &Config, now: Instant) {
-        let services = || config.services.iter();
-        self.vigils =
-            services().map(|service| Vigil::new(service.reset_after, service.backends.len())).collect();
-        self.paces = services().map(|service| Pace::new(service.reset_rate, now)).collect();
-        self.looked = services().map(|_| now).collect();
-        self.jobs.clear();
+    /// From now on watches over these services, as they are configured now; who is dead stays so, and what has begun goes
+    /// on.
+    pub(super) fn watch_over(&mut self, services: &Services, now: Instant) {
+        self.watches.retain(|number, _| services.get(*number).is_some());
+        for (number, service) in services.iter() {
+            let watch = self.watches.entry(number).or_insert_with(|| Watch {
+                vigil: Vigil::new(service.reset_after),
+                reset_rate: service.reset_rate,
+                pace: Pace::new(service.reset_rate, now),
+                looked: now,
+            });
+            watch.vigil.set_reset_after(service.reset_after);
+            if watch.reset_rate != service.reset_rate {
+                watch.reset_rate = service.reset_rate;
+                watch.pace = Pace::new(service.reset_rate, now);
+            }
+        }
+        self.jobs.retain(|job| self.watches.contains_key(&job.service));
+    }
+
+    /// Knows nothing any more of backends that are gone: their ids may become those of others.
+    pub(super) fn forget_others(&mut self, backends: &[Backend]) {
+        self.ready_since.retain(|id, _| backends.iter().any(|backend| backend.id == *id));
     }
 
     /// When [`Controller::reset_turn`] is to be called again.
@@ -113,7 +132,7 @@ impl Resets {
             work,
             backend: backend.id,
             service: backend.target.service,
-            cursor: Cursor::default(),
+            walk: Walk::default(),
             count: 0,
             at: now,
         });
@@ -178,7 +197,7 @@ impl Controller {
     /// their ends. How many it were.
     pub fn kill(&mut self, filter: &FlowFilter) -> Result<usize, DataplaneError> {
         let now = Instant::now();
-        let flows = self.dataplane.kill_flows(filter, &mut Cursor::default(), usize::MAX)?;
+        let flows = self.dataplane.kill_flows(filter, &mut Walk::default(), usize::MAX)?;
         let count = flows.len();
         for flow in flows {
             // The backend lives, and answers what it is asked; the program answers that with a RST.
@@ -194,7 +213,7 @@ impl Controller {
     fn look_for_the_dead(&mut self, now: Instant) -> bool {
         if !self.backends.iter().any(|backend| matches!(backend.state, State::Silent | State::Dead)) {
             // Everybody is well: nothing is remembered of earlier times but what the vigils know.
-            for service in 0..self.config.services.len() {
+            for service in self.services.numbers() {
                 self.judge(service, &[], now);
             }
             return false;
@@ -203,7 +222,7 @@ impl Controller {
             tracing::warn!("cannot read when backends were heard: {error}");
             Vec::new()
         });
-        for service in 0..self.config.services.len() {
+        for service in self.services.numbers() {
             for died in self.judge(service, &heard, now) {
                 self.bury(service, died, now);
             }
@@ -224,20 +243,21 @@ impl Controller {
                 backend.sighting(heard.get(usize::from(backend.id)).copied().flatten(), now)
             })
             .collect();
-        let died = self.resets.vigils[service].judge(&sightings, now);
-        for (place, index) in of_service.iter().enumerate() {
+        let Some(watch) = self.resets.watches.get_mut(&service) else { return Vec::new() };
+        let died = watch.vigil.judge(&sightings, now);
+        for index in &of_service {
             let backend = &mut self.backends[*index];
-            if backend.state == State::Dead && !self.resets.vigils[service].is_dead(place) {
+            if backend.state == State::Dead && !watch.vigil.is_dead(backend.id.into()) {
                 backend.state = State::Silent;
                 tracing::warn!("{}: there are signs of life: silent, not dead", backend.name);
             }
         }
-        died.into_iter().map(|place| of_service[place]).collect()
+        of_service.into_iter().filter(|index| died.contains(&self.backends[*index].id.into())).collect()
     }
 
     /// Says that a backend is dead, and sees to its flows.
     fn bury(&mut self, service: usize, index: usize, now: Instant) {
-        let keep = self.config.services[service].on_dead == OnDead::Keep;
+        let keep = self.services[service].on_dead == OnDead::Keep;
         let backend = &mut self.backends[index];
         backend.state = State::Dead;
         backend.since = Some(std::time::SystemTime::now());
@@ -246,8 +266,10 @@ impl Controller {
         let backend = &self.backends[index];
         let of_service = || self.backends.iter().filter(|it| it.target.service == service);
         let ready = of_service().filter(|backend| backend.state == State::Ready).count();
-        let name = &self.config.services[service].name;
-        tracing::warn!("{}", transition_line(name, &backend.name, &transition, ready, of_service().count()));
+        let name = self.services[service].name.clone();
+        let line = transition_line(&name, &backend.name, &transition, ready, of_service().count());
+        tracing::warn!("{line}");
+        self.journal.note(JournalKind::Check, Some((&name, &backend.name)), line);
         if keep {
             tracing::info!("{name}/{}: its flows are kept, as on_dead says", backend.name);
         } else if backend.local {
@@ -262,20 +284,21 @@ impl Controller {
 
     /// A host that has handed its VIP on still has the flows in its table, and must not speak in their name.
     fn owns_a_vip_of(&self, service: usize) -> bool {
-        let mut listen = self.config.services[service].listen.iter();
+        let mut listen = self.services[service].listen.iter();
         listen.any(|listener| self.network.interface_carrying(listener.ip()).is_some())
     }
 
     /// While somebody is silent, the others are asked whether it is us.
     fn look_elsewhere(&mut self, service: usize, now: Instant) {
         let of_service = || self.backends.iter().filter(|backend| backend.target.service == service);
-        let sight = self.resets.vigils[service].sight();
+        let Some(watch) = self.resets.watches.get_mut(&service) else { return };
+        let sight = watch.vigil.sight();
         if !of_service().any(|backend| backend.state == State::Silent)
-            || now.saturating_duration_since(self.resets.looked[service]) < sight
+            || now.saturating_duration_since(watch.looked) < sight
         {
             return;
         }
-        self.resets.looked[service] = now;
+        watch.looked = now;
         let stale = |backend: &&Backend| {
             backend.checked.is_none_or(|checked| now.saturating_duration_since(checked) > sight)
         };
@@ -298,16 +321,17 @@ impl Controller {
 
     /// Does as much of a job as may be done now.
     fn batch(&mut self, job: &mut Job, now: Instant) -> Result<(), DataplaneError> {
-        let limit = self.resets.paces[job.service].allowed(now);
+        let Some(watch) = self.resets.watches.get_mut(&job.service) else { return Ok(()) };
+        let limit = watch.pace.allowed(now);
         if limit == 0 {
             return Ok(());
         }
         let filter = FlowFilter::of_backend(job.backend);
         let flows = match job.work {
-            Work::Reset => self.dataplane.kill_flows(&filter, &mut job.cursor, limit)?,
-            Work::Ask => self.dataplane.flows_to_ask(&filter, &mut job.cursor, limit),
+            Work::Reset => self.dataplane.kill_flows(&filter, &mut job.walk, limit)?,
+            Work::Ask => self.dataplane.flows_to_ask(&filter, &mut job.walk, limit),
         };
-        self.resets.paces[job.service].done(flows.len());
+        watch.pace.done(flows.len());
         job.count += flows.len();
         for flow in flows {
             match (job.work, flow.last_ack) {
@@ -327,14 +351,14 @@ impl Controller {
         let name = || {
             let backend = self.backends.iter().find(|backend| backend.id == job.backend);
             backend.map_or_else(String::new, |backend| {
-                format!("{}/{}", self.config.services[job.service].name, backend.name)
+                format!("{}/{}", self.services[job.service].name, backend.name)
             })
         };
         let is_dead = || self.backends.iter().any(|it| it.id == job.backend && it.state == State::Dead);
         if job.work == Work::Reset && !is_dead() {
             return None;
         }
-        if !job.cursor.is_at_end() {
+        if !job.walk.is_at_end() {
             return Some(job);
         }
         match job.work {
@@ -346,7 +370,7 @@ impl Controller {
                 if job.count > 0 {
                     tracing::info!("{} flows of {} were reset", job.count, name());
                 }
-                Some(Job { cursor: Cursor::default(), count: 0, at: now + AGAIN, ..job })
+                Some(Job { walk: Walk::default(), count: 0, at: now + AGAIN, ..job })
             }
         }
     }
@@ -394,6 +418,7 @@ impl Backend {
     fn sighting(&self, heard: Option<Duration>, now: Instant) -> Sighting {
         let answers = !matches!(self.report.outcome, Outcome::Local | Outcome::Fail(Failure::Silent));
         Sighting {
+            id: self.id.into(),
             silent_since: self.silent_since,
             answered: self.checked.filter(|_| answers),
             heard: heard.and_then(|ago| now.checked_sub(ago)),

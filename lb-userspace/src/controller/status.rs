@@ -10,11 +10,10 @@ use lb_common::{Outcome, outcome::Counter};
 use super::{Controller, backends::Backend, family_name, flags, liveness, plan, selection::Choice};
 use crate::{
     admin::{
-        Alive, BackendState, BackendStatus, CheckStatus, DaemonStatus, InterfaceStatus, ServiceStatus,
-        Status, VipStatus,
+        Alive, BackendStatus, CheckStatus, DaemonStatus, InterfaceStatus, ServiceStatus, Status, VipStatus,
     },
-    config::{Balance, Forward},
-    health::{CheckCode, SelectionReason, State},
+    config::{Balance, Forward, Service},
+    health::{CheckCode, SelectionReason},
     network::display_mac,
 };
 
@@ -30,7 +29,11 @@ impl Controller {
             self.reap();
         }
         Status {
-            services: (0..self.config.services.len()).map(|service| self.service_status(service)).collect(),
+            services: self
+                .services
+                .iter()
+                .map(|(number, service)| self.service_status(number, service))
+                .collect(),
             vip: plan::vips(&self.config)
                 .into_iter()
                 .map(|address| VipStatus {
@@ -54,8 +57,7 @@ impl Controller {
         }
     }
 
-    fn service_status(&self, number: usize) -> ServiceStatus {
-        let service = &self.config.services[number];
+    fn service_status(&self, number: usize, service: &Service) -> ServiceStatus {
         let backends: Vec<_> = self.backends.iter().filter(|it| it.target.service == number).collect();
         let choices: Vec<_> = [false, true]
             .into_iter()
@@ -85,13 +87,7 @@ impl Controller {
         BackendStatus {
             name: backend.name.clone(),
             address: backend.address,
-            state: match backend.state {
-                State::Unknown => BackendState::Unknown,
-                State::Ready => BackendState::Ready,
-                State::Draining => BackendState::Draining,
-                State::Silent => BackendState::Silent,
-                State::Dead => BackendState::Dead,
-            },
+            state: backend.shown_state(),
             weight: backend.weight,
             active_flows: self.reaped.active.get(usize::from(backend.id)).copied().unwrap_or_default(),
             total_flows: total,
@@ -101,7 +97,7 @@ impl Controller {
 
     fn packets(&self) -> BTreeMap<String, u64> {
         let mut packets = BTreeMap::new();
-        for service in std::iter::once(None).chain((0..self.config.services.len()).map(Some)) {
+        for service in std::iter::once(None).chain(self.services.numbers().into_iter().map(Some)) {
             match self.dataplane.counters(service) {
                 Ok(counters) => {
                     // What is not ours is not counted.
@@ -140,7 +136,7 @@ impl Controller {
     pub(super) fn count_strangers(&mut self) {
         /// The counts of a minute, every ten seconds.
         const KEPT: usize = 7;
-        let services = std::iter::once(None).chain((0..self.config.services.len()).map(Some));
+        let services = std::iter::once(None).chain(self.services.numbers().into_iter().map(Some));
         let unknown = Counter::Outcome(Outcome::ReplyUnknown);
         let counters = services.filter_map(|service| self.dataplane.counters(service).ok()).flatten();
         let count = counters.filter(|(counter, _)| *counter == unknown).map(|(_, count)| count).sum();
@@ -166,7 +162,7 @@ impl Controller {
         }
         reasons.extend(liveness::detached(self.dataplane.program_id(), &attached));
         reasons.extend(liveness::stalled(self.last_turn, now));
-        reasons.extend(liveness::overdue(&self.config, &self.backends, self.started, now));
+        reasons.extend(liveness::overdue(&self.services, &self.backends, self.started, now));
         Alive { alive: reasons.is_empty(), reasons }
     }
 }

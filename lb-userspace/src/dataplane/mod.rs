@@ -51,7 +51,7 @@ use grace::Grace;
 pub use grace::wait as wait_grace_period;
 pub use list::{Cursor, FlowState, ListedFlow};
 pub use mapped::Mapped;
-pub use reset::{Cursor, Flow, FlowFilter, Hop};
+pub use reset::{Flow, FlowFilter, Hop, Walk};
 pub use signals::Signal;
 
 /// The kernel programs, as the build script compiled them. Empty if it was told to leave them out.

@@ -45,13 +45,13 @@ impl FlowFilter {
 
 /// How far a walk through the flow tables has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Cursor {
+pub struct Walk {
     /// Sets of the IPv4 table, then of the IPv6 table.
     next: usize,
     ended: bool,
 }
 
-impl Cursor {
+impl Walk {
     /// Was everything looked at?
     pub fn is_at_end(&self) -> bool {
         self.ended
@@ -115,7 +115,7 @@ impl Dataplane {
     pub fn kill_flows(
         &mut self,
         filter: &FlowFilter,
-        cursor: &mut Cursor,
+        cursor: &mut Walk,
         limit: usize,
     ) -> Result<Vec<Flow>, DataplaneError> {
         let now = (self.jiffies()? >> self.ticks.shift()) as u16;
@@ -126,7 +126,7 @@ impl Dataplane {
 
     /// Flows whose backend may have forgotten them, or may not have heard that they were reset: about `limit` of them,
     /// from `cursor` on. Nothing is changed.
-    pub fn flows_to_ask(&self, filter: &FlowFilter, cursor: &mut Cursor, limit: usize) -> Vec<Flow> {
+    pub fn flows_to_ask(&self, filter: &FlowFilter, cursor: &mut Walk, limit: usize) -> Vec<Flow> {
         self.walk(filter, cursor, limit, Wanted::Doubtful, |_, _| true)
     }
 
@@ -163,7 +163,7 @@ impl Dataplane {
     fn walk(
         &self,
         filter: &FlowFilter,
-        cursor: &mut Cursor,
+        cursor: &mut Walk,
         limit: usize,
         wanted: Wanted,
         mut act: impl FnMut(&lb_common::cell::Cell32, Meta) -> bool,

@@ -6,11 +6,16 @@
 //! answers, it is our own link that is gone, and everybody's clock begins anew when somebody is seen again; and when nobody
 //! has looked for a while, this process was stopped. So a service's only backend never dies.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 /// What is known of a backend at a moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sighting {
+    /// Its id.
+    pub id: usize,
     /// Its state is *silent*, and since then there was no break: no answer, and no trouble of our own.
     pub silent_since: Option<Instant>,
     /// When its last check ended, if that was answered, in whatever way.
@@ -23,41 +28,43 @@ pub struct Sighting {
 #[derive(Clone, Debug)]
 pub struct Vigil {
     reset_after: Duration,
-    /// When each was found dead.
-    dead: Vec<Option<Instant>>,
+    /// When each of the dead was found dead, by id.
+    dead: BTreeMap<usize, Instant>,
     blind_until: Option<Instant>,
     looked: Option<Instant>,
 }
 
 impl Vigil {
-    /// Over so many backends, none of which is dead.
+    /// Over backends none of which is dead.
     #[must_use]
-    pub fn new(reset_after: Duration, backends: usize) -> Self {
-        Self { reset_after, dead: vec![None; backends], blind_until: None, looked: None }
+    pub fn new(reset_after: Duration) -> Self {
+        Self { reset_after, dead: BTreeMap::new(), blind_until: None, looked: None }
     }
 
-    /// Looks at all of them; `seen` is in the order of the backends. Returns who has died since the last time. To be
-    /// called several times in [`Vigil::sight`] while somebody is silent.
+    /// From now on silence is death after this long. The dead stay dead.
+    pub fn set_reset_after(&mut self, reset_after: Duration) {
+        self.reset_after = reset_after;
+    }
+
+    /// Looks at all of them. Returns the ids of those who have died since the last time. To be called several times in
+    /// [`Vigil::sight`] while somebody is silent.
     pub fn judge(&mut self, seen: &[Sighting], now: Instant) -> Vec<usize> {
         let away = self.looked.is_some_and(|looked| now.saturating_duration_since(looked) > self.sight());
         if away || seen.iter().all(|backend| backend.answered.is_none()) {
             self.blind_until = Some(now);
         }
         self.looked = Some(now);
-        let verdicts: Vec<_> =
-            seen.iter().enumerate().map(|(index, it)| self.time_of_death(index, it, seen, now)).collect();
-        let died = |(index, verdict): (usize, &Option<Instant>)| {
-            (verdict.is_some() && self.dead.get(index).is_none_or(Option::is_none)).then_some(index)
-        };
-        let news = verdicts.iter().enumerate().filter_map(died).collect();
-        self.dead = verdicts;
-        news
+        let times = seen.iter().filter_map(|it| Some((it.id, self.time_of_death(it, seen, now)?)));
+        let dead: BTreeMap<_, _> = times.collect();
+        let died = dead.keys().filter(|id| !self.dead.contains_key(id)).copied().collect();
+        self.dead = dead;
+        died
     }
 
     /// Whether it was dead when last looked at.
     #[must_use]
-    pub fn is_dead(&self, index: usize) -> bool {
-        self.dead.get(index).is_some_and(Option::is_some)
+    pub fn is_dead(&self, id: usize) -> bool {
+        self.dead.contains_key(&id)
     }
 
     /// How old an answer of the others may become while somebody is silent: they are the proof that we are not blind.
@@ -66,9 +73,9 @@ impl Vigil {
         (self.reset_after / 4).clamp(Duration::from_millis(100), Duration::from_secs(1))
     }
 
-    fn time_of_death(&self, index: usize, it: &Sighting, seen: &[Sighting], now: Instant) -> Option<Instant> {
+    fn time_of_death(&self, it: &Sighting, seen: &[Sighting], now: Instant) -> Option<Instant> {
         let silent_since = it.silent_since?;
-        if let Some(died) = self.dead.get(index).copied().flatten() {
+        if let Some(died) = self.dead.get(&it.id).copied() {
             // Whoever speaks is not dead.
             return it.heard.is_none_or(|heard| heard <= died).then_some(died);
         }
@@ -80,8 +87,8 @@ impl Vigil {
         let recent = |answered: Instant| {
             answered > begin && now.saturating_duration_since(answered) <= self.reset_after / 2
         };
-        let others = seen.iter().enumerate().filter(|(other, _)| *other != index);
-        others.filter_map(|(_, other)| other.answered).any(recent).then_some(now)
+        let others = seen.iter().filter(|other| other.id != it.id);
+        others.filter_map(|other| other.answered).any(recent).then_some(now)
     }
 }
 
@@ -104,8 +111,8 @@ mod tests {
     impl Scene {
         fn new(backends: usize) -> Self {
             let start = Instant::now();
-            let seen = vec![Sighting { answered: Some(start), ..Sighting::default() }; backends];
-            Self { start, now: 0, vigil: Vigil::new(RESET_AFTER, backends), seen }
+            let alive = |id| Sighting { id, answered: Some(start), ..Sighting::default() };
+            Self { start, now: 0, vigil: Vigil::new(RESET_AFTER), seen: (0..backends).map(alive).collect() }
         }
 
         fn at(&self, tenth: u32) -> Instant {
@@ -229,6 +236,24 @@ mod tests {
         let mut scene = Scene::new(2);
         let deaths = scene.pass(300, |scene| scene.is_silent(0));
         assert_eq!(deaths, [], "the other was last seen before the silence began");
+    }
+
+    #[test]
+    fn a_reload_wakes_no_dead_and_buries_nobody() {
+        let mut scene = Scene::new(3);
+        let without_the_first = |scene: &mut Scene| {
+            scene.answers(0);
+            scene.is_silent(1);
+            scene.answers(2);
+        };
+        assert_eq!(scene.pass(60, without_the_first), [(50, 1)]);
+        scene.vigil.set_reset_after(RESET_AFTER * 2);
+        let first = scene.seen.remove(0);
+        assert_eq!(scene.vigil.judge(&scene.seen, scene.at(60)), [0_usize; 0]);
+        assert!(scene.vigil.is_dead(1), "it was not the first of them that died");
+        scene.seen.insert(0, first);
+        assert_eq!(scene.pass(100, without_the_first), []);
+        assert!(scene.vigil.is_dead(1));
     }
 
     proptest! {

@@ -1,0 +1,440 @@
+//! `sheave reload`: from one configuration to another while packets flow.
+//!
+//! Everything that can be wrong is found out before anything is changed: the file, what needs a restart, what the host
+//! says about the new addresses, and whether a new listener's port is a flow's. Then new backends are added and checked
+//! (for a second at most, so that they can take over at once); then listeners, selections and services change, each in
+//! one store; and what is gone drains: it gets no new flows, and its number is nobody's until its last flow has ended
+//! ([`super::roster`]).
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    time::Duration,
+};
+
+use lb_common::layout::PORTS;
+use tokio::{sync::oneshot, time::Instant};
+
+use super::{
+    Controller, backends, check_files, difference,
+    plan::{self, Source, Survey},
+    ports::Ports,
+    roster::{Roster, Seat, Step},
+    services::Services,
+};
+use crate::{
+    admin::{Caller, JournalKind, Refusal, RefusalKind, Reloaded},
+    config::{Config, VipMode},
+    dataplane::{DataplaneError, Listener, wait_grace_period},
+    health::{Event, State, TargetId},
+    names::Names,
+    network::first_ephemeral_port,
+};
+
+/// How long the first checks of new backends are waited for, before the old ones are let go.
+const FIRST_CHECKS: Duration = Duration::from_secs(1);
+/// How long new names are waited for. One that takes longer is told by the log when it is known.
+const FIRST_NAMES: Duration = Duration::from_millis(500);
+
+/// Who is told how it went; None: it was a signal.
+pub(super) type Answer = Option<oneshot::Sender<Result<Reloaded, Refusal>>>;
+
+/// A reload that waits for the first checks of new backends.
+#[derive(Debug)]
+pub(super) struct Pending {
+    config: Config,
+    names: Names,
+    roster: Roster,
+    steps: Vec<Step>,
+    awaited: BTreeSet<TargetId>,
+    /// No longer than this.
+    pub(super) deadline: Instant,
+    by: String,
+    answer: Answer,
+    reloaded: Reloaded,
+}
+
+impl Pending {
+    /// Takes note of a finished check. Returns whether there is nothing left to wait for.
+    pub(super) fn observe(&mut self, event: &Event) -> bool {
+        self.awaited.remove(&event.id) && self.awaited.is_empty()
+    }
+}
+
+/// What a reload has found out, before anything is changed.
+struct Decided {
+    config: Config,
+    names: Names,
+    reloaded: Reloaded,
+    roster: Roster,
+    steps: Vec<Step>,
+    backends: Vec<backends::Backend>,
+    ports: Ports,
+}
+
+fn conflict(error: impl Into<String>) -> Refusal {
+    Refusal::new(RefusalKind::Conflict, error)
+}
+
+/// The numbers of services that have a backend under another name than before.
+fn renamed(before: &Config, services: &Services) -> BTreeSet<usize> {
+    let names = |service: &crate::config::Service| -> BTreeSet<_> {
+        service.backends.iter().map(|backend| (backend.address, backend.name.clone())).collect()
+    };
+    let is_renamed = |(number, service): (usize, &crate::config::Service)| {
+        let old = before.services.iter().find(|it| it.name == service.name)?;
+        let (old, new) = (names(old), names(service));
+        let another = |(address, name): &(std::net::SocketAddr, String)| {
+            old.iter().any(|(known, before)| known == address && before != name)
+        };
+        new.iter().any(another).then_some(number)
+    };
+    services.iter().filter_map(is_renamed).collect()
+}
+
+impl Controller {
+    /// Reads the file again and begins to apply it. Whoever asked is answered here if it is refused, else at the end.
+    pub(super) async fn begin_reload(&mut self, by: Option<Caller>, answer: Answer) {
+        let by = by.map_or_else(|| "a SIGHUP".to_owned(), |caller| caller.to_string());
+        if self.pending.is_some() {
+            return self.refuse(&by, answer, conflict("another reload is under way: try again in a second"));
+        }
+        match self.decide().await {
+            Err(refusal) => self.refuse(&by, answer, refusal),
+            Ok(decided) => match self.prepare(decided, by.clone()).await {
+                Ok(pending) => {
+                    let waits = !pending.awaited.is_empty();
+                    self.pending = Some(Pending { answer, ..pending });
+                    if !waits {
+                        self.finish_reload();
+                    }
+                }
+                Err(error) => {
+                    let error = format!("the kernel refused to take a new service or backend: {error}");
+                    self.refuse(&by, answer, Refusal::new(RefusalKind::Failed, error));
+                }
+            },
+        }
+    }
+
+    fn refuse(&mut self, by: &str, answer: Answer, refusal: Refusal) {
+        tracing::error!("the configuration was not reloaded, nothing has changed: {}", refusal.error);
+        let first = refusal.error.lines().next().unwrap_or_default();
+        self.journal.note(JournalKind::Reload, None, format!("reload by {by} refused: {first}"));
+        if let Some(answer) = answer {
+            // Whoever asked may have gone meanwhile.
+            let _ = answer.send(Err(refusal));
+        }
+    }
+
+    /// Finds out what is to be done, and whether it can be.
+    async fn decide(&mut self) -> Result<Decided, Refusal> {
+        let wrong = |error: String| Refusal::new(RefusalKind::Configuration, error);
+        let (config, warnings) = Config::load(&self.config_file).map_err(|error| wrong(error.to_string()))?;
+        check_files(&config).map_err(|error| wrong(error.to_string()))?;
+        // Those that are known already are kept.
+        let mut names = Names::watch(&config, self.names.as_ref());
+        names.first_answers(FIRST_NAMES).await;
+        let (config, problems) = names.apply(&config);
+        let keys = difference::needs_restart(&self.config, &config);
+        if !keys.is_empty() {
+            return Err(conflict(format!(
+                "{} cannot change while sheave runs and needs a restart (`systemctl restart sheave`): \
+                 nothing of the file was applied",
+                keys.join(", ")
+            )));
+        }
+        let survey = Survey::make(&config, &self.network)
+            .await
+            .map_err(|error| Refusal::new(RefusalKind::Failed, error.to_string()))?;
+        self.check_sources(&config, &survey)?;
+        let ports = self.check_interfaces(&survey)?;
+        let local = |address: IpAddr| survey.here.contains(&address);
+        let roster = self.roster.next(&config, local).map_err(|full| conflict(full.to_string()))?;
+        let backends = backends::enumerate(&config, &roster).map_err(|error| wrong(error.to_string()))?;
+        let steps = self.roster.steps_to(&roster);
+        self.check_listener_ports(&roster, &steps)?;
+        let reloaded = Reloaded {
+            changes: difference::changes(&self.config, &config),
+            warnings: warnings.iter().map(crate::config::Diagnostic::one_line).chain(problems).collect(),
+        };
+        Ok(Decided { config, names, reloaded, roster, steps, backends, ports })
+    }
+
+    /// The flow table is made for its SNAT addresses: they must do for the new configuration as well.
+    fn check_sources(&self, config: &Config, survey: &Survey) -> Result<(), Refusal> {
+        let restart = "that needs a restart (`systemctl restart sheave`)";
+        let source =
+            Source::choose(config, &survey.homes, &survey.reach, &survey.addresses, first_ephemeral_port());
+        if let Some(lost) = self.snat.iter().find(|address| !source.addresses.contains(address)) {
+            return Err(conflict(format!(
+                "flows leave from {lost}, which the new configuration would not use \
+                 (see dataplane.snat_addresses): {restart}"
+            )));
+        }
+        let vips = plan::vips(config);
+        let family = |vip: &&IpAddr| self.snat.iter().any(|address| address.is_ipv4() == vip.is_ipv4());
+        if let Some(vip) = vips.iter().find(|vip| !family(vip)) {
+            return Err(conflict(format!("listener address {vip} is the first of its family: {restart}")));
+        }
+        let before = plan::vips(&self.config);
+        let same = vips.iter().all(|vip| before.contains(vip)) && vips.len() == before.len();
+        if self.config.vip.mode == VipMode::Own && !same {
+            return Err(conflict(format!("with vip.mode = \"own\", other VIPs than before: {restart}")));
+        }
+        Ok(())
+    }
+
+    /// Whatever leads to a new backend or VIP must have the program.
+    fn check_interfaces(&self, survey: &Survey) -> Result<Ports, Refusal> {
+        let mut ports = self.ports.clone();
+        let backends = survey.reach.iter().map(|reach| (reach.address, reach.route.interface));
+        let vips = survey.homes.iter().filter_map(|(vip, home)| Some((*vip, (*home)?)));
+        for (address, interface) in backends.chain(vips) {
+            let Ok(port) = self.network.port_of(interface) else { continue };
+            if let Err(reason) = ports.number_or_append(&self.network, &port) {
+                return Err(conflict(format!("{address}: {reason}")));
+            }
+        }
+        Ok(ports)
+    }
+
+    /// A packet to a listener's port is a client's, also if it is a backend's reply to the slot of that number: so no
+    /// flow may have it. From now on no new one gets it.
+    fn check_listener_ports(&mut self, next: &Roster, steps: &[Step]) -> Result<(), Refusal> {
+        let placed = steps.iter().filter_map(|step| match step {
+            Step::PlaceListener(id, _) => Some(next.listeners()[id].address),
+            _ => None,
+        });
+        let listeners: Vec<_> = placed.collect();
+        self.wanted_ports = listeners.iter().map(|listener| listener.port()).collect();
+        if listeners.is_empty() {
+            return Ok(());
+        }
+        let failed = |error: String| Refusal::new(RefusalKind::Failed, error);
+        self.wanted_ports.iter().for_each(|port| self.dataplane.block(*port));
+        wait_grace_period().map_err(|error| failed(format!("membarrier: {error}")))?;
+        for listener in listeners {
+            let flows =
+                self.dataplane.flows_on(listener.port()).map_err(|error| failed(error.to_string()))?;
+            let Some(flow) = flows.first().map(|flow| self.named(flow)) else { continue };
+            let backend = flow.backend.or(flow.backend_address.map(|it| it.to_string())).unwrap_or_default();
+            return Err(conflict(format!(
+                "listener {listener}: port {} is in use as the source port of a flow from {} to {backend} ({}), whose \
+                 replies the listener would take. New flows do not get it any more: reload again when that one has \
+                 ended (at most a minute after it was closed)",
+                listener.port(),
+                flow.client,
+                flow.state
+            )));
+        }
+        Ok(())
+    }
+
+    /// Adds what is new, so that it can be checked. Nothing of the old is changed.
+    async fn prepare(&mut self, decided: Decided, by: String) -> Result<Pending, DataplaneError> {
+        let Decided { config, names, reloaded, roster, steps, backends, ports } = decided;
+        for step in &steps {
+            match step {
+                Step::OpenService(number) => self.dataplane.clear_service_counters(*number)?,
+                Step::AddBackend(id) => self.dataplane.clear_total_flows(*id)?,
+                _ => {}
+            }
+        }
+        let services = Services::of(&config, &roster);
+        for step in &steps {
+            match step {
+                Step::OpenService(number) => {
+                    self.dataplane.set_allowed(*number, &services[*number].allow)?;
+                }
+                Step::AddBackend(id) => {
+                    let seat = &roster.backends()[id];
+                    self.dataplane.add_backend(*id, seat.address, seat.local);
+                }
+                _ => {}
+            }
+        }
+        self.ports = ports;
+        self.write_ports();
+        let mut kept = services;
+        kept.keep(&self.services);
+        self.services = kept;
+        self.resets.watch_over(&self.services, std::time::Instant::now());
+        let awaited = self.merge_backends(backends);
+        self.update_checks();
+        self.resolve().await;
+        Ok(Pending {
+            config,
+            names,
+            roster,
+            steps,
+            awaited,
+            deadline: Instant::now() + FIRST_CHECKS,
+            by,
+            answer: None,
+            reloaded,
+        })
+    }
+
+    /// Takes in the new backends, before those that stay for now; what is known of an id is known of it still. Returns
+    /// those that were never checked.
+    fn merge_backends(&mut self, new: Vec<backends::Backend>) -> BTreeSet<TargetId> {
+        let before = std::mem::take(&mut self.backends);
+        let mut awaited = BTreeSet::new();
+        for mut backend in new {
+            let same = |it: &&backends::Backend| it.target == backend.target;
+            let known = before.iter().find(same).or_else(|| before.iter().find(|it| it.id == backend.id));
+            if let Some(known) = known {
+                backend.take_over(known);
+            }
+            let service = &self.services[backend.target.service].name;
+            backend.obey(&self.orders.about(service, backend.address));
+            if backend.state == State::Unknown {
+                awaited.insert(backend.target);
+            }
+            self.backends.push(backend);
+        }
+        for old in before {
+            if !self.backends.iter().any(|backend| backend.target == old.target) {
+                self.backends.push(old);
+            }
+        }
+        awaited
+    }
+
+    fn update_checks(&mut self) {
+        let targets = backends::targets(&self.services, &self.backends);
+        // What checks see of the dead is silence.
+        let seen = |state| if state == State::Dead { State::Silent } else { state };
+        let states: BTreeMap<_, _> = self.backends.iter().map(|it| (it.target, seen(it.state))).collect();
+        self.checks.update(targets, |id| states.get(&id).copied().unwrap_or(State::Unknown));
+    }
+
+    /// Lets the new configuration take over from the old.
+    pub(super) fn finish_reload(&mut self) {
+        let Some(pending) = self.pending.take() else { return };
+        let Pending { config, names, roster, steps, by, answer, reloaded, .. } = pending;
+        let (before, before_config) = (self.services.clone(), self.config.clone());
+        let old_listeners = self.roster.listeners().clone();
+        let allow: BTreeMap<_, _> =
+            before_config.services.iter().map(|it| (it.name.clone(), it.allow.clone())).collect();
+        self.services = Services::of(&config, &roster);
+        self.resets.watch_over(&self.services, std::time::Instant::now());
+        let renamed = renamed(&before_config, &self.services);
+        let wanted: BTreeSet<_> = self
+            .backends
+            .iter()
+            .filter(|it| roster.backend(it.target.service, it.address) == Some(it.id))
+            .map(|it| it.target)
+            .collect();
+        self.backends.retain(|backend| wanted.contains(&backend.target));
+        self.resets.forget_others(&self.backends);
+        self.witnesses.retain(|id, _| self.backends.iter().any(|backend| backend.id == *id));
+        self.roster = roster;
+        self.config = config;
+        self.names = Some(names);
+        self.update_checks();
+        // Who gets new flows, before listeners are given to other services. Names are part of a selection.
+        self.choices.retain(|(number, _), _| !renamed.contains(number));
+        for number in self.services.numbers() {
+            self.select(number, false);
+            self.select(number, true);
+        }
+        let mut failures = self.change_allow_lists(&allow);
+        for step in steps {
+            match step {
+                Step::OpenService(_) | Step::AddBackend(_) => {}
+                Step::PlaceListener(id, service) => {
+                    let address = self.roster.listeners()[&id].address;
+                    self.dataplane.place_listener(id, &Listener { address, service }, PORTS);
+                }
+                Step::MoveListener(id, service) => self.dataplane.move_listener(id, service),
+                Step::RetireListener(id) => {
+                    let service = old_listeners.get(&id).and_then(Seat::service);
+                    let idle = service.and_then(|number| before.get(number)).map(|it| it.idle_timeout);
+                    self.dataplane.retire_listener(id, idle.unwrap_or_default());
+                }
+                Step::RetireBackend(id) => self.dataplane.set_accepts(id, false),
+                Step::CloseService(number) => {
+                    self.choices.retain(|(service, _), _| *service != number);
+                    let closed = self.dataplane.close_service(number);
+                    failures.extend(closed.err().map(|error| error.to_string()));
+                }
+            }
+        }
+        self.wanted_ports.clear();
+        self.block();
+        failures.extend(self.orders.forget_others(&self.config).err().map(|error| error.to_string()));
+        self.vips.follow(plan::vips(&self.config));
+        self.look_for_vips();
+        self.probes.send_replace(self.probe_targets());
+        self.reloaded = true;
+        self.announce(&by, answer, reloaded, &failures);
+    }
+
+    fn change_allow_lists(&mut self, before: &BTreeMap<String, Vec<ipnet::IpNet>>) -> Vec<String> {
+        let changed: Vec<_> = self
+            .services
+            .iter()
+            .filter(|(_, service)| before.get(&service.name).is_some_and(|allow| *allow != service.allow))
+            .map(|(number, service)| (number, service.allow.clone()))
+            .collect();
+        let results = changed.iter().map(|(number, allow)| self.dataplane.set_allowed(*number, allow));
+        results.filter_map(|result| result.err().map(|error| error.to_string())).collect()
+    }
+
+    fn announce(&mut self, by: &str, answer: Answer, reloaded: Reloaded, failures: &[String]) {
+        for warning in &reloaded.warnings {
+            tracing::warn!("{warning}");
+        }
+        for change in &reloaded.changes {
+            tracing::info!("reloaded: {change}");
+            self.journal.note(JournalKind::Reload, None, format!("{change} (reload by {by})"));
+        }
+        if reloaded.changes.is_empty() {
+            tracing::info!("reloaded: the file says what already is");
+            self.journal.note(JournalKind::Reload, None, format!("reload by {by}: nothing to change"));
+        }
+        let result = if failures.is_empty() {
+            Ok(reloaded)
+        } else {
+            let error =
+                format!("the configuration is in use, but not all of it worked: {}", failures.join("; "));
+            tracing::error!("{error}");
+            Err(Refusal::new(RefusalKind::Failed, error))
+        };
+        if let Some(answer) = answer {
+            // Whoever asked may have gone meanwhile.
+            let _ = answer.send(result);
+        }
+    }
+
+    /// Lets numbers that were taken out be used again, once nothing can name them: after the flow table was looked
+    /// through.
+    pub(super) fn release_numbers(&mut self) {
+        if self.pending.is_some() || !self.roster.is_leaving() {
+            return;
+        }
+        let named_backends = &self.reaped.named_backends;
+        let named_listeners = &self.reaped.named_listeners;
+        let is_named = |named: &[bool], id: usize| named.get(id).copied().unwrap_or(true);
+        let unlinked = self
+            .roster
+            .scanned(|id| is_named(named_backends, id.into()), |id| is_named(named_listeners, id.into()));
+        for (id, address) in unlinked {
+            self.dataplane.remove_listener(id, address);
+            tracing::info!("the last flow of the removed listener {address} has ended");
+        }
+        self.block();
+    }
+
+    /// Before the flow table is looked through: what was taken out before this is used by no program afterwards.
+    pub(super) fn await_programs(&mut self) {
+        if self.pending.is_none() && self.roster.awaits_grace() {
+            match wait_grace_period() {
+                Ok(()) => self.roster.grace_is_over(),
+                Err(error) => tracing::warn!("membarrier: {error}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,434 @@
+//! Operating it: reload, drain, maintenance, flows, events, with the real daemon between real clients and servers.
+
+#![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
+
+use std::{
+    fs,
+    io::{Read as _, Write as _},
+    net::{IpAddr, SocketAddr},
+    os::unix::{fs::PermissionsExt as _, net::UnixStream},
+    path::PathBuf,
+    process::{Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::ensure;
+use lb_tests::{
+    cluster::{Cluster, Shape},
+    daemon::{Daemon, Settings, program},
+    lab::{eventually, process::Signal, run},
+    load::{self, Asker, Crowd, Report},
+    pattern::Checker,
+};
+
+/// More than anything here takes on a busy machine.
+const MOMENT: Duration = Duration::from_secs(20);
+/// A closed slot rests for a minute, and the table is looked through every few seconds.
+const SLOT_RESTS: Duration = Duration::from_secs(120);
+
+/// Where [`Daemon::start`] puts what belongs to the daemon on the load balancer.
+fn directory(cluster: &Cluster) -> PathBuf {
+    cluster.lab.directory().join("lb-sheave")
+}
+
+/// Writes another configuration where the daemon has its own.
+fn write(cluster: &Cluster, text: &str) {
+    fs::write(directory(cluster).join("sheave.toml"), text).unwrap();
+}
+
+fn write_settings(cluster: &Cluster, settings: &Settings) {
+    write(cluster, &settings.to_toml(&directory(cluster)));
+}
+
+/// The usual settings, with only these apiservers.
+fn only(cluster: &Cluster, names: &[&str]) -> Settings {
+    let mut settings = cluster.settings().unwrap();
+    settings.backends.retain(|(name, _)| names.contains(&name.as_str()));
+    settings
+}
+
+/// Runs `sheave <command> <arguments>` against the daemon.
+fn sheave(daemon: &Daemon, command: &str, arguments: &[&str]) -> Output {
+    daemon.command(command).unwrap().args(arguments).output().unwrap()
+}
+
+/// The same, which must succeed; returns what it printed.
+fn succeed(daemon: &Daemon, command: &str, arguments: &[&str]) -> String {
+    run(daemon.command(command).unwrap().args(arguments)).unwrap()
+}
+
+/// The same, which must end with this code; returns what it complained about.
+fn complain(daemon: &Daemon, command: &str, arguments: &[&str], code: i32) -> String {
+    let output = sheave(daemon, command, arguments);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{command} {arguments:?}: {error}");
+    error
+}
+
+/// A download through `vip` that takes about `seconds`, every byte compared.
+fn transfer(cluster: &Cluster, vip: IpAddr, seconds: u64) -> std::thread::JoinHandle<()> {
+    const RATE: u64 = 1 << 20;
+    let length = seconds * RATE;
+    let mut curl = cluster.curl(vip, &format!("/bytes/{length}"));
+    curl.args(["--limit-rate", &RATE.to_string(), "--max-time", "120"]);
+    let mut child = curl.stdout(Stdio::piped()).spawn().unwrap();
+    std::thread::spawn(move || {
+        let mut stream = child.stdout.take().unwrap();
+        let (mut checker, mut buffer) = (Checker::default(), vec![0; 1 << 16]);
+        loop {
+            match stream.read(&mut buffer).unwrap() {
+                0 => break,
+                count => checker.check(&buffer[..count]).expect("every byte as it was sent"),
+            }
+        }
+        assert!(child.wait().unwrap().success());
+        assert_eq!(checker.position(), length);
+    })
+}
+
+/// Connections from the client that stay open, and the servers they are at.
+fn crowd(cluster: &Cluster, vip: IpAddr, count: usize) -> (Crowd, Report) {
+    let mut crowd = Crowd::open(&cluster.client, &cluster.client_of(vip).unwrap(), count).unwrap();
+    let report = crowd.ask_names();
+    report.require_all(count).unwrap();
+    (crowd, report)
+}
+
+/// All of them are where they were.
+fn require_unmoved((crowd, before): &mut (Crowd, Report)) {
+    let now = crowd.ask_names();
+    now.require_all(before.outcomes.len()).unwrap();
+    assert_eq!(now.by_server(), before.by_server());
+}
+
+/// Asks through `vip`, all of which is answered, and never by `without`.
+fn require_without(cluster: &Cluster, vip: IpAddr, without: &str) {
+    let report = load::sequential(&cluster.client, &cluster.client_of(vip).unwrap(), 60).unwrap();
+    report.require_all(60).unwrap();
+    assert!(!report.by_server().contains_key(without), "{:?}", report.by_server());
+}
+
+#[test]
+fn a_reload_exchanges_a_backend_and_nobody_notices() {
+    let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let settings = only(&cluster, &["api-1", "api-2"]);
+    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
+    daemon.wait_ready(2).unwrap();
+    let mut crowds = cluster.vips().map(|vip| crowd(&cluster, vip, 40));
+    assert!(crowds.iter().all(|(_, report)| report.by_server().contains_key("api-1")));
+    let transfers: Vec<_> =
+        cluster.vips().into_iter().flat_map(|vip| (0..2).map(move |_| vip)).collect::<Vec<_>>();
+    let transfers: Vec<_> = transfers.into_iter().map(|vip| transfer(&cluster, vip, 15)).collect();
+    let askers = cluster.vips().map(|vip| {
+        let client = cluster.client_of(vip).unwrap();
+        Asker::start(&cluster.client, &client, 4, Duration::from_millis(10))
+    });
+
+    // There and back, a few times: api-1 comes back while its flows live on.
+    for backends in [["api-2", "api-3"], ["api-1", "api-3"], ["api-2", "api-3"]] {
+        write_settings(&cluster, &only(&cluster, &backends));
+        let said = succeed(&daemon, "reload", &[]);
+        assert!(said.contains("is new") && said.contains("is gone"), "{said}");
+        daemon.wait_ready(2).unwrap();
+    }
+    let reloaded = Instant::now();
+    for vip in cluster.vips() {
+        require_without(&cluster, vip, "api-1");
+    }
+    crowds.iter_mut().for_each(require_unmoved);
+    for asker in askers {
+        let report = asker.stop();
+        report.require_all(report.outcomes.len()).unwrap();
+        let after = report.outcomes.into_iter().filter(|outcome| outcome.started > reloaded).collect();
+        let after = Report { outcomes: after };
+        let servers: Vec<_> = after.by_server().into_keys().collect();
+        assert_eq!(servers, ["api-2", "api-3"]);
+    }
+    for transfer in transfers {
+        transfer.join().unwrap();
+    }
+    let status = daemon.status().unwrap();
+    assert_eq!(status.states("api-1"), Vec::<&str>::new());
+    let again = succeed(&daemon, "reload", &[]);
+    assert!(again.contains("nothing to change"), "{again}");
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn a_reload_that_cannot_be_changes_nothing_and_says_why() {
+    let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let mut daemon = cluster.balance().unwrap();
+    let good = cluster.settings().unwrap().to_toml(&directory(&cluster));
+    let mut connections = crowd(&cluster, cluster.vip4, 20);
+    let asker = Asker::start(
+        &cluster.client,
+        &cluster.client_of(cluster.vip4).unwrap(),
+        2,
+        Duration::from_millis(10),
+    );
+
+    let line = 1 + good.lines().count();
+    write(&cluster, &format!("{good}colour = \"red\"\n"));
+    let error = complain(&daemon, "reload", &[], 2);
+    assert!(error.contains("unknown key \"colour\"") && error.contains(&format!(":{line}")), "{error}");
+    fs::remove_file(directory(&cluster).join("sheave.toml")).unwrap();
+    let error = complain(&daemon, "reload", &[], 2);
+    assert!(error.contains("cannot read the configuration"), "{error}");
+
+    // Half of this file could be applied. It is not.
+    let mut settings = only(&cluster, &["api-1"]);
+    settings.dataplane.push("xdp_mode = \"generic\"".to_owned());
+    write_settings(&cluster, &settings);
+    let error = complain(&daemon, "reload", &[], 1);
+    assert!(error.contains("dataplane.xdp_mode") && error.contains("restart"), "{error}");
+    daemon.wait_ready(2).unwrap();
+
+    // A signal has no answer, but a line in the log.
+    daemon.process().signal(Signal::SIGHUP).unwrap();
+    eventually(MOMENT, "the log says why", || {
+        let told = daemon.log().matches("was not reloaded, nothing has changed").count();
+        ensure!(told == 4, "{told} refusals");
+        Ok(())
+    })
+    .unwrap();
+    write_settings(&cluster, &only(&cluster, &["api-1"]));
+    daemon.process().signal(Signal::SIGHUP).unwrap();
+    daemon.wait_ready(1).unwrap();
+    require_without(&cluster, cluster.vip4, "api-2");
+    require_unmoved(&mut connections);
+    let report = asker.stop();
+    report.require_all(report.outcomes.len()).unwrap();
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn listeners_come_and_go_and_their_connections_stay() {
+    let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let daemon = cluster.balance().unwrap();
+    let before = cluster.settings().unwrap();
+    let mut old = crowd(&cluster, cluster.vip4, 20);
+    let refused_at = |port: u16| {
+        let url = format!("https://{}/name", SocketAddr::new(cluster.vip4, port));
+        let mut curl = cluster.client.command("curl");
+        curl.args(["--silent", "--max-time", "5", "--cacert"]).arg(cluster.ca_file()).arg(url);
+        let code = curl.output().unwrap().status.code();
+        assert!(matches!(code, Some(0 | 7)), "{code:?}: served or refused, nothing else");
+        code == Some(7)
+    };
+    assert!(refused_at(9345));
+    let own_resets = cluster.own_resets().unwrap();
+    assert_eq!(own_resets, 1, "not sheave's port yet: the kernel refused");
+
+    let mut settings = before.clone();
+    settings.listen.push(SocketAddr::new(cluster.vip4, 9345));
+    write_settings(&cluster, &settings);
+    let said = succeed(&daemon, "reload", &[]);
+    assert!(said.contains(":9345 is new"), "{said}");
+    assert!(!refused_at(9345));
+
+    settings.listen.retain(|listener| listener.port() == 9345 || listener.is_ipv6());
+    write_settings(&cluster, &settings);
+    succeed(&daemon, "reload", &[]);
+    assert!(refused_at(6443), "no new connections");
+    assert!(!refused_at(9345));
+    require_unmoved(&mut old);
+
+    write_settings(&cluster, &before);
+    succeed(&daemon, "reload", &[]);
+    assert!(!refused_at(6443), "it came back");
+    require_unmoved(&mut old);
+    // Whose connections were not by name but by service: the service gets another name, and keeps them.
+    let renamed = before.to_toml(&directory(&cluster)).replace("name = \"kube-apiserver\"", "name = \"api\"");
+    write(&cluster, &renamed);
+    succeed(&daemon, "reload", &[]);
+    assert!(!refused_at(6443));
+    require_unmoved(&mut old);
+    assert_eq!(cluster.own_resets().unwrap(), own_resets);
+}
+
+#[test]
+fn a_listener_does_not_take_the_port_of_a_flow() {
+    let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
+    let daemon = cluster.balance().unwrap();
+    let mut old = crowd(&cluster, cluster.vip4, 1);
+    let flow = flows(&daemon, &[]).into_iter().find(|flow| flow["service"] == "kube-apiserver").unwrap();
+    let slot: SocketAddr = flow["source"].as_str().unwrap().parse().unwrap();
+
+    let mut settings = cluster.settings().unwrap();
+    settings.listen.push(SocketAddr::new(cluster.vip4, slot.port()));
+    write_settings(&cluster, &settings);
+    let error = complain(&daemon, "reload", &[], 1);
+    let client = flow["client"].as_str().unwrap();
+    assert!(error.contains(&format!("port {} is in use", slot.port())) && error.contains(client), "{error}");
+    require_unmoved(&mut old);
+
+    drop(old);
+    eventually(SLOT_RESTS, "the listener opens when the slot is free", || {
+        run(&mut daemon.command("reload")?).map(drop)
+    })
+    .unwrap();
+    let url = format!("https://{slot}/name");
+    let mut curl = cluster.client.command("curl");
+    run(curl.args(["--silent", "--max-time", "5", "--cacert"]).arg(cluster.ca_file()).arg(url)).unwrap();
+}
+
+#[test]
+fn a_drained_backend_keeps_its_connections_and_gets_no_more() {
+    let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let mut daemon = cluster.balance().unwrap();
+    let mut crowds = cluster.vips().map(|vip| crowd(&cluster, vip, 30));
+
+    let error = complain(&daemon, "drain", &["api-1"], 2);
+    assert!(error.contains("kube-apiserver/api-1") && error.contains("--all-services"), "{error}");
+    let error = complain(&daemon, "drain", &["api-9"], 2);
+    assert!(error.contains("there is no backend \"api-9\"") && error.contains("api-2"), "{error}");
+
+    let said = succeed(&daemon, "drain", &["api-1", "--all-services"]);
+    assert_eq!(said.matches("is drain").count(), 2, "{said}");
+    assert_eq!(daemon.status().unwrap().states("api-1"), ["drain", "drain"]);
+    for vip in cluster.vips() {
+        require_without(&cluster, vip, "api-1");
+    }
+    crowds.iter_mut().for_each(require_unmoved);
+
+    // Nobody else: the drained one is better than none, one in maintenance is not.
+    let said = succeed(&daemon, "maint", &["api-2", "--all-services"]);
+    assert!(said.contains("warning: ") && said.contains("drained ones"), "{said}");
+    for vip in cluster.vips() {
+        require_without(&cluster, vip, "api-2");
+    }
+    succeed(&daemon, "maint", &["api-1", "--all-services"]);
+    for vip in cluster.vips() {
+        let curl = cluster.curl(vip, "/name").output().unwrap();
+        assert_eq!(curl.status.code(), Some(7), "refused at once: {curl:?}");
+    }
+    crowds.iter_mut().for_each(require_unmoved);
+    for name in ["api-1", "api-2"] {
+        succeed(&daemon, "ready", &[name, "--all-services"]);
+    }
+    daemon.wait_ready(2).unwrap();
+
+    let address = only(&cluster, &["api-2"]).backends[0].1.to_string();
+    let said = succeed(&daemon, "weight", &[&address, "0"]);
+    assert!(said.contains("weight 0"), "{said}");
+    require_without(&cluster, cluster.vip4, "api-2");
+    succeed(&daemon, "weight", &[&address, "configured"]);
+    let report = load::sequential(&cluster.client, &cluster.client_of(cluster.vip4).unwrap(), 60).unwrap();
+    assert!(report.by_server().contains_key("api-2"), "{:?}", report.by_server());
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn what_the_operator_said_and_what_happened_is_known_after_a_crash() {
+    let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let mut daemon = cluster.balance().unwrap();
+    succeed(&daemon, "drain", &["api-1", "--all-services"]);
+    succeed(&daemon, "weight", &["api-2", "7", "--service", "kube-apiserver"]);
+    daemon.process().kill().unwrap();
+
+    let mut daemon =
+        Daemon::start(&cluster.lb, cluster.lab.directory(), &cluster.settings().unwrap()).unwrap();
+    daemon.wait_state("api-2", "ready", MOMENT).unwrap();
+    assert_eq!(daemon.status().unwrap().states("api-1"), ["drain", "drain"]);
+    for vip in cluster.vips() {
+        require_without(&cluster, vip, "api-1");
+    }
+    let events = succeed(&daemon, "events", &[]);
+    let told = |what: &str| assert!(events.contains(what), "{what:?} is missing in\n{events}");
+    told("kube-apiserver/api-1 was drained: no new flows, unless there is nobody else, by root");
+    told("kube-apiserver/api-2 was given weight 7, by root");
+    told("Server kube-apiserver/api-2 is UP");
+    assert_eq!(events.matches("began to balance").count(), 2, "{events}");
+    let json: serde_json::Value =
+        serde_json::from_str(&succeed(&daemon, "events", &["--json", "--last", "3"])).unwrap();
+    assert_eq!(json.as_array().unwrap().len(), 3);
+
+    // A backend that leaves the configuration takes its orders with it.
+    write_settings(&cluster, &only(&cluster, &["api-2"]));
+    succeed(&daemon, "reload", &[]);
+    write_settings(&cluster, &cluster.settings().unwrap());
+    succeed(&daemon, "reload", &[]);
+    daemon.wait_ready(2).unwrap();
+}
+
+/// `sheave flows --json`, as values.
+fn flows(daemon: &Daemon, arguments: &[&str]) -> Vec<serde_json::Value> {
+    let lines = succeed(daemon, "flows", &[&["--json"], arguments].concat());
+    lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn flows_are_listed_with_their_clients_and_backends() {
+    let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let daemon = cluster.balance().unwrap();
+    let crowds = cluster.vips().map(|vip| crowd(&cluster, vip, 700));
+    for (vip, (_, report)) in cluster.vips().into_iter().zip(&crowds) {
+        let service = if vip.is_ipv4() { "kube-apiserver" } else { "kube-apiserver-v6" };
+        let client = cluster.client.address(vip).unwrap();
+        let mut seen = 0;
+        for (server, count) in report.by_server() {
+            let listed = flows(&daemon, &["--service", service, "--backend", server]);
+            assert_eq!(listed.len(), count, "{service} {server}");
+            seen += count;
+            for flow in listed {
+                assert_eq!((&flow["backend"], &flow["state"]), (&server.into(), &"established".into()));
+                let from: SocketAddr = flow["client"].as_str().unwrap().parse().unwrap();
+                assert_eq!(from.ip(), client);
+            }
+        }
+        assert_eq!(seen, 700);
+        assert_eq!(flows(&daemon, &["--client", &client.to_string()]).len(), 700);
+    }
+    assert!(flows(&daemon, &["--min-age", "1h"]).is_empty());
+    assert!(flows(&daemon, &["--client", "192.0.2.1"]).is_empty());
+    let table = succeed(&daemon, "flows", &["--service", "kube-apiserver"]);
+    assert!(table.starts_with("CLIENT") && table.lines().count() == 701, "{}", &table[..200]);
+    let error = complain(&daemon, "flows", &["--backend", "api-9"], 2);
+    assert!(error.contains("api-9") && error.contains("api-1"), "{error}");
+    // A reader that has enough is no failure.
+    let mut command = daemon.command("flows").unwrap();
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdout.take().unwrap().read_exact(&mut [0; 100]).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+}
+
+/// Asks for the status as user and group 65534.
+fn ask_as_nobody(daemon_socket: &std::path::Path) -> Output {
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "curl", "--silent", "--show-error"]);
+    command.args(["--max-time", "10", "--unix-socket"]).arg(daemon_socket);
+    command.arg("http://sheave/v1/events").output().unwrap()
+}
+
+#[test]
+fn only_root_and_the_named_group_may_use_the_admin_socket() {
+    let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
+    let daemon = cluster.balance().unwrap();
+    for path in [cluster.lab.directory(), &directory(&cluster)] {
+        // As /run and /run/sheave are.
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let socket = daemon.socket().to_owned();
+    let refused = ask_as_nobody(&socket);
+    assert_eq!(refused.status.code(), Some(7), "{refused:?}");
+    // And nothing that root's clients do wrong keeps others from their answers.
+    let _silent: Vec<_> = (0..40).map(|_| UnixStream::connect(&socket).unwrap()).collect();
+    let mut garbage = UnixStream::connect(&socket).unwrap();
+    garbage.write_all(&[0xff; 4096]).unwrap();
+    assert!(succeed(&daemon, "events", &[]).contains("began to balance"));
+    assert!(daemon.stop().unwrap().success());
+
+    let toml = cluster.settings().unwrap().to_toml(&directory(&cluster));
+    write(&cluster, &toml.replace("[admin]\n", "[admin]\ngroup = \"nogroup\"\n"));
+    let mut command = cluster.lb.command(program().unwrap());
+    command.arg("run").arg("--config").arg(directory(&cluster).join("sheave.toml"));
+    let _daemon = cluster.lb.start("sheave-of-a-group", command).unwrap();
+    eventually(MOMENT, "the group is served", || {
+        let answer = ask_as_nobody(&socket);
+        let text = String::from_utf8_lossy(&answer.stdout).into_owned();
+        ensure!(text.contains("began to balance"), "{answer:?}");
+        Ok(())
+    })
+    .unwrap();
+}
