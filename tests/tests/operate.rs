@@ -237,13 +237,35 @@ fn listeners_come_and_go_and_their_connections_stay() {
     succeed(&daemon, "reload", &[]);
     assert!(!refused_at(6443), "it came back");
     require_unmoved(&mut old);
+    // A listener without connections is soon nobody's: its number is another's then, its port the host's again.
+    for port in [9000, 9001] {
+        let mut settings = before.clone();
+        settings.listen.push(SocketAddr::new(cluster.vip4, port));
+        write_settings(&cluster, &settings);
+        succeed(&daemon, "reload", &[]);
+        assert!(port == 9000 || !refused_at(port));
+        write_settings(&cluster, &before);
+        succeed(&daemon, "reload", &[]);
+        if port == 9000 {
+            let ended = format!("the last flow of the removed listener {}:{port} has ended", cluster.vip4);
+            eventually(MOMENT, "the listener is unlinked", || {
+                ensure!(daemon.log().contains(&ended));
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(cluster.own_resets().unwrap(), own_resets);
+            assert!(refused_at(port));
+            assert_eq!(cluster.own_resets().unwrap(), own_resets + 1, "by the host itself");
+        }
+    }
+    require_unmoved(&mut old);
     // Whose connections were not by name but by service: the service gets another name, and keeps them.
     let renamed = before.to_toml(&directory(&cluster)).replace("name = \"kube-apiserver\"", "name = \"api\"");
     write(&cluster, &renamed);
     succeed(&daemon, "reload", &[]);
     assert!(!refused_at(6443));
     require_unmoved(&mut old);
-    assert_eq!(cluster.own_resets().unwrap(), own_resets);
+    assert_eq!(cluster.own_resets().unwrap(), own_resets + 1);
 }
 
 #[test]

@@ -41,8 +41,8 @@ pub(super) struct Backend {
     pub(super) silent_since: Option<Instant>,
     /// The last check.
     pub(super) report: CheckReport,
-    /// When that was.
-    pub(super) checked: Option<Instant>,
+    /// When that was; before the first, since when it is to be checked.
+    pub(super) checked: Instant,
     /// Where its packets go first.
     pub(super) way: Way,
 }
@@ -57,7 +57,7 @@ impl Backend {
             self.since = Some(event.since);
         }
         self.report = event.report.clone();
-        self.checked = Some(now);
+        self.checked = now;
     }
 
     /// Does what the operator has ordered.
@@ -137,7 +137,7 @@ pub(super) fn enumerate(config: &Config, roster: &Roster) -> Result<Vec<Backend>
                 since: None,
                 silent_since: None,
                 report: CheckReport::initializing(),
-                checked: None,
+                checked: Instant::now(),
                 way: Way::Unknown,
             });
         }

@@ -30,15 +30,10 @@ pub(super) fn stalled(last_turn: Instant, now: Instant) -> Option<String> {
 }
 
 /// Whether checks are being made.
-pub(super) fn overdue(
-    services: &Services,
-    backends: &[Backend],
-    started: Instant,
-    now: Instant,
-) -> Option<String> {
+pub(super) fn overdue(services: &Services, backends: &[Backend], now: Instant) -> Option<String> {
     let late = backends.iter().find(|backend| {
         let check = &services[backend.target.service].check;
-        let since = now.saturating_duration_since(backend.checked.unwrap_or(started));
+        let since = now.saturating_duration_since(backend.checked);
         check.kind != CheckKind::None && since > longest(check) + LATE
     })?;
     let service = &services[late.target.service].name;
@@ -87,10 +82,10 @@ mod tests {
         let mut backends = backends(&["10.0.0.1:6443"]);
         let start = Instant::now();
         let after = |seconds| start + Duration::from_secs(seconds);
-        assert_eq!(overdue(&services, &backends, start, after(10)), None);
-        assert!(overdue(&services, &backends, start, after(30)).is_some());
-        backends[0].checked = Some(after(25));
-        assert_eq!(overdue(&services, &backends, start, after(30)), None);
-        assert!(overdue(&services, &backends, start, after(60)).unwrap().contains("api/10.0.0.1:6443"));
+        assert_eq!(overdue(&services, &backends, after(10)), None);
+        assert!(overdue(&services, &backends, after(30)).is_some());
+        backends[0].checked = after(25);
+        assert_eq!(overdue(&services, &backends, after(30)), None);
+        assert!(overdue(&services, &backends, after(60)).unwrap().contains("api/10.0.0.1:6443"));
     }
 }

@@ -162,7 +162,7 @@ impl Controller {
         }
         reasons.extend(liveness::detached(self.dataplane.program_id(), &attached));
         reasons.extend(liveness::stalled(self.last_turn, now));
-        reasons.extend(liveness::overdue(&self.services, &self.backends, self.started, now));
+        reasons.extend(liveness::overdue(&self.services, &self.backends, now));
         Alive { alive: reasons.is_empty(), reasons }
     }
 }
