@@ -299,9 +299,7 @@ impl Controller {
             return;
         }
         watch.looked = now;
-        let stale = |backend: &&Backend| {
-            backend.checked.is_none_or(|checked| now.saturating_duration_since(checked) > sight)
-        };
+        let stale = |backend: &&Backend| now.saturating_duration_since(backend.checked) > sight;
         for backend in of_service().filter(stale).filter(|it| it.silent_since.is_none()) {
             self.checks.check_now(backend.target);
         }
@@ -420,7 +418,7 @@ impl Backend {
         Sighting {
             id: self.id.into(),
             silent_since: self.silent_since,
-            answered: self.checked.filter(|_| answers),
+            answered: (answers && self.since.is_some()).then_some(self.checked),
             heard: heard.and_then(|ago| now.checked_sub(ago)),
         }
     }

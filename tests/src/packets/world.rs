@@ -15,7 +15,7 @@ use lb_common::{
     meta::{Kind, Meta},
     outcome::{Action, COUNTERS, Counter, Event, Outcome},
 };
-use lb_userspace::dataplane::{Cursor, Dataplane, FlowFilter, Listener, Mapped, OBJECT, Port, Settings};
+use lb_userspace::dataplane::{Dataplane, FlowFilter, Listener, Mapped, OBJECT, Port, Settings, Walk};
 
 use super::{
     frame::{ACK, Frame, PSH, SYN},
@@ -331,7 +331,7 @@ impl World {
             client_port: Some(flow.client.port()),
             ..FlowFilter::default()
         };
-        let killed = self.dataplane.kill_flows(&filter, &mut Cursor::default(), usize::MAX).unwrap();
+        let killed = self.dataplane.kill_flows(&filter, &mut Walk::default(), usize::MAX).unwrap();
         for it in &killed {
             assert_eq!((it.client, it.listener, it.source), (flow.client, flow.listener, flow.snat));
             assert_eq!(it.backend, self.ip.backend(flow.backend));

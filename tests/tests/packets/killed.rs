@@ -10,7 +10,7 @@ use lb_common::{
 use lb_tests::packets::{
     ACK, Change, FIN, Flow, Frame, Inside, Ip, LB_MAC, PSH, ROUTER_MAC, RST, SYN, Shape, World, backend_mac,
 };
-use lb_userspace::dataplane::{Cursor, FlowFilter};
+use lb_userspace::dataplane::{FlowFilter, Walk};
 
 /// An established flow that was reset.
 fn killed(world: &mut World, client: u32) -> Flow {
@@ -223,7 +223,7 @@ fn the_daemon_resets_a_backends_flows_a_few_at_a_time_and_no_others() {
         let begun = (100..).map(|number| world.open(ip.client(number), ip.listener()));
         let begun = begun.take(20).find(|flow| flow.backend == 2).expect("one of twenty goes there");
 
-        let (filter, mut cursor) = (FlowFilter::of_backend(2), Cursor::default());
+        let (filter, mut cursor) = (FlowFilter::of_backend(2), Walk::default());
         let mut killed = Vec::new();
         while !cursor.is_at_end() {
             let batch = world.dataplane.kill_flows(&filter, &mut cursor, 3).unwrap();
@@ -240,7 +240,7 @@ fn the_daemon_resets_a_backends_flows_a_few_at_a_time_and_no_others() {
         assert_eq!(reaped.active[2], 1, "what is killed is no active flow");
 
         // Its backend comes back, and is asked about what it may not have heard of.
-        let asked = |world: &World| world.dataplane.flows_to_ask(&filter, &mut Cursor::default(), usize::MAX);
+        let asked = |world: &World| world.dataplane.flows_to_ask(&filter, &mut Walk::default(), usize::MAX);
         assert_eq!(asked(&world).len(), doomed.len());
         assert_eq!(world.run(&doomed[0].from_backend().bytes()).outcome, Outcome::ResetBackend);
         assert!(asked(&world).iter().all(|flow| flow.client != doomed[0].client && flow.last_ack.is_some()));
