@@ -76,7 +76,7 @@ pub struct Way6 {
     pub meta: Cell32,
     /// As [`Way4::last_ack`].
     pub last_ack: Cell32,
-    reserved: Cell32,
+    pub(crate) reserved: Cell32,
 }
 
 /// Four IPv6 flows: two cache lines.

@@ -24,6 +24,8 @@ pub mod headers;
 pub mod icmp;
 pub mod kill;
 pub mod layout;
+#[cfg(not(any(loom, target_arch = "bpf")))]
+pub mod layout_hash;
 #[cfg(test)]
 #[cfg(loom)]
 mod loom_model;
