@@ -14,12 +14,12 @@ use crate::{
     hash::Key,
     layout::{
         ALLOW_SERVICE_BITS, BACKENDS, BUCKETS, Backend, Config, LISTENERS, LISTENERS_PER_PORT, Listener,
-        NEXT_HOPS, NextHop, OverflowMarks, PORTS, Port, ReturnHops, SELECTION_HALVES, SELECTION_WORDS,
-        SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Service, Set4, Set6, WAYS, Way4, Way6, allow_key,
-        backend_flag, family,
+        NEXT_HOPS, NextHop, OverflowMarks, PARTNERS, PORTS, Port, ReturnHops, SELECTION_HALVES,
+        SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, SNAT_PLACES, SNAT_SHARED, Service, Set4,
+        Set6, WAYS, Way4, Way6, allow_key, backend_flag, family, snat_place,
     },
     maglev::TABLE_SIZE,
-    meta::{BACKEND_FIN, CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
+    meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
 };
 
 /// Any key will do.
@@ -92,7 +92,7 @@ fn structures(digest: Digest) -> Digest {
             jiffies_shift,
             half_open_jiffies,
             epoch,
-            reserved,
+            partners,
             last_backend,
             zero,
             ports,
@@ -100,13 +100,17 @@ fn structures(digest: Digest) -> Digest {
             snat6,
             bucket4,
             bucket6,
+            place4,
+            place6,
         }
     );
     let digest = structure!(digest, Port { interface, vlan, mac, tags, tag_count, reserved });
-    let digest =
-        structure!(digest, Listener { address, port, family, reserved, service, next, ports, sum });
+    let digest = structure!(digest, Listener { address, port, family, reserved, service, next, ports, sum });
     let digest = structure!(digest, Service { selection4, selection6, restricted, reserved });
-    structure!(digest, Backend { address, port, family, reserved, flags, sum, reserved2, next_hop })
+    structure!(
+        digest,
+        Backend { address, port, family, reserved, flags, sum, heard, next_hop, asked, refused }
+    )
 }
 
 fn limits(digest: Digest) -> Digest {
@@ -114,6 +118,9 @@ fn limits(digest: Digest) -> Digest {
         ("ways", WAYS as u64),
         ("sets", SETS_PER_ADDRESS.into()),
         ("snat addresses", SNAT_ADDRESSES as u64),
+        ("partners", PARTNERS.into()),
+        ("snat places", SNAT_PLACES as u64),
+        ("snat shared", SNAT_SHARED.into()),
         ("buckets", BUCKETS as u64),
         ("listeners", LISTENERS.into()),
         ("listeners a port", LISTENERS_PER_PORT as u64),
@@ -153,6 +160,7 @@ fn states(digest: Digest) -> Digest {
         ("client ACK", CLIENT_ACK.into()),
         ("client FIN", CLIENT_FIN.into()),
         ("backend FIN", BACKEND_FIN.into()),
+        ("backend told", BACKEND_TOLD.into()),
         ("reset", RESET.into()),
         ("accepts", backend_flag::ACCEPTS.into()),
         ("local", backend_flag::LOCAL.into()),
@@ -171,6 +179,8 @@ fn words(digest: Digest) -> Digest {
         ("IPv4 tuple", V4::tuple([0x0a0b_0c0d, 0], 0x1234, 0x56)),
         // Its words are private: this is what becomes of them.
         ("IPv6 tuple", V6::hash(&KEY, V6::tuple(address, 0x1234, 0x56)).0),
+        ("IPv4 snat place", snat_place(address[0], 4) as u64),
+        ("IPv6 snat place", snat_place(address[0], 8) as u64),
         ("allow bits", ALLOW_SERVICE_BITS.into()),
     ]);
     allow.iter().fold(digest, |digest, word| digest.fact("allow key", *word))
@@ -179,14 +189,16 @@ fn words(digest: Digest) -> Digest {
 /// Where a flow goes.
 fn hashes(digest: Digest) -> Digest {
     [KEY.hash1(1), KEY.hash3([1, 2, 3])].iter().fold(digest, |digest, hash| {
-        (0..10).fold(digest, |digest, number| {
-            digest.fact("candidate", hash.candidate(number, SETS_PER_ADDRESS - 256).into())
-        })
-        .facts(&[
-            ("hash", hash.0),
-            ("selection", hash.selection(TABLE_SIZE).into()),
-            ("bucket", hash.bucket() as u64),
-        ])
+        (0..10)
+            .fold(digest, |digest, number| {
+                digest.fact("candidate", hash.candidate(number, SETS_PER_ADDRESS - 256).into())
+            })
+            .facts(&[
+                ("hash", hash.0),
+                ("partner", hash.partner(PARTNERS).into()),
+                ("selection", hash.selection(TABLE_SIZE).into()),
+                ("bucket", hash.bucket() as u64),
+            ])
     })
 }
 

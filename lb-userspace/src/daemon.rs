@@ -1,12 +1,16 @@
 //! `sheave run`: the order in which things come up, and in which they go.
 //!
-//! Up: maps filled, first checks done, program attached, then the VIP. Down: the VIP first, the program last. The other
-//! way round the kernel would answer for the VIP while the data path cannot, with RSTs.
+//! Up: maps filled, first checks done, program attached, then the VIP. Down: nothing, for packets are forwarded without
+//! the daemon; `sheave unload` takes the VIP first and the program last. The other way round the kernel would answer for
+//! the VIP while the data path cannot, with RSTs.
+//!
+//! A daemon that finds the program of another before it puts its own in that one's place, waits until the old one has
+//! ended everywhere, and only then changes maps. Until its checks have a verdict, it believes what the maps say.
 
 use std::{
     collections::HashSet,
     io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -19,12 +23,13 @@ use tokio::{
 use crate::{
     admin::{self, BindError, ProbeListener, Unloaded},
     config::{Config, VipMode},
-    controller::{self, Controller, ControllerError, End, Inbox, Plan},
-    dataplane::{Dataplane, OBJECT, PacketLog, Settings},
+    controller::{self, Controller, ControllerError, Dismantled, End, Inbox, Plan},
+    dataplane::{Dataplane, OBJECT, PacketLog, Pins, PinsError, Previous, Settings},
     health::{self, Event},
+    lock::{Lock, LockError},
     names::Names,
     network::{Network, offloads},
-    vip,
+    privileges, systemd, vip,
 };
 
 /// How long to wait for the first result of any check. A server that takes longer is found later.
@@ -39,12 +44,32 @@ const LAST_ANSWER: Duration = Duration::from_millis(100);
 /// How often the program's log is read.
 const PACKET_LOG_EVERY: Duration = Duration::from_millis(100);
 
+/// How long a thread that has nothing to do is kept: it may have capabilities that the daemon has given up since.
+const IDLE_THREADS: Duration = Duration::from_millis(100);
+/// Between taking the VIP away and the program: for the packets that were on their way.
+const LAST_PACKETS: Duration = Duration::from_millis(100);
+
+/// How the daemon is to run, beside the configuration.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Log one packet in so many.
+    pub log_one_in: Option<u32>,
+    /// Replace a flow table that does not fit, instead of refusing to start.
+    pub replace_layout: bool,
+}
+
 /// Why the daemon did not come up, or did not go down in order.
 #[derive(Debug, thiserror::Error)]
 pub enum DaemonError {
     /// Another daemon, or no place for the admin socket.
     #[error(transparent)]
     Admin(#[from] BindError),
+    /// Another daemon.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// What is pinned is in the way.
+    #[error(transparent)]
+    Pins(#[from] PinsError),
     /// The data path could not be set up.
     #[error(transparent)]
     Controller(#[from] ControllerError),
@@ -68,26 +93,28 @@ impl DaemonError {
     }
 }
 
-/// Runs until a signal or `sheave unload` ends it. `config_file` is read again by a reload. `log_one_in`: log one packet in so many.
-pub fn run(config: Config, config_file: PathBuf, log_one_in: Option<u32>) -> Result<(), DaemonError> {
+/// Runs until a signal or `sheave unload` ends it. `config_file` is read again by a reload.
+pub fn run(config: Config, config_file: PathBuf, options: Options) -> Result<(), DaemonError> {
     let began = Instant::now();
     controller::check_files(&config)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
+        .thread_keep_alive(IDLE_THREADS)
         .build()
         .map_err(|source| DaemonError::System { doing: "start the runtime", source })?;
-    runtime.block_on(serve(config, config_file, log_one_in, began))
+    runtime.block_on(serve(config, config_file, options, began))
 }
 
 async fn serve(
     config: Config,
     config_file: PathBuf,
-    log_one_in: Option<u32>,
+    options: Options,
     began: Instant,
 ) -> Result<(), DaemonError> {
     let (mut stop, reload) =
         signals().map_err(|source| DaemonError::System { doing: "listen for signals", source })?;
     // Before anything is touched: another daemon may be at work here.
+    let _lock = Lock::take(&config.dataplane.state_dir)?;
     let admin = admin::bind(&config.admin.socket)?;
     let probes = config
         .admin
@@ -98,84 +125,115 @@ async fn serve(
     if let Some(group) = &config.admin.group {
         admin.share_with(group)?;
     }
+    let pins = Pins::open(&config.dataplane.pin_dir, options.replace_layout)?;
     let started = tokio::select! {
-        started = start(config.clone(), config_file, log_one_in) => Some(started),
+        started = start(config.clone(), config_file, pins.clone(), options) => Some(started),
         _ = stop.recv() => None,
     };
     let (mut controller, checks, network) = match started {
         Some(Ok(started)) => started,
         Some(Err(error)) => {
-            tidy(&config).await;
+            tidy(&config, &pins).await;
             return Err(error.into());
         }
         None => {
             tracing::info!("stopped before it was ready");
-            tidy(&config).await;
+            tidy(&config, &pins).await;
             return Ok(());
         }
     };
     let (questions, requests) = mpsc::channel(16);
     let server = tokio::spawn(admin.serve(questions));
+    if let Err(error) = privileges::drop_unneeded() {
+        tracing::warn!("keeps capabilities that it does not need: {error}");
+    }
     let probes = probes.map(|probes| tokio::spawn(probes.serve(controller.watch_probe_targets())));
     tracing::info!("ready after {} ms: {}", began.elapsed().as_millis(), controller.summary());
+    systemd::ready(&controller.short_summary());
     let end = controller.run(Inbox { checks, network, requests, stop, reload }).await;
-    tracing::info!("stopping");
-    let done = controller.dismantle().await;
-    for what in &done.removed {
-        tracing::info!("removed {what}");
-    }
-    let failures = done.failures;
-    if let End::Unload(answer) = end {
-        let result = if failures.is_empty() {
-            Ok(Unloaded { removed: done.removed })
-        } else {
-            Err(failures.join("; "))
-        };
-        if answer.send(result).is_ok() {
-            tokio::time::sleep(LAST_ANSWER).await;
+    let result = match end {
+        End::Stop => {
+            leave(&controller);
+            Ok(())
         }
-    }
+        End::Unload(answer) => unload(controller, answer).await,
+    };
     if let Some(probes) = probes {
         probes.abort();
     }
     // Its end removes the socket's file.
     server.abort();
     let _ = server.await;
+    result
+}
+
+/// What is said to who stops the daemon: that this stops nothing.
+fn leave(controller: &Controller) {
+    let interfaces = controller.interfaces();
+    tracing::info!(
+        "stopped, and packets still flow: the program on {interfaces} goes on with the backends as they are, and \
+         nobody checks them. `sheave run` takes over again; `sheave unload` takes everything away, and HAProxy or \
+         whoever listens there serves again"
+    );
+    systemd::stopping(&format!("stopped; packets still flow through {interfaces} until `sheave unload`"));
+}
+
+async fn unload(
+    controller: Controller,
+    answer: tokio::sync::oneshot::Sender<Result<Unloaded, String>>,
+) -> Result<(), DaemonError> {
+    tracing::info!("unloading");
+    systemd::stopping("unloading");
+    let Dismantled { removed, failures } = controller.dismantle().await;
+    for what in &removed {
+        tracing::info!("removed {what}");
+    }
+    let result = if failures.is_empty() { Ok(Unloaded { removed }) } else { Err(failures.join("; ")) };
+    if answer.send(result).is_ok() {
+        tokio::time::sleep(LAST_ANSWER).await;
+    }
     if failures.is_empty() { Ok(()) } else { Err(DaemonError::Left(failures)) }
 }
 
 type Started = (Controller, mpsc::Receiver<Event>, mpsc::Receiver<crate::network::Change>);
 
-/// Everything up to the VIP. Whatever was attached goes with the error.
+/// Everything up to the VIP.
 async fn start(
     config: Config,
     config_file: PathBuf,
-    log_one_in: Option<u32>,
+    pins: Pins,
+    options: Options,
 ) -> Result<Started, ControllerError> {
-    let secret = controller::load_hash_key(config.dataplane.hash_key_file.as_deref())
-        .map_err(ControllerError::HashKey)?;
+    let key_file = config.dataplane.hash_key_file.as_deref();
+    let key_is_given = key_file.is_some();
+    let secret = controller::load_hash_key(key_file).map_err(ControllerError::HashKey)?;
     let (network, changes) = Network::open().await?;
     let mut names = Names::watch(&config, None);
     names.first_answers(FIRST_NAMES).await;
     let (config, problems) = names.apply(&config);
     problems.iter().for_each(|problem| tracing::warn!("{problem}"));
-    let plan = Plan::make(&config, &network).await?;
+    let mut plan = Plan::make(&config, &network).await?;
+    if let Some(previous) = Previous::read(&pins) {
+        plan.keep_source(&previous, &config, &network);
+    }
+    let settings = plan.settings(secret, options.log_one_in);
+    let loading = tokio::task::spawn_blocking(move || load(&settings, key_is_given, pins));
+    let mut dataplane = loading.await.map_err(|error| ControllerError::System {
+        doing: "load the program",
+        source: io::Error::other(error),
+    })??;
+    if dataplane.adopted() {
+        plan.adopt(&config, &dataplane.known())?;
+        tracing::info!("goes on with the flow table that is in the kernel");
+    }
+    if options.log_one_in.is_some() {
+        read_packet_log(dataplane.take_packet_log());
+    }
     let targets = plan.targets();
     let count = targets.len();
     let (sender, mut events) = mpsc::channel(256);
-    let checks = health::spawn(targets, sender);
-    // The verifier takes its time; the checks' answers come meanwhile.
-    let settings = plan.settings(secret, log_one_in);
-    let loading = async {
-        tokio::task::spawn_blocking(move || load(&settings)).await.map_err(|error| {
-            ControllerError::System { doing: "load the program", source: io::Error::other(error) }
-        })?
-    };
-    let first = async { Ok::<_, ControllerError>(first_results(&mut events, count).await) };
-    let (mut dataplane, results) = tokio::try_join!(loading, first)?;
-    if log_one_in.is_some() {
-        read_packet_log(dataplane.take_packet_log());
-    }
+    let checks = health::resume(targets, |target| plan.state(target), sender);
+    let results = first_results(&mut events, count).await;
     let mut controller = Controller::new(config, config_file, network, dataplane, plan, checks).await?;
     controller.follow_names(names);
     controller.begin(results).await;
@@ -184,9 +242,13 @@ async fn start(
     Ok((controller, events, changes))
 }
 
-fn load(settings: &Settings) -> Result<Dataplane, ControllerError> {
-    let mut dataplane = Dataplane::load(OBJECT, settings)?;
+fn load(settings: &Settings, key_is_given: bool, pins: Pins) -> Result<Dataplane, ControllerError> {
+    let mut dataplane = Dataplane::load_pinned(OBJECT, settings, key_is_given, pins)?;
     dataplane.calibrate()?;
+    // Maps that are in use are written to by what the controller does next.
+    if dataplane.adopted() {
+        dataplane.take_over()?;
+    }
     Ok(dataplane)
 }
 
@@ -206,29 +268,54 @@ async fn first_results(events: &mut mpsc::Receiver<Event>, count: usize) -> Vec<
     results
 }
 
-/// Undoes what a start that failed has changed on this host.
-async fn tidy(config: &Config) {
-    let state_dir = &config.dataplane.state_dir;
-    if let Err(error) = offloads::restore(state_dir) {
-        tracing::error!("{error}");
+/// Undoes what a start that failed has changed on this host, unless packets were forwarded before it.
+async fn tidy(config: &Config, pins: &Pins) {
+    let abandoned = pins.abandon();
+    if pins.inherited() {
+        tracing::warn!("what forwarded packets before goes on doing so");
+        abandoned.unwrap_or_else(|error| tracing::error!("{error}"));
+        return;
     }
+    let state_dir = &config.dataplane.state_dir;
     if config.vip.mode == VipMode::Own
         && let Ok((network, _)) = Network::open().await
         && let Err(error) = vip::remove_leftovers(&network, state_dir).await
     {
         tracing::error!("{error}");
     }
+    if let Err(error) = pins.remove() {
+        tracing::error!("{error}");
+    }
+    if let Err(error) = offloads::restore(state_dir) {
+        tracing::error!("{error}");
+    }
 }
 
-/// Takes away what a daemon that was killed has left. (Its program went with it.) What was removed, in words.
-pub async fn unload_leftovers(config: Option<&Config>) -> Result<Vec<String>, ControllerError> {
-    let default = std::path::Path::new(crate::config::Dataplane::STATE_DIR);
-    let state_dir = config.map_or(default, |config| &config.dataplane.state_dir);
-    let (network, _) = Network::open().await?;
-    let placed = vip::remove_leftovers(&network, state_dir).await?;
+/// Takes away what a daemon has left that does not run any more. What was removed, in words.
+pub async fn unload_leftovers(config: Option<&Config>) -> Result<Vec<String>, DaemonError> {
+    type Defaults = crate::config::Dataplane;
+    let dataplane = config.map(|config| &config.dataplane);
+    let state_dir = dataplane.map_or(Path::new(Defaults::STATE_DIR), |it| &it.state_dir);
+    let pin_dir = dataplane.map_or(Path::new(Defaults::PIN_DIR), |it| &it.pin_dir);
+    let _lock = if state_dir.is_dir() { Some(Lock::take(state_dir)?) } else { None };
+    // Of any layout: it is all to go.
+    let pins = if pin_dir.is_dir() { Some(Pins::open(pin_dir, true)?) } else { None };
+    let (network, _) = Network::open().await.map_err(ControllerError::from)?;
+    let placed = vip::remove_leftovers(&network, state_dir).await.map_err(ControllerError::from)?;
     let mut removed: Vec<_> =
         placed.iter().map(|it| format!("the VIP {} from {}", it.vip, it.interface)).collect();
-    let restored = offloads::restore(state_dir)?;
+    if !placed.is_empty() {
+        tokio::time::sleep(LAST_PACKETS).await;
+    }
+    if let Some(pins) = pins {
+        let pinned = pins.remove()?;
+        let name = |index: &u32| {
+            network.interface(*index).map_or_else(|_| format!("interface {index}"), |found| found.name)
+        };
+        removed.extend(pinned.interfaces.iter().map(|index| format!("the program from {}", name(index))));
+        removed.extend(pinned.maps.then(|| controller::PINS.to_owned()));
+    }
+    let restored = offloads::restore(state_dir).map_err(ControllerError::from)?;
     removed.extend(restored.iter().map(|it| format!("its changes to the offloads of {it}")));
     Ok(removed)
 }
@@ -243,21 +330,22 @@ fn signals() -> io::Result<(mpsc::Receiver<()>, mpsc::Receiver<()>)> {
     tokio::spawn(async move {
         let mut stopping = false;
         loop {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
+            let number = tokio::select! {
+                _ = terminate.recv() => libc::SIGTERM,
+                _ = interrupt.recv() => libc::SIGINT,
                 _ = hangup.recv() => {
                     // One that waits to be served reads the file as it is then: it stands for all others.
                     let _ = reload.try_send(());
                     continue;
                 }
-            }
+            };
             if stopping {
-                tracing::warn!("a second signal: ending at once; `sheave unload` takes away what is left");
-                std::process::exit(1);
+                tracing::warn!("told twice: ends at once");
+                std::process::exit(128 + number);
             }
             stopping = true;
-            // Nobody receives once the daemon is stopping anyway.
+            // Nobody receives once the daemon is stopping anyway. This task goes on: a closed channel would read as a
+            // signal.
             let _ = stop.try_send(());
         }
     });

@@ -51,7 +51,8 @@ Examples:
   sheave init --kubeconfig /etc/kubernetes/admin.conf --vip 192.168.2.140
   sheave check-config                 is /etc/sheave/sheave.toml right?
   sheave doctor                       can this host do it, and what to change if not
-  sheave run                          balance, until stopped
+  sheave run                          balance; packets flow on when it is stopped
+  sheave unload                       take everything off this host again
   sheave status                       services, backends and their last checks
   watch -n1 sheave status             the same, all the time
   sheave drain master-1               before an upgrade of master-1
@@ -88,7 +89,7 @@ enum Command {
     Init(init::Arguments),
     /// Print the account that checks need where anonymous auth is off
     Rbac(rbac::Arguments),
-    /// Balance as the configuration says, until stopped
+    /// Balance as the configuration says; what is in the kernel goes on when it is stopped
     Run(run::Arguments),
     /// Say whether a configuration file is right, and load nothing
     CheckConfig(check_config::Arguments),

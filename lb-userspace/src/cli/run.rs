@@ -2,7 +2,10 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use crate::{config::Config, daemon};
+use crate::{
+    config::Config,
+    daemon::{self, Options},
+};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -16,7 +19,8 @@ A first configuration, for three masters behind a VIP that keepalived (or you) p
   [service.check]
   ca_file = \"/etc/kubernetes/pki/ca.crt\"
 
-Needs root. Stop it with Ctrl-C or SIGTERM.")]
+Needs root. Ctrl-C or SIGTERM stops the daemon, not the packets: what is in the kernel goes on forwarding, and the next
+`sheave run` takes it over without losing a connection. `sheave unload` takes it away.")]
 pub(super) struct Arguments {
     /// The configuration file
     #[arg(long, short, value_name = "FILE", default_value = super::CONFIG_FILE)]
@@ -27,6 +31,10 @@ pub(super) struct Arguments {
     /// Log one packet in N: for finding out why a packet is dropped
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     log_packets: Option<u32>,
+    /// Start with a new, empty flow table where the one in the kernel does not fit this version or configuration:
+    /// connections that are open end
+    #[arg(long)]
+    replace_layout: bool,
 }
 
 pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
@@ -37,6 +45,7 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     }
     // A relative path would mean another file after a change of directory.
     let file = std::path::absolute(&arguments.config)?;
-    daemon::run(config, file, arguments.log_packets)?;
+    let options = Options { log_one_in: arguments.log_packets, replace_layout: arguments.replace_layout };
+    daemon::run(config, file, options)?;
     Ok(ExitCode::SUCCESS)
 }

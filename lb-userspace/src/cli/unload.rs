@@ -14,15 +14,15 @@ const LIMIT: Duration = Duration::from_secs(25);
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Removes what sheave put on this host, and nothing else: its programs, its maps, VIPs of
-`mode = \"own\"`, and its changes to offloads.
-Connections through this load balancer end. A running daemon does it and stops.
+Removes what sheave put on this host, and nothing else: VIPs of `mode = \"own\"`, its programs and maps with their
+pins, its changes to offloads. Connections through this load balancer end; whoever listens behind it (HAProxy) serves
+again. A running daemon does it and stops; without one this command does, also after a `kill -9`.
 
 Exit codes: 0 nothing of sheave is left, 1 failed, 2 wrong usage.")]
 pub(super) struct Arguments {
     #[command(flatten)]
     socket: SocketArgument,
-    /// Where no daemon runs: the configuration of the one that did, for its state_dir [default:
+    /// Where no daemon runs: the configuration of the one that did, for its state_dir and pin_dir [default:
     /// /etc/sheave/sheave.toml, if there is one]
     #[arg(long, short, value_name = "FILE")]
     config: Option<PathBuf>,

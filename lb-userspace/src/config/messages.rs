@@ -109,6 +109,7 @@ ca_file = "/etc/sheave/ca.crt"
     assert_eq!(config.dataplane.xdp_mode, XdpMode::Auto);
     assert_eq!(config.dataplane.snat_ports, None);
     assert_eq!(config.dataplane.state_dir, Path::new("/var/lib/sheave"));
+    assert_eq!(config.dataplane.pin_dir, Path::new("/sys/fs/bpf/sheave"));
     assert_eq!(config.admin.socket, Path::new("/run/sheave/admin.sock"));
     let [service] = config.services.as_slice() else { panic!("{config:?}") };
     assert_eq!(service.idle_timeout, Duration::from_secs(3 * 3600));
@@ -135,6 +136,7 @@ snat_addresses = ["10.0.0.250", "fd00::250"]
 snat_ports = "20000-32767"
 hash_key_file = "hash.key"
 state_dir = "/srv/sheave"
+pin_dir = "/sys/fs/bpf/other"
 [vip]
 mode = "own"
 [admin]
@@ -402,6 +404,7 @@ fn numbers_and_durations() {
             &check_with("expect = [\"399-300\"]"),
             "= help: write a number from 100 to 599, or a range such as \"300-399\"",
         ),
+        ("[dataplane]\npin_dir = \"/sys/fs/bpf/my.lb\"\n", "\"pin_dir\" has a dot: \"/sys/fs/bpf/my.lb\""),
         ("[dataplane]\nsnat_ports = \"20000\"\n", "\"20000\" is not a range of ports"),
         ("[dataplane]\nsnat_ports = \"80-20000\"\n", "\"snat_ports\" begins below 1024"),
         ("[dataplane]\nsnat_ports = \"20000-24094\"\n", "\"snat_ports\" holds 4095 ports, too few"),

@@ -16,7 +16,10 @@ mod values;
 #[cfg(test)]
 mod messages;
 
-use std::{io::Read as _, path::Path};
+use std::{
+    io::Read as _,
+    path::{Path, PathBuf},
+};
 
 pub(crate) use address::not_unicast;
 use diagnostic::Problem;
@@ -100,7 +103,7 @@ fn read_document(text: &str, document: &mut Document) -> Result<Config, Problem>
 fn read_dataplane(root: &Section, document: &Document) -> Result<Dataplane, Problem> {
     let section = root.section(
         "dataplane",
-        &["interfaces", "xdp_mode", "snat_addresses", "snat_ports", "hash_key_file", "state_dir"],
+        &["interfaces", "xdp_mode", "snat_addresses", "snat_ports", "hash_key_file", "state_dir", "pin_dir"],
     )?;
     Ok(Dataplane {
         interfaces: values::interfaces(&section)?,
@@ -116,7 +119,24 @@ fn read_dataplane(root: &Section, document: &Document) -> Result<Dataplane, Prob
         state_dir: section
             .path("state_dir", document)?
             .unwrap_or_else(|| Path::new(Dataplane::STATE_DIR).to_owned()),
+        pin_dir: pin_dir(&section, document)?,
     })
+}
+
+fn pin_dir(section: &Section, document: &Document) -> Result<PathBuf, Problem> {
+    let Some(path) = section.path("pin_dir", document)? else {
+        return Ok(Path::new(Dataplane::PIN_DIR).to_owned());
+    };
+    // The BPF file system keeps dots for itself.
+    let text = path.to_string_lossy();
+    if text.contains('.') {
+        return Err(Problem::at(section.span_of("pin_dir"), format!("\"pin_dir\" has a dot: {text:?}"))
+            .help(format!(
+                "the BPF file system takes no dots: write `pin_dir = \"{}\"`",
+                Dataplane::PIN_DIR
+            )));
+    }
+    Ok(path)
 }
 
 fn read_vip(root: &Section) -> Result<Vip, Problem> {
@@ -144,6 +164,8 @@ fn read_admin(root: &Section, document: &Document) -> Result<Admin, Problem> {
 impl Dataplane {
     /// `state_dir` where the file names none.
     pub const STATE_DIR: &str = "/var/lib/sheave";
+    /// `pin_dir` where the file names none.
+    pub const PIN_DIR: &str = "/sys/fs/bpf/sheave";
 }
 
 impl Admin {

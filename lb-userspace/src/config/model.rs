@@ -35,6 +35,8 @@ pub struct Dataplane {
     pub hash_key_file: Option<PathBuf>,
     /// What must survive a restart.
     pub state_dir: PathBuf,
+    /// Where maps, program and links are pinned, on a BPF file system: one directory for each load balancer.
+    pub pin_dir: PathBuf,
 }
 
 /// `dataplane.interfaces`.

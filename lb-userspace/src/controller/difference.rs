@@ -12,6 +12,7 @@ pub(super) fn needs_restart(old: &Config, new: &Config) -> Vec<&'static str> {
         ("dataplane.snat_ports", before.snat_ports != after.snat_ports),
         ("dataplane.hash_key_file", before.hash_key_file != after.hash_key_file),
         ("dataplane.state_dir", before.state_dir != after.state_dir),
+        ("dataplane.pin_dir", before.pin_dir != after.pin_dir),
         ("vip.mode", old.vip != new.vip),
         ("admin.socket", old.admin.socket != new.admin.socket),
         ("admin.group", old.admin.group != new.admin.group),

@@ -21,6 +21,7 @@ mod roster;
 mod selection;
 mod services;
 mod status;
+mod steps;
 mod witness;
 
 use std::{
@@ -32,7 +33,6 @@ use std::{
 };
 
 use futures_util::future::join_all;
-use lb_common::layout::PORTS;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     time::{MissedTickBehavior, interval},
@@ -41,10 +41,11 @@ use tokio::{
 use crate::{
     admin::{Events, JournalKind, ProbeTarget, Request, Unloaded},
     config::{Config, VipMode, XdpMode},
-    dataplane::{Dataplane, DataplaneError, Listener, Mode, Reaped, Target},
+    dataplane::{Attached, Dataplane, DataplaneError, Mode, Reaped, Target},
     health::{self, Event, State, transition_line},
     names::Names,
-    network::{Change, Network, offloads, used_tcp_ports},
+    network::{Change, Network, XdpAttachMode, offloads, used_tcp_ports},
+    systemd,
     vip::{Follower, Owner, Presence},
 };
 
@@ -59,7 +60,7 @@ use ports::Ports;
 use reload::Pending;
 use resets::Resets;
 pub use roster::NumbersError;
-use roster::Roster;
+use roster::{Roster, Step};
 use selection::Choice;
 use services::Services;
 use witness::Witness;
@@ -121,6 +122,8 @@ pub struct Controller {
     config: Config,
     config_file: PathBuf,
     roster: Roster,
+    /// What is yet to be done in the data path until it is as the roster says.
+    steps: Vec<Step>,
     /// While a reload is under way, those that it ends as well.
     services: Services,
     network: Network,
@@ -161,7 +164,8 @@ pub struct Controller {
 }
 
 impl Controller {
-    /// Fills the maps: interfaces, listeners, allow lists, backends, ports that must not be slots.
+    /// Fills the maps: interfaces, allow lists, backends, ports that must not be slots. In maps of a daemon before this one
+    /// everybody keeps their number ([`Plan::adopt`]).
     ///
     /// `config_file` is read again by a reload.
     pub async fn new(
@@ -188,6 +192,7 @@ impl Controller {
             network,
             dataplane,
             roster: plan.roster,
+            steps: plan.steps,
             services: plan.services,
             backends: plan.backends,
             ports: plan.ports,
@@ -230,19 +235,12 @@ impl Controller {
 
     fn fill(&mut self) -> Result<(), DataplaneError> {
         self.dataplane.set_ports(&self.ports.layout())?;
-        // In the order of their ids.
-        let listener =
-            |seat: &roster::Seat| Some(Listener { address: seat.address, service: seat.service()? });
-        let listeners: Vec<_> = self.roster.listeners().values().filter_map(listener).collect();
-        // Also those that come later.
-        self.dataplane.set_listeners(&listeners, PORTS)?;
         for (number, service) in self.services.iter() {
             self.dataplane.set_allowed(number, &service.allow)?;
         }
-        for backend in &self.backends {
-            self.dataplane.add_backend(backend.id, backend.address, backend.local);
-        }
-        Ok(())
+        let steps = self.steps.clone();
+        let seats = self.roster.backends().clone();
+        self.make_ready(&steps, |id| seats.get(&id).map(|seat| (seat.address, seat.local)))
     }
 
     /// The addresses that flows of ours may share with sockets of this host.
@@ -267,7 +265,8 @@ impl Controller {
         }
     }
 
-    /// Takes in the first check results, finds the next hops, and gives every service its first selection.
+    /// Takes in the first check results, finds the next hops, gives every service its first selection, and opens the
+    /// listeners.
     pub async fn begin(&mut self, results: Vec<Event>) {
         self.resolve().await;
         for event in results {
@@ -278,12 +277,21 @@ impl Controller {
                 self.select(service, ipv6);
             }
         }
+        let steps = std::mem::take(&mut self.steps);
+        for failure in self.change_over(steps, |_| None) {
+            tracing::error!("cannot take away a service that is not configured any more: {failure}");
+        }
         let version = env!("CARGO_PKG_VERSION");
-        self.journal.note(JournalKind::Daemon, None, format!("sheave {version} began to balance"));
+        let how =
+            if self.dataplane.adopted() { "goes on from where another ended" } else { "began to balance" };
+        self.journal.note(JournalKind::Daemon, None, format!("sheave {version} {how}"));
     }
 
-    /// Attaches the program everywhere. On an error it is attached nowhere once the controller is dropped.
+    /// Attaches the program wherever it is not yet, and nowhere else.
     pub async fn attach(&mut self) -> Result<(), ControllerError> {
+        if !self.dataplane.adopted() {
+            self.dataplane.take_over()?;
+        }
         let state_dir = self.config.dataplane.state_dir.clone();
         let mode = match self.config.dataplane.xdp_mode {
             XdpMode::Auto => None,
@@ -299,10 +307,32 @@ impl Controller {
             let turn_off = |mode| {
                 let off = offloads::turn_off(&interface.name, mode == Some(Mode::Generic), &state_dir)?;
                 if !off.is_empty() {
-                    tracing::info!("{}: switched off {} until sheave stops", interface.name, off.join(", "));
+                    tracing::info!(
+                        "{}: switched off {} until `sheave unload`",
+                        interface.name,
+                        off.join(", ")
+                    );
                 }
                 Ok::<_, ControllerError>(())
             };
+            if self.dataplane.took_over(index) {
+                let generic = there.iter().any(|it| it.mode == XdpAttachMode::Generic);
+                let attached = if generic { Mode::Generic } else { Mode::Native };
+                if mode.is_some_and(|mode| mode != attached) {
+                    tracing::warn!(
+                        "{} stays attached in {} mode: `sheave unload` first to change that",
+                        interface.name,
+                        attached.name()
+                    );
+                }
+                turn_off(Some(attached))?;
+                self.dataplane.note_attached(Attached {
+                    name: interface.name,
+                    interface: index,
+                    mode: attached,
+                });
+                continue;
+            }
             if there.is_empty() {
                 turn_off(mode)?;
             }
@@ -316,6 +346,11 @@ impl Controller {
             if mode.is_none() && attached.mode == Mode::Generic {
                 turn_off(Some(Mode::Generic))?;
             }
+        }
+        for index in self.dataplane.leave_others(&self.ports.bases())? {
+            let name =
+                self.network.interface(index).map_or_else(|_| format!("interface {index}"), |it| it.name);
+            tracing::info!("took the program off {name}: it leads to no listener or backend any more");
         }
         Ok(())
     }
@@ -355,6 +390,17 @@ impl Controller {
             interfaces.collect::<Vec<_>>().join(", "),
             sources.collect::<Vec<_>>().join(", ")
         )
+    }
+
+    /// The same in fewer words, for the service manager.
+    pub fn short_summary(&self) -> String {
+        let ready = self.backends.iter().filter(|it| it.state == State::Ready).count();
+        format!("{ready} of {} backends ready, on {}", self.backends.len(), self.interfaces())
+    }
+
+    /// The names of the interfaces that the program is on.
+    pub fn interfaces(&self) -> String {
+        self.dataplane.attached().iter().map(|it| it.name.as_str()).collect::<Vec<_>>().join(", ")
     }
 
     /// Takes events until told to stop.
@@ -465,6 +511,7 @@ impl Controller {
                 tracing::info!("{line}");
             }
             self.journal.note(JournalKind::Check, Some((&service, &name)), line);
+            systemd::status(&self.short_summary());
         }
         Some(ipv6)
     }
@@ -654,6 +701,7 @@ impl Controller {
     /// What is done every second, and what is done every so many.
     async fn turn(&mut self) {
         self.last_turn = Instant::now();
+        systemd::turning();
         if self.turns.is_multiple_of(REAP_EVERY) {
             self.reap();
         }
@@ -698,9 +746,15 @@ impl Controller {
             }
             tokio::time::sleep(LAST_PACKETS).await;
         }
-        done.removed
-            .extend(self.dataplane.attached().iter().map(|it| format!("the program from {}", it.name)));
-        drop(self.dataplane);
+        let attached: Vec<_> =
+            self.dataplane.attached().iter().map(|it| format!("the program from {}", it.name)).collect();
+        match self.dataplane.unload() {
+            Ok(removed) => {
+                done.removed.extend(attached);
+                done.removed.extend(removed.maps.then(|| PINS.to_owned()));
+            }
+            Err(error) => done.failures.push(error.to_string()),
+        }
         match offloads::restore(&self.config.dataplane.state_dir) {
             Ok(interfaces) => {
                 done.removed
@@ -711,6 +765,9 @@ impl Controller {
         done
     }
 }
+
+/// What pins are called when they are gone.
+pub const PINS: &str = "its maps and their pins";
 
 /// What was taken away in the end.
 #[derive(Debug, Default)]

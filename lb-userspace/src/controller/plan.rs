@@ -14,13 +14,13 @@ use super::{
     ControllerError,
     backends::{self, Backend},
     ports::Ports,
-    roster::Roster,
+    roster::{Roster, Step},
     services::Services,
 };
 use crate::{
     config::{Config, Interfaces},
-    dataplane::Settings,
-    health::Target,
+    dataplane::{Known, Previous, Settings},
+    health::{State, Target, TargetId},
     network::{LocalAddress, Network, NetworkError, Route, first_ephemeral_port},
 };
 
@@ -28,19 +28,24 @@ use crate::{
 #[derive(Debug)]
 pub struct Plan {
     pub(super) roster: Roster,
+    /// What is to be done in the data path to get there.
+    pub(super) steps: Vec<Step>,
     pub(super) services: Services,
     pub(super) backends: Vec<Backend>,
     pub(super) ports: Ports,
     pub(super) source: Source,
     /// Checks leave from an address and ports that flows leave from as well.
     pub(super) checks_use_slots: bool,
+    here: BTreeSet<IpAddr>,
 }
 
 impl Plan {
     /// Looks at the routes and addresses of this host. Says what the operator should know.
     pub async fn make(config: &Config, network: &Network) -> Result<Self, ControllerError> {
         let Survey { addresses, here, reach, homes } = Survey::make(config, network).await?;
-        let roster = Roster::default().next(config, |address| here.contains(&address))?;
+        let nobody = Roster::default();
+        let roster = nobody.next(config, |address| here.contains(&address))?;
+        let steps = nobody.steps_to(&roster);
         let backends = backends::enumerate(config, &roster)?;
         for (vip, _) in homes.iter().filter(|(_, home)| home.is_none()) {
             tracing::warn!("the VIP {vip} is in no subnet of this host: clients must be routed here");
@@ -61,10 +66,41 @@ impl Plan {
                 && *source.ports.end() >= first_ephemeral_port()
         });
         let services = Services::of(config, &roster);
-        Ok(Self { roster, services, backends, ports, source, checks_use_slots })
+        Ok(Self { roster, steps, services, backends, ports, source, checks_use_slots, here })
     }
 
-    /// What the checks are to be made of.
+    /// Goes on with the SNAT addresses of the flows that there are, `before`, where the configuration leaves the choice.
+    pub fn keep_source(&mut self, before: &Previous, config: &Config, network: &Network) {
+        let (addresses, ports) = (before.snat_addresses(), before.snat_ports());
+        let kept = self.source.keep(&addresses, ports, config, &network.local_addresses());
+        if let Some(note) = kept {
+            tracing::info!("{note}");
+        }
+    }
+
+    /// Goes on with the numbers of a daemon before this one: whoever was there keeps theirs, and backends that had new
+    /// flows are ready until their checks have another verdict.
+    pub fn adopt(&mut self, config: &Config, known: &Known) -> Result<(), ControllerError> {
+        self.ports.keep_numbers(&known.ports);
+        let before = Roster::known(config, known);
+        self.roster = before.next(config, |address| self.here.contains(&address))?;
+        self.steps = before.steps_to(&self.roster);
+        self.services = Services::of(config, &self.roster);
+        self.backends = backends::enumerate(config, &self.roster)?;
+        for backend in &mut self.backends {
+            if known.backends.iter().any(|before| before.id == backend.id && before.accepts) {
+                backend.state = State::Ready;
+            }
+        }
+        Ok(())
+    }
+
+    /// What is believed of a backend before its first check.
+    pub fn state(&self, target: TargetId) -> State {
+        let backend = self.backends.iter().find(|backend| backend.target == target);
+        backend.map_or(State::Unknown, |backend| backend.state)
+    }
+
     pub fn targets(&self) -> Vec<Target> {
         backends::targets(&self.services, &self.backends)
     }
@@ -227,6 +263,46 @@ impl Source {
         }
         Self { addresses: chosen, ports, notes }
     }
+
+    /// Another choice moves every flow to another slot, so that all of them are lost: as long as the one `before`
+    /// (addresses and slots) works, it stays. Says so when these are not the addresses that would be chosen now.
+    pub(super) fn keep(
+        &mut self,
+        before: &[IpAddr],
+        ports: RangeInclusive<u16>,
+        config: &Config,
+        addresses: &[LocalAddress],
+    ) -> Option<String> {
+        let set = |addresses: &[IpAddr]| addresses.iter().copied().collect::<BTreeSet<_>>();
+        let same = set(before) == set(&self.addresses);
+        if !same {
+            let vips = vips(config);
+            let works = |address: &IpAddr| {
+                vips.contains(address) || addresses.iter().any(|local| local.address == *address)
+            };
+            let has =
+                |addresses: &[IpAddr], v4: bool| addresses.iter().any(|address| address.is_ipv4() == v4);
+            let enough = [true, false].iter().all(|v4| !has(&self.addresses, *v4) || has(before, *v4));
+            if !config.dataplane.snat_addresses.is_empty() || !enough || !before.iter().all(works) {
+                return None;
+            }
+        }
+        // The order is part of it: the flow table is divided by it.
+        let chosen = std::mem::replace(&mut self.addresses, before.to_vec());
+        if config.dataplane.snat_ports.is_none() {
+            self.ports = ports;
+        }
+        let names =
+            |addresses: &[IpAddr]| addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        (!same).then(|| {
+            format!(
+                "flows go on leaving from {}, as those that there are; without them it would be {} (`sheave unload` \
+                 first to change that)",
+                names(before),
+                names(&chosen)
+            )
+        })
+    }
 }
 
 /// The host's address to use instead of the VIPs of a family, if backends would not answer those to this host, and why.
@@ -343,6 +419,35 @@ mod tests {
             assert_eq!(source.ports, 1024..=32_767);
             assert!(source.notes[0].contains("snat_addresses"), "{:?}", source.notes);
         }
+    }
+
+    #[test]
+    fn flows_go_on_from_where_they_are_as_long_as_that_works() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let beside = [reach("10.0.1.11", FRONT, None, "10.0.1.2")];
+        let mut source = choose(&config(""), &beside);
+        let chosen = source.clone();
+        assert_eq!(source.keep(&[ip("10.0.1.100")], EVERY_PORT, &config(""), &host()), None);
+        assert_eq!(source, chosen, "nothing is different");
+        let note = source.keep(&[ip("10.0.2.2")], 1024..=4095, &config(""), &host()).unwrap();
+        assert!(note.contains("go on leaving from 10.0.2.2"), "{note}");
+        assert_eq!((source.addresses[0], source.ports.clone()), (ip("10.0.2.2"), 1024..=4095));
+
+        let mut source = chosen.clone();
+        assert_eq!(
+            source.keep(&[ip("10.0.9.9")], EVERY_PORT, &config(""), &host()),
+            None,
+            "that address is gone"
+        );
+        assert_eq!(source, chosen);
+        let named = config("snat_addresses = [\"10.0.2.2\"]");
+        let mut source = choose(&named, &beside);
+        assert_eq!(
+            source.keep(&[ip("10.0.1.100")], EVERY_PORT, &named, &host()),
+            None,
+            "the operator has chosen"
+        );
+        assert_eq!(source.addresses, [ip("10.0.2.2")]);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::ControllerError;
 use crate::{
     config::Interfaces,
     dataplane,
-    network::{Interface, Network, Port},
+    network::{Interface, Network, Port, Tag, TagProtocol},
 };
 
 /// The ports in use. A port keeps its number; new ones are appended.
@@ -16,6 +16,8 @@ use crate::{
 pub(super) struct Ports {
     /// The interface that has the addresses (perhaps a VLAN), and where its frames pass.
     entries: Vec<(u32, Port)>,
+    /// Numbers that others had before us and nobody has now: slots may know ways by them.
+    former: BTreeSet<usize>,
 }
 
 impl Ports {
@@ -52,19 +54,45 @@ impl Ports {
 
     /// The interfaces to attach to.
     pub(super) fn bases(&self) -> BTreeSet<u32> {
-        self.entries.iter().map(|(_, port)| port.index).collect()
+        self.current().map(|(_, _, port)| port.index).collect()
     }
 
     /// The number of an interface's port.
     pub(super) fn number(&self, interface: u32) -> Option<usize> {
-        self.entries.iter().position(|(known, _)| *known == interface)
+        self.current().find(|(_, known, _)| *known == interface).map(|(number, ..)| number)
+    }
+
+    /// Number, interface and port of those that are somebody's.
+    fn current(&self) -> impl Iterator<Item = (usize, u32, &Port)> {
+        let all =
+            self.entries.iter().enumerate().map(|(number, (interface, port))| (number, *interface, port));
+        all.filter(|(number, ..)| !self.former.contains(number))
+    }
+
+    /// Gives ports the numbers that they had before us, in the order of `known`, and the others those that follow.
+    pub(super) fn keep_numbers(&mut self, known: &[dataplane::Port]) {
+        let mut others = std::mem::take(&mut self.entries);
+        for (number, before) in known.iter().enumerate() {
+            let same =
+                |(_, port): &(u32, Port)| port.index == before.interface && layout_tags(port) == before.tags;
+            match others.iter().position(same) {
+                Some(index) => self.entries.push(others.remove(index)),
+                None => {
+                    let (index, tags, mac) = (before.interface, tags_of(&before.tags), before.mac);
+                    let port = Port { index, tags, mac, mtu: 0 };
+                    self.entries.push((before.interface, port));
+                    self.former.insert(number);
+                }
+            }
+        }
+        self.entries.append(&mut others);
     }
 
     /// The number of a port that leads to a backend. A VLAN that is new is appended if what it is built on has the
     /// program.
     pub(super) fn number_or_append(&mut self, network: &Network, port: &Port) -> Result<usize, String> {
         let same = |known: &Port| (known.index, &known.tags) == (port.index, &port.tags);
-        if let Some(number) = self.entries.iter().position(|(_, known)| same(known)) {
+        if let Some((number, ..)) = self.current().find(|(_, _, known)| same(known)) {
             return Ok(number);
         }
         if self.entries.len() == PORTS {
@@ -86,8 +114,10 @@ impl Ports {
 
     /// Takes in new MAC addresses. An interface that is gone keeps its number.
     pub(super) fn refresh(&mut self, network: &Network) {
-        for (interface, port) in &mut self.entries {
-            if let Ok(now) = network.port_of(*interface) {
+        for (number, (interface, port)) in self.entries.iter_mut().enumerate() {
+            if let Ok(now) = network.port_of(*interface)
+                && !self.former.contains(&number)
+            {
                 *port = now;
             }
         }
@@ -104,9 +134,51 @@ impl Ports {
             .iter()
             .map(|(_, port)| dataplane::Port {
                 interface: port.index,
-                tags: port.tags.iter().map(|tag| (tag.protocol.ethertype(), tag.id)).collect(),
+                tags: layout_tags(port),
                 mac: port.mac,
             })
             .collect()
+    }
+}
+
+fn layout_tags(port: &Port) -> Vec<(u16, u16)> {
+    port.tags.iter().map(|tag| (tag.protocol.ethertype(), tag.id)).collect()
+}
+
+fn tags_of(tags: &[(u16, u16)]) -> Vec<Tag> {
+    let protocol = |ethertype: u16| {
+        let provider = TagProtocol::Ieee8021Ad;
+        if ethertype == provider.ethertype() { provider } else { TagProtocol::Ieee8021Q }
+    };
+    tags.iter().map(|(ethertype, id)| Tag { protocol: protocol(*ethertype), id: *id }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn port(index: u32, tags: &[u16]) -> Port {
+        let tag = |id: &u16| Tag { protocol: TagProtocol::Ieee8021Q, id: *id };
+        Port { index, tags: tags.iter().map(tag).collect(), mac: [2, 0, 0, 0, 0, index as u8], mtu: 1500 }
+    }
+
+    fn ports(entries: &[(u32, Port)]) -> Ports {
+        Ports { entries: entries.to_vec(), former: BTreeSet::new() }
+    }
+
+    #[test]
+    fn ports_keep_the_numbers_that_learned_ways_know_them_by() {
+        let before = ports(&[(2, port(2, &[])), (9, port(3, &[7])), (4, port(4, &[]))]).layout();
+        let mut now = ports(&[(4, port(4, &[])), (5, port(5, &[])), (2, port(2, &[]))]);
+        now.keep_numbers(&before);
+        assert_eq!(now.layout()[..3], before);
+        assert_eq!(now.number(2), Some(0));
+        assert_eq!(now.number(4), Some(2));
+        assert_eq!(now.number(5), Some(3), "a new one follows");
+        assert_eq!(
+            now.bases(),
+            BTreeSet::from([2, 4, 5]),
+            "nobody attaches to one that is not used any more"
+        );
     }
 }

@@ -12,7 +12,6 @@ use std::{
     time::Duration,
 };
 
-use lb_common::layout::PORTS;
 use tokio::{sync::oneshot, time::Instant};
 
 use super::{
@@ -25,7 +24,7 @@ use super::{
 use crate::{
     admin::{Caller, JournalKind, Refusal, RefusalKind, Reloaded},
     config::{Config, VipMode},
-    dataplane::{DataplaneError, Listener, wait_grace_period},
+    dataplane::{DataplaneError, wait_grace_period},
     health::{Event, State, TargetId},
     names::Names,
     network::first_ephemeral_port,
@@ -234,31 +233,13 @@ impl Controller {
     /// Adds what is new, so that it can be checked. Nothing of the old is changed.
     async fn prepare(&mut self, decided: Decided, by: String) -> Result<Pending, DataplaneError> {
         let Decided { config, names, reloaded, roster, steps, backends, ports } = decided;
-        for step in &steps {
-            match step {
-                Step::OpenService(number) => self.dataplane.clear_service_counters(*number)?,
-                Step::AddBackend(id) => self.dataplane.clear_total_flows(*id)?,
-                _ => {}
-            }
-        }
-        let services = Services::of(&config, &roster);
-        for step in &steps {
-            match step {
-                Step::OpenService(number) => {
-                    self.dataplane.set_allowed(*number, &services[*number].allow)?;
-                }
-                Step::AddBackend(id) => {
-                    let seat = &roster.backends()[id];
-                    self.dataplane.add_backend(*id, seat.address, seat.local);
-                }
-                _ => {}
-            }
-        }
+        let mut services = Services::of(&config, &roster);
+        services.keep(&self.services);
+        self.services = services;
+        let seats = roster.backends();
+        self.make_ready(&steps, |id| seats.get(&id).map(|seat| (seat.address, seat.local)))?;
         self.ports = ports;
         self.write_ports();
-        let mut kept = services;
-        kept.keep(&self.services);
-        self.services = kept;
         self.resets.watch_over(&self.services, std::time::Instant::now());
         let awaited = self.merge_backends(backends);
         self.update_checks();
@@ -341,27 +322,10 @@ impl Controller {
             self.select(number, true);
         }
         let mut failures = self.change_allow_lists(&allow);
-        for step in steps {
-            match step {
-                Step::OpenService(_) | Step::AddBackend(_) => {}
-                Step::PlaceListener(id, service) => {
-                    let address = self.roster.listeners()[&id].address;
-                    self.dataplane.place_listener(id, &Listener { address, service }, PORTS);
-                }
-                Step::MoveListener(id, service) => self.dataplane.move_listener(id, service),
-                Step::RetireListener(id) => {
-                    let service = old_listeners.get(&id).and_then(Seat::service);
-                    let idle = service.and_then(|number| before.get(number)).map(|it| it.idle_timeout);
-                    self.dataplane.retire_listener(id, idle.unwrap_or_default());
-                }
-                Step::RetireBackend(id) => self.dataplane.set_accepts(id, false),
-                Step::CloseService(number) => {
-                    self.choices.retain(|(service, _), _| *service != number);
-                    let closed = self.dataplane.close_service(number);
-                    failures.extend(closed.err().map(|error| error.to_string()));
-                }
-            }
-        }
+        failures.extend(self.change_over(steps, |id| {
+            let service = old_listeners.get(&id).and_then(Seat::service);
+            service.and_then(|number| before.get(number)).map(|it| it.idle_timeout)
+        }));
         self.wanted_ports.clear();
         self.block();
         failures.extend(self.orders.forget_others(&self.config).err().map(|error| error.to_string()));

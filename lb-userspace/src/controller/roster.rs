@@ -11,7 +11,13 @@ use std::{
 
 use lb_common::layout;
 
-use crate::config::Config;
+use crate::{
+    config::Config,
+    dataplane::{Known, KnownBackend, KnownListener},
+};
+
+/// The number of a service of which only this is known: there was one. Too large for a real one.
+const SOMEBODY: usize = usize::MAX;
 
 /// Who has which number.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -113,6 +119,40 @@ impl Roster {
             seat(&self.listeners, &listeners, 1..=layout::LISTENERS as u16 - 1, |_| false, "listener")?;
         next.backends = seat(&self.backends, &backends, 1..=u8::MAX, local, "backend")?;
         Ok(next)
+    }
+
+    /// The numbers in maps of a daemon before this one, as `config` names the services: a service is the one that has
+    /// its listeners.
+    pub(super) fn known(config: &Config, known: &Known) -> Self {
+        let number = |listener: &KnownListener| listener.service.filter(|_| listener.open);
+        let numbers: BTreeSet<_> = known.listeners.iter().filter_map(number).collect();
+        // No service can have such a name.
+        let mut services: BTreeMap<_, _> =
+            numbers.iter().map(|number| (*number, format!("#{number}"))).collect();
+        let mut taken = BTreeSet::new();
+        for service in &config.services {
+            let its = known.listeners.iter().filter(|listener| service.listen.contains(&listener.address));
+            if let Some(number) = its.filter_map(number).find(|number| taken.insert(*number)) {
+                services.insert(number, service.name.clone());
+            }
+        }
+        let listener = |before: &KnownListener| {
+            let holder = match before.service {
+                _ if !before.open => Holder::Leaving(Phase::Unlinked),
+                service => Holder::Service(service.unwrap_or(SOMEBODY)),
+            };
+            (before.id, Seat { address: before.address, local: false, holder })
+        };
+        let backend = |before: &KnownBackend| {
+            let KnownBackend { id, address, local, .. } = *before;
+            (id, Seat { address, local, holder: Holder::Service(SOMEBODY) })
+        };
+        Self {
+            services,
+            closed_services: BTreeSet::new(),
+            listeners: known.listeners.iter().map(listener).collect(),
+            backends: known.backends.iter().map(backend).collect(),
+        }
     }
 
     /// The number of a service.
@@ -310,6 +350,74 @@ mod tests {
 
     fn address(last: u8) -> SocketAddr {
         ([10, 0, 0, last], 6443).into()
+    }
+
+    fn known_listener(id: u16, last: u8, service: usize) -> KnownListener {
+        let address = ([10, 0, 1, 100], 6000 + u16::from(last)).into();
+        KnownListener { id, address, service: Some(service), open: true }
+    }
+
+    fn known_backend(id: u8, last: u8) -> KnownBackend {
+        KnownBackend { id, address: address(last), local: false, accepts: true }
+    }
+
+    #[test]
+    fn after_a_restart_everybody_keeps_their_numbers_whatever_the_order_is_now() {
+        let known = Known {
+            listeners: vec![known_listener(1, 1, 0), known_listener(2, 2, 1)],
+            backends: vec![known_backend(1, 1), known_backend(3, 3)],
+            ..Known::default()
+        };
+        let sketch = vec![(9, vec![9], vec![4]), (2, vec![2], vec![3]), (1, vec![1], vec![1])];
+        let before = Roster::known(&config(&sketch), &known);
+        let after = next(&before, &sketch);
+        assert_eq!(["s9", "s2", "s1"].map(|name| after.service(name)), [Some(2), Some(1), Some(0)]);
+        assert_eq!(
+            before.steps_to(&after),
+            [Step::OpenService(2), Step::AddBackend(2), Step::PlaceListener(3, 2)],
+            "nothing else is touched"
+        );
+        assert_eq!(
+            ids(&after),
+            [
+                (1, address(1), Holder::Service(0)),
+                (2, address(4), Holder::Service(2)),
+                (3, address(3), Holder::Service(1))
+            ]
+        );
+    }
+
+    #[test]
+    fn after_a_restart_what_is_not_configured_any_more_leaves() {
+        let retired = KnownListener { service: None, ..known_listener(3, 3, 0) };
+        let unlinked = KnownListener { open: false, ..known_listener(4, 4, 0) };
+        let known = Known {
+            listeners: vec![known_listener(1, 1, 0), known_listener(2, 2, 1), retired, unlinked],
+            backends: vec![known_backend(1, 1), known_backend(2, 2)],
+            ..Known::default()
+        };
+        let sketch = vec![(2, vec![2], vec![2])];
+        let before = Roster::known(&config(&sketch), &known);
+        let after = next(&before, &sketch);
+        assert_eq!(
+            before.steps_to(&after),
+            [Step::RetireListener(1), Step::RetireListener(3), Step::RetireBackend(1), Step::CloseService(0)]
+        );
+        let back = vec![(1, vec![1, 4], vec![1]), (2, vec![2, 3], vec![2])];
+        assert_eq!(
+            before.steps_to(&next(&Roster::known(&config(&back), &known), &back)),
+            [Step::MoveListener(3, 1), Step::PlaceListener(4, 0)],
+            "all have come back"
+        );
+    }
+
+    #[test]
+    fn a_backend_that_has_become_this_host_is_another() {
+        let known = Known { backends: vec![known_backend(1, 1)], ..Known::default() };
+        let sketch = vec![(1, vec![1], vec![1])];
+        let before = Roster::known(&config(&sketch), &known);
+        let after = before.next(&config(&sketch), |_| true).unwrap();
+        assert_eq!(after.backend(0, address(1)), Some(2), "it is reached in another way");
     }
 
     #[test]

@@ -1,8 +1,15 @@
 //! Putting the program on an interface, and only where nobody else's is.
 
-use aya::programs::{ProgramError, XdpMode, loaded_programs};
+use std::collections::BTreeSet;
 
-use super::{Dataplane, DataplaneError};
+use aya::programs::{
+    ProgramError, Xdp, XdpMode,
+    links::FdLink,
+    loaded_programs,
+    xdp::{XdpLink, XdpLinkId},
+};
+
+use super::{Dataplane, DataplaneError, Removed, grace, pins::Pins};
 
 /// How the program is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +37,8 @@ impl Mode {
     }
 }
 
-/// An interface that the program is on, until the [`Dataplane`] is dropped.
+/// An interface that the program is on: until it is unloaded, or where nothing is pinned until the [`Dataplane`] is
+/// dropped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attached {
     /// The interface's name.
@@ -101,12 +109,90 @@ impl Dataplane {
     }
 
     fn attach_in(&mut self, target: &Target<'_>, mode: Mode) -> Result<(), ProgramError> {
-        let program: &mut aya::programs::Xdp = match self.ebpf.program_mut("sheave") {
-            Some(program) => program.try_into()?,
-            None => return Err(ProgramError::NotLoaded),
-        };
-        program.attach_to_if_index(target.index, mode.aya())?;
+        let program = self.xdp()?;
+        let link = program.attach_to_if_index(target.index, mode.aya())?;
+        if let Some(pins) = self.pins.clone() {
+            let link = self.take_link(link)?;
+            let pinned = pins.pin_link(target.index, link);
+            self.links.insert(
+                target.index,
+                pinned.map_err(|error| ProgramError::IOError(std::io::Error::other(error)))?,
+            );
+        }
         Ok(())
+    }
+
+    fn xdp(&mut self) -> Result<&mut Xdp, ProgramError> {
+        self.ebpf.program_mut("sheave").ok_or(ProgramError::NotLoaded)?.try_into()
+    }
+
+    fn take_link(&mut self, link: XdpLinkId) -> Result<FdLink, ProgramError> {
+        let link = self.xdp()?.take_link(link)?;
+        // Where the kernel has no links for XDP (before 5.9) there is nothing that could be pinned.
+        FdLink::try_from(link).map_err(|error| ProgramError::IOError(std::io::Error::other(error)))
+    }
+
+    /// Puts this program in the place of the one that a daemon before us has attached, interface by interface: every
+    /// packet meets one of them. Where nothing outlives us, nothing is done.
+    ///
+    /// To be called once: before maps that were adopted are written to, and after new ones are filled. Returns when
+    /// the program before has ended everywhere.
+    pub fn take_over(&mut self) -> Result<(), DataplaneError> {
+        let Some(pins) = self.pins.clone() else { return Ok(()) };
+        pins.commit(self.program("sheave")?)?;
+        for (interface, path) in pins.links()? {
+            match self.replace_program(Pins::open_link(&path)?) {
+                Ok(link) => {
+                    self.links.insert(interface, pins.pin_link(interface, link)?);
+                }
+                Err(error) if errno(error.as_ref()) == Some(libc::ENOLINK) => {
+                    tracing::info!("the interface with index {interface} is gone");
+                    pins.unpin_link(interface)?;
+                }
+                Err(source) => return Err(DataplaneError::Replace { interface, source }),
+            }
+        }
+        if self.links.is_empty() {
+            return Ok(());
+        }
+        grace::wait().map_err(|source| DataplaneError::System { call: "membarrier", source })
+    }
+
+    fn replace_program(&mut self, link: FdLink) -> Result<FdLink, Box<dyn std::error::Error + Send + Sync>> {
+        let link = XdpLink::try_from(link)?;
+        let id = self.xdp()?.attach_to_link(link)?;
+        Ok(self.take_link(id)?)
+    }
+
+    /// Whether the program is on this interface since before we came.
+    pub fn took_over(&self, interface: u32) -> bool {
+        self.links.contains_key(&interface)
+    }
+
+    /// Notes how an interface is attached that was [taken over](Self::took_over).
+    pub fn note_attached(&mut self, attached: Attached) {
+        self.attached.push(attached);
+    }
+
+    /// Detaches from every interface that is not in `wanted`, and removes the pins of what was replaced. Returns the
+    /// indexes of the interfaces left.
+    pub fn leave_others(&mut self, wanted: &BTreeSet<u32>) -> Result<Vec<u32>, DataplaneError> {
+        let Some(pins) = &mut self.pins else { return Ok(Vec::new()) };
+        let left: Vec<_> = self.links.keys().copied().filter(|index| !wanted.contains(index)).collect();
+        for interface in &left {
+            pins.unpin_link(*interface)?;
+            // Nobody else has it open.
+            self.links.remove(interface);
+        }
+        pins.drop_replaced()?;
+        Ok(left)
+    }
+
+    /// Takes program, maps and pins away.
+    pub fn unload(self) -> Result<Removed, DataplaneError> {
+        // What is still open goes with this value.
+        let removed = self.pins.as_ref().map(Pins::remove).transpose()?;
+        Ok(removed.unwrap_or_default())
     }
 
     /// Where the program is.
@@ -130,8 +216,8 @@ fn failure(target: &Target<'_>, mode: Mode, source: ProgramError) -> DataplaneEr
     DataplaneError::Attach { interface: target.name.to_owned(), mode: mode.name(), source: Box::new(source) }
 }
 
-fn errno(error: &ProgramError) -> Option<i32> {
-    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
+fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    let mut source = Some(error);
     while let Some(error) = source {
         if let Some(io) = error.downcast_ref::<std::io::Error>() {
             return io.raw_os_error();

@@ -122,6 +122,17 @@ pub enum DataplaneError {
         /// How many there may be.
         limit: usize,
     },
+    /// What is pinned is in the way.
+    #[error(transparent)]
+    Pins(#[from] super::PinsError),
+    /// The program that is attached could not be replaced by this one.
+    #[error("cannot replace the program on the interface with index {interface}: {source}")]
+    Replace {
+        /// The interface's index.
+        interface: u32,
+        /// What the kernel said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A system call beside the maps.
     #[error("{call}: {source}")]
     System {

@@ -10,9 +10,11 @@ mod clock;
 mod error;
 mod flows;
 mod grace;
+mod known;
 mod learned;
 mod list;
 mod mapped;
+mod pins;
 mod reset;
 mod signals;
 
@@ -20,13 +22,14 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
 use aya::{
     Ebpf, EbpfLoader,
     maps::{LpmTrie, Map, MapData, PerCpuArray},
-    programs::{TestRun as _, TestRunOptions, Xdp},
+    programs::{TestRun as _, TestRunOptions, Xdp, links::FdLink},
 };
 use lb_common::{
     cell::Cell64,
@@ -49,8 +52,11 @@ pub use error::DataplaneError;
 pub use flows::Reaped;
 use grace::Grace;
 pub use grace::wait as wait_grace_period;
+pub use known::{Known, KnownBackend, KnownListener, Previous};
 pub use list::{Cursor, FlowState, ListedFlow};
 pub use mapped::Mapped;
+use pins::Definition;
+pub use pins::{Pins, PinsError, Removed};
 pub use reset::{Flow, FlowFilter, Hop, Walk};
 pub use signals::Signal;
 
@@ -126,31 +132,84 @@ pub struct Dataplane {
     attached: Vec<Attached>,
     /// The words of claims that the last look through the flow table found.
     claims: HashSet<Meta>,
+    /// What keeps the program attached, by interface index, where pins do so too.
+    links: BTreeMap<u32, FdLink>,
+    /// None: everything goes with this value.
+    pins: Option<Pins>,
+    adopted: bool,
 }
 
 impl Dataplane {
-    /// Loads the object and fills what does not depend on the network. Nothing is attached yet.
+    /// Loads the object and fills what does not depend on the network. Nothing is attached yet, and everything goes
+    /// with the value.
     pub fn load(object: &[u8], settings: &Settings) -> Result<Self, DataplaneError> {
+        Self::build(object, settings, None, BTreeMap::new())
+    }
+
+    /// As [`Dataplane::load`], with maps that outlive this process: those that are pinned already, if flows in them
+    /// are not lost with these settings, else new ones. `key_is_given`: the hash key is not just any.
+    ///
+    /// # Errors
+    /// [`PinsError::Different`] when what is pinned does not fit and may not be replaced.
+    pub fn load_pinned(
+        object: &[u8],
+        settings: &Settings,
+        key_is_given: bool,
+        mut pins: Pins,
+    ) -> Result<Self, DataplaneError> {
         if object.is_empty() {
             return Err(DataplaneError::Empty);
         }
-        let count = |wanted: fn(&IpAddr) -> bool| {
-            settings.snat_addresses.iter().filter(|address| wanted(address)).count()
-        };
-        let (count4, count6) = (count(IpAddr::is_ipv4), count(IpAddr::is_ipv6));
+        let mut adopted = BTreeMap::new();
+        if pins.adopts() {
+            let conflict =
+                Previous::read(&pins).and_then(|previous| previous.conflict(settings, key_is_given));
+            let fitting = match conflict {
+                Some(what) => Err(pins.different(what)),
+                None => pins.adopt(&definitions(object, settings)?),
+            };
+            match fitting {
+                Ok(fitting) => adopted = fitting,
+                Err(error @ PinsError::Different { .. }) => pins.give_up(error)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Self::build(object, settings, Some(pins), adopted)
+    }
+
+    /// `adopted`: the pins of maps to go on with, by name.
+    fn build(
+        object: &[u8],
+        settings: &Settings,
+        pins: Option<Pins>,
+        adopted: BTreeMap<String, PathBuf>,
+    ) -> Result<Self, DataplaneError> {
+        if object.is_empty() {
+            return Err(DataplaneError::Empty);
+        }
+        let (count4, count6) = settings.addresses();
         if count4.max(count6) > SNAT_ADDRESSES {
             return Err(DataplaneError::TooMany {
                 what: "SNAT addresses of one family",
                 limit: SNAT_ADDRESSES,
             });
         }
-        let mut ebpf = load_object(object, count4, count6, settings.log_one_in)?;
+        let mut ebpf = load_object(object, settings, &adopted)?;
+        if let Some(pins) = &pins {
+            let fresh = |name: &str| outlives(name) && !adopted.contains_key(name);
+            ebpf.maps()
+                .filter(|(name, _)| fresh(name))
+                .try_for_each(|(name, map)| pins.pin_map(name, map))?;
+        }
         // The clock first: it is measured over the time that the verifier takes for the other.
         load_program(&mut ebpf, "read_clock")?;
         let mut dataplane = Self::over_maps(ebpf)?;
         dataplane.loaded = (dataplane.jiffies()?, Instant::now());
         load_program(&mut dataplane.ebpf, "sheave")?;
-        dataplane.configure(settings);
+        (dataplane.pins, dataplane.adopted) = (pins, !adopted.is_empty());
+        if !dataplane.adopted {
+            dataplane.configure(settings);
+        }
         Ok(dataplane)
     }
 
@@ -180,6 +239,9 @@ impl Dataplane {
             kept_idle: BTreeMap::new(),
             attached: Vec::new(),
             claims: HashSet::new(),
+            links: BTreeMap::new(),
+            pins: None,
+            adopted: false,
             ebpf,
         })
     }
@@ -437,22 +499,65 @@ impl Dataplane {
     }
 }
 
+impl Settings {
+    /// How many SNAT addresses of IPv4 and of IPv6.
+    fn addresses(&self) -> (usize, usize) {
+        let count4 = self.snat_addresses.iter().filter(|address| address.is_ipv4()).count();
+        (count4, self.snat_addresses.len() - count4)
+    }
+
+    /// How large the maps are that grow with the number of addresses.
+    fn map_sizes(&self) -> [(&'static str, u32); 6] {
+        let (count4, count6) = self.addresses();
+        // A map of a family without addresses is never looked at, and cannot be empty.
+        let sets = |addresses: usize, share: u32| (SETS_PER_ADDRESS * addresses as u32 / share).max(1);
+        [
+            ("FLOW4", sets(count4, 1)),
+            ("RETURN_HOP4", sets(count4, 1)),
+            ("OVERFLOW4", sets(count4, 8)),
+            ("FLOW6", sets(count6, 1)),
+            ("RETURN_HOP6", sets(count6, 1)),
+            ("OVERFLOW6", sets(count6, 8)),
+        ]
+    }
+}
+
+/// Whether a map is pinned: not constants of the program, and not its log.
+fn outlives(map: &str) -> bool {
+    !map.starts_with('.') && map != "AYA_LOGS"
+}
+
+/// The maps that this build pins, as it makes them.
+fn definitions(object: &[u8], settings: &Settings) -> Result<BTreeMap<String, Definition>, DataplaneError> {
+    let object = aya_obj::Object::parse(object)
+        .map_err(|error| DataplaneError::Load(Box::new(aya::EbpfError::ParseError(error))))?;
+    let sizes = BTreeMap::from(settings.map_sizes());
+    let definition = |(name, map): (&String, &aya_obj::Map)| {
+        let definition = Definition {
+            kind: map.map_type(),
+            key_size: map.key_size(),
+            value_size: map.value_size(),
+            entries: sizes.get(name.as_str()).copied().unwrap_or(map.max_entries()),
+            flags: map.map_flags(),
+        };
+        (name.clone(), definition)
+    };
+    Ok(object.maps.iter().filter(|(name, _)| outlives(name)).map(definition).collect())
+}
+
 fn load_object(
     object: &[u8],
-    count4: usize,
-    count6: usize,
-    log_one_in: Option<u32>,
+    settings: &Settings,
+    adopted: &BTreeMap<String, PathBuf>,
 ) -> Result<Ebpf, DataplaneError> {
+    let log_one_in = settings.log_one_in;
     let mut loader = EbpfLoader::new();
-    for (maps, addresses) in
-        [(["FLOW4", "RETURN_HOP4", "OVERFLOW4"], count4), (["FLOW6", "RETURN_HOP6", "OVERFLOW6"], count6)]
-    {
-        let sets = SETS_PER_ADDRESS * addresses as u32;
-        for name in maps {
-            let entries = if name.starts_with("OVERFLOW") { sets / 8 } else { sets };
-            // A map of a family without addresses is never looked at, and cannot be empty.
-            loader.map_max_entries(name, entries.max(1));
-        }
+    for (name, entries) in settings.map_sizes() {
+        loader.map_max_entries(name, entries);
+    }
+    // Their definitions have been compared: aya takes whatever is there.
+    for (name, path) in adopted {
+        loader.map_pin_path(name, path.as_path());
     }
     // Constants of the program: with these two the verifier takes the log out of it.
     let level = if log_one_in.is_some() { aya_log::Level::Info as u8 } else { 0 };

@@ -38,6 +38,7 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
             snat_ports: None,
             hash_key_file: None,
             state_dir: "/nonexistent".into(),
+            pin_dir: "/nonexistent".into(),
         },
         vip: Vip { mode: VipMode::Follow },
         admin: Admin { socket: "/nonexistent".into(), group: None, listen: None },

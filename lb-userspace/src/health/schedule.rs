@@ -157,8 +157,17 @@ impl Handle {
 ///
 /// Must be called within a tokio runtime that has I/O and time enabled.
 pub fn spawn(targets: Vec<Target>, events: mpsc::Sender<Event>) -> Handle {
+    resume(targets, |_| State::Unknown, events)
+}
+
+/// As [`spawn`], with verdicts of earlier checks, which stand until enough new ones say otherwise.
+pub fn resume(
+    targets: Vec<Target>,
+    state: impl Fn(TargetId) -> State,
+    events: mpsc::Sender<Event>,
+) -> Handle {
     let mut handle = Handle { running: HashMap::new(), tasks: JoinSet::new(), events };
-    handle.begin(targets, |_| State::Unknown);
+    handle.begin(targets, state);
     handle
 }
 

@@ -1,0 +1,295 @@
+//! What the maps that were adopted say: who is who in them, so that nobody gets the number of another.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    ops::RangeInclusive,
+};
+
+use aya::maps::{Map, MapData};
+use lb_common::{
+    flow::{Family, V4, V6},
+    hash,
+    layout::{self, BACKENDS, LISTENERS, SELECTION_WORDS, WAYS, backend_flag, family},
+    meta::{Kind, Meta},
+};
+
+use super::{Dataplane, Mapped, Port, Settings, pins::Pins, sets, words};
+
+/// Everything that has a number.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Known {
+    /// By id.
+    pub listeners: Vec<KnownListener>,
+    /// By id.
+    pub backends: Vec<KnownBackend>,
+    /// By number.
+    pub ports: Vec<Port>,
+}
+
+/// A listener that has an id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KnownListener {
+    /// Slots name it by this.
+    pub id: u16,
+    /// What clients connect to.
+    pub address: SocketAddr,
+    /// The number of its service, from 0; None: it was taken from its service.
+    pub service: Option<usize>,
+    /// Whether packets to it are looked at.
+    pub open: bool,
+}
+
+/// A backend that has an id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KnownBackend {
+    /// Slots and selection tables name it by this.
+    pub id: u8,
+    /// Where its flows go.
+    pub address: SocketAddr,
+    /// It is this host.
+    pub local: bool,
+    /// It had new flows last.
+    pub accepts: bool,
+}
+
+impl Dataplane {
+    /// Whether the maps are those of a daemon before this one.
+    pub fn adopted(&self) -> bool {
+        self.adopted
+    }
+
+    /// Who has a number in the maps. Numbers that no table and no slot names are free from here on: nobody may have
+    /// written to the maps since the last grace period.
+    pub fn known(&mut self) -> Known {
+        if !self.adopted {
+            return Known::default();
+        }
+        let named = self.named();
+        let open = self.open_listeners();
+        let mut known = Known { ports: self.ports(), ..Known::default() };
+        for id in 1..LISTENERS as u16 {
+            let Some(entry) = self.listeners.read(usize::from(id)).filter(|it| it.family != 0) else {
+                continue;
+            };
+            if !open.contains(&id) && !named.listeners[usize::from(id)] {
+                self.listeners.write(usize::from(id), layout::Listener::default());
+                continue;
+            }
+            known.listeners.push(KnownListener {
+                id,
+                address: endpoint(entry.family, entry.address, entry.port),
+                service: usize::from(entry.service).checked_sub(1),
+                open: open.contains(&id),
+            });
+        }
+        for (id, selected) in self.selected().into_iter().enumerate() {
+            let Some(entry) = self.backends.get(id).filter(|it| it.family != 0) else { continue };
+            if !selected && !named.backends[id] {
+                self.backends.place(id, layout::Backend::default());
+                continue;
+            }
+            let flags = entry.flags.load();
+            known.backends.push(KnownBackend {
+                id: id as u8,
+                address: endpoint(entry.family, entry.address, entry.port),
+                local: flags & backend_flag::LOCAL != 0,
+                accepts: flags & backend_flag::ACCEPTS != 0,
+            });
+        }
+        known
+    }
+
+    fn named(&self) -> Named {
+        let mut named = Named {
+            backends: vec![false; BACKENDS as usize],
+            listeners: vec![false; usize::from(u16::MAX) + 1],
+        };
+        named.look_through::<V4>(&self.flows4);
+        named.look_through::<V6>(&self.flows6);
+        named
+    }
+
+    /// The listeners that lists of ports lead to.
+    fn open_listeners(&self) -> BTreeSet<u16> {
+        let mut open = BTreeSet::new();
+        for word in (0..self.listener_ports.len()).filter_map(|index| self.listener_ports.read(index)) {
+            for first in [word, word >> 16, word >> 32, word >> 48] {
+                let mut next = first as u16;
+                // An id that is there already ends it, also in a list that bites its tail.
+                while next != 0 && open.insert(next) {
+                    next = self.listeners.read(usize::from(next)).map_or(0, |entry| entry.next);
+                }
+            }
+        }
+        open
+    }
+
+    /// The backends that selection tables in force name, by id.
+    fn selected(&self) -> Vec<bool> {
+        let mut selected = vec![false; BACKENDS as usize];
+        for service in (0..self.services.len()).filter_map(|index| self.services.read(index)) {
+            for half in
+                [service.selection4, service.selection6].into_iter().filter_map(|it| it.checked_sub(1))
+            {
+                let start = (half * SELECTION_WORDS) as usize;
+                for word in
+                    (start..start + SELECTION_WORDS as usize).filter_map(|index| self.selection.read(index))
+                {
+                    word.to_le_bytes().iter().for_each(|id| selected[usize::from(*id)] = true);
+                }
+            }
+        }
+        selected
+    }
+
+    fn ports(&self) -> Vec<Port> {
+        let config = self.settings();
+        config.ports.iter().take(config.port_count as usize).map(Port::of_layout).collect()
+    }
+}
+
+/// Which ids slots name, closed ones included: packets of theirs are still forwarded.
+struct Named {
+    backends: Vec<bool>,
+    listeners: Vec<bool>,
+}
+
+impl Named {
+    fn look_through<F: Family>(&mut self, flows: &Mapped<F::Set>) {
+        for set in (0..flows.len()).filter_map(|index| flows.get(index)) {
+            for way in 0..WAYS as u32 {
+                let meta = Meta(F::meta(set, way).load());
+                if !meta.is(Kind::Free) {
+                    let (_, _, listener) = F::parts(F::load(set, way));
+                    self.backends[usize::from(meta.backend())] = true;
+                    self.listeners[usize::from(listener)] = true;
+                }
+            }
+        }
+    }
+}
+
+impl Port {
+    fn of_layout(port: &layout::Port) -> Self {
+        let tag = |word: &u32| {
+            let [p0, p1, i0, i1] = word.to_ne_bytes();
+            (u16::from_be_bytes([p0, p1]), u16::from_be_bytes([i0, i1]))
+        };
+        Self {
+            interface: port.interface,
+            tags: port.tags.iter().take(port.tag_count as usize).map(tag).collect(),
+            mac: lb_common::headers::Mac::from_number(port.mac).bytes(),
+        }
+    }
+}
+
+/// What the flows in pinned maps depend on.
+#[derive(Clone, Debug)]
+pub struct Previous {
+    config: layout::Config,
+}
+
+impl Previous {
+    /// Reads it; None where there are no such maps, or where they are not this build's.
+    pub fn read(pins: &Pins) -> Option<Self> {
+        let map = MapData::from_pin(pins.map("CONFIG")?).and_then(Map::from_map_data).ok()?;
+        let config = Mapped::<layout::Config>::new("CONFIG", &map).ok()?.read(0)?;
+        // Nothing was ever configured.
+        (config.sets != 0).then_some(Self { config })
+    }
+
+    /// Source addresses towards the backends, in the order that the flow table is divided by.
+    pub fn snat_addresses(&self) -> Vec<IpAddr> {
+        let (count4, count6) = (self.config.snat4_count as usize, self.config.snat6_count as usize);
+        let v4 = self.config.snat4.iter().take(count4).map(|word| address(family::IPV4, [(*word).into(), 0]));
+        let v6 = self.config.snat6.iter().take(count6).map(|words| address(family::IPV6, *words));
+        v4.chain(v6).collect()
+    }
+
+    /// Source ports towards the backends.
+    pub fn snat_ports(&self) -> RangeInclusive<u16> {
+        ports_of(self.config.first_set, self.config.sets)
+    }
+
+    /// Why flows would be lost with these settings, in words.
+    pub(super) fn conflict(&self, settings: &Settings, key_is_given: bool) -> Option<String> {
+        let config = &self.config;
+        if key_is_given && hash::Key::new(settings.secret) != config.key {
+            return Some(
+                "it was made with another hash key than the one in dataplane.hash_key_file".to_owned(),
+            );
+        }
+        let before = self.snat_addresses();
+        // Each family in its order; how they are mixed does not matter.
+        let by_family = |addresses: &[IpAddr]| -> Vec<IpAddr> {
+            let v4 = addresses.iter().filter(|address| address.is_ipv4());
+            v4.chain(addresses.iter().filter(|address| address.is_ipv6())).copied().collect()
+        };
+        if before != by_family(&settings.snat_addresses) {
+            let names = |addresses: &[IpAddr]| {
+                addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+            };
+            return Some(format!(
+                "its flows leave from {} (dataplane.snat_addresses), and now they would from {}",
+                names(&before),
+                names(&settings.snat_addresses)
+            ));
+        }
+        let (first, count, partners) = sets(&settings.snat_ports);
+        ((first, count, partners) != (config.first_set, config.sets, config.partners)).then(|| {
+            let (before, now) = (self.snat_ports(), ports_of(first, count));
+            format!(
+                "its flows leave from ports {}-{} (dataplane.snat_ports), and now they would from {}-{}",
+                before.start(),
+                before.end(),
+                now.start(),
+                now.end()
+            )
+        })
+    }
+}
+
+fn ports_of(first: u32, count: u32) -> RangeInclusive<u16> {
+    let ways = WAYS as u32;
+    (first * ways) as u16..=((first + count) * ways).saturating_sub(1) as u16
+}
+
+fn endpoint(family: u8, words: [u64; 2], port: u16) -> SocketAddr {
+    SocketAddr::new(address(family, words), u16::from_be(port))
+}
+
+/// The address that [`words`] made words of.
+fn address(family: u8, parts: [u64; 2]) -> IpAddr {
+    if family == family::IPV4 {
+        return Ipv4Addr::from((parts[0] as u32).to_ne_bytes()).into();
+    }
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&parts[0].to_ne_bytes());
+    bytes[8..].copy_from_slice(&parts[1].to_ne_bytes());
+    let address = IpAddr::from(Ipv6Addr::from(bytes));
+    debug_assert_eq!(words(address), parts);
+    address
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_endpoint_is_what_it_was() {
+        for text in ["10.0.0.7:6443", "[fd00::1:2]:6443"] {
+            let there: SocketAddr = text.parse().unwrap();
+            let family = if there.is_ipv4() { family::IPV4 } else { family::IPV6 };
+            assert_eq!(endpoint(family, words(there.ip()), there.port().to_be()), there);
+        }
+    }
+
+    #[test]
+    fn a_port_is_what_it_was() {
+        for tags in [vec![], vec![(0x8100, 7)], vec![(0x88a8, 100), (0x8100, 7)]] {
+            let port = Port { interface: 3, tags, mac: [2, 0, 0, 0, 0, 9] };
+            assert_eq!(Port::of_layout(&port.layout()), port);
+        }
+    }
+}

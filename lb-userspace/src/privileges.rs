@@ -1,0 +1,38 @@
+//! The capabilities that a running daemon keeps. It is root's process that reads answers from the network: what it does
+//! not need, nobody can make use of.
+//!
+//! | kept | for |
+//! |---|---|
+//! | CAP_BPF | reading counters and changing the allow list; kernels before 5.19 refuse `bpf(2)` without |
+//! | CAP_NET_ADMIN | asking for neighbours, adding and removing VIPs, attaching to an interface, switching offloads |
+//! | CAP_NET_RAW | announcing a VIP, sending RSTs |
+//! | CAP_DAC_READ_SEARCH | reading certificates and tokens again that belong to other users |
+//!
+//! Loading needs CAP_PERFMON as well, mounting the BPF file system CAP_SYS_ADMIN: both are over by then.
+
+use std::collections::HashSet;
+
+use caps::{CapSet, Capability, errors::CapsError};
+
+const KEPT: [Capability; 4] = [
+    Capability::CAP_BPF,
+    Capability::CAP_DAC_READ_SEARCH,
+    Capability::CAP_NET_ADMIN,
+    Capability::CAP_NET_RAW,
+];
+
+/// Gives up the others, for this thread and those that it starts from now on. Cannot be undone.
+pub(crate) fn drop_unneeded() -> Result<(), CapsError> {
+    let had = caps::read(None, CapSet::Permitted)?;
+    let kept: HashSet<_> = KEPT.into_iter().filter(|capability| had.contains(capability)).collect();
+    // First what could be had back by executing a program; that needs CAP_SETPCAP itself.
+    if had.contains(&Capability::CAP_SETPCAP) {
+        for capability in caps::read(None, CapSet::Bounding)?.difference(&kept) {
+            caps::drop(None, CapSet::Bounding, *capability)?;
+        }
+    }
+    caps::clear(None, CapSet::Ambient)?;
+    caps::set(None, CapSet::Effective, &kept)?;
+    caps::set(None, CapSet::Permitted, &kept)?;
+    caps::clear(None, CapSet::Inheritable)
+}
