@@ -4,14 +4,14 @@ use std::{
     fs,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
-    process::{Command, ExitStatus},
+    process::{Command, ExitStatus, Output},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;
 
-use crate::lab::{Host, Process, eventually, namespace::command_in, process::Signal, run};
+use crate::lab::{Host, Process, eventually, namespace::command_in, pins_of, process::Signal, run};
 
 /// Loading, first checks and attaching take well under a second on an idle machine; the suite shares two cores.
 const READY_LIMIT: Duration = Duration::from_secs(30);
@@ -47,6 +47,7 @@ impl Settings {
         };
         line("[dataplane]");
         line(&format!("state_dir = {:?}", directory.join("state")));
+        line(&format!("pin_dir = {:?}", pins_of(directory)));
         self.dataplane.iter().for_each(|text| line(text));
         line(&format!("[vip]\nmode = {:?}", self.vip_mode));
         line(&format!("[admin]\nsocket = {:?}", directory.join("admin.sock")));
@@ -79,12 +80,14 @@ impl Settings {
     }
 }
 
-/// `sheave run` on a host. Dropping it kills it.
+/// `sheave run` on a host. Dropping it kills it; what it has put into the kernel stays until the lab goes.
 #[derive(Debug)]
 pub struct Daemon {
     process: Process,
     /// Of the host it runs on.
     namespace: PathBuf,
+    /// Of everything it keeps.
+    directory: PathBuf,
     socket: PathBuf,
 }
 
@@ -142,7 +145,21 @@ impl Daemon {
     /// # Errors
     /// When the program is missing.
     pub fn start(host: &Host, directory: &Path, settings: &Settings) -> Result<Self> {
-        Self::start_with(host, directory, |directory| settings.to_toml(directory), host.command(program()?))
+        Self::start_arguing(host, directory, settings, &[])
+    }
+
+    /// As [`Daemon::start`], with further arguments of `sheave run`.
+    ///
+    /// # Errors
+    /// When the program is missing.
+    pub fn start_arguing(
+        host: &Host,
+        directory: &Path,
+        settings: &Settings,
+        arguments: &[&str],
+    ) -> Result<Self> {
+        let config = |directory: &Path| settings.to_toml(directory);
+        Self::launch(host, directory, config, host.command(program()?), arguments)
     }
 
     /// Starts the daemon with a configuration that [`Settings`] cannot say: `config` makes its text, with what the
@@ -155,15 +172,26 @@ impl Daemon {
         host: &Host,
         directory: &Path,
         config: impl FnOnce(&Path) -> String,
+        command: Command,
+    ) -> Result<Self> {
+        Self::launch(host, directory, config, command, &[])
+    }
+
+    fn launch(
+        host: &Host,
+        directory: &Path,
+        config: impl FnOnce(&Path) -> String,
         mut command: Command,
+        arguments: &[&str],
     ) -> Result<Self> {
         let directory = directory.join(format!("{}-sheave", host.name()));
         fs::create_dir_all(&directory)?;
         let file = directory.join("sheave.toml");
         fs::write(&file, config(&directory))?;
-        command.arg("run").arg("--config").arg(&file);
+        command.arg("run").arg("--config").arg(&file).args(arguments);
         let process = host.start("sheave", command)?;
-        Ok(Self { process, namespace: host.namespace().path(), socket: directory.join("admin.sock") })
+        let socket = directory.join("admin.sock");
+        Ok(Self { process, namespace: host.namespace().path(), directory, socket })
     }
 
     /// Waits until every service has this many ready backends.
@@ -257,7 +285,21 @@ impl Daemon {
         self.process.log()
     }
 
-    /// SIGTERM, and waits for its end.
+    /// Where it pins maps, program and links.
+    pub fn pins(&self) -> PathBuf {
+        pins_of(&self.directory)
+    }
+
+    /// `sheave unload`, whether it still runs or not: what it said.
+    ///
+    /// # Errors
+    /// When the program is missing.
+    pub fn unload(&self) -> Result<Output> {
+        let config = self.directory.join("sheave.toml");
+        Ok(self.command("unload")?.arg("--config").arg(config).output()?)
+    }
+
+    /// SIGTERM, and waits for its end. Packets go on.
     ///
     /// # Errors
     /// When it does not end.

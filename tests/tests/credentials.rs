@@ -17,7 +17,7 @@ use lb_tests::{
     daemon::{Daemon, Settings, program},
     lab::{
         authority::{Authority, Identity},
-        eventually,
+        eventually, pins_of,
     },
     load,
     stub::{AnonymousMode, Health, PORT, TOKEN},
@@ -321,8 +321,12 @@ fn init_writes_a_configuration_that_balances() {
 
     // The same cluster, from its own file.
     let here = |directory: &Path| {
-        let state = format!("interfaces = \"auto\"\nstate_dir = {:?}", directory.join("state"));
-        text.replace("interfaces = \"auto\"", &state)
+        let places = format!(
+            "interfaces = \"auto\"\nstate_dir = {:?}\npin_dir = {:?}",
+            directory.join("state"),
+            pins_of(directory)
+        );
+        text.replace("interfaces = \"auto\"", &places)
             + &format!("\n[admin]\nsocket = {:?}\n", directory.join("admin.sock"))
     };
     let command = cluster.lb.command(program().unwrap());

@@ -390,7 +390,7 @@ fn coming_under_a_running_haproxy_and_leaving_again_resets_nobody() {
     assert_eq!(held(), 100, "new connections go past HAProxy, old ones stay with it");
     drop(new);
 
-    assert!(daemon.stop().unwrap().success());
+    assert!(daemon.unload().unwrap().status.success());
     old.ask_names().require_all(100).unwrap();
     let mut later = Crowd::open(&cluster.client, &client, 10).unwrap();
     later.ask_names().require_all(10).unwrap();
@@ -398,20 +398,21 @@ fn coming_under_a_running_haproxy_and_leaving_again_resets_nobody() {
 }
 
 #[test]
-fn stopping_takes_the_program_away_and_leaves_a_followed_vip() {
+fn unloading_takes_the_program_away_and_leaves_a_followed_vip() {
     let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
-    let daemon = cluster.balance().unwrap();
+    let mut daemon = cluster.balance().unwrap();
     assert!(has_xdp(&cluster.lb, "eth0").unwrap());
     assert!(daemon.is_alive().unwrap());
     let socket = daemon.socket().to_owned();
-    assert!(daemon.stop().unwrap().success());
+    assert!(daemon.unload().unwrap().status.success());
+    assert!(daemon.process().wait(MOMENT).unwrap().success());
     assert!(!has_xdp(&cluster.lb, "eth0").unwrap());
     assert!(cluster.vips().into_iter().all(|vip| owns(&cluster.lb, vip)));
     assert!(!socket.exists(), "its socket is gone");
 }
 
 #[test]
-fn a_vip_of_our_own_comes_and_goes_with_the_daemon() {
+fn a_vip_of_our_own_comes_with_the_daemon_and_goes_when_it_is_unloaded() {
     let mut cluster = Cluster::without_vips(Shape::OneArm, 2).unwrap();
     for apiserver in &mut cluster.apiservers {
         apiserver.start().unwrap();
@@ -426,7 +427,7 @@ fn a_vip_of_our_own_comes_and_goes_with_the_daemon() {
     })
     .unwrap();
     require_served(&cluster, 10);
-    assert!(daemon.stop().unwrap().success());
+    assert!(daemon.unload().unwrap().status.success());
     assert!(!cluster.vips().into_iter().any(|vip| owns(&cluster.lb, vip)));
 }
 

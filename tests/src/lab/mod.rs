@@ -34,6 +34,9 @@ pub use wait::eventually;
 /// Files of a lab live below this directory, one directory per lab.
 const DIRECTORY: &str = "/tmp/sheave-lab";
 
+/// What daemons pin is below this directory, one directory per lab.
+const PINS: &str = "/sys/fs/bpf/sheave-lab";
+
 /// Several labs of one process are told apart by this number.
 static NEXT_LAB: AtomicU32 = AtomicU32::new(0);
 
@@ -89,6 +92,11 @@ impl Lab {
     /// A directory for certificates, sockets and logs, removed with the lab.
     pub fn directory(&self) -> &Path {
         &self.directory
+    }
+
+    /// A directory of the BPF file system for what outlives a daemon, removed with the lab.
+    pub fn pins(&self) -> PathBuf {
+        pins_of(&self.directory)
     }
 
     /// Adds a segment with the subnets `10.77.<number>.0/24` and `fd77:<number>::/64`.
@@ -173,6 +181,7 @@ impl Drop for Lab {
     fn drop(&mut self) {
         // A directory that cannot be removed is left to the next run's sweep.
         let _ = fs::remove_dir_all(&self.directory);
+        let _ = fs::remove_dir_all(self.pins());
     }
 }
 
@@ -205,12 +214,19 @@ fn prepare_for_native_xdp(namespace: &Namespace, device: &str) -> Result<()> {
     Ok(())
 }
 
+/// Where a daemon pins that keeps its files in `directory`, which is a lab's or below it.
+pub fn pins_of(directory: &Path) -> PathBuf {
+    Path::new(PINS).join(directory.strip_prefix(DIRECTORY).unwrap_or(Path::new("other")))
+}
+
 /// Removes directories of labs whose process is gone.
 fn sweep_stale_directories() {
-    let Ok(entries) = fs::read_dir(DIRECTORY) else { return };
-    for entry in entries.flatten() {
-        if entry.file_name().to_str().is_some_and(namespace::owner_is_gone) {
-            let _ = fs::remove_dir_all(entry.path());
+    for place in [DIRECTORY, PINS] {
+        let Ok(entries) = fs::read_dir(place) else { continue };
+        for entry in entries.flatten() {
+            if entry.file_name().to_str().is_some_and(namespace::owner_is_gone) {
+                let _ = fs::remove_dir_all(entry.path());
+            }
         }
     }
 }
