@@ -101,6 +101,7 @@ impl Plan {
         backend.map_or(State::Unknown, |backend| backend.state)
     }
 
+    /// What the checks are to be made of.
     pub fn targets(&self) -> Vec<Target> {
         backends::targets(&self.services, &self.backends)
     }
