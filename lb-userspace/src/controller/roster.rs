@@ -556,11 +556,12 @@ mod tests {
                     assert!(self.listeners.values().all(|(_, service)| *service != Some(number)));
                 }
             }
-            // Selections follow from the checks, for whoever belongs to a service and is known.
-            if !matches!(step, Step::RetireBackend(_)) {
-                let held = |id: &u8| next.backends.get(id).is_some_and(Seat::is_held);
-                self.in_tables.extend(self.backends.keys().copied().filter(held));
-            }
+        }
+
+        /// Selections follow from the checks, for whoever belongs to a service and is known.
+        fn select(&mut self, next: &Roster) {
+            let held = |id: &u8| next.backends.get(id).is_some_and(Seat::is_held);
+            self.in_tables.extend(self.backends.keys().copied().filter(held));
         }
     }
 
@@ -602,7 +603,10 @@ mod tests {
                 let after = next(&roster, &sketch);
                 for step in roster.steps_to(&after) {
                     maps.apply(step, &after);
+                    maps.select(&after);
                 }
+                // Who comes back to their number needs no step.
+                maps.select(&after);
                 prop_assert_eq!(&maps, &Maps::of(&after));
                 // Whoever has a number keeps its address.
                 for (id, seat) in &roster.backends {
