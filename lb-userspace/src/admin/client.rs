@@ -14,7 +14,10 @@ use serde::de::DeserializeOwned;
 use tokio::{net::UnixStream, task::JoinSet, time::timeout};
 
 use super::{
-    commands::{Events, Flow, FlowFilter, Ordered, Refusal, RefusalKind, Reloaded, StateOrder, WeightOrder},
+    commands::{
+        Events, Flow, FlowFilter, KillOrder, Killed, Ordered, Refusal, RefusalKind, Reloaded, StateOrder,
+        WeightOrder,
+    },
     query,
     status::{Alive, Failure, Status, Unloaded},
 };
@@ -126,6 +129,11 @@ impl Client {
     /// `POST /v1/backends/weight`
     pub async fn set_weight(&self, order: &WeightOrder) -> Result<Ordered, ClientError> {
         self.tell("/v1/backends/weight", order).await
+    }
+
+    /// `POST /v1/flows/kill`
+    pub async fn kill(&self, order: &KillOrder) -> Result<Killed, ClientError> {
+        self.tell("/v1/flows/kill", order).await
     }
 
     /// `GET /v1/events`

@@ -73,6 +73,10 @@ pub struct StateOrder {
     pub all_services: bool,
     /// What it is to be.
     pub state: OrderedState,
+    /// For drain and maint: after so many seconds the flows that it still has are reset. None: after the service's
+    /// `drain_timeout`, or never.
+    #[serde(default)]
+    pub timeout_seconds: Option<u64>,
 }
 
 impl StateOrder {
@@ -132,6 +136,34 @@ pub struct OrderedBackend {
     pub weight: u16,
     /// Flows that it still has.
     pub active_flows: u64,
+    /// In how many seconds those are reset; None: never.
+    #[serde(default)]
+    pub reset_in_seconds: Option<u64>,
+}
+
+/// `POST /v1/flows/kill`: which flows. At least a backend or a client must be given.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KillOrder {
+    /// The backend's name, or its address and port.
+    #[serde(default)]
+    pub backend: Option<String>,
+    /// The service's name.
+    #[serde(default)]
+    pub service: Option<String>,
+    /// Of every service that has such a backend.
+    #[serde(default)]
+    pub all_services: bool,
+    /// The client: an address, an address and port, or a prefix.
+    #[serde(default)]
+    pub client: Option<String>,
+}
+
+/// The answer to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Killed {
+    /// How many flows were reset.
+    pub flows: u64,
 }
 
 /// `POST /v1/reload`

@@ -30,7 +30,8 @@ use tokio::{
 use super::{
     AdminListener,
     commands::{
-        Events, FlowFilter, FlowPage, Ordered, Refusal, RefusalKind, Reloaded, StateOrder, WeightOrder,
+        Events, FlowFilter, FlowPage, KillOrder, Killed, Ordered, Refusal, RefusalKind, Reloaded, StateOrder,
+        WeightOrder,
     },
     query,
     status::{Alive, Failure, Status, Unloaded},
@@ -55,6 +56,8 @@ pub enum Request {
     SetWeight(WeightOrder, Caller, oneshot::Sender<Result<Ordered, Refusal>>),
     /// `GET /v1/flows`, a page at a time: the number is 0 at first, then [`FlowPage::next`].
     Flows(FlowFilter, u64, oneshot::Sender<Result<FlowPage, Refusal>>),
+    /// `POST /v1/flows/kill`
+    Kill(KillOrder, Caller, oneshot::Sender<Result<Killed, Refusal>>),
     /// `GET /v1/events`
     Events(oneshot::Sender<Events>),
 }
@@ -220,20 +223,28 @@ async fn answer(
             }
             Err((status, error)) => failure(status, RefusalKind::Usage, &error),
         },
+        ("/v1/flows/kill", &Method::POST) => match read(body).await {
+            Ok(order) => {
+                let question = |answer| Request::Kill(order, caller, answer);
+                decided(ask(controller, question, ANSWER_TIMEOUT).await)
+            }
+            Err((status, error)) => failure(status, RefusalKind::Usage, &error),
+        },
         ("/v1/flows", &Method::GET) => match query::flows(head.uri.query().unwrap_or_default()) {
             Ok(filter) => flows(filter, controller.clone(), patience.clone()).await,
             Err(error) => refused(&Refusal::new(RefusalKind::Usage, error)),
         },
         ("/v1/events", &Method::GET) => plain(ask(controller, Request::Events, ANSWER_TIMEOUT).await),
         ("/v1/status" | "/v1/alive" | "/v1/flows" | "/v1/events", _) => wrong_method("GET"),
-        ("/v1/unload" | "/v1/reload" | "/v1/backends/state" | "/v1/backends/weight", _) => {
-            wrong_method("POST")
-        }
+        (
+            "/v1/unload" | "/v1/reload" | "/v1/backends/state" | "/v1/backends/weight" | "/v1/flows/kill",
+            _,
+        ) => wrong_method("POST"),
         _ => failure(
             StatusCode::NOT_FOUND,
             RefusalKind::Usage,
             "there is GET /v1/status, /v1/alive, /v1/flows and /v1/events, and POST /v1/reload, \
-             /v1/backends/state, /v1/backends/weight and /v1/unload",
+             /v1/backends/state, /v1/backends/weight, /v1/flows/kill and /v1/unload",
         ),
     })
 }

@@ -59,6 +59,9 @@ fn start() -> Daemon {
         }
         Request::SetState(order, caller, answer) => drop(answer.send(ordered(&order.backend, caller))),
         Request::SetWeight(order, caller, answer) => drop(answer.send(ordered(&order.backend, caller))),
+        Request::Kill(order, _, answer) => {
+            drop(answer.send(Ok(Killed { flows: order.backend.map_or(0, |backend| backend.len() as u64) })));
+        }
         Request::Flows(filter, from, answer) => drop(answer.send(flows(&filter, from))),
         Request::Events(answer) => drop(answer.send(Events::default())),
     })
@@ -137,7 +140,13 @@ async fn every_question_has_its_answer() {
 }
 
 fn drain(backend: &str) -> StateOrder {
-    StateOrder { backend: backend.to_owned(), service: None, all_services: false, state: OrderedState::Drain }
+    StateOrder {
+        backend: backend.to_owned(),
+        service: None,
+        all_services: false,
+        state: OrderedState::Drain,
+        timeout_seconds: None,
+    }
 }
 
 #[tokio::test]
@@ -150,6 +159,8 @@ async fn orders_are_carried_out_or_refused_with_the_reason() {
     let refused = daemon.client().set_state(&drain("master-2")).await.expect_err("unknown");
     assert!(refused.is_mistake());
     assert_eq!(refused.to_string(), "the sheave daemon says: there is no master-2");
+    let order = KillOrder { backend: Some("master-1".to_owned()), ..KillOrder::default() };
+    assert_eq!(daemon.client().kill(&order).await.expect("done"), Killed { flows: 8 });
     let refused = daemon.client().reload().await.expect_err("a wrong file");
     assert!(refused.is_mistake() && refused.to_string().contains("line 7 is wrong"), "{refused}");
     assert!(!daemon.client().unload().await.expect_err("refused").is_mistake(), "the daemon's own trouble");

@@ -8,10 +8,7 @@ use std::{
 };
 
 use super::{SocketArgument, block_on, output};
-use crate::{
-    admin::{Client, Flow, FlowFilter, FlowsError},
-    config::parse_duration,
-};
+use crate::admin::{Client, Flow, FlowFilter, FlowsError};
 
 const LIMIT: Duration = Duration::from_secs(5);
 
@@ -45,17 +42,13 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "NAME")]
     service: Option<String>,
     /// Only those without a segment for at least so long, such as `10m`
-    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", value_parser = super::duration)]
     min_age: Option<Duration>,
     /// The same facts as JSON, one object a line
     #[arg(long)]
     json: bool,
     #[command(flatten)]
     socket: SocketArgument,
-}
-
-fn duration(text: &str) -> Result<Duration, String> {
-    parse_duration(text).ok_or_else(|| "write a duration such as `90s`, `10m` or `1h30m`".to_owned())
 }
 
 pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {

@@ -7,6 +7,7 @@ mod doctor;
 mod events;
 mod flows;
 mod init;
+mod kill;
 mod orders;
 mod output;
 mod rbac;
@@ -20,6 +21,7 @@ use std::{
     io::{self, IsTerminal as _},
     path::PathBuf,
     process::ExitCode,
+    time::Duration,
 };
 
 use clap::{Parser, Subcommand};
@@ -27,7 +29,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     admin::{ClientError, OrderedState},
-    config::{Admin, ConfigError},
+    config::{Admin, ConfigError, parse_duration},
     controller::ControllerError,
     daemon::DaemonError,
 };
@@ -98,15 +100,17 @@ enum Command {
     /// Look for what would keep this host from balancing, each with its fix
     Doctor(doctor::Arguments),
     /// Take a backend out of service for an upgrade: no new flows, old ones live on
-    Drain(orders::StateArguments),
+    Drain(orders::LeavingArguments),
     /// Give a drained backend, or one in maintenance, back to its checks
     Ready(orders::StateArguments),
     /// As drain, and never used, not even when there is nobody else
-    Maint(orders::StateArguments),
+    Maint(orders::LeavingArguments),
     /// Change a backend's share of new flows
     Weight(orders::WeightArguments),
     /// List flows: clients, backends, states
     Flows(flows::Arguments),
+    /// Reset flows: of a backend, of a client
+    Kill(kill::Arguments),
     /// Show the last changes of state and operator's orders, with their reasons
     Events(events::Arguments),
     /// Read the configuration file again and apply what is different; flows are untouched
@@ -125,6 +129,10 @@ struct SocketArgument {
     /// The daemon's admin socket
     #[arg(long, value_name = "PATH", default_value = Admin::SOCKET)]
     socket: PathBuf,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    parse_duration(text).ok_or_else(|| "write a duration such as `90s`, `10m` or `1h30m`".to_owned())
 }
 
 /// Runs the command line of this process.
@@ -150,11 +158,12 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Status(arguments) => status::run(arguments),
         Command::Doctor(arguments) => doctor::run(arguments),
         Command::Alive(arguments) => alive::run(arguments),
-        Command::Drain(arguments) => orders::set_state(arguments, OrderedState::Drain),
-        Command::Ready(arguments) => orders::set_state(arguments, OrderedState::Ready),
-        Command::Maint(arguments) => orders::set_state(arguments, OrderedState::Maint),
+        Command::Drain(arguments) => orders::leave(arguments, OrderedState::Drain),
+        Command::Ready(arguments) => orders::give_back(arguments),
+        Command::Maint(arguments) => orders::leave(arguments, OrderedState::Maint),
         Command::Weight(arguments) => orders::set_weight(arguments),
         Command::Flows(arguments) => flows::run(arguments),
+        Command::Kill(arguments) => kill::run(arguments),
         Command::Events(arguments) => events::run(arguments),
         Command::Reload(arguments) => reload::run(&arguments),
         Command::Unload(arguments) => unload::run(arguments),

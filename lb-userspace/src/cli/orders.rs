@@ -22,10 +22,19 @@ struct BackendArguments {
 }
 
 #[derive(Debug, clap::Args)]
+pub(super) struct LeavingArguments {
+    #[command(flatten)]
+    common: StateArguments,
+    /// Reset the flows that it still has after so long, such as `10m`. Without it: as the service's drain_timeout says
+    #[arg(long, value_name = "DURATION", value_parser = super::duration)]
+    timeout: Option<Duration>,
+}
+
+#[derive(Debug, clap::Args)]
 #[command(after_help = "\
 What an operator can say about a backend:
-  drain   no new flows while any other backend is usable; those it has live on
-  maint   no new flows, whatever happens to the others; those it has live on
+  drain   no new flows while any other backend is usable; those it has live on (or until --timeout)
+  maint   no new flows, whatever happens to the others; those it has live on (or until --timeout)
   ready   as its checks say
 
 It is kept across restarts of sheave and of the host, until `sheave ready`. Checks go on meanwhile.
@@ -83,10 +92,23 @@ fn weight(text: &str) -> Result<WeightWord, String> {
     }
 }
 
-/// Tells the daemon what a backend is to be.
-pub(super) fn set_state(arguments: StateArguments, state: OrderedState) -> anyhow::Result<ExitCode> {
+/// Tells the daemon that a backend is to be left alone by new flows.
+pub(super) fn leave(arguments: LeavingArguments, state: OrderedState) -> anyhow::Result<ExitCode> {
+    set_state(arguments.common, state, arguments.timeout.map(|timeout| timeout.as_secs()))
+}
+
+/// Gives a backend back to its checks.
+pub(super) fn give_back(arguments: StateArguments) -> anyhow::Result<ExitCode> {
+    set_state(arguments, OrderedState::Ready, None)
+}
+
+fn set_state(
+    arguments: StateArguments,
+    state: OrderedState,
+    timeout_seconds: Option<u64>,
+) -> anyhow::Result<ExitCode> {
     let BackendArguments { backend, service, all_services } = arguments.backend;
-    let order = StateOrder { backend, service, all_services, state };
+    let order = StateOrder { backend, service, all_services, state, timeout_seconds };
     let ordered = block_on(Client::new(&arguments.socket.socket, LIMIT).set_state(&order))??;
     show(&ordered, arguments.json)
 }
@@ -115,8 +137,12 @@ fn text(ordered: &Ordered) -> String {
             1 => "1 flow".to_owned(),
             count => format!("{count} flows"),
         };
+        let end = match backend.reset_in_seconds {
+            Some(seconds) => format!(", which are reset in {seconds} s"),
+            None => String::new(),
+        };
         text.push_str(&format!(
-            "{}/{} ({}) is {}, weight {}, and has {flows}\n",
+            "{}/{} ({}) is {}, weight {}, and has {flows}{end}\n",
             output::printable(&backend.service),
             output::printable(&backend.name),
             backend.address,
@@ -155,12 +181,13 @@ mod tests {
                 state: BackendState::Drain,
                 weight: 1,
                 active_flows: 12,
+                reset_in_seconds: Some(600),
             }],
             warnings: vec!["api: no other backend is usable".to_owned()],
         };
         assert_eq!(
             text(&ordered),
-            "api/master-1 (10.0.0.1:6443) is drain, weight 1, and has 12 flows\n\
+            "api/master-1 (10.0.0.1:6443) is drain, weight 1, and has 12 flows, which are reset in 600 s\n\
              warning: api: no other backend is usable\n"
         );
     }

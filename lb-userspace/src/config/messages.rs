@@ -117,6 +117,7 @@ ca_file = "/etc/sheave/ca.crt"
         (service.on_dead, service.reset_after, service.reset_rate),
         (OnDead::Reset, Duration::from_secs(5), 2000)
     );
+    assert_eq!(service.drain_timeout, None, "flows of who is drained live on");
     assert_eq!(service.check, Check { ca_file: Some("/etc/sheave/ca.crt".into()), ..Check::default() });
     assert_eq!(service.check.interval, Duration::from_secs(1));
     assert_eq!(
@@ -151,6 +152,7 @@ allow = ["10.0.0.0/8", "fd00::/8", "192.0.2.7"]
 on_dead = "keep"
 reset_after = "10s"
 reset_rate = 0
+drain_timeout = "10m"
 pods = false
 [service.check]
 type = "https"
@@ -190,6 +192,7 @@ address = "[fd00::151]:6443"
         (service.on_dead, service.reset_after, service.reset_rate),
         (OnDead::Keep, Duration::from_secs(10), 0)
     );
+    assert_eq!(service.drain_timeout, Some(Duration::from_secs(600)));
     assert_eq!(service.allow.len(), 3);
     assert_eq!(service.check.expect, [200..=200, 300..=399]);
     assert_eq!(service.check.fast_interval, Duration::from_millis(500));
@@ -226,7 +229,7 @@ fn unknown_keys() {
         (
             &service_with("bind = [\"192.0.2.1:6443\"]"),
             "unknown key \"bind\" in [[service]]\n= help: known here: name, listen, backends, backend, check, \
-             balance, forward, idle_timeout, allow, on_dead, reset_after, reset_rate, pods",
+             balance, forward, idle_timeout, allow, on_dead, reset_after, reset_rate, drain_timeout, pods",
         ),
         (
             "[[service]]\nname = \"a\"\nlisten = [\"192.0.2.1:1\"]\n[[service.backend]]\nadress = \"10.0.0.1:1\"\n",

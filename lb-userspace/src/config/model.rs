@@ -107,6 +107,9 @@ pub struct Service {
     pub reset_after: Duration,
     /// Flows that are reset or asked in a second, at most. 0: no limit.
     pub reset_rate: u32,
+    /// How long the flows of a backend may go on that an operator drains or puts into maintenance: 1 s to a day.
+    /// None: until they end.
+    pub drain_timeout: Option<Duration>,
     /// How its backends are checked.
     pub check: Check,
     /// Names and addresses unique within the service. At least one, unless there are some by name.

@@ -13,7 +13,7 @@ use super::{
     values,
 };
 
-const KEYS: [&str; 13] = [
+const KEYS: [&str; 14] = [
     "name",
     "listen",
     "backends",
@@ -26,6 +26,7 @@ const KEYS: [&str; 13] = [
     "on_dead",
     "reset_after",
     "reset_rate",
+    "drain_timeout",
     "pods",
 ];
 
@@ -35,6 +36,8 @@ const IDLE_TIMEOUT: RangeInclusive<Duration> = Duration::from_secs(60)..=Duratio
 const RESET_AFTER_DEFAULT: Duration = Duration::from_secs(5);
 /// Shorter than a check may take, it would be no proof; longer than TCP itself has patience, no use.
 const RESET_AFTER: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(3600);
+/// A day: nobody waits longer for an upgrade.
+const DRAIN_TIMEOUT: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(24 * 3600);
 /// Ten thousand flows in five seconds.
 const RESET_RATE_DEFAULT: u32 = 2000;
 const RESET_RATE_MAX: i64 = 1_000_000;
@@ -88,6 +91,7 @@ fn read(section: &Section, document: &mut Document) -> Result<ReadService, Probl
         )?,
         reset_after: section.duration("reset_after", RESET_AFTER)?.unwrap_or(RESET_AFTER_DEFAULT),
         reset_rate: section.integer("reset_rate", 0..=RESET_RATE_MAX)?.unwrap_or(RESET_RATE_DEFAULT),
+        drain_timeout: section.duration("drain_timeout", DRAIN_TIMEOUT)?,
         check: check::read(section, document)?,
         backends: backends.by_address.iter().map(|backend| backend.get_ref().clone()).collect(),
         named_backends: backends.by_name.iter().map(|backend| backend.get_ref().clone()).collect(),

@@ -1,6 +1,8 @@
 //! What an operator orders about single backends.
 
-use super::{Controller, backends::Backend, orders::Order, services::Services};
+use std::collections::BTreeMap;
+
+use super::{Controller, backends::Backend, endings::unix_seconds, orders::Order, services::Services};
 use crate::{
     admin::{
         BackendChoice, Caller, JournalKind, Ordered, OrderedBackend, OrderedState, Refusal, RefusalKind,
@@ -22,7 +24,19 @@ impl Controller {
             }
             OrderedState::Maint => (OperatorState::Maint, "put into maintenance: no new flows"),
         };
-        self.order(&order.choice(), |order| order.state = state, verb, by)
+        if state == OperatorState::None && order.timeout_seconds.is_some() {
+            let error = "a timeout is for drain and maint: a backend that is handed back keeps its flows";
+            return Err(Refusal::new(RefusalKind::Usage, error));
+        }
+        let timeouts: BTreeMap<_, _> =
+            self.services.iter().map(|(_, service)| (service.name.clone(), service.drain_timeout)).collect();
+        let change = |kept: &mut Order| {
+            let configured = timeouts.get(&kept.service).copied().flatten().map(|it| it.as_secs());
+            let timeout = order.timeout_seconds.or(configured).filter(|_| state != OperatorState::None);
+            kept.state = state;
+            kept.reset_at = timeout.map(|seconds| unix_seconds().saturating_add(seconds));
+        };
+        self.order(&order.choice(), change, verb, by)
     }
 
     /// `POST /v1/backends/weight`
@@ -89,6 +103,7 @@ impl Controller {
             state: backend.shown_state(),
             weight: backend.weight,
             active_flows: self.reaped.active.get(usize::from(backend.id)).copied().unwrap_or_default(),
+            reset_in_seconds: self.reset_in(backend),
         }
     }
 
@@ -109,7 +124,11 @@ impl Controller {
 }
 
 /// The places of the backends that a command is about, or what the operator may have meant.
-fn choose(backends: &[Backend], services: &Services, choice: &BackendChoice) -> Result<Vec<usize>, Refusal> {
+pub(super) fn choose(
+    backends: &[Backend],
+    services: &Services,
+    choice: &BackendChoice,
+) -> Result<Vec<usize>, Refusal> {
     let usage = |error| Err(Refusal::new(RefusalKind::Usage, error));
     if let Some(name) = &choice.service
         && !services.iter().any(|(_, service)| service.name == *name)

@@ -70,6 +70,10 @@ fn of_service(old: &Service, new: &Service, lines: &mut Vec<String>) {
     for (what, differs) in [
         ("idle_timeout", old.idle_timeout != new.idle_timeout),
         ("allow", old.allow != new.allow),
+        ("on_dead", old.on_dead != new.on_dead),
+        ("reset_after", old.reset_after != new.reset_after),
+        ("reset_rate", old.reset_rate != new.reset_rate),
+        ("drain_timeout", old.drain_timeout != new.drain_timeout),
         ("check", old.check != new.check),
     ] {
         if differs {
@@ -82,6 +86,10 @@ fn of_service(old: &Service, new: &Service, lines: &mut Vec<String>) {
         backends: new.backends.clone(),
         idle_timeout: new.idle_timeout,
         allow: new.allow.clone(),
+        on_dead: new.on_dead,
+        reset_after: new.reset_after,
+        reset_rate: new.reset_rate,
+        drain_timeout: new.drain_timeout,
         check: new.check.clone(),
         ..old.clone()
     };

@@ -4,6 +4,7 @@
 mod backends;
 mod commands;
 mod difference;
+mod endings;
 mod error;
 mod flags;
 mod flow_list;
@@ -438,6 +439,7 @@ impl Controller {
                     Request::SetState(order, by, answer) => drop(answer.send(self.set_state(&order, by))),
                     Request::SetWeight(order, by, answer) => drop(answer.send(self.set_weight(&order, by))),
                     Request::Flows(filter, from, answer) => drop(answer.send(self.flow_page(&filter, from))),
+                    Request::Kill(order, by, answer) => drop(answer.send(self.kill_flows(&order, by))),
                     Request::Events(answer) => {
                         drop(answer.send(Events { events: self.journal.events().cloned().collect() }));
                     }
@@ -702,6 +704,7 @@ impl Controller {
     async fn turn(&mut self) {
         self.last_turn = Instant::now();
         systemd::turning();
+        self.end_drains();
         if self.turns.is_multiple_of(REAP_EVERY) {
             self.reap();
         }

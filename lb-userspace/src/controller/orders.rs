@@ -24,6 +24,9 @@ pub(super) struct Order {
     /// Instead of the configured weight.
     #[serde(default)]
     pub(super) weight: Option<u16>,
+    /// When its flows are reset, in seconds since 1970; None: never.
+    #[serde(default)]
+    pub(super) reset_at: Option<u64>,
 }
 
 /// All orders that stand.
@@ -56,6 +59,7 @@ impl Orders {
             backend,
             state: OperatorState::None,
             weight: None,
+            reset_at: None,
         })
     }
 
@@ -108,7 +112,13 @@ mod tests {
     use super::*;
 
     fn order(backend: u8, state: OperatorState, weight: Option<u16>) -> Order {
-        Order { service: "api".to_owned(), backend: ([10, 0, 0, backend], 6443).into(), state, weight }
+        Order {
+            service: "api".to_owned(),
+            backend: ([10, 0, 0, backend], 6443).into(),
+            state,
+            weight,
+            reset_at: None,
+        }
     }
 
     #[test]

@@ -69,7 +69,10 @@ struct Job {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Work {
+    /// Of a backend that is dead, for as long as it is.
     Reset,
+    /// Of a backend that lives, because an operator says so.
+    End,
     Ask,
 }
 
@@ -200,13 +203,15 @@ impl Controller {
         let flows = self.dataplane.kill_flows(filter, &mut Walk::default(), usize::MAX)?;
         let count = flows.len();
         for flow in flows {
-            // The backend lives, and answers what it is asked; the program answers that with a RST.
-            let asked = self.resets.wire.ask_backend(&flow, flow.last_ack.unwrap_or_default());
-            self.resets.heed(asked);
-            self.tell(flow, now);
+            self.tell_both(flow, now);
         }
         self.resets.hurry();
         Ok(count)
+    }
+
+    /// Resets the flows that a backend has now, at the service's rate, and tells both of their ends.
+    pub(super) fn end_flows_of(&mut self, backend: &Backend) {
+        self.resets.begin(Work::End, backend, Instant::now());
     }
 
     /// Whether there is anybody who may die soon.
@@ -326,7 +331,7 @@ impl Controller {
         }
         let filter = FlowFilter::of_backend(job.backend);
         let flows = match job.work {
-            Work::Reset => self.dataplane.kill_flows(&filter, &mut job.walk, limit)?,
+            Work::Reset | Work::End => self.dataplane.kill_flows(&filter, &mut job.walk, limit)?,
             Work::Ask => self.dataplane.flows_to_ask(&filter, &mut job.walk, limit),
         };
         watch.pace.done(flows.len());
@@ -334,6 +339,7 @@ impl Controller {
         for flow in flows {
             match (job.work, flow.last_ack) {
                 (Work::Reset, _) => self.tell(flow, now),
+                (Work::End, _) => self.tell_both(flow, now),
                 (Work::Ask, Some(last_ack)) => {
                     let sent = self.resets.wire.ask_backend(&flow, last_ack);
                     self.resets.heed(sent);
@@ -364,6 +370,10 @@ impl Controller {
                 tracing::debug!("asked about {} flows of {}", job.count, name());
                 None
             }
+            Work::End => {
+                tracing::info!("{} flows of {} were reset", job.count, name());
+                None
+            }
             Work::Reset => {
                 if job.count > 0 {
                     tracing::info!("{} flows of {} were reset", job.count, name());
@@ -371,6 +381,14 @@ impl Controller {
                 Some(Job { walk: Walk::default(), count: 0, at: now + AGAIN, ..job })
             }
         }
+    }
+
+    /// Of a flow that was reset while its backend lives.
+    fn tell_both(&mut self, flow: Flow, now: Instant) {
+        // The backend answers what it is asked; the program answers that with a RST.
+        let asked = self.resets.wire.ask_backend(&flow, flow.last_ack.unwrap_or_default());
+        self.resets.heed(asked);
+        self.tell(flow, now);
     }
 
     /// Tells the client of a flow that was reset that it is over, now and twice again.

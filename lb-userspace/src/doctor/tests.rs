@@ -52,6 +52,7 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
             on_dead: OnDead::Reset,
             reset_after: Duration::from_secs(5),
             reset_rate: 2000,
+            drain_timeout: None,
             check: Check {
                 kind: CheckKind::Https,
                 path: "/readyz".to_owned(),
