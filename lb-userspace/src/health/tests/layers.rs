@@ -83,6 +83,21 @@ async fn a_frozen_apiserver_is_silent() {
 }
 
 #[tokio::test]
+async fn without_tls_only_a_byte_of_a_reply_shows_that_somebody_is_there() {
+    // Its kernel completes TCP and takes the request.
+    let frozen = Server::start(Layer::Frozen, |_| Answer::ok()).await;
+    let impatient = Check { timeout: SHORT, ..check(CheckKind::Http) };
+    let report = check_once(frozen.address, &impatient).await;
+    assert_eq!(gist(&report), fail(Failure::Silent, CheckCode::L7Tout));
+    assert!(!report.connected, "no new flows for it, not even when nobody is ready");
+
+    let slow = Server::start(Layer::Plain, |_| Answer::Trickle("HTTP/1.1 200 OK\r\nX: ".to_owned())).await;
+    let report = check_once(slow.address, &impatient).await;
+    assert_eq!(gist(&report), fail(Failure::NoAnswer, CheckCode::L7Tout));
+    assert!(report.connected);
+}
+
+#[tokio::test]
 async fn a_host_that_drops_packets_is_silent() {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
