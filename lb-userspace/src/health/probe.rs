@@ -348,7 +348,9 @@ impl Facts {
 
 impl From<Trouble> for CheckReport {
     fn from(trouble: Trouble) -> Self {
-        let Trouble { outcome, code, info, certificate_rejected } = trouble;
-        Self { info, certificate_rejected, ..Self::new(outcome, code) }
+        let Trouble { outcome, code, info, certificate_rejected, identity_refused } = trouble;
+        let mut report = Self { info, certificate_rejected, ..Self::new(outcome, code) };
+        report.connected |= identity_refused;
+        report
     }
 }

@@ -140,7 +140,7 @@ pub struct CheckReport {
     /// The sub-checks that the backend names as failed: `etcd`, `shutdown`.
     pub failed: Vec<String>,
     /// The connection stood up to the layer below the answer: TLS completed, or TCP for `http` and `tcp`. `false` for
-    /// who is silent on it.
+    /// who is silent on it, `true` for who refuses our certificate, which needs a living process, too.
     pub connected: bool,
     /// A connection was opened for this check; `false`: the previous one was used again.
     pub fresh_connection: bool,

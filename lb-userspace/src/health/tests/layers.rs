@@ -370,3 +370,20 @@ async fn a_demand_for_a_client_certificate_is_an_answer() {
     let check = Check { client_cert: Some(cluster.client_certificate()), ..cluster.check() };
     assert_eq!(gist(&check_once(server.address, &check).await), pass(CheckCode::L7Ok, 200));
 }
+
+#[tokio::test]
+async fn who_refuses_our_certificate_is_alive_whatever_version_of_tls_it_speaks() {
+    let cluster = Cluster::new();
+    let elsewhere = Cluster::new();
+    let unknown = Check { client_cert: Some(elsewhere.client_certificate()), ..cluster.check() };
+    for (layer, code) in [
+        (Layer::tls_that_requires_a_client_certificate(&cluster.ca, &cluster.pair), CheckCode::L7Rsp),
+        (Layer::tls12_that_requires_a_client_certificate(&cluster.ca, &cluster.pair), CheckCode::L6Rsp),
+    ] {
+        let server = Server::start(layer, |_| Answer::ok()).await;
+        let report = check_once(server.address, &unknown).await;
+        assert_eq!(gist(&report), fail(Failure::NotExpected, code), "{}", report.info);
+        assert!(report.info.starts_with("our client certificate is refused: alert "), "{}", report.info);
+        assert!(report.connected, "new flows go there when nobody is ready: {}", report.info);
+    }
+}
