@@ -5,6 +5,7 @@
 
 pub mod cluster;
 pub mod daemon;
+pub mod etcd;
 pub mod lab;
 pub mod load;
 pub mod packets;

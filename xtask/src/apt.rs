@@ -56,11 +56,14 @@ if [ ! -e $policy ]; then
 fi
 export DEBIAN_FRONTEND=noninteractive
 apt-get install --quiet --yes --no-remove --no-install-recommends "$@" >&2 </dev/null || exit
+[ -d /run/systemd/system ] || exit 0
 for package; do
-    unit=$package.service
-    if [ -d /run/systemd/system ] && systemctl cat "$unit" >/dev/null 2>&1; then
-        systemctl disable --quiet "$unit" >&2
-    fi
+    # Not always called like the package: etcd-server has etcd.service.
+    for unit in $(dpkg -L "$package" | sed -n 's,.*/systemd/system/\([^/@]*\.service\)$,\1,p'); do
+        if systemctl cat "$unit" >/dev/null 2>&1; then
+            systemctl disable --quiet "$unit" >&2
+        fi
+    done
 done
 "#;
 

@@ -106,7 +106,7 @@ pub(crate) const DEMO_TOOLS: [Tool; 2] =
     [Tool { program: "ip", package: "iproute2" }, Tool { program: "ethtool", package: "ethtool" }];
 
 /// What the tests use.
-pub(crate) const TEST_TOOLS: [Tool; 8] = [
+pub(crate) const TEST_TOOLS: [Tool; 10] = [
     Tool { program: "ip", package: "iproute2" },
     Tool { program: "nft", package: "nftables" },
     Tool { program: "ethtool", package: "ethtool" },
@@ -115,6 +115,8 @@ pub(crate) const TEST_TOOLS: [Tool; 8] = [
     Tool { program: "ps", package: "procps" },
     Tool { program: "haproxy", package: "haproxy" },
     Tool { program: "keepalived", package: "keepalived" },
+    Tool { program: "etcd", package: "etcd-server" },
+    Tool { program: "etcdctl", package: "etcd-client" },
 ];
 
 /// Installs those of `tools` that are not here.

@@ -2,7 +2,7 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use rustls::ClientConfig;
+use rustls::{AlertDescription, ClientConfig};
 use rustls_pki_types::ServerName;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -26,12 +26,15 @@ pub(super) struct Trouble {
     pub(super) outcome: Outcome,
     pub(super) code: CheckCode,
     pub(super) info: String,
+    /// Theirs, by us.
     pub(super) certificate_rejected: bool,
+    /// Ours, or that we have none, by them.
+    pub(super) identity_refused: bool,
 }
 
 impl Trouble {
     pub(super) fn new(outcome: Outcome, code: CheckCode, info: impl Into<String>) -> Self {
-        Self { outcome, code, info: info.into(), certificate_rejected: false }
+        Self { outcome, code, info: info.into(), certificate_rejected: false, identity_refused: false }
     }
 
     pub(super) fn failed(failure: Failure, code: CheckCode, info: impl Into<String>) -> Self {
@@ -103,6 +106,7 @@ fn tls_trouble(error: &io::Error) -> Trouble {
     if let Some(error) = tls_error(error) {
         let mut trouble = Trouble::failed(Failure::NotExpected, CheckCode::L6Rsp, tls_text(error));
         trouble.certificate_rejected = matches!(error, rustls::Error::InvalidCertificate(_));
+        trouble.identity_refused = refuses_identity(error);
         return trouble;
     }
     match error.kind() {
@@ -116,6 +120,25 @@ fn tls_trouble(error: &io::Error) -> Trouble {
     }
 }
 
+/// Whether the backend has come as far in the handshake as to judge who we are, by its alert (RFC 8446, section 6.2).
+/// TLS 1.3 says so only after our side of the handshake.
+fn refuses_identity(error: &rustls::Error) -> bool {
+    let rustls::Error::AlertReceived(alert) = error else { return false };
+    matches!(
+        alert,
+        AlertDescription::BadCertificate
+            | AlertDescription::UnsupportedCertificate
+            | AlertDescription::CertificateRevoked
+            | AlertDescription::CertificateExpired
+            | AlertDescription::CertificateUnknown
+            | AlertDescription::UnknownCA
+            | AlertDescription::AccessDenied
+            | AlertDescription::CertificateRequired
+            // A CA of the same name with another key, after a rotation: the signature is what does not fit.
+            | AlertDescription::DecryptError
+    )
+}
+
 /// The TLS error inside an I/O error.
 pub(super) fn tls_error(error: &io::Error) -> Option<&rustls::Error> {
     error.get_ref()?.downcast_ref()
@@ -126,6 +149,9 @@ pub(super) fn tls_text(error: &rustls::Error) -> String {
     use rustls::CertificateError;
     match error {
         rustls::Error::InvalidMessage(_) => "SSL handshake failure: not TLS".to_owned(),
+        rustls::Error::AlertReceived(alert) if refuses_identity(error) => {
+            format!("our client certificate is refused: alert {alert:?}")
+        }
         rustls::Error::AlertReceived(alert) => format!("SSL handshake failure: alert {alert:?}"),
         rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
             "SSL handshake failure: certificate not issued by our CA".to_owned()

@@ -1,6 +1,14 @@
 //! HTTP/1.1 over a standing connection: one request at a time, a small reply.
 
-use std::{error::Error as _, io, time::Duration};
+use std::{
+    error::Error as _,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Empty};
@@ -14,6 +22,7 @@ use tokio::{
     sync::oneshot,
     time::{Instant, timeout, timeout_at},
 };
+use tokio_util::io::InspectReader;
 
 use super::{
     connect::{Transport, Trouble, io_text, tls_error, tls_text},
@@ -32,6 +41,7 @@ const CLOSING: Duration = Duration::from_secs(1);
 /// A connection that HTTP is spoken on. Dropping it closes it.
 pub(super) struct Connection {
     sender: SendRequest<Empty<Bytes>>,
+    heard: Arc<AtomicBool>,
     /// Tells the task that moves the bytes that we are done.
     _open: oneshot::Sender<()>,
 }
@@ -56,9 +66,16 @@ pub(super) enum End {
 
 impl Connection {
     pub(super) async fn open(transport: Box<dyn Transport>) -> Result<Self, Trouble> {
+        let heard = Arc::new(AtomicBool::new(false));
+        let listening = {
+            let heard = Arc::clone(&heard);
+            InspectReader::new(transport, move |bytes| {
+                heard.fetch_or(!bytes.is_empty(), Ordering::Relaxed);
+            })
+        };
         let (sender, connection) = http1::Builder::new()
             .max_buf_size(MAX_HEAD)
-            .handshake(TokioIo::new(transport))
+            .handshake(TokioIo::new(listening))
             .await
             .map_err(|error| trouble(&error))?;
         let (open, closed) = oneshot::channel::<()>();
@@ -70,7 +87,12 @@ impl Connection {
                 _ = closed => { let _ = timeout(CLOSING, connection).await; }
             }
         });
-        Ok(Self { sender, _open: open })
+        Ok(Self { sender, heard, _open: open })
+    }
+
+    /// Whether so much as a byte has come over it.
+    pub(super) fn has_heard(&self) -> bool {
+        self.heard.load(Ordering::Relaxed)
     }
 
     /// One request and its reply, within `limit`.

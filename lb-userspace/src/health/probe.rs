@@ -176,7 +176,7 @@ impl Prober {
                         self.keep(kept, &report, &reply);
                         report
                     }
-                    Err(trouble) => trouble.into(),
+                    Err(trouble) => self.without_a_word(trouble, &connection).into(),
                 };
                 facts.describe(&mut report);
                 return Ok(report);
@@ -190,6 +190,16 @@ impl Prober {
             let _ = timeout(CLOSING, transport.shutdown()).await;
         });
         Ok(report)
+    }
+
+    /// A kernel completes TCP and takes a request for a process that is frozen. Behind TLS somebody has shown to be
+    /// there; without it, who has not said a byte is as silent as who completes no handshake.
+    fn without_a_word(&self, trouble: Trouble, connection: &Connection) -> Trouble {
+        let no_answer = trouble.outcome == Outcome::Fail(Failure::NoAnswer);
+        if self.check.kind == CheckKind::Http && no_answer && !connection.has_heard() {
+            return Trouble { outcome: Outcome::Fail(Failure::Silent), ..trouble };
+        }
+        trouble
     }
 
     async fn open(
@@ -338,7 +348,9 @@ impl Facts {
 
 impl From<Trouble> for CheckReport {
     fn from(trouble: Trouble) -> Self {
-        let Trouble { outcome, code, info, certificate_rejected } = trouble;
-        Self { info, certificate_rejected, ..Self::new(outcome, code) }
+        let Trouble { outcome, code, info, certificate_rejected, identity_refused } = trouble;
+        let mut report = Self { info, certificate_rejected, ..Self::new(outcome, code) };
+        report.connected |= identity_refused;
+        report
     }
 }

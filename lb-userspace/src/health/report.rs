@@ -116,11 +116,11 @@ impl Outcome {
 pub enum Failure {
     /// An answer which is not the expected one: a status, garbage, a TLS alert, an untrusted certificate.
     NotExpected,
-    /// The connection stands (TLS completed, or TCP where the check speaks no TLS), then nothing.
+    /// Somebody is there (TLS completed, or a reply began), then nothing.
     NoAnswer,
     /// Its host lives and nobody wants us there: refused, or broken off before TLS completed.
     Refused,
-    /// TCP or TLS did not complete in time, or its host is unreachable.
+    /// TCP or TLS did not complete in time, or its host is unreachable; without TLS also: not a byte of a reply came.
     Silent,
 }
 
@@ -139,7 +139,8 @@ pub struct CheckReport {
     pub info: String,
     /// The sub-checks that the backend names as failed: `etcd`, `shutdown`.
     pub failed: Vec<String>,
-    /// The connection stood up to the layer below the answer: TLS completed, or TCP for `http` and `tcp`.
+    /// The connection stood up to the layer below the answer: TLS completed, or TCP for `http` and `tcp`. `false` for
+    /// who is silent on it, `true` for who refuses our certificate, which needs a living process, too.
     pub connected: bool,
     /// A connection was opened for this check; `false`: the previous one was used again.
     pub fresh_connection: bool,
@@ -165,7 +166,7 @@ impl CheckReport {
             duration: Duration::ZERO,
             info: String::new(),
             failed: Vec::new(),
-            connected: code.connected(),
+            connected: code.connected() && outcome != Outcome::Fail(Failure::Silent),
             fresh_connection: true,
             verified: false,
             credential_rejected: false,

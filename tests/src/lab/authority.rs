@@ -69,6 +69,19 @@ impl Authority {
         self.sign(label, &parameters)
     }
 
+    /// A certificate for both ends of a connection, as the members of an etcd need it: each is its peers' client.
+    ///
+    /// # Errors
+    /// When the files cannot be written.
+    pub fn peer(&self, label: &str, addresses: &[IpAddr]) -> Result<Identity> {
+        let mut parameters = CertificateParams::new(["localhost".to_owned()])?;
+        parameters.distinguished_name = name(label, &[]);
+        parameters.subject_alt_names.extend(addresses.iter().copied().map(SanType::IpAddress));
+        parameters.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        self.sign(label, &parameters)
+    }
+
     /// A client certificate for a user, with Kubernetes groups (such as `system:masters`) as organisations.
     ///
     /// # Errors

@@ -83,6 +83,21 @@ async fn a_frozen_apiserver_is_silent() {
 }
 
 #[tokio::test]
+async fn without_tls_only_a_byte_of_a_reply_shows_that_somebody_is_there() {
+    // Its kernel completes TCP and takes the request.
+    let frozen = Server::start(Layer::Frozen, |_| Answer::ok()).await;
+    let impatient = Check { timeout: SHORT, ..check(CheckKind::Http) };
+    let report = check_once(frozen.address, &impatient).await;
+    assert_eq!(gist(&report), fail(Failure::Silent, CheckCode::L7Tout));
+    assert!(!report.connected, "no new flows for it, not even when nobody is ready");
+
+    let slow = Server::start(Layer::Plain, |_| Answer::Trickle("HTTP/1.1 200 OK\r\nX: ".to_owned())).await;
+    let report = check_once(slow.address, &impatient).await;
+    assert_eq!(gist(&report), fail(Failure::NoAnswer, CheckCode::L7Tout));
+    assert!(report.connected);
+}
+
+#[tokio::test]
 async fn a_host_that_drops_packets_is_silent() {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
@@ -354,4 +369,21 @@ async fn a_demand_for_a_client_certificate_is_an_answer() {
 
     let check = Check { client_cert: Some(cluster.client_certificate()), ..cluster.check() };
     assert_eq!(gist(&check_once(server.address, &check).await), pass(CheckCode::L7Ok, 200));
+}
+
+#[tokio::test]
+async fn who_refuses_our_certificate_is_alive_whatever_version_of_tls_it_speaks() {
+    let cluster = Cluster::new();
+    let elsewhere = Cluster::new();
+    let unknown = Check { client_cert: Some(elsewhere.client_certificate()), ..cluster.check() };
+    for (layer, code) in [
+        (Layer::tls_that_requires_a_client_certificate(&cluster.ca, &cluster.pair), CheckCode::L7Rsp),
+        (Layer::tls12_that_requires_a_client_certificate(&cluster.ca, &cluster.pair), CheckCode::L6Rsp),
+    ] {
+        let server = Server::start(layer, |_| Answer::ok()).await;
+        let report = check_once(server.address, &unknown).await;
+        assert_eq!(gist(&report), fail(Failure::NotExpected, code), "{}", report.info);
+        assert!(report.info.starts_with("our client certificate is refused: alert "), "{}", report.info);
+        assert!(report.connected, "new flows go there when nobody is ready: {}", report.info);
+    }
 }

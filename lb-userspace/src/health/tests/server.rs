@@ -12,7 +12,9 @@ use std::{
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use rustls::{
     DigitallySignedStruct, DistinguishedName, Error, RootCertStore, ServerConfig, SignatureScheme,
+    SupportedProtocolVersion,
     client::danger::HandshakeSignatureValid,
+    crypto::CryptoProvider,
     server::{
         WebPkiClientVerifier,
         danger::{ClientCertVerified, ClientCertVerifier},
@@ -48,6 +50,13 @@ impl Ca {
         params.distinguished_name.push(DnType::CommonName, "kubernetes");
         let cert = params.self_signed(&key).unwrap();
         Self { pem: cert.pem(), der: cert.der().clone(), issuer: Issuer::new(params, key) }
+    }
+
+    /// For those who trust nobody else.
+    fn roots(&self) -> Arc<RootCertStore> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.der.clone()).unwrap();
+        Arc::new(roots)
     }
 
     pub(super) fn issue(&self, names: &[&str]) -> Pair {
@@ -130,16 +139,19 @@ impl Layer {
         Self::tls_with(ca, pair, true)
     }
 
+    /// The same before TLS 1.3, where the handshake does not complete without one that is known.
+    pub(super) fn tls12_that_requires_a_client_certificate(ca: &Ca, pair: &Pair) -> Self {
+        let verifier = WebPkiClientVerifier::builder_with_provider(ca.roots(), provider());
+        Self::tls_of(pair, verifier.build().unwrap(), &[&rustls::version::TLS12])
+    }
+
     /// As kube-apiserver: whatever is wrong with a client certificate, the handshake completes.
     pub(super) fn tls_that_takes_any_client_certificate(pair: &Pair) -> Self {
         Self::tls_verifying(pair, Arc::new(AnyCertificate))
     }
 
     fn tls_with(ca: &Ca, pair: &Pair, require_client_certificate: bool) -> Self {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let mut roots = RootCertStore::empty();
-        roots.add(ca.der.clone()).unwrap();
-        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+        let verifier = WebPkiClientVerifier::builder_with_provider(ca.roots(), provider());
         let verifier = match require_client_certificate {
             true => verifier,
             false => verifier.allow_unauthenticated(),
@@ -148,10 +160,17 @@ impl Layer {
     }
 
     fn tls_verifying(pair: &Pair, verifier: Arc<dyn ClientCertVerifier>) -> Self {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        Self::tls_of(pair, verifier, rustls::DEFAULT_VERSIONS)
+    }
+
+    fn tls_of(
+        pair: &Pair,
+        verifier: Arc<dyn ClientCertVerifier>,
+        versions: &[&'static SupportedProtocolVersion],
+    ) -> Self {
         let key = PrivateKeyDer::try_from(pair.key.serialize_der()).unwrap();
-        let mut config = ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(versions)
             .unwrap()
             .with_client_cert_verifier(verifier)
             .with_single_cert(vec![pair.cert.der().clone()], key)
@@ -159,6 +178,10 @@ impl Layer {
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         Self::Tls(Arc::new(config))
     }
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
 }
 
 /// Asks for a client certificate and takes what comes.
