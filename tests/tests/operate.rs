@@ -464,7 +464,8 @@ fn alive(crowd: &mut Crowd) -> usize {
 #[test]
 fn a_drained_backend_keeps_its_connections_until_its_time_is_over() {
     let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
-    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &cluster.settings().unwrap()).unwrap();
+    let mut daemon =
+        Daemon::start(&cluster.lb, cluster.lab.directory(), &cluster.settings().unwrap()).unwrap();
     daemon.wait_ready(2).unwrap();
     let (mut both, before) = crowd(&cluster, cluster.vips()[0], 40);
     let drained = before.by_server()["api-1"];
@@ -495,7 +496,8 @@ fn a_drained_backend_keeps_its_connections_until_its_time_is_over() {
 #[test]
 fn an_operator_ends_the_flows_of_a_client_or_a_backend_and_no_others() {
     let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
-    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &cluster.settings().unwrap()).unwrap();
+    let mut daemon =
+        Daemon::start(&cluster.lb, cluster.lab.directory(), &cluster.settings().unwrap()).unwrap();
     daemon.wait_ready(2).unwrap();
     for vip in cluster.vips() {
         let (mut crowd, before) = crowd(&cluster, vip, 30);
