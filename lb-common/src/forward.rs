@@ -142,11 +142,15 @@ fn reopen<A: Family, M: Maps>(
     clock: Clock,
 ) -> Result<Flow, Outcome> {
     let service = maps.service(listener.service).ok_or(Outcome::Malformed)?;
+    if !admits::<A, M>(maps, listener.service, service, context) {
+        return Err(Outcome::RefusedNotAllowed);
+    }
     let chosen = match A::selection(service) {
         0 => 0,
         half => maps.select(half - 1, query.hash),
     };
-    if chosen == 0 && !accepts(maps, found.meta()) {
+    // A listener that was taken from its service has flows that live on, and no new ones.
+    if chosen == 0 && (listener.service == 0 || !accepts(maps, found.meta())) {
         return Err(Outcome::RefusedNoBackend);
     }
     let before = found.meta();

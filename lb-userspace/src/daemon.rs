@@ -208,7 +208,7 @@ async fn start(
     let key_is_given = key_file.is_some();
     let secret = controller::load_hash_key(key_file).map_err(ControllerError::HashKey)?;
     let (network, changes) = Network::open().await?;
-    let mut names = Names::watch(&config, None);
+    let mut names = Names::watch_remembered(&config, &config.dataplane.state_dir);
     names.first_answers(FIRST_NAMES).await;
     let (config, problems) = names.apply(&config);
     problems.iter().for_each(|problem| tracing::warn!("{problem}"));

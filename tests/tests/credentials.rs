@@ -17,7 +17,7 @@ use lb_tests::{
     daemon::{Daemon, Settings, program},
     lab::{
         authority::{Authority, Identity},
-        eventually, pins_of,
+        eventually, pins_of, run,
     },
     load,
     stub::{AnonymousMode, Health, PORT, TOKEN},
@@ -402,7 +402,18 @@ fn a_backend_by_name_is_looked_up_and_a_name_nobody_knows_delays_nothing() {
 
     // In place: a bind mount stays with its file.
     fs::write(&hosts, format!("{} master-1\n{} master-2\n", address(0), address(1))).unwrap();
-    wait_flag(&daemon, "a backend's name stands for other addresses now");
+    daemon.wait_ready(2).unwrap();
+    assert_eq!(daemon.status().unwrap().states(&format!("master-2:{PORT}")), ["ready"]);
+    require_served(&cluster);
+    // One that moves: its old address gets no new flows any more.
+    fs::write(&hosts, format!("{} master-1\n{} master-2\n", address(1), address(1))).unwrap();
+    eventually(MOMENT, "master-1 is elsewhere", || {
+        let status = run(daemon.command("status")?.arg("--json"))?;
+        ensure!(!status.contains(&SocketAddr::new(address(0), PORT).to_string()), "{status}");
+        Ok(())
+    })
+    .unwrap();
+    require_served(&cluster);
 }
 
 #[test]
@@ -411,20 +422,30 @@ fn with_names_that_nobody_knows_clients_are_refused_at_once_and_not_left_hanging
     let directory = cluster.lab.directory();
     let resolv = directory.join("resolv.conf");
     fs::write(&resolv, "nameserver 192.0.2.53\n").unwrap();
+    let hosts = directory.join("hosts");
+    fs::write(&hosts, "").unwrap();
     let named = |directory: &Path| {
         let mut settings = settings(&cluster, &[]);
         settings.backends.clear();
         settings.service = vec![format!("backends = [\"nobody-knows:{PORT}\"]")];
+        settings.check = vec!["server_name = \"kubernetes\"".to_owned()];
         settings.to_toml(directory)
     };
     let mut command = cluster.lb.command("unshare");
-    let script = "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\"";
-    command.args(["--mount", "sh", "-c", script]).arg(&resolv).arg(program().unwrap());
-    let daemon = Daemon::start_with(&cluster.lb, directory, named, command).unwrap();
+    let script =
+        "mount --bind \"$0\" /etc/hosts && mount --bind \"$1\" /etc/resolv.conf && shift && exec \"$@\"";
+    command.args(["--mount", "sh", "-c", script]).arg(&hosts).arg(&resolv).arg(program().unwrap());
+    let mut daemon = Daemon::start_with(&cluster.lb, directory, named, command).unwrap();
     wait_flag(&daemon, "nobody-knows");
     assert!(daemon.is_alive().unwrap(), "{}", daemon.log());
     // curl's code for a connection that failed; a timeout would be 28.
     assert_eq!(cluster.curl(cluster.vip4, "/name").output().unwrap().status.code(), Some(7));
     let status = daemon.command("status").unwrap().output().unwrap().status;
     assert_eq!(status.code(), Some(3), "no backend is ready");
+
+    // Found at last, as on a host that boots before its resolver.
+    let address = cluster.apiservers[0].host.address(cluster.vip4).unwrap();
+    fs::write(&hosts, format!("{address} nobody-knows\n")).unwrap();
+    daemon.wait_ready(1).unwrap();
+    require_served(&cluster);
 }

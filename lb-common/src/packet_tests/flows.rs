@@ -327,6 +327,19 @@ fn a_closed_slot_is_reopened_by_its_own_tuple() {
 }
 
 #[test]
+fn what_is_asked_of_a_new_flow_is_asked_of_one_in_its_own_old_slot() {
+    for version in VERSIONS {
+        let mut lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        close(&lab, &flow, false);
+        lab.memory.services[usize::from(lab.service)].restricted = 1;
+        let syn = flow.up(SYN);
+        assert_refused(&lab.send(&syn).sent(Outcome::RefusedNotAllowed), &syn, Outcome::RefusedNotAllowed);
+        assert!(lab.meta(&flow).is(Kind::ClosedByClient), "nothing has begun");
+    }
+}
+
+#[test]
 fn a_reset_slot_is_reopened_when_the_backend_has_not_objected() {
     for version in VERSIONS {
         let lab = Lab::new();

@@ -19,7 +19,7 @@ pub struct Status {
     /// Where the program is attached.
     #[serde(default)]
     pub interfaces: Vec<InterfaceStatus>,
-    /// Packets since the program was loaded, by the name of the outcome.
+    /// Packets since the maps were made, by the name of the outcome.
     #[serde(default)]
     pub packets: BTreeMap<String, u64>,
     /// What the operator should know about this load balancer, in sentences.
@@ -77,7 +77,7 @@ pub struct BackendStatus {
     pub weight: u16,
     /// Flows in the flow table now.
     pub active_flows: u64,
-    /// Flows since the daemon started.
+    /// Flows since the flow table was made.
     pub total_flows: u64,
     /// The last check that finished.
     pub check: CheckStatus,

@@ -77,6 +77,11 @@ impl Controller {
         for (index, order) in chosen.iter().zip(&orders) {
             let backend = &mut self.backends[*index];
             backend.obey(order);
+            let id = backend.id;
+            if order.state == OperatorState::None {
+                self.spare_flows_of(id);
+            }
+            let backend = &self.backends[*index];
             let (name, service) = (backend.name.clone(), backend.target.service);
             let service_name = self.services[service].name.clone();
             tracing::info!("{service_name}/{name} was {verb}, by {by}");

@@ -2,6 +2,10 @@
 
 use crate::config::{Backend, Config, Service};
 
+/// Keys that the flow table was made for: a restart does not change them either.
+pub(super) const FLOW_TABLE: [&str; 3] =
+    ["dataplane.snat_addresses", "dataplane.snat_ports", "dataplane.hash_key_file"];
+
 /// What cannot change while the daemon runs, and is different: keys of the file.
 pub(super) fn needs_restart(old: &Config, new: &Config) -> Vec<&'static str> {
     let (before, after) = (&old.dataplane, &new.dataplane);

@@ -1,6 +1,7 @@
 //! Flows that an operator ends: at once, or when the time of a drained backend is over.
 
 use std::{
+    collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -11,6 +12,7 @@ use super::{Controller, backends::Backend, commands::choose};
 use crate::{
     admin::{BackendChoice, Caller, JournalKind, KillOrder, Killed, Refusal, RefusalKind},
     dataplane::FlowFilter,
+    health::{State, TargetId},
 };
 
 impl Controller {
@@ -38,6 +40,11 @@ impl Controller {
         match (&order.backend, &order.service) {
             (Some(backend), service) => {
                 let (backend, service) = (backend.clone(), service.clone());
+                let leaving = self.leaving(&backend);
+                if !leaving.is_empty() && !self.backends.iter().any(|it| it.answers_to(&backend)) {
+                    let of = |id| FlowFilter { backend: Some(id), ..all.clone() };
+                    return Ok(leaving.into_iter().map(of).collect());
+                }
                 let choice = BackendChoice { backend, service, all_services: order.all_services };
                 let chosen = choose(&self.backends, &self.services, &choice)?;
                 let id = |index: usize| Some(self.backends[index].id);
@@ -57,9 +64,29 @@ impl Controller {
         }
     }
 
+    /// The ids of backends that were removed, by their address: their flows live on.
+    fn leaving(&self, address: &str) -> Vec<u8> {
+        let Ok(address) = address.parse::<SocketAddr>() else { return Vec::new() };
+        let seats = self.roster.backends().iter();
+        seats.filter(|(_, seat)| !seat.is_held() && seat.address == address).map(|(id, _)| *id).collect()
+    }
+
+    /// Flows live on when their backend is removed; but nobody would find out any more that it is dead, and nobody would
+    /// remember that its time is over.
+    pub(super) fn end_flows_of_the_removed(&mut self, stay: &BTreeSet<TargetId>) {
+        let removed = self.backends.iter().filter(|backend| !stay.contains(&backend.target));
+        let doomed = |backend: &&Backend| backend.state == State::Dead || self.reset_in(backend).is_some();
+        let doomed: Vec<_> = removed.filter(doomed).cloned().collect();
+        for backend in doomed.iter().filter(|backend| !backend.local) {
+            tracing::info!("{} was removed: the flows it still has are reset", backend.name);
+            self.end_flows_of(backend);
+        }
+    }
+
     /// In how many seconds the flows of a backend are reset because an operator has said so.
     pub(super) fn reset_in(&self, backend: &Backend) -> Option<u64> {
-        let order = self.orders.about(&self.services[backend.target.service].name, backend.address);
+        let service = self.services.get(backend.target.service)?;
+        let order = self.orders.about(&service.name, backend.address);
         order.reset_at.map(|at| at.saturating_sub(unix_seconds()))
     }
 
@@ -77,7 +104,8 @@ impl Controller {
             }
             order.reset_at = None;
             if let Err(error) = self.orders.take(&[order]) {
-                tracing::error!("{error}");
+                tracing::error!("{error}; its flows are not reset yet");
+                continue;
             }
             let end = if backend.local {
                 "it is this host, whose own kernel has its flows"

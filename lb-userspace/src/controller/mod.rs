@@ -47,7 +47,7 @@ use crate::{
     names::Names,
     network::{Change, Network, XdpAttachMode, offloads, used_tcp_ports},
     systemd,
-    vip::{Follower, Owner, Presence},
+    vip::{Follower, Owner, Presence, remove_others},
 };
 
 use backends::Backend;
@@ -231,6 +231,7 @@ impl Controller {
 
     /// Hears of names whose addresses change from now on. The configuration is one that [`Names::apply`] made.
     pub fn follow_names(&mut self, names: Names) {
+        names.remember(&self.config.dataplane.state_dir);
         self.names = Some(names);
     }
 
@@ -348,7 +349,18 @@ impl Controller {
                 turn_off(Some(Mode::Generic))?;
             }
         }
-        for index in self.dataplane.leave_others(&self.ports.bases())? {
+        self.leave_others()?;
+        Ok(())
+    }
+
+    /// Takes the program off interfaces that lead to no listener or backend any more; while flows of removed ones live on,
+    /// not yet.
+    fn leave_others(&mut self) -> Result<(), DataplaneError> {
+        let mut wanted = self.ports.bases();
+        if self.roster.is_leaving() {
+            wanted.extend(self.dataplane.linked());
+        }
+        for index in self.dataplane.leave_others(&wanted)? {
             let name =
                 self.network.interface(index).map_or_else(|_| format!("interface {index}"), |it| it.name);
             tracing::info!("took the program off {name}: it leads to no listener or backend any more");
@@ -358,8 +370,17 @@ impl Controller {
 
     /// Puts the VIPs here, if they are ours to put. Then they are watched in either mode.
     pub async fn place_vips(&mut self) -> Result<(), ControllerError> {
-        if self.config.vip.mode == VipMode::Own {
-            let vips = plan::vips(&self.config);
+        let own = self.config.vip.mode == VipMode::Own;
+        let vips = if own { plan::vips(&self.config) } else { Vec::new() };
+        // Of a daemon before this one, with another configuration.
+        for placed in remove_others(&self.network, &self.config.dataplane.state_dir, &vips).await? {
+            tracing::info!(
+                "took the VIP {} off {}: it is not ours to put there any more",
+                placed.vip,
+                placed.interface
+            );
+        }
+        if own {
             let owner = Owner::acquire(&self.network, vips, &self.config.dataplane.state_dir).await?;
             for placed in owner.placed() {
                 tracing::info!("put the VIP {} on {}", placed.vip, placed.interface);
@@ -444,7 +465,7 @@ impl Controller {
                         drop(answer.send(Events { events: self.journal.events().cloned().collect() }));
                     }
                 },
-                () = renamed(&mut names) => self.say_what_moved(),
+                () = renamed(&mut names) => self.take_in_names().await,
                 _ = signals.tick() => self.heed_signals(),
                 _ = second.tick() => self.turn().await,
                 () = tokio::time::sleep_until(reset_turn) => self.reset_turn(),
@@ -677,13 +698,6 @@ impl Controller {
         }
     }
 
-    /// A name that stands for another address is one backend gone and another come.
-    fn say_what_moved(&self) {
-        for sentence in self.moved_names() {
-            tracing::warn!("{sentence}");
-        }
-    }
-
     /// Backends whose names stand for other addresses than those in use.
     fn moved_names(&self) -> Vec<String> {
         let Some(names) = &self.names else { return Vec::new() };
@@ -693,7 +707,7 @@ impl Controller {
             .filter(|(is, wanted)| is.backends != wanted.backends)
             .map(|(is, _)| {
                 format!(
-                    "{}: a backend's name stands for other addresses now: `sheave reload` uses them",
+                    "{}: a backend's name stands for other addresses now, which are not used: `sheave reload` says why",
                     is.name
                 )
             })
@@ -726,6 +740,11 @@ impl Controller {
     fn reap(&mut self) {
         let idle = self.services.by_number(Duration::from_secs(3 * 3600), |service| service.idle_timeout);
         self.await_programs();
+        if !self.roster.is_leaving()
+            && let Err(error) = self.leave_others()
+        {
+            tracing::warn!("{error}");
+        }
         match self.dataplane.reap(&idle) {
             Ok(reaped) => {
                 (self.reaped, self.reaped_at) = (reaped, Instant::now());

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     admin::{Caller, JournalKind, Refusal, RefusalKind, Reloaded},
-    config::{Config, VipMode},
+    config::{Config, Interfaces, VipMode},
     dataplane::{DataplaneError, wait_grace_period},
     health::{Event, State, TargetId},
     names::Names,
@@ -98,7 +98,24 @@ impl Controller {
         if self.pending.is_some() {
             return self.refuse(&by, answer, conflict("another reload is under way: try again in a second"));
         }
-        match self.decide().await {
+        let decided = self.decide_by_file().await;
+        self.proceed(decided, by, answer).await;
+    }
+
+    /// Uses the addresses that names stand for now. Where that cannot be, a flag says so.
+    pub(super) async fn take_in_names(&mut self) {
+        // A reload that is under way looks at the names again when it is over.
+        let Some(names) = self.names.clone().filter(|_| self.pending.is_none()) else { return };
+        names.remember(&self.config.dataplane.state_dir);
+        let (config, problems) = names.apply(&self.config);
+        if config != self.config {
+            let decided = self.decide(config, names, problems).await;
+            self.proceed(decided, "the names of backends".to_owned(), None).await;
+        }
+    }
+
+    async fn proceed(&mut self, decided: Result<Decided, Refusal>, by: String, answer: Answer) {
+        match decided {
             Err(refusal) => self.refuse(&by, answer, refusal),
             Ok(decided) => match self.prepare(decided, by.clone()).await {
                 Ok(pending) => {
@@ -126,8 +143,7 @@ impl Controller {
         }
     }
 
-    /// Finds out what is to be done, and whether it can be.
-    async fn decide(&mut self) -> Result<Decided, Refusal> {
+    async fn decide_by_file(&mut self) -> Result<Decided, Refusal> {
         let wrong = |error: String| Refusal::new(RefusalKind::Configuration, error);
         let (config, warnings) = Config::load(&self.config_file).map_err(|error| wrong(error.to_string()))?;
         check_files(&config).map_err(|error| wrong(error.to_string()))?;
@@ -135,7 +151,28 @@ impl Controller {
         let mut names = Names::watch(&config, self.names.as_ref());
         names.first_answers(FIRST_NAMES).await;
         let (config, problems) = names.apply(&config);
+        let warnings = warnings.iter().map(crate::config::Diagnostic::one_line).chain(problems).collect();
+        self.decide(config, names, warnings).await
+    }
+
+    /// Finds out what is to be done, and whether it can be.
+    async fn decide(
+        &mut self,
+        config: Config,
+        names: Names,
+        warnings: Vec<String>,
+    ) -> Result<Decided, Refusal> {
+        let wrong = |error: String| Refusal::new(RefusalKind::Configuration, error);
         let keys = difference::needs_restart(&self.config, &config);
+        let of_the_table: Vec<_> =
+            keys.iter().filter(|key| difference::FLOW_TABLE.contains(key)).copied().collect();
+        if !of_the_table.is_empty() {
+            return Err(conflict(format!(
+                "{} cannot change without a new flow table, in which open connections end: `sheave unload`, then \
+                 start it again, or `sheave run --replace-layout`; nothing of the file was applied",
+                of_the_table.join(", ")
+            )));
+        }
         if !keys.is_empty() {
             return Err(conflict(format!(
                 "{} cannot change while sheave runs and needs a restart (`systemctl restart sheave`): \
@@ -153,18 +190,18 @@ impl Controller {
         let backends = backends::enumerate(&config, &roster).map_err(|error| wrong(error.to_string()))?;
         let steps = self.roster.steps_to(&roster);
         self.check_listener_ports(&roster, &steps)?;
-        let reloaded = Reloaded {
-            changes: difference::changes(&self.config, &config),
-            warnings: warnings.iter().map(crate::config::Diagnostic::one_line).chain(problems).collect(),
-        };
+        let reloaded = Reloaded { changes: difference::changes(&self.config, &config), warnings };
         Ok(Decided { config, names, reloaded, roster, steps, backends, ports })
     }
 
     /// The flow table is made for its SNAT addresses: they must do for the new configuration as well.
     fn check_sources(&self, config: &Config, survey: &Survey) -> Result<(), Refusal> {
         let restart = "that needs a restart (`systemctl restart sheave`)";
-        let source =
+        let mut source =
             Source::choose(config, &survey.homes, &survey.reach, &survey.addresses, first_ephemeral_port());
+        // As a start would, which finds the flow table with these.
+        let ports = source.ports.clone();
+        source.keep(&self.snat, ports, config, &survey.addresses);
         if let Some(lost) = self.snat.iter().find(|address| !source.addresses.contains(address)) {
             return Err(conflict(format!(
                 "flows leave from {lost}, which the new configuration would not use \
@@ -189,8 +226,14 @@ impl Controller {
         let mut ports = self.ports.clone();
         let backends = survey.reach.iter().map(|reach| (reach.address, reach.route.interface));
         let vips = survey.homes.iter().filter_map(|(vip, home)| Some((*vip, (*home)?)));
+        let named = matches!(self.config.dataplane.interfaces, Interfaces::Named(_));
+        let homes: BTreeSet<_> = survey.homes.values().flatten().copied().collect();
         for (address, interface) in backends.chain(vips) {
             let Ok(port) = self.network.port_of(interface) else { continue };
+            // As at the start: where the operator has named interfaces, a VIP may be at home on another.
+            if named && homes.contains(&interface) && !ports.bases().contains(&port.index) {
+                continue;
+            }
             if let Err(reason) = ports.number_or_append(&self.network, &port) {
                 return Err(conflict(format!("{address}: {reason}")));
             }
@@ -235,9 +278,12 @@ impl Controller {
         let Decided { config, names, reloaded, roster, steps, backends, ports } = decided;
         let mut services = Services::of(&config, &roster);
         services.keep(&self.services);
-        self.services = services;
+        let before = std::mem::replace(&mut self.services, services);
         let seats = roster.backends();
-        self.make_ready(&steps, |id| seats.get(&id).map(|seat| (seat.address, seat.local)))?;
+        if let Err(error) = self.make_ready(&steps, |id| seats.get(&id).map(|it| (it.address, it.local))) {
+            self.services = before;
+            return Err(error);
+        }
         self.ports = ports;
         self.write_ports();
         self.resets.watch_over(&self.services, std::time::Instant::now());
@@ -308,11 +354,13 @@ impl Controller {
             .filter(|it| roster.backend(it.target.service, it.address) == Some(it.id))
             .map(|it| it.target)
             .collect();
+        self.end_flows_of_the_removed(&wanted);
         self.backends.retain(|backend| wanted.contains(&backend.target));
         self.resets.forget_others(&self.backends);
         self.witnesses.retain(|id, _| self.backends.iter().any(|backend| backend.id == *id));
         self.roster = roster;
         self.config = config;
+        names.remember(&self.config.dataplane.state_dir);
         self.names = Some(names);
         self.update_checks();
         // Who gets new flows, before listeners are given to other services. Names are part of a selection.

@@ -25,6 +25,8 @@ use crate::{
 
 /// Between batches of flows.
 const SOON: Duration = Duration::from_millis(10);
+/// Flows in a batch where no service says how many a second.
+const UNWATCHED_BATCH: usize = 20;
 /// Between looks at backends that may die.
 const WATCHED: Duration = Duration::from_millis(50);
 /// Between looks at the table for flows of a dead backend that were missed: a packet may have changed them just then.
@@ -109,7 +111,6 @@ impl Resets {
                 watch.pace = Pace::new(service.reset_rate, now);
             }
         }
-        self.jobs.retain(|job| self.watches.contains_key(&job.service));
     }
 
     /// Knows nothing any more of backends that are gone: their ids may become those of others.
@@ -209,6 +210,11 @@ impl Controller {
         Ok(count)
     }
 
+    /// A backend keeps the flows it still has.
+    pub(super) fn spare_flows_of(&mut self, backend: u8) {
+        self.resets.jobs.retain(|job| (job.work, job.backend) != (Work::End, backend));
+    }
+
     /// Resets the flows that a backend has now, at the service's rate, and tells both of their ends.
     pub(super) fn end_flows_of(&mut self, backend: &Backend) {
         self.resets.begin(Work::End, backend, Instant::now());
@@ -279,12 +285,22 @@ impl Controller {
             tracing::info!("{name}/{}: its flows are kept, as on_dead says", backend.name);
         } else if backend.local {
             tracing::info!("{name}/{}: is this host, its flows are its own kernel's to end", backend.name);
-        } else if !self.owns_a_vip_of(service) {
-            tracing::info!("{name}/{}: its VIP is on another host, whose flows these are now", backend.name);
         } else {
+            if !self.owns_a_vip_of(service) {
+                tracing::info!(
+                    "{name}/{}: its VIP is on another host, whose flows these are now",
+                    backend.name
+                );
+            }
             let backend = backend.clone();
             self.resets.begin(Work::Reset, &backend, now);
         }
+    }
+
+    /// Both may change while a backend is dead.
+    fn may_reset(&self, service: usize) -> bool {
+        let resets = |it: &crate::config::Service| it.on_dead == OnDead::Reset;
+        self.services.get(service).is_some_and(resets) && self.owns_a_vip_of(service)
     }
 
     /// A host that has handed its VIP on still has the flows in its table, and must not speak in their name.
@@ -324,8 +340,13 @@ impl Controller {
 
     /// Does as much of a job as may be done now.
     fn batch(&mut self, job: &mut Job, now: Instant) -> Result<(), DataplaneError> {
-        let Some(watch) = self.resets.watches.get_mut(&job.service) else { return Ok(()) };
-        let limit = watch.pace.allowed(now);
+        if job.work == Work::Reset && !self.may_reset(job.service) {
+            job.at = now + AGAIN;
+            return Ok(());
+        }
+        // A service that was removed has no rate any more.
+        let watch = self.resets.watches.get_mut(&job.service);
+        let limit = watch.map_or(UNWATCHED_BATCH, |watch| watch.pace.allowed(now));
         if limit == 0 {
             return Ok(());
         }
@@ -334,7 +355,9 @@ impl Controller {
             Work::Reset | Work::End => self.dataplane.kill_flows(&filter, &mut job.walk, limit)?,
             Work::Ask => self.dataplane.flows_to_ask(&filter, &mut job.walk, limit),
         };
-        watch.pace.done(flows.len());
+        if let Some(watch) = self.resets.watches.get_mut(&job.service) {
+            watch.pace.done(flows.len());
+        }
         job.count += flows.len();
         for flow in flows {
             match (job.work, flow.last_ack) {
@@ -354,9 +377,11 @@ impl Controller {
     fn after(&self, job: Job, now: Instant) -> Option<Job> {
         let name = || {
             let backend = self.backends.iter().find(|backend| backend.id == job.backend);
-            backend.map_or_else(String::new, |backend| {
-                format!("{}/{}", self.services[job.service].name, backend.name)
-            })
+            let service = self.services.get(job.service);
+            match (service, backend) {
+                (Some(service), Some(backend)) => format!("{}/{}", service.name, backend.name),
+                _ => "a backend that was removed".to_owned(),
+            }
         };
         let is_dead = || self.backends.iter().any(|it| it.id == job.backend && it.state == State::Dead);
         if job.work == Work::Reset && !is_dead() {

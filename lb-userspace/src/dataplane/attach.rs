@@ -174,6 +174,11 @@ impl Dataplane {
         self.attached.push(attached);
     }
 
+    /// The interfaces whose links are pinned.
+    pub fn linked(&self) -> Vec<u32> {
+        self.links.keys().copied().collect()
+    }
+
     /// Detaches from every interface that is not in `wanted`, and removes the pins of what was replaced. Returns the
     /// indexes of the interfaces left.
     pub fn leave_others(&mut self, wanted: &BTreeSet<u32>) -> Result<Vec<u32>, DataplaneError> {

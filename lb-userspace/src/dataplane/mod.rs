@@ -99,7 +99,7 @@ pub struct Port {
 pub struct Listener {
     /// What clients connect to.
     pub address: SocketAddr,
-    /// The service's number: its place in the configuration, from 0.
+    /// The service's number, from 0.
     pub service: usize,
 }
 

@@ -22,7 +22,7 @@ use super::{Dataplane, DataplaneError, Mapped};
 pub struct FlowFilter {
     /// The backend's id.
     pub backend: Option<u8>,
-    /// The service's number: its place in the configuration, from 0.
+    /// The service's number, from 0.
     pub service: Option<usize>,
     /// Where the client is.
     pub client: Option<IpNet>,
@@ -37,7 +37,7 @@ impl FlowFilter {
     }
 
     fn wants(&self, flow: &Flow) -> bool {
-        self.service.is_none_or(|service| service == flow.service)
+        (self.service.is_none() || self.service == flow.service)
             && self.client.is_none_or(|net| net.contains(&flow.client.ip()))
             && self.client_port.is_none_or(|port| port == flow.client.port())
     }
@@ -69,8 +69,8 @@ pub struct Flow {
     pub source: SocketAddr,
     /// Its backend.
     pub backend: SocketAddr,
-    /// The service's number.
-    pub service: usize,
+    /// The service's number; None: its listener was taken from its service, and the flow lives on.
+    pub service: Option<usize>,
     /// The acknowledgement number of the client's last segment; None: not known.
     pub last_ack: Option<u32>,
     /// Where segments to the client go first; None: where the routing table says.
@@ -90,7 +90,7 @@ impl Flow {
             listener,
             source: client,
             backend: listener,
-            service: 0,
+            service: Some(0),
             last_ack: None,
             to_client: None,
             to_backend: None,
@@ -262,7 +262,7 @@ impl Lookup<'_> {
                 slot.port(),
             ),
             backend: end(backend.address, backend.port),
-            service: usize::from(listener.service).checked_sub(1)?,
+            service: usize::from(listener.service).checked_sub(1),
             last_ack: (meta.is(Kind::Killed) || knows_last_ack(meta))
                 .then(|| F::last_ack(set, slot.way).load()),
             to_client: self.hop(learned),

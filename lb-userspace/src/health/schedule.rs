@@ -125,7 +125,10 @@ impl Handle {
         });
         let same = |target: &Target| {
             let running = self.running.get(&target.id);
-            running.is_some_and(|it| (it.target.address, &it.target.check) == (target.address, &target.check))
+            running.is_some_and(|it| {
+                let before = &it.target;
+                (before.address, &before.host, &before.check) == (target.address, &target.host, &target.check)
+            })
         };
         let begin = targets.into_iter().filter(|target| !same(target)).collect();
         self.begin(begin, state);

@@ -45,6 +45,12 @@ pub(super) struct Known {
 }
 
 impl Known {
+    /// What a daemon before this one knew last.
+    pub(super) fn remembered(addresses: &BTreeSet<IpAddr>) -> Self {
+        let (ipv4, ipv6) = addresses.iter().partition(|address| address.is_ipv4());
+        Self { ipv4, ipv6, ..Self::default() }
+    }
+
     pub(super) fn addresses(&self) -> BTreeSet<IpAddr> {
         self.ipv4.union(&self.ipv6).copied().collect()
     }

@@ -8,7 +8,13 @@ mod expand;
 mod known;
 mod lookup;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     sync::watch,
@@ -16,7 +22,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::config::Config;
+use crate::{config::Config, state};
 use known::{Families, Known};
 
 /// A look-up altogether, both families and every search domain.
@@ -24,6 +30,12 @@ const LOOKUP_LIMIT: Duration = Duration::from_secs(10);
 /// The first pause after a failure; it doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
+
+/// The file in the state directory that keeps the last good answers.
+const REMEMBERED: &str = "names.json";
+
+/// The last good answers, by name.
+type Remembered = BTreeMap<String, BTreeSet<IpAddr>>;
 
 /// The names of a configuration. Clones share what is known; the last one to go stops the look-ups.
 #[derive(Clone, Debug)]
@@ -36,10 +48,37 @@ impl Names {
     /// Begins to look up the names of `config`, none if there are none. What `before` knows of the same names is kept
     /// until there is an answer. Needs a tokio runtime.
     pub fn watch(config: &Config, before: Option<&Self>) -> Self {
+        Self::begin(config, |host| before.and_then(|it| it.known.borrow().get(host).cloned()))
+    }
+
+    /// As [`Names::watch`], with what a daemon before this one has [remembered](Names::remember): DNS may be down when
+    /// this one starts.
+    pub fn watch_remembered(config: &Config, state_dir: &Path) -> Self {
+        let remembered: Remembered = state::load(&state_dir.join(REMEMBERED)).unwrap_or_else(|error| {
+            tracing::warn!("cannot read what names stood for last, in {}: {error}", state_dir.display());
+            Remembered::default()
+        });
+        Self::begin(config, |host| remembered.get(host).map(Known::remembered))
+    }
+
+    /// Keeps what is known now for the next daemon. That it cannot be kept is logged.
+    pub fn remember(&self, state_dir: &Path) {
+        let known = self.known.borrow();
+        let answers = known.iter().map(|(host, known)| (host.clone(), known.addresses()));
+        let remembered: Remembered = answers.filter(|(_, addresses)| !addresses.is_empty()).collect();
+        let path = state_dir.join(REMEMBERED);
+        // Unchanged on most starts: a write that is not made cannot fail.
+        if state::load::<Remembered>(&path).is_ok_and(|before| before == remembered) {
+            return;
+        }
+        if let Err(error) = state::save(&path, Some(&remembered).filter(|it| !it.is_empty())) {
+            tracing::warn!("{}: cannot keep what names stand for: {error}", path.display());
+        }
+    }
+
+    fn begin(config: &Config, known: impl Fn(&String) -> Option<Known>) -> Self {
         let hosts = hosts(config);
-        let known =
-            |host: &String| before.and_then(|it| it.known.borrow().get(host).cloned()).unwrap_or_default();
-        let first = hosts.keys().map(|host| (host.clone(), known(host))).collect();
+        let first = hosts.keys().map(|host| (host.clone(), known(host).unwrap_or_default())).collect();
         let (sender, receiver) = watch::channel(first);
         let sender = Arc::new(sender);
         let mut tasks = JoinSet::new();

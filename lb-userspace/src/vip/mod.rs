@@ -13,7 +13,7 @@ mod record;
 pub use follow::{Follower, Presence};
 pub(crate) use link::link_address;
 pub use own::{Owner, Rival, holder};
-pub use record::{Placed, leftovers, remove_leftovers};
+pub use record::{Placed, leftovers, remove_leftovers, remove_others};
 
 /// Why a VIP cannot be put on this host, or taken away.
 #[derive(Debug, thiserror::Error)]

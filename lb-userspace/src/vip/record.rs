@@ -77,11 +77,21 @@ pub fn leftovers(state_dir: &Path) -> Result<Vec<Placed>, VipError> {
 
 /// Takes away what an owner left behind. Returns what was taken away.
 pub async fn remove_leftovers(network: &Network, state_dir: &Path) -> Result<Vec<Placed>, VipError> {
+    remove_others(network, state_dir, &[]).await
+}
+
+/// The same for all but those in `keep`.
+pub async fn remove_others(
+    network: &Network,
+    state_dir: &Path,
+    keep: &[IpAddr],
+) -> Result<Vec<Placed>, VipError> {
     let mut record = Record::load(state_dir)?;
-    let leftovers: Vec<_> = record.placed().iter().cloned().collect();
-    for placed in &leftovers {
+    let others: Vec<_> =
+        record.placed().iter().filter(|placed| !keep.contains(&placed.vip)).cloned().collect();
+    for placed in &others {
         remove_address(network, placed).await?;
         record.remove(placed)?;
     }
-    Ok(leftovers)
+    Ok(others)
 }
