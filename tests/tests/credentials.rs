@@ -431,11 +431,14 @@ fn with_names_that_nobody_knows_clients_are_refused_at_once_and_not_left_hanging
         settings.check = vec!["server_name = \"kubernetes\"".to_owned()];
         settings.to_toml(directory)
     };
-    let mut command = cluster.lb.command("unshare");
-    let script =
-        "mount --bind \"$0\" /etc/hosts && mount --bind \"$1\" /etc/resolv.conf && shift && exec \"$@\"";
-    command.args(["--mount", "sh", "-c", script]).arg(&hosts).arg(&resolv).arg(program().unwrap());
-    let mut daemon = Daemon::start_with(&cluster.lb, directory, named, command).unwrap();
+    let start = || {
+        let mut command = cluster.lb.command("unshare");
+        let script =
+            "mount --bind \"$0\" /etc/hosts && mount --bind \"$1\" /etc/resolv.conf && shift && exec \"$@\"";
+        command.args(["--mount", "sh", "-c", script]).arg(&hosts).arg(&resolv).arg(program().unwrap());
+        Daemon::start_with(&cluster.lb, directory, named, command).unwrap()
+    };
+    let mut daemon = start();
     wait_flag(&daemon, "nobody-knows");
     assert!(daemon.is_alive().unwrap(), "{}", daemon.log());
     // curl's code for a connection that failed; a timeout would be 28.
@@ -448,4 +451,12 @@ fn with_names_that_nobody_knows_clients_are_refused_at_once_and_not_left_hanging
     fs::write(&hosts, format!("{address} nobody-knows\n")).unwrap();
     daemon.wait_ready(1).unwrap();
     require_served(&cluster);
+
+    // A daemon that starts while nobody can say what the name stands for goes on with what it stood for.
+    drop(daemon);
+    fs::write(&hosts, "").unwrap();
+    let mut daemon = start();
+    daemon.wait_ready(1).unwrap();
+    require_served(&cluster);
+    wait_flag(&daemon, "its last addresses are used");
 }
