@@ -228,8 +228,35 @@ pub struct Service {
     pub selection6: u32,
     /// Not 0: only clients in its allow prefixes.
     pub restricted: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Not 0: the connect hook takes connections from every network namespace, see [`crate::connect`].
+    pub pods: u32,
+}
+
+/// The one entry of the connect hook's configuration.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hook {
+    /// The cookie of the network namespace whose processes are served (`SO_NETNS_COOKIE`, `socket(7)`).
+    pub network: u64,
+}
+
+/// What the connect hook remembers of a connection, for as long as the socket lives.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Dialled {
+    /// The address that the process asked for, as words, with IPv4 in the lower half of the first; in IPv6 notation if
+    /// the process used that.
+    pub address: [u64; 2],
+    /// The address that it was sent to instead, in the same form.
+    pub chosen: [u64; 2],
+    /// The port that the process asked for, as a word.
+    pub port: u16,
+    /// The port that it was sent to.
+    pub chosen_port: u16,
+    /// Service id.
+    pub service: u16,
+    /// Backend id.
+    pub backend: u16,
 }
 
 /// Where flows go. All but the cells stay as they are while a slot names the id.
@@ -335,6 +362,7 @@ mod tests {
         assert_eq!(size_of::<Port>(), 4 + 4 + 8 + 8 + 4 + 4);
         assert_eq!(size_of::<Listener>(), 16 + 2 + 1 + 1 + 2 + 2 + 4 + 4);
         assert_eq!(size_of::<Service>(), 16);
+        assert_eq!((size_of::<Hook>(), size_of::<Dialled>(), align_of::<Dialled>()), (8, 40, 8));
         assert_eq!(size_of::<Backend>(), 16 + 4 + 4 + 4 + 4 + 8 + 4 + 4);
         assert_eq!((offset_of!(Backend, heard), offset_of!(Backend, next_hop)), (28, 32));
         assert_eq!(

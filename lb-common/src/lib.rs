@@ -13,6 +13,7 @@
 pub mod bench;
 pub mod cell;
 pub mod checksum;
+pub mod connect;
 pub mod flow;
 #[cfg(test)]
 #[cfg(not(loom))]

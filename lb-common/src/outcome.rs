@@ -153,6 +153,10 @@ events! {
     Rebalanced, "syn_moved";
     /// A client's way back was not remembered: its places in the table of learned next hops are taken.
     NextHopOverflow, "next_hop_overflow";
+    /// A connection that a process of this host opened was sent to a backend by the connect hook.
+    ConnectRedirected, "connects_redirected";
+    /// A connection that a process of this host opened was refused by the connect hook: the service has no usable backend.
+    ConnectRefused, "connects_refused";
 }
 
 /// Counters of one service: outcomes, then events.

@@ -3,7 +3,12 @@
 
 #[cfg(target_arch = "bpf")]
 mod programs {
-    use aya_ebpf::{bindings::xdp_action::XDP_PASS, macros::xdp, programs::XdpContext};
+    use aya_ebpf::{
+        bindings::xdp_action::XDP_PASS,
+        macros::{cgroup_sock_addr, xdp},
+        programs::{SockAddrContext, XdpContext},
+    };
+    use lb_ebpf::connect;
 
     /// The load balancer, on every interface that clients or backends are reached by.
     #[xdp(frags)]
@@ -18,6 +23,30 @@ mod programs {
     fn read_clock(_: XdpContext) -> u32 {
         lb_ebpf::maps::store_clock();
         XDP_PASS
+    }
+
+    /// The connect hook, on a cgroup: connections of processes on this host.
+    #[cgroup_sock_addr(connect4)]
+    fn connect4(context: SockAddrContext) -> i32 {
+        connect::connect4(&context)
+    }
+
+    /// The same for IPv6 sockets.
+    #[cgroup_sock_addr(connect6)]
+    fn connect6(context: SockAddrContext) -> i32 {
+        connect::connect6(&context)
+    }
+
+    /// Shows a process that was redirected the address that it asked for.
+    #[cgroup_sock_addr(getpeername4)]
+    fn getpeername4(context: SockAddrContext) -> i32 {
+        connect::getpeername4(&context)
+    }
+
+    /// The same for IPv6 sockets.
+    #[cgroup_sock_addr(getpeername6)]
+    fn getpeername6(context: SockAddrContext) -> i32 {
+        connect::getpeername6(&context)
     }
 
     #[unsafe(link_section = "license")]

@@ -22,7 +22,7 @@ use lb_common::{
     },
     maps::{Maps, Step},
     meta::Meta,
-    outcome::COUNTERS,
+    outcome::{COUNTERS, Counter, Event},
 };
 
 use crate::subprograms::{self, laundered};
@@ -268,6 +268,35 @@ impl Maps for KernelMaps {
     fn overflow6(&self, set: u32) -> Option<&Cell8> {
         let marks = OVERFLOW6.get(set / 8)?;
         Some(&marks.sets[checked(set) as usize % 8])
+    }
+}
+
+/// Counts of the connect hook. Its programs run in system calls, and may be interrupted on their CPU by their like and
+/// by the XDP program: so they add by one instruction.
+impl KernelMaps {
+    /// Counts what became of a service's connection.
+    #[inline(always)]
+    pub fn count_connect(&self, service: u16, event: Event) {
+        let index = u32::from(service) * COUNTERS as u32 + Counter::Event(event).index() as u32;
+        if let Some(count) = COUNTER.get_ptr_mut(index) {
+            increment(count);
+        }
+    }
+
+    /// Counts a connection to a backend.
+    #[inline(always)]
+    pub fn count_connect_to(&self, backend: u8) {
+        if let Some(count) = BACKEND_FLOWS.get_ptr_mut(u32::from(backend)) {
+            increment(count);
+        }
+    }
+}
+
+#[inline(always)]
+fn increment(count: *mut u64) {
+    // SAFETY: one atomic instruction on an aligned word of map memory.
+    unsafe {
+        core::arch::asm!("lock *(u64 *)({count} + 0) += {one}", count = in(reg) count, one = in(reg) 1u64);
     }
 }
 

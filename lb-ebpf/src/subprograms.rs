@@ -19,6 +19,7 @@ use lb_common::{
 };
 
 use crate::{
+    connect,
     frame::XdpFrame,
     maps::{self, KernelMaps},
 };
@@ -140,6 +141,13 @@ pub(crate) extern "C" fn map_learn(hop: u64) -> u64 {
 #[inline(never)]
 pub(crate) extern "C" fn map_is_backend(family: u64, high: u64, low: u64, port: u64) -> u64 {
     reply::is_backend(&KernelMaps, family as u8, [high, low], port as u16).into()
+}
+
+/// See [`lb_common::connect::verdict`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn map_connect(listener: u64, own_network: u64, random: u64) -> u64 {
+    connect::verdict(listener as u16, own_network != 0, random as u32).word().into()
 }
 
 macro_rules! subprograms {
