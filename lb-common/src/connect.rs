@@ -79,6 +79,10 @@ pub fn verdict<M: Maps>(maps: &M, id: u16, own_network: bool, random: u32) -> Ve
     let Some(service) = maps.service(listener.service) else {
         return Verdict::NOT_OURS;
     };
+    // One that was taken from its service, and waits for its last flow to end: whoever listens there may serve.
+    if listener.service == 0 {
+        return Verdict::NOT_OURS;
+    }
     // Every network namespace has a loopback interface of its own.
     if !own_network && (service.pods == 0 || is_loopback(listener.family, listener.address)) {
         return Verdict::NOT_OURS;
@@ -210,6 +214,8 @@ mod tests {
         assert_eq!((verdict.service(), verdict.backend()), (1, 0));
         assert_eq!(connect(&memory, "10.0.0.100:6443", false), Verdict::NOT_OURS);
         assert_eq!(connect(&memory, "[::1]:16443", true), Verdict::redirected(1, 2), "the other family");
+        memory.listeners[1].service = 0;
+        assert_eq!(connect(&memory, "127.0.0.1:16443", true), Verdict::NOT_OURS, "a listener that leaves");
     }
 
     #[test]

@@ -13,8 +13,8 @@ use crate::{
     flow::{Family as _, V4, V6},
     hash::Key,
     layout::{
-        ALLOW_SERVICE_BITS, BACKENDS, BUCKETS, Backend, Config, LISTENERS, LISTENERS_PER_PORT, Listener,
-        NEXT_HOPS, NextHop, OverflowMarks, PARTNERS, PORTS, Port, ReturnHops, SELECTION_HALVES,
+        ALLOW_SERVICE_BITS, BACKENDS, BUCKETS, Backend, Config, Dialled, Hook, LISTENERS, LISTENERS_PER_PORT,
+        Listener, NEXT_HOPS, NextHop, OverflowMarks, PARTNERS, PORTS, Port, ReturnHops, SELECTION_HALVES,
         SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, SNAT_PLACES, SNAT_SHARED, Service, Set4,
         Set6, WAYS, Way4, Way6, allow_key, backend_flag, family, snat_place,
     },
@@ -106,7 +106,9 @@ fn structures(digest: Digest) -> Digest {
     );
     let digest = structure!(digest, Port { interface, vlan, mac, tags, tag_count, reserved });
     let digest = structure!(digest, Listener { address, port, family, reserved, service, next, ports, sum });
-    let digest = structure!(digest, Service { selection4, selection6, restricted, reserved });
+    let digest = structure!(digest, Service { selection4, selection6, restricted, pods });
+    let digest = structure!(digest, Hook { network });
+    let digest = structure!(digest, Dialled { address, chosen, port, chosen_port, service, backend });
     structure!(
         digest,
         Backend { address, port, family, reserved, flags, sum, heard, next_hop, asked, refused }

@@ -169,13 +169,13 @@ async fn serve(
 
 /// What is said to who stops the daemon: that this stops nothing.
 fn leave(controller: &Controller) {
-    let interfaces = controller.interfaces();
+    let places = controller.places();
     tracing::info!(
-        "stopped, and packets still flow: the program on {interfaces} goes on with the backends as they are, and \
-         nobody checks them. `sheave run` takes over again; `sheave unload` takes everything away, and HAProxy or \
-         whoever listens there serves again"
+        "stopped, and packets still flow: {places} goes on with the backends as they are, and nobody checks them. \
+         `sheave run` takes over again; `sheave unload` takes everything away, and HAProxy or whoever listens there \
+         serves again"
     );
-    systemd::stopping(&format!("stopped; packets still flow through {interfaces} until `sheave unload`"));
+    systemd::stopping(&format!("stopped; packets still flow, by {places}, until `sheave unload`"));
 }
 
 async fn unload(
@@ -312,6 +312,7 @@ pub async fn unload_leftovers(config: Option<&Config>) -> Result<Vec<String>, Da
         let name = |index: &u32| {
             network.interface(*index).map_or_else(|_| format!("interface {index}"), |found| found.name)
         };
+        removed.extend(pinned.hook.then(|| controller::HOOK.to_owned()));
         removed.extend(pinned.interfaces.iter().map(|index| format!("the program from {}", name(index))));
         removed.extend(pinned.maps.then(|| controller::PINS.to_owned()));
     }

@@ -8,6 +8,7 @@ pub mod daemon;
 pub mod dataplane;
 pub mod doctor;
 pub mod health;
+pub mod hook;
 pub mod init;
 pub mod kubeconfig;
 mod lock;

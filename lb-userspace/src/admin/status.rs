@@ -19,6 +19,9 @@ pub struct Status {
     /// Where the program is attached.
     #[serde(default)]
     pub interfaces: Vec<InterfaceStatus>,
+    /// Where the connect hook is; null: nowhere.
+    #[serde(default)]
+    pub hook: Option<HookStatus>,
     /// Packets since the maps were made, by the name of the outcome.
     #[serde(default)]
     pub packets: BTreeMap<String, u64>,
@@ -165,6 +168,15 @@ pub struct InterfaceStatus {
     pub name: String,
     /// `native` or `generic`.
     pub xdp_mode: String,
+}
+
+/// The connect hook.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookStatus {
+    /// The directory of the cgroup whose processes' connections it takes.
+    pub cgroup: String,
+    /// Whether it is still there: it goes with the cgroup.
+    pub attached: bool,
 }
 
 /// The daemon that answers.

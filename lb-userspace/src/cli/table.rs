@@ -42,10 +42,14 @@ fn footer(status: &Status) -> String {
         .iter()
         .map(|interface| format!("{} ({})", printable(&interface.name), printable(&interface.xdp_mode)))
         .collect();
+    let hook = status.hook.as_ref().filter(|hook| hook.attached);
+    let hook = hook.map(|hook| format!("connect hook on {}", printable(&hook.cgroup)));
     let attached = match interfaces.as_slice() {
-        [] => "attached nowhere".to_owned(),
-        names => format!("attached to {}", names.join(", ")),
+        [] if hook.is_none() => Some("attached nowhere".to_owned()),
+        [] => None,
+        names => Some(format!("attached to {}", names.join(", "))),
     };
+    let attached = attached.into_iter().chain(hook).collect::<Vec<_>>().join(", ");
     format!(
         "sheave {}, process {}, up {}, {attached}\n",
         printable(&daemon.version),

@@ -26,19 +26,14 @@ pub(super) fn socket_address(written: &Spanned<String>, role: Role) -> Result<So
         return Err(every_address(written));
     }
     unicast(address.ip(), written)?;
-    match role {
-        _ if !address.ip().is_loopback() => Ok(address),
-        Role::Listener => Err(problem(
-            written,
-            format!("a listener on loopback ({text}) is not built yet"),
-            "listen on the VIP; programs on this host itself cannot be clients yet",
-        )),
-        Role::Backend => Err(problem(
+    if role == Role::Backend && address.ip().is_loopback() {
+        return Err(problem(
             written,
             format!("{} is a loopback address, packets cannot be forwarded there", address.ip()),
             "write this host's own address, and let the server listen on it",
-        )),
+        ));
     }
+    Ok(address)
 }
 
 /// Why `text` is no address and port; most people's mistake has its own answer.

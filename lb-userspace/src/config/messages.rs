@@ -138,6 +138,7 @@ snat_ports = "20000-32767"
 hash_key_file = "hash.key"
 state_dir = "/srv/sheave"
 pin_dir = "/sys/fs/bpf/other"
+cgroup = "/sys/fs/cgroup/system.slice"
 [vip]
 mode = "own"
 [admin]
@@ -153,7 +154,7 @@ on_dead = "keep"
 reset_after = "10s"
 reset_rate = 0
 drain_timeout = "10m"
-pods = false
+pods = true
 [service.check]
 type = "https"
 path = "/readyz?verbose"
@@ -282,7 +283,6 @@ fn shape_of_the_file() {
             "[dataplane]\ninterfaces = \"eth0\"\n",
             "= help: write \"auto\", or a list: `interfaces = [\"eth0\"]`",
         ),
-        ("[dataplane]\ninterfaces = []\n", "no interface is named"),
         (
             "[dataplane]\ninterfaces = [\"eth0\", \"eth0\"]\n",
             "interface \"eth0\" is named twice (first in line 2)",
@@ -309,7 +309,6 @@ fn addresses() {
         (&listen("224.0.0.18:6443"), "224.0.0.18 is not the address of one host"),
         (&listen("255.255.255.255:6443"), "255.255.255.255 is not the address of one host"),
         (&listen("[fe80::1]:6443"), "fe80::1 is a link-local address, which is not forwarded"),
-        (&listen("127.0.0.1:16443"), "a listener on loopback (127.0.0.1:16443) is not built yet"),
         (&listen("[::ffff:192.0.2.1]:6443"), "= help: write 192.0.2.1"),
         (&listen("lb.example.com:6443"), "lb.example.com is a name; listeners are matched by address"),
         (&listen("10.0.0.256:6443"), "\"10.0.0.256:6443\" is not an address and port"),
@@ -440,6 +439,46 @@ fn checks() {
 }
 
 #[test]
+fn listeners_on_loopback_are_for_this_host_alone() {
+    let node = RIGHT.replace("192.0.2.1:6443", "127.0.0.1:16443");
+    let (config, warnings) = right(&node);
+    assert!(warnings.is_empty(), "{warnings:?}");
+    assert!(config.needs_hook() && !config.forwards_packets());
+    assert_eq!(config.vips(), Vec::<std::net::IpAddr>::new());
+    let (config, _) = right(&RIGHT.replace("192.0.2.1:6443", "127.0.0.1:16443\", \"192.0.2.1:6443"));
+    assert!(config.needs_hook() && config.forwards_packets());
+    assert_eq!(config.vips(), ["192.0.2.1".parse::<std::net::IpAddr>().unwrap()]);
+    let (config, _) = right(RIGHT);
+    assert!(!config.needs_hook(), "wanted, but the others are served without");
+    let (config, warnings) = right(&format!("[dataplane]\ninterfaces = []\n{RIGHT}pods = true\n"));
+    assert!(warnings.is_empty(), "{warnings:?}");
+    assert!(config.needs_hook() && !config.forwards_packets() && config.vips().is_empty());
+    let (_, warnings) = right(&format!("{node}pods = true\n"));
+    assert!(warnings[0].contains("every listener of \"api\" is on loopback"), "{warnings:?}");
+    let without = |rest: &str| format!("[dataplane]\ncgroup = \"none\"\n{rest}");
+    assert_messages(&[
+        (
+            &without(&node),
+            "listener 127.0.0.1:16443 is on loopback, and cgroup = \"none\" leaves the connect hook out",
+        ),
+        (&without(&service_with("pods = true")), "pods = true, and cgroup = \"none\""),
+        (
+            "[dataplane]\ninterfaces = []\ncgroup = \"none\"\n[[service]]\nname = \"api\"\nlisten = [\"192.0.2.1:6443\"]\n\
+             backends = [\"10.0.0.1:6443\"]\n",
+            "interfaces = [] and cgroup = \"none\": nobody would be served",
+        ),
+        (
+            &format!("[dataplane]\ninterfaces = []\n[vip]\nmode = \"own\"\n{RIGHT}"),
+            "mode = \"own\" with interfaces = []",
+        ),
+        (
+            &format!("[dataplane]\ncgroup = \"kubepods\"\n{RIGHT}"),
+            "\"kubepods\" is not the directory of a cgroup",
+        ),
+    ]);
+}
+
+#[test]
 fn what_is_not_built_yet_says_so() {
     assert_messages(&[
         (
@@ -447,7 +486,6 @@ fn what_is_not_built_yet_says_so() {
             "balance = \"round-robin\" is not built yet\n= help: write `balance = \"maglev\"`",
         ),
         (&service_with("forward = \"dsr\""), "forward = \"dsr\" is not built yet"),
-        (&service_with("pods = true"), "\"pods\" other than false is not built yet"),
     ]);
 }
 

@@ -8,6 +8,7 @@ mod address;
 mod check;
 mod diagnostic;
 mod model;
+mod roles;
 mod section;
 mod service;
 mod together;
@@ -97,13 +98,23 @@ fn read_document(text: &str, document: &mut Document) -> Result<Config, Problem>
     };
     let services = service::read_all(&root, document)?;
     together::examine(&config.dataplane, &services, document)?;
+    roles::examine(&root, &config, &services, document)?;
     Ok(Config { services: services.into_iter().map(|service| service.service).collect(), ..config })
 }
 
 fn read_dataplane(root: &Section, document: &Document) -> Result<Dataplane, Problem> {
     let section = root.section(
         "dataplane",
-        &["interfaces", "xdp_mode", "snat_addresses", "snat_ports", "hash_key_file", "state_dir", "pin_dir"],
+        &[
+            "interfaces",
+            "xdp_mode",
+            "snat_addresses",
+            "snat_ports",
+            "hash_key_file",
+            "state_dir",
+            "pin_dir",
+            "cgroup",
+        ],
     )?;
     Ok(Dataplane {
         interfaces: values::interfaces(&section)?,
@@ -120,6 +131,7 @@ fn read_dataplane(root: &Section, document: &Document) -> Result<Dataplane, Prob
             .path("state_dir", document)?
             .unwrap_or_else(|| Path::new(Dataplane::STATE_DIR).to_owned()),
         pin_dir: pin_dir(&section, document)?,
+        cgroup: roles::cgroup(&section)?,
     })
 }
 

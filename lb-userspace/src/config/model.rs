@@ -37,6 +37,8 @@ pub struct Dataplane {
     pub state_dir: PathBuf,
     /// Where maps, program and links are pinned, on a BPF file system: one directory for each load balancer.
     pub pin_dir: PathBuf,
+    /// Whose connections the connect hook takes.
+    pub cgroup: Cgroup,
 }
 
 /// `dataplane.interfaces`.
@@ -46,6 +48,19 @@ pub enum Interfaces {
     Auto,
     /// By name, at least one.
     Named(Vec<String>),
+    /// None: no packet is forwarded, only connections of this host are served, by the connect hook.
+    None,
+}
+
+/// `dataplane.cgroup`: the processes whose connections the connect hook takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cgroup {
+    /// All of this host's: the root of the cgroup v2 hierarchy, wherever it is mounted.
+    Auto,
+    /// Those in a cgroup of that hierarchy, by its directory.
+    Directory(PathBuf),
+    /// Nobody's: there is no hook.
+    None,
 }
 
 /// `dataplane.xdp_mode`.
@@ -91,7 +106,7 @@ pub struct Admin {
 pub struct Service {
     /// Unique among services.
     pub name: String,
-    /// The addresses and ports it answers on, at least one, never loopback (the connect hook is not built yet).
+    /// The addresses and ports it answers on, at least one. On loopback only for clients on this host.
     pub listen: Vec<SocketAddr>,
     /// How a new flow finds its backend.
     pub balance: Balance,
@@ -110,6 +125,9 @@ pub struct Service {
     /// How long the flows of a backend may go on that an operator drains or puts into maintenance: 1 s to a day.
     /// None: until they end.
     pub drain_timeout: Option<Duration>,
+    /// The connect hook takes connections of every process, whatever its network namespace, to listeners that are
+    /// not on loopback.
+    pub pods: bool,
     /// How its backends are checked.
     pub check: Check,
     /// Names and addresses unique within the service. At least one, unless there are some by name.

@@ -243,22 +243,6 @@ impl<'t> Section<'t> {
         }
         Ok(Some(document.directory.join(written.get_ref())))
     }
-
-    /// A key of the design that has only its default yet, here given as TOML.
-    pub(super) fn only_default_yet(&self, key: &str, default: &str) -> Result<(), Problem> {
-        let Some(value) = self.value(key) else { return Ok(()) };
-        let written = match value.get_ref() {
-            DeValue::String(text) => format!("{text:?}"),
-            DeValue::Integer(number) => number.as_str().to_owned(),
-            DeValue::Boolean(boolean) => boolean.to_string(),
-            _ => String::new(),
-        };
-        if written == default {
-            return Ok(());
-        }
-        Err(Problem::at(value.span(), format!("{key:?} other than {default} is not built yet"))
-            .help("leave the key out"))
-    }
 }
 
 fn text_of(value: &Spanned<DeValue>, key: &str, example: &str) -> Result<Spanned<String>, Problem> {

@@ -48,6 +48,7 @@ pub(super) struct ReadService {
     pub(super) service: Service,
     pub(super) name_span: Span,
     pub(super) allow_span: Span,
+    pub(super) pods_span: Span,
     /// As long as `service.listen`.
     pub(super) listen_spans: Vec<Span>,
     /// As long as `service.backends`.
@@ -67,7 +68,6 @@ pub(super) fn read_all(root: &Section, document: &mut Document) -> Result<Vec<Re
 }
 
 fn read(section: &Section, document: &mut Document) -> Result<ReadService, Problem> {
-    section.only_default_yet("pods", "false")?;
     let name = section.required_text("name", "\"kube-apiserver\"")?;
     let listen = read_listen(section)?;
     let backends = read_backends(section)?;
@@ -92,6 +92,7 @@ fn read(section: &Section, document: &mut Document) -> Result<ReadService, Probl
         reset_after: section.duration("reset_after", RESET_AFTER)?.unwrap_or(RESET_AFTER_DEFAULT),
         reset_rate: section.integer("reset_rate", 0..=RESET_RATE_MAX)?.unwrap_or(RESET_RATE_DEFAULT),
         drain_timeout: section.duration("drain_timeout", DRAIN_TIMEOUT)?,
+        pods: section.boolean("pods", false)?,
         check: check::read(section, document)?,
         backends: backends.by_address.iter().map(|backend| backend.get_ref().clone()).collect(),
         named_backends: backends.by_name.iter().map(|backend| backend.get_ref().clone()).collect(),
@@ -100,6 +101,7 @@ fn read(section: &Section, document: &mut Document) -> Result<ReadService, Probl
         service,
         name_span: name.span(),
         allow_span: section.span_of("allow"),
+        pods_span: section.span_of("pods"),
         listen_spans: listen.iter().map(Spanned::span).collect(),
         backend_spans: backends.by_address.iter().map(Spanned::span).collect(),
         named_spans: backends.by_name.iter().map(Spanned::span).collect(),

@@ -113,7 +113,10 @@ fn families_meet(read: &ReadService, dataplane: &Dataplane) -> Result<(), Proble
             )));
         }
         let snat = &dataplane.snat_addresses;
-        if !snat.is_empty() && !snat.iter().any(|address| address.is_ipv4() == listener.is_ipv4()) {
+        if !listener.ip().is_loopback()
+            && !snat.is_empty()
+            && !snat.iter().any(|address| address.is_ipv4() == listener.is_ipv4())
+        {
             return Err(Problem::at(
                 span.clone(),
                 format!("listener {listener} is {family}, and \"snat_addresses\" has no {family} address"),
@@ -214,7 +217,8 @@ fn few_snat_addresses(dataplane: &Dataplane, services: &[ReadService]) -> Result
             continue;
         }
         let mut vips = HashSet::new();
-        for (listener, span) in listeners(services).filter(|(listener, _)| listener.is_ipv4() == ipv4) {
+        let vip = |listener: &SocketAddr| listener.is_ipv4() == ipv4 && !listener.ip().is_loopback();
+        for (listener, span) in listeners(services).filter(|(listener, _)| vip(listener)) {
             vips.insert(listener.ip());
             if vips.len() > most {
                 return Err(Problem::at(span.clone(), format!("more than {most} VIPs of one family"))

@@ -74,9 +74,7 @@ pub(super) fn interfaces(section: &Section) -> Result<Interfaces, Problem> {
     }
     let names = section.texts(KEY, "\"eth0\"")?.unwrap_or_default();
     if names.is_empty() {
-        return Err(
-            Problem::at(value.span(), "no interface is named").help("write \"auto\", or at least one name")
-        );
+        return Ok(Interfaces::None);
     }
     for (position, written) in names.iter().enumerate() {
         let text = written.get_ref();

@@ -107,20 +107,23 @@ impl Backend {
 
 /// Every backend of every service in configuration order, under the ids that they have.
 pub(super) fn enumerate(config: &Config, roster: &Roster) -> Result<Vec<Backend>, ControllerError> {
+    let forwards = config.forwards_packets();
     let mut backends = Vec::new();
     for service in &config.services {
         let Some(number) = roster.service(&service.name) else { continue };
         for backend in &service.backends {
             let Some(id) = roster.backend(number, backend.address) else { continue };
             let local = roster.backends()[&id].local;
-            let other = service.listen.iter().find(|listener| {
+            // The connect hook can change a port.
+            let listeners = service.listen.iter().filter(|it| forwards && !it.ip().is_loopback());
+            let other = listeners.copied().find(|listener| {
                 listener.is_ipv4() == backend.address.is_ipv4() && listener.port() != backend.address.port()
             });
             if let (true, Some(listener)) = (local, other) {
                 return Err(ControllerError::LocalBackend {
                     service: service.name.clone(),
                     backend: backend.address,
-                    listener: *listener,
+                    listener,
                 });
             }
             backends.push(Backend {

@@ -17,6 +17,7 @@ pub(super) fn needs_restart(old: &Config, new: &Config) -> Vec<&'static str> {
         ("dataplane.hash_key_file", before.hash_key_file != after.hash_key_file),
         ("dataplane.state_dir", before.state_dir != after.state_dir),
         ("dataplane.pin_dir", before.pin_dir != after.pin_dir),
+        ("dataplane.cgroup", before.cgroup != after.cgroup),
         ("vip.mode", old.vip != new.vip),
         ("admin.socket", old.admin.socket != new.admin.socket),
         ("admin.group", old.admin.group != new.admin.group),
@@ -78,6 +79,7 @@ fn of_service(old: &Service, new: &Service, lines: &mut Vec<String>) {
         ("reset_after", old.reset_after != new.reset_after),
         ("reset_rate", old.reset_rate != new.reset_rate),
         ("drain_timeout", old.drain_timeout != new.drain_timeout),
+        ("pods", old.pods != new.pods),
         ("check", old.check != new.check),
     ] {
         if differs {
@@ -94,6 +96,7 @@ fn of_service(old: &Service, new: &Service, lines: &mut Vec<String>) {
         reset_after: new.reset_after,
         reset_rate: new.reset_rate,
         drain_timeout: new.drain_timeout,
+        pods: new.pods,
         check: new.check.clone(),
         ..old.clone()
     };

@@ -9,6 +9,7 @@ use super::{HashKeyError, NumbersError};
 use crate::{
     dataplane::DataplaneError,
     health::HealthError,
+    hook::CgroupError,
     network::{NetworkError, offloads::OffloadError},
     vip::VipError,
 };
@@ -70,6 +71,9 @@ pub enum ControllerError {
     /// The kernel refused programs, maps or interfaces.
     #[error(transparent)]
     Dataplane(#[from] DataplaneError),
+    /// There is no cgroup for the connect hook.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// Offloads could not be switched off.
     #[error(transparent)]
     Offload(#[from] OffloadError),
@@ -92,6 +96,7 @@ impl ControllerError {
         matches!(
             self,
             Self::Check { .. }
+                | Self::Cgroup(CgroupError::NotACgroup(_))
                 | Self::HashKey(_)
                 | Self::LocalBackend { .. }
                 | Self::Interface(_)

@@ -9,6 +9,7 @@ mod error;
 mod flags;
 mod flow_list;
 mod hash_key;
+mod hook;
 mod journal;
 mod liveness;
 mod next_hops;
@@ -53,6 +54,8 @@ use crate::{
 use backends::Backend;
 pub use error::ControllerError;
 pub use hash_key::{HashKeyError, load as load_hash_key};
+pub use hook::HOOK;
+use hook::Hook;
 use journal::Journal;
 use next_hops::{Found, Hop, LearnedHops};
 use orders::Orders;
@@ -162,6 +165,7 @@ pub struct Controller {
     resets: Resets,
     /// Tells those who ask in a backend's name that there are other backends.
     probes: watch::Sender<Vec<Arc<ProbeTarget>>>,
+    hook: Hook,
 }
 
 impl Controller {
@@ -219,6 +223,7 @@ impl Controller {
             checks,
             witnesses: BTreeMap::new(),
             resets,
+            hook: Hook::default(),
         };
         controller.obey_orders();
         controller.fill()?;
@@ -240,6 +245,7 @@ impl Controller {
         for (number, service) in self.services.iter() {
             self.dataplane.set_allowed(number, &service.allow)?;
         }
+        self.set_pods();
         let steps = self.steps.clone();
         let seats = self.roster.backends().clone();
         self.make_ready(&steps, |id| seats.get(&id).map(|seat| (seat.address, seat.local)))
@@ -289,7 +295,7 @@ impl Controller {
         self.journal.note(JournalKind::Daemon, None, format!("sheave {version} {how}"));
     }
 
-    /// Attaches the program wherever it is not yet, and nowhere else.
+    /// Attaches the program and the connect hook wherever they are not yet, and nowhere else.
     pub async fn attach(&mut self) -> Result<(), ControllerError> {
         if !self.dataplane.adopted() {
             self.dataplane.take_over()?;
@@ -349,6 +355,7 @@ impl Controller {
                 turn_off(Some(Mode::Generic))?;
             }
         }
+        self.attach_hook().await?;
         self.leave_others()?;
         Ok(())
     }
@@ -403,26 +410,30 @@ impl Controller {
                 backends().count()
             )
         });
+        let mut parts: Vec<_> = services.collect();
         let interfaces =
             self.dataplane.attached().iter().map(|it| format!("{} ({})", it.name, it.mode.name()));
-        let sources = self.snat.iter().map(ToString::to_string);
-        format!(
-            "{}; attached to {}; flows leave from {}",
-            services.collect::<Vec<_>>().join("; "),
-            interfaces.collect::<Vec<_>>().join(", "),
-            sources.collect::<Vec<_>>().join(", ")
-        )
+        let interfaces: Vec<_> = interfaces.collect();
+        if !interfaces.is_empty() {
+            parts.push(format!("attached to {}", interfaces.join(", ")));
+            let sources = self.snat.iter().map(ToString::to_string);
+            parts.push(format!("flows leave from {}", sources.collect::<Vec<_>>().join(", ")));
+        }
+        parts.extend(self.hook_place());
+        parts.join("; ")
     }
 
     /// The same in fewer words, for the service manager.
     pub fn short_summary(&self) -> String {
         let ready = self.backends.iter().filter(|it| it.state == State::Ready).count();
-        format!("{ready} of {} backends ready, on {}", self.backends.len(), self.interfaces())
+        format!("{ready} of {} backends ready, {}", self.backends.len(), self.places())
     }
 
-    /// The names of the interfaces that the program is on.
-    pub fn interfaces(&self) -> String {
-        self.dataplane.attached().iter().map(|it| it.name.as_str()).collect::<Vec<_>>().join(", ")
+    /// Where the program and the connect hook are.
+    pub fn places(&self) -> String {
+        let interfaces: Vec<_> = self.dataplane.attached().iter().map(|it| it.name.as_str()).collect();
+        let program = (!interfaces.is_empty()).then(|| format!("the program on {}", interfaces.join(", ")));
+        program.into_iter().chain(self.hook_place()).collect::<Vec<_>>().join(" and ")
     }
 
     /// Takes events until told to stop.
@@ -432,6 +443,7 @@ impl Controller {
         let mut signals = interval(SIGNALS_EVERY);
         signals.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sockets = watch_sockets(self.own_addresses());
+        let mut servers = self.watch_servers();
         self.look_for_vips();
         let mut names = self.names.clone();
         loop {
@@ -451,6 +463,7 @@ impl Controller {
                     self.used_ports = used;
                     self.block();
                 }
+                Some(found) = servers.recv() => self.note_shadows(&found),
                 Some(request) = inbox.requests.recv() => match request {
                     // Whoever asked may have gone meanwhile.
                     Request::Status(answer) => drop(answer.send(self.status())),
@@ -644,6 +657,9 @@ impl Controller {
 
     /// Finds the way to every backend anew, and asks the kernel for neighbours it is not sure of.
     async fn resolve(&mut self) {
+        if !self.config.forwards_packets() {
+            return;
+        }
         let remote: Vec<usize> =
             (0..self.backends.len()).filter(|index| !self.backends[*index].local).collect();
         let network = self.network.clone();
@@ -755,9 +771,9 @@ impl Controller {
     }
 
     /// Takes everything away again: the VIP, then the program, then what was changed for it.
-    pub async fn dismantle(self) -> Dismantled {
+    pub async fn dismantle(mut self) -> Dismantled {
         let mut done = Dismantled::default();
-        if let Some(owner) = self.owner {
+        if let Some(owner) = self.owner.take() {
             let placed = owner.placed();
             match owner.release().await {
                 Ok(()) => {
@@ -768,6 +784,7 @@ impl Controller {
             }
             tokio::time::sleep(LAST_PACKETS).await;
         }
+        done.removed.extend(self.hook_place());
         let attached: Vec<_> =
             self.dataplane.attached().iter().map(|it| format!("the program from {}", it.name)).collect();
         match self.dataplane.unload() {
@@ -823,6 +840,10 @@ async fn renamed(names: &mut Option<Names>) {
 /// them.
 fn watch_sockets(addresses: Vec<IpAddr>) -> mpsc::Receiver<BTreeSet<u16>> {
     let (sender, receiver) = mpsc::channel(1);
+    // Without an address there are no slots.
+    if addresses.is_empty() {
+        return receiver;
+    }
     tokio::spawn(async move {
         loop {
             tokio::time::sleep(SOCKETS_EVERY).await;

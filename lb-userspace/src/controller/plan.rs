@@ -51,8 +51,13 @@ impl Plan {
             tracing::warn!("the VIP {vip} is in no subnet of this host: clients must be routed here");
         }
         let wanted = reach.iter().map(|reach| reach.route.interface).chain(homes.values().flatten().copied());
-        let ports = Ports::open(network, &config.dataplane.interfaces, wanted)?;
-        let reached = |reach: &&Reach| ports.number(reach.route.interface).is_some();
+        let ports = if config.forwards_packets() {
+            Ports::open(network, &config.dataplane.interfaces, wanted)?
+        } else {
+            Ports::default()
+        };
+        let reached =
+            |reach: &&Reach| !config.forwards_packets() || ports.number(reach.route.interface).is_some();
         if let (Interfaces::Named(_), Some(out)) =
             (&config.dataplane.interfaces, reach.iter().find(|it| !reached(it)))
         {
@@ -163,15 +168,9 @@ const EVERY_PORT: RangeInclusive<u16> = 1024..=u16::MAX;
 /// Ports that an address which this host's own connections use too should have for slots at least.
 const ENOUGH_PORTS: u16 = 4096;
 
-/// Distinct listener addresses, in configuration order.
+/// Distinct addresses that packets are forwarded for, in configuration order.
 pub(super) fn vips(config: &Config) -> Vec<IpAddr> {
-    let mut vips = Vec::new();
-    for listener in config.services.iter().flat_map(|service| &service.listen) {
-        if !vips.contains(&listener.ip()) {
-            vips.push(listener.ip());
-        }
-    }
-    vips
+    config.vips()
 }
 
 /// The interface that carries each VIP or, while it is elsewhere, would carry it: the one in whose subnet it is.

@@ -180,11 +180,18 @@ impl Controller {
                 keys.join(", ")
             )));
         }
+        if config.needs_hook() && !self.dataplane.is_hooked() {
+            return Err(conflict(
+                "a listener on loopback, or pods = true, needs the connect hook, which this host did not take: see the \
+                 log of the start, and restart (`systemctl restart sheave`) when that is put right",
+            ));
+        }
         let survey = Survey::make(&config, &self.network)
             .await
             .map_err(|error| Refusal::new(RefusalKind::Failed, error.to_string()))?;
         self.check_sources(&config, &survey)?;
-        let ports = self.check_interfaces(&survey)?;
+        let ports =
+            if config.forwards_packets() { self.check_interfaces(&survey)? } else { self.ports.clone() };
         let local = |address: IpAddr| survey.here.contains(&address);
         let roster = self.roster.next(&config, local).map_err(|full| conflict(full.to_string()))?;
         let backends = backends::enumerate(&config, &roster).map_err(|error| wrong(error.to_string()))?;
@@ -369,6 +376,7 @@ impl Controller {
             self.select(number, false);
             self.select(number, true);
         }
+        self.set_pods();
         let mut failures = self.change_allow_lists(&allow);
         failures.extend(self.change_over(steps, |id| {
             let service = old_listeners.get(&id).and_then(Seat::service);

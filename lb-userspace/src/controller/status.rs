@@ -47,6 +47,7 @@ impl Controller {
                 .iter()
                 .map(|it| InterfaceStatus { name: it.name.clone(), xdp_mode: it.mode.name().to_owned() })
                 .collect(),
+            hook: self.hook_status(),
             packets: self.packets(),
             flags: self.host_flags(),
             daemon: DaemonStatus {
@@ -124,6 +125,7 @@ impl Controller {
         for rival in self.owner.iter().flat_map(|owner| owner.rivals()) {
             flags.push(format!("{} says it has the VIP {} too", display_mac(&rival.mac), rival.vip));
         }
+        flags.extend(self.hook_flags());
         if let Some(names) = &self.names {
             flags.extend(names.sentences());
             flags.extend(names.apply(&self.config).1);
@@ -161,6 +163,7 @@ impl Controller {
             }
         }
         reasons.extend(liveness::detached(self.dataplane.program_id(), &attached));
+        reasons.extend(self.hook_reasons());
         reasons.extend(liveness::stalled(self.last_turn, now));
         reasons.extend(liveness::overdue(&self.services, &self.backends, now));
         Alive { alive: reasons.is_empty(), reasons }

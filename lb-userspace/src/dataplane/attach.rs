@@ -221,7 +221,7 @@ fn failure(target: &Target<'_>, mode: Mode, source: ProgramError) -> DataplaneEr
     DataplaneError::Attach { interface: target.name.to_owned(), mode: mode.name(), source: Box::new(source) }
 }
 
-fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+pub(super) fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
     let mut source = Some(error);
     while let Some(error) = source {
         if let Some(io) = error.downcast_ref::<std::io::Error>() {

@@ -32,6 +32,7 @@ impl Dataplane {
         let address = words(listener.address.ip());
         let port = listener.address.port().to_be();
         let head = self.first_listener(listener.address.port());
+        let loopback = listener.address.ip().is_loopback();
         // The entry, then the word that leads to it.
         self.listeners.write(
             usize::from(id),
@@ -42,7 +43,8 @@ impl Dataplane {
                 reserved: 0,
                 service: service_id(listener.service),
                 next: head,
-                ports: (1u64 << ports).wrapping_sub(1) as u32,
+                // No packet comes from elsewhere for a loopback address: such a listener is the connect hook's.
+                ports: if loopback { 0 } else { (1u64 << ports).wrapping_sub(1) as u32 },
                 sum: endpoint_sum(address, port),
             },
         );

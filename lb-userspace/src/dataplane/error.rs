@@ -90,6 +90,17 @@ pub enum DataplaneError {
         /// Its id and name, where known.
         owner: String,
     },
+    /// The connect hook may not be on the cgroup.
+    #[error(
+        "the kernel does not let program {name} of the connect hook on the cgroup: {source}\n  needed: root (or CAP_BPF \
+         and CAP_NET_ADMIN); and nobody else's program there that wants to be the only one: see `bpftool cgroup tree`"
+    )]
+    HookRefused {
+        /// Which.
+        name: &'static str,
+        /// What the kernel said.
+        source: Box<aya::programs::ProgramError>,
+    },
     /// The driver has no XDP, and generic mode would lose data there.
     #[error(
         "{interface}: driver {driver} does not take the program in native mode ({source}), and generic mode would corrupt packets with unfinished checksums there\n  {fix}, or set `xdp_mode = \"generic\"` after `ethtool -K {interface} rx off` on this host"

@@ -10,8 +10,10 @@ mod clock;
 mod error;
 mod flows;
 mod grace;
+mod hook;
 mod known;
 mod learned;
+mod link;
 mod list;
 mod mapped;
 mod pins;
@@ -130,6 +132,8 @@ pub struct Dataplane {
     /// Idle timeouts of the flows of listeners that belong to no service any more, by listener id.
     kept_idle: BTreeMap<u16, Duration>,
     attached: Vec<Attached>,
+    /// What keeps the connect hook on its cgroup, by program, where pins do not do so too.
+    hook_links: BTreeMap<&'static str, FdLink>,
     /// The words of claims that the last look through the flow table found.
     claims: HashSet<Meta>,
     /// What keeps the program attached, by interface index, where pins do so too.
@@ -238,6 +242,7 @@ impl Dataplane {
             grace: Grace::default(),
             kept_idle: BTreeMap::new(),
             attached: Vec::new(),
+            hook_links: BTreeMap::new(),
             claims: HashSet::new(),
             links: BTreeMap::new(),
             pins: None,
@@ -564,6 +569,9 @@ fn load_object(
     let mask = log_one_in.map_or(u32::MAX, |one_in| (one_in.next_power_of_two() - 1).min(u32::MAX - 1));
     loader.override_global("LOG_MASK", &mask, true);
     loader.override_global("AYA_LOG_LEVEL", &level, false);
+    // The benchmark's object has no connect hook.
+    let sets_error = u32::from(hook::sets_error());
+    loader.override_global("SET_ERROR", &sets_error, false);
     loader.load(object).map_err(|error| DataplaneError::Load(Box::new(error)))
 }
 

@@ -5,7 +5,8 @@
 //! └── layout_8c0f5a27d1e94b36           named by `lb_common::layout_hash`
 //!     ├── map_FLOW4, map_CONFIG, ...    every map
 //!     ├── program                       the XDP program that is attached
-//!     └── link_2                        one for each interface, by index: while it is there, packets are forwarded
+//!     ├── link_2                        one for each interface, by index: while it is there, packets are forwarded
+//!     └── hook_connect4, ...            one for each program of the connect hook: while they are there, so is it
 //! ```
 //!
 //! A directory appears complete or not at all: it is filled under another name first. One whose layout is not this
@@ -38,6 +39,7 @@ const UNFINISHED: &str = "new_";
 /// Of a layout that the operator has given up.
 const REPLACED: &str = "_replaced";
 const LINK: &str = "link_";
+const HOOK: &str = "hook_";
 const MAP: &str = "map_";
 const PROGRAM: &str = "program";
 const NEXT_PROGRAM: &str = "program_new";
@@ -361,6 +363,32 @@ impl Pins {
         Ok(())
     }
 
+    /// The links of the connect hook that there are, by program: our own, and those of what is being replaced.
+    pub(super) fn hooks(&self) -> Result<BTreeMap<String, PathBuf>, PinsError> {
+        let mut found = BTreeMap::new();
+        for directory in self.replaced.iter().chain(self.adopts().then_some(&self.directory)) {
+            found.extend(hooks(directory)?);
+        }
+        Ok(found)
+    }
+
+    /// Pins a link of the connect hook in place of the one before.
+    pub(super) fn pin_hook(&self, program: &str, link: FdLink) -> Result<FdLink, PinsError> {
+        self.unpin_hook(program)?;
+        let path = self.directory.join(format!("{HOOK}{program}"));
+        link.pin(&path)
+            .map(FdLink::from)
+            .map_err(|error| failed("pin the link as", &path)(io::Error::other(error)))
+    }
+
+    /// Lets a link of the connect hook go once nobody has it open.
+    pub(super) fn unpin_hook(&self, program: &str) -> Result<(), PinsError> {
+        for directory in self.replaced.iter().chain([&self.directory]) {
+            remove_if_there(&directory.join(format!("{HOOK}{program}")))?;
+        }
+        Ok(())
+    }
+
     /// Removes what was replaced, once its links are ours.
     pub(super) fn drop_replaced(&mut self) -> Result<(), PinsError> {
         for path in std::mem::take(&mut self.replaced) {
@@ -379,6 +407,10 @@ impl Pins {
             for (interface, path) in links(directory)? {
                 remove_if_there(&path)?;
                 removed.interfaces.push(interface);
+            }
+            for path in hooks(directory)?.values() {
+                remove_if_there(path)?;
+                removed.hook = true;
             }
         }
         for (_, directory) in &directories {
@@ -404,6 +436,8 @@ impl Pins {
 pub struct Removed {
     /// Indexes of the interfaces that had a link.
     pub interfaces: Vec<u32>,
+    /// Whether the connect hook was on a cgroup.
+    pub hook: bool,
     /// Whether there were any pins.
     pub maps: bool,
 }
@@ -412,6 +446,12 @@ pub struct Removed {
 fn links(directory: &Path) -> Result<BTreeMap<u32, PathBuf>, PinsError> {
     let index = |name: &str| name.strip_prefix(LINK)?.parse().ok();
     Ok(entries(directory)?.into_iter().filter_map(|(name, path)| Some((index(&name)?, path))).collect())
+}
+
+/// The links of the connect hook in a directory, by program.
+fn hooks(directory: &Path) -> Result<BTreeMap<String, PathBuf>, PinsError> {
+    let program = |name: &str| name.strip_prefix(HOOK).map(str::to_owned);
+    Ok(entries(directory)?.into_iter().filter_map(|(name, path)| Some((program(&name)?, path))).collect())
 }
 
 fn entries(directory: &Path) -> Result<Vec<(String, PathBuf)>, PinsError> {
@@ -425,8 +465,8 @@ fn entries(directory: &Path) -> Result<Vec<(String, PathBuf)>, PinsError> {
 
 /// Removes a directory of pins, the links first.
 fn remove_directory(directory: &Path) -> Result<(), PinsError> {
-    for (_, path) in links(directory)? {
-        remove_if_there(&path)?;
+    for path in links(directory)?.values().chain(hooks(directory)?.values()) {
+        remove_if_there(path)?;
     }
     for (name, path) in entries(directory)? {
         if name.starts_with(MAP) || name == PROGRAM || name == NEXT_PROGRAM {

@@ -12,6 +12,7 @@ use crate::{
 
 mod certificates;
 mod firewall;
+mod hook;
 mod interfaces;
 mod kernel;
 mod names;
@@ -98,6 +99,7 @@ pub async fn examine(config: Option<&Config>) -> Vec<Finding> {
     if let Some(config) = config {
         findings.extend(vips::examine(&network, config).await);
         findings.extend(neighbours::examine(&network, config).await);
+        findings.extend(hook::examine(config));
         findings.extend(sockets::examine(&network, config).await);
         findings.extend(firewall::examine(config).await);
         findings.extend(certificates::examine(config).await);
@@ -115,6 +117,8 @@ async fn ports(network: &Network, config: Option<&Config>) -> (Vec<Port>, Vec<Fi
             let up = network.interfaces().into_iter().filter(|interface| interface.up);
             found.extend(up.filter_map(|interface| network.port_of(interface.index).ok()));
         }
+        Some((_, config)) if !config.forwards_packets() => {}
+        Some((Interfaces::None, _)) => {}
         Some((Interfaces::Named(names), _)) => {
             for name in names {
                 let interface = network.interface_named(name);
@@ -139,9 +143,9 @@ async fn ports(network: &Network, config: Option<&Config>) -> (Vec<Port>, Vec<Fi
     (found, problems)
 }
 
-/// The addresses that services answer on.
+/// The addresses that packets are forwarded for.
 fn listeners(config: &Config) -> BTreeSet<IpAddr> {
-    config.services.iter().flat_map(|service| &service.listen).map(|listener| listener.ip()).collect()
+    config.vips().into_iter().collect()
 }
 
 /// The addresses of all backends.

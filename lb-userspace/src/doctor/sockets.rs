@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fs, net::SocketAddr};
 
 use super::{Finding, failure, warning};
 use crate::{
-    config::Config,
+    config::{Cgroup, Config},
     network::{Network, TcpSocket, TcpState, tcp_sockets},
 };
 
@@ -20,13 +20,15 @@ const KUBECONFIGS: [&str; 6] = [
 ];
 
 const NEEDS_HOOK: &str = "XDP never sees connections of this host to its own address; they need the connect hook, which \
-                          is not built yet";
+                          cgroup = \"none\" leaves out";
 
 pub(super) async fn examine(network: &Network, config: &Config) -> Vec<Finding> {
     let listeners: BTreeSet<SocketAddr> =
         config.services.iter().flat_map(|service| service.listen.iter().copied()).collect();
+    let unhooked = config.dataplane.cgroup == Cgroup::None;
     let mut findings: Vec<_> = KUBECONFIGS
         .iter()
+        .filter(|_| unhooked)
         .filter_map(|path| Some((path, fs::read_to_string(path).ok()?)))
         .filter_map(|(path, content)| configured_client(path, &content, &listeners))
         .collect();
@@ -39,14 +41,13 @@ pub(super) async fn examine(network: &Network, config: &Config) -> Vec<Finding> 
             return findings;
         }
     };
-    let clients = sockets.iter().filter(|socket| is_client(socket, &listeners));
+    let clients = sockets.iter().filter(|socket| unhooked && is_client(socket, &listeners));
     let clients: BTreeSet<_> = clients.map(|socket| (owner(socket), socket.remote)).collect();
     for (process, vip) in clients {
         let what = format!("{process} on this host is a client of {vip}: {NEEDS_HOOK}");
-        findings.push(
-            failure(format!("client {process}"), what)
-                .fix("let it use a backend's own address while the VIP is on this host"),
-        );
+        findings.push(failure(format!("client {process}"), what).fix(
+            "remove cgroup = \"none\", or let it use a backend's own address while the VIP is on this host",
+        ));
     }
     for socket in sockets.iter().filter(|socket| is_shadowed(socket, &listeners)) {
         if !serves_as_backend(network, config, socket) {
@@ -97,7 +98,9 @@ fn configured_client(path: &str, content: &str, listeners: &BTreeSet<SocketAddr>
     });
     let vip: SocketAddr = addresses.into_iter().find(|address| listeners.contains(address))?;
     let what = format!("{path} names {vip}: when the VIP is on this host, {NEEDS_HOOK}");
-    let fix = format!("in {path}: the address of an apiserver, this node's own if it has one, as `server:`");
+    let fix = format!(
+        "remove cgroup = \"none\"; or in {path}: the address of an apiserver, this node's own if it has one, as `server:`"
+    );
     Some(failure("kubeconfig", what).fix(fix))
 }
 

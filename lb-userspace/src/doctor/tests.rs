@@ -10,7 +10,8 @@ use rustls_pki_types::{PrivateKeyDer, pem::PemObject};
 use super::*;
 use crate::{
     config::{
-        Admin, Backend, Balance, Check, CheckKind, Dataplane, Forward, OnDead, Service, Vip, VipMode, XdpMode,
+        Admin, Backend, Balance, Cgroup, Check, CheckKind, Dataplane, Forward, OnDead, Service, Vip, VipMode,
+        XdpMode,
     },
     network::testing::{Peer, in_namespace, ip},
 };
@@ -39,6 +40,7 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
             hash_key_file: None,
             state_dir: "/nonexistent".into(),
             pin_dir: "/nonexistent".into(),
+            cgroup: Cgroup::Auto,
         },
         vip: Vip { mode: VipMode::Follow },
         admin: Admin { socket: "/nonexistent".into(), group: None, listen: None },
@@ -53,6 +55,7 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
             reset_after: Duration::from_secs(5),
             reset_rate: 2000,
             drain_timeout: None,
+            pods: false,
             check: Check {
                 kind: CheckKind::Https,
                 path: "/readyz".to_owned(),
@@ -138,10 +141,17 @@ fn clients_and_servers_on_this_host_are_named() {
         let server = TcpListener::bind("10.1.0.140:0").unwrap();
         let listener = server.local_addr().unwrap();
         let _client = TcpStream::connect(listener).unwrap();
-        let findings = examine(Some(&config(&listener.to_string(), &[socket("10.1.0.151:6443")]))).await;
+        let mut client_config = config(&listener.to_string(), &[socket("10.1.0.151:6443")]);
+        let findings = examine(Some(&client_config)).await;
+        assert!(
+            !findings.iter().any(|it| it.subject.starts_with("client")),
+            "the hook serves it: {findings:#?}"
+        );
+        client_config.dataplane.cgroup = Cgroup::None;
+        let findings = examine(Some(&client_config)).await;
         let us = format!("(pid {})", std::process::id());
         let client = expect(&findings, Level::Failure, "client", "on this host is a client of 10.1.0.140");
-        assert!(client.what.contains(&us) && client.what.contains("connect hook, which is not built yet"));
+        assert!(client.what.contains(&us) && client.what.contains("connect hook, which cgroup"));
         let shadowed = expect(&findings, Level::Warning, "server", &format!("listens on {listener}"));
         assert!(shadowed.what.contains(&us));
 

@@ -36,7 +36,9 @@ pub use address::LocalAddress;
 pub use interface::{AttachedXdp, Interface, Kind, Port, Tag, TagProtocol, XdpAttachMode};
 pub use neighbour::Neighbour;
 pub use route::{NextHop, Route};
-pub use sockets::{TcpSocket, TcpState, first_ephemeral_port, tcp_sockets, used_tcp_ports};
+pub use sockets::{
+    TcpSocket, TcpState, first_ephemeral_port, listening_sockets, tcp_sockets, used_tcp_ports,
+};
 
 /// An Ethernet address.
 pub type Mac = [u8; 6];

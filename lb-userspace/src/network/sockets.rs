@@ -89,6 +89,18 @@ pub async fn tcp_sockets(wanted: impl Fn(&TcpSocket) -> bool + Send + 'static) -
     .await
 }
 
+/// Every server's socket.
+pub async fn listening_sockets() -> io::Result<Vec<TcpSocket>> {
+    in_background(|| {
+        let mut sockets = Vec::new();
+        for family in [AF_INET, AF_INET6] {
+            dump(family, StateFlags::LISTEN, &mut |socket| sockets.push(socket))?;
+        }
+        Ok(sockets)
+    })
+    .await
+}
+
 /// A host can have a hundred thousand sockets: the dump must not hold up the daemon's only thread.
 async fn in_background<T: Send + 'static>(
     work: impl FnOnce() -> io::Result<T> + Send + 'static,
@@ -98,16 +110,17 @@ async fn in_background<T: Send + 'static>(
 
 fn for_each_tcp_socket(mut visit: impl FnMut(TcpSocket)) -> io::Result<()> {
     for family in [AF_INET, AF_INET6] {
-        dump(family, &mut visit)?;
+        // Also the states that have no name here: sockets that are bound and idle (Linux 6.8).
+        dump(family, StateFlags::from_bits_retain(u32::MAX), &mut visit)?;
     }
     Ok(())
 }
 
-fn dump(family: u8, visit: &mut impl FnMut(TcpSocket)) -> io::Result<()> {
+fn dump(family: u8, states: StateFlags, visit: &mut impl FnMut(TcpSocket)) -> io::Result<()> {
     let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
     socket.bind_auto()?;
     socket.connect(&NetlinkAddress::new(0, 0))?;
-    socket.send(&request(family), 0)?;
+    socket.send(&request(family, states), 0)?;
     let mut buffer = Vec::with_capacity(1 << 16); // The kernel's dumps come in pieces of at most 32 KiB.
     loop {
         buffer.clear();
@@ -129,15 +142,14 @@ fn dump(family: u8, visit: &mut impl FnMut(TcpSocket)) -> io::Result<()> {
     }
 }
 
-fn request(family: u8) -> Vec<u8> {
+fn request(family: u8, states: StateFlags) -> Vec<u8> {
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_DUMP;
     let request = SockDiagMessage::InetRequest(InetRequest {
         family,
         protocol: IPPROTO_TCP,
         extensions: ExtensionFlags::empty(),
-        // Also the states that have no name here: sockets that are bound and idle (Linux 6.8).
-        states: StateFlags::from_bits_retain(u32::MAX),
+        states,
         socket_id: if family == AF_INET6 { SocketId::new_v6() } else { SocketId::new_v4() },
     });
     let mut message = NetlinkMessage::new(header, NetlinkPayload::from(request));

@@ -1,0 +1,134 @@
+//! The connect hook, as the controller sees it: where it is, what keeps it from being somewhere, and who listens in vain
+//! because of it.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use tokio::sync::mpsc;
+
+use super::{Controller, ControllerError};
+use crate::{
+    admin::HookStatus,
+    hook::{Place, Shadow, own_network, shadows},
+    network::{TcpSocket, listening_sockets},
+};
+
+/// How often servers at the addresses of listeners are looked for.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+
+/// What `sheave unload` says it took away.
+pub const HOOK: &str = "the connect hook";
+
+/// The hook, or why there is none.
+#[derive(Debug, Default)]
+pub(super) struct Hook {
+    place: Option<Place>,
+    /// What the operator should know, in sentences.
+    flags: Vec<String>,
+    shadows: BTreeSet<Shadow>,
+}
+
+impl Controller {
+    /// Puts the connect hook on its cgroup. Where only clients of the VIP on this very host would be served by it, the
+    /// others do not wait for whatever is wrong.
+    pub(super) async fn attach_hook(&mut self) -> Result<(), ControllerError> {
+        match self.try_attach_hook() {
+            Ok(place) => self.hook.place = place,
+            Err(error) if self.config.needs_hook() => return Err(error),
+            Err(error) => {
+                tracing::warn!("clients on this host itself are not served: {error}");
+                let first = error.to_string().lines().next().unwrap_or_default().to_owned();
+                self.hook.flags.push(format!("clients on this host itself are not served: {first}"));
+                return Ok(());
+            }
+        }
+        if let Some(place) = &self.hook.place {
+            if let Some(reservation) = place.reservation(&self.config.dataplane.cgroup) {
+                tracing::warn!("{reservation}");
+                self.hook.flags.push(reservation);
+            }
+            match listening_sockets().await {
+                Ok(found) => self.note_shadows(&found),
+                Err(error) => tracing::warn!("cannot list the sockets of this host: {error}"),
+            }
+        }
+        Ok(())
+    }
+
+    fn try_attach_hook(&mut self) -> Result<Option<Place>, ControllerError> {
+        let Some(place) = Place::find(&self.config.dataplane.cgroup)? else {
+            self.dataplane.leave_hook()?;
+            return Ok(None);
+        };
+        let network = own_network().map_err(|source| ControllerError::System {
+            doing: "find out which network namespace this is",
+            source,
+        })?;
+        self.dataplane.attach_hook(place.directory(), network)?;
+        Ok(Some(place))
+    }
+
+    /// Says which services the hook serves pods for.
+    pub(super) fn set_pods(&mut self) {
+        for (number, service) in self.services.iter() {
+            self.dataplane.set_pods(number, service.pods);
+        }
+    }
+
+    /// The servers on this host, again and again.
+    pub(super) fn watch_servers(&self) -> mpsc::Receiver<Vec<TcpSocket>> {
+        let (sender, receiver) = mpsc::channel(1);
+        if self.hook.place.is_none() {
+            return receiver;
+        }
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(LOOK_EVERY).await;
+                match listening_sockets().await {
+                    Ok(found) => {
+                        if sender.send(found).await.is_err() {
+                            return;
+                        }
+                    }
+                    Err(error) => tracing::warn!("cannot list the sockets of this host: {error}"),
+                }
+            }
+        });
+        receiver
+    }
+
+    /// Says what is new about servers that nobody on this host reaches.
+    pub(super) fn note_shadows(&mut self, servers: &[TcpSocket]) {
+        let listeners: Vec<_> =
+            self.config.services.iter().flat_map(|service| service.listen.iter().copied()).collect();
+        let local = self.backends.iter().filter(|backend| backend.local);
+        let local: Vec<_> = local.map(|backend| backend.address).collect();
+        let found = shadows(&listeners, &local, servers);
+        for shadow in found.difference(&self.hook.shadows) {
+            tracing::warn!("{}", shadow.sentence());
+        }
+        self.hook.shadows = found;
+    }
+
+    /// What keeps the hook from serving, for `sheave alive`.
+    pub(super) fn hook_reasons(&self) -> Option<String> {
+        let place = self.hook.place.as_ref().filter(|place| !place.exists())?;
+        Some(format!(
+            "the cgroup {} is gone, and the connect hook with it: restart sheave",
+            place.path().display()
+        ))
+    }
+
+    pub(super) fn hook_status(&self) -> Option<HookStatus> {
+        let place = self.hook.place.as_ref()?;
+        Some(HookStatus { cgroup: place.path().display().to_string(), attached: place.exists() })
+    }
+
+    pub(super) fn hook_flags(&self) -> impl Iterator<Item = String> {
+        self.hook.flags.iter().cloned().chain(self.hook.shadows.iter().map(Shadow::sentence))
+    }
+
+    /// Where it is, in words.
+    pub(super) fn hook_place(&self) -> Option<String> {
+        Some(format!("the connect hook on {}", self.hook.place.as_ref()?.path().display()))
+    }
+}

@@ -1,0 +1,121 @@
+//! The connect hook's programs: loading them, and putting them on a cgroup.
+
+use std::{
+    fs::File,
+    io,
+    os::{fd::AsFd as _, unix::fs::MetadataExt as _},
+    path::Path,
+};
+
+use aya::programs::{
+    CgroupAttachMode, CgroupSockAddr, ProgramType,
+    links::{FdLink, LinkError},
+};
+use lb_common::layout;
+
+use super::{Dataplane, DataplaneError, Pins, attach::errno, link::RawLink, mapped, service_id};
+
+/// Those that show the address that was dialled come first: a connection is not redirected before it can be shown.
+const PROGRAMS: [&str; 4] = ["getpeername4", "getpeername6", "connect4", "connect6"];
+
+/// Whether the kernel lets the programs choose the error of a connection that they refuse.
+pub(super) fn sets_error() -> bool {
+    use aya::sys::{BpfHelper, is_helper_supported};
+    is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false)
+}
+
+impl Dataplane {
+    /// Puts the connect hook on a cgroup, for the processes of the network namespace with this cookie, and as far as
+    /// services say so for all. Where a daemon before us has put it there, its programs are replaced, and every
+    /// connection meets the old ones or the new.
+    pub fn attach_hook(&mut self, cgroup: &File, network: u64) -> Result<(), DataplaneError> {
+        let id = cgroup.metadata().map_err(|source| DataplaneError::System { call: "fstat", source })?.ino();
+        mapped::<layout::Hook>(&mut self.ebpf, "HOOK")?.write(0, layout::Hook { network });
+        for name in PROGRAMS {
+            self.hook_program(name)?.load().map_err(|source| DataplaneError::not_loaded(name, source))?;
+        }
+        let pins = self.pins.clone();
+        let pinned = pins.as_ref().map(Pins::hooks).transpose()?.unwrap_or_default();
+        for name in PROGRAMS {
+            let before = match pinned.get(name) {
+                Some(path) => self.replace_hook_program(name, path, id)?,
+                None => None,
+            };
+            let link = match before {
+                Some(link) => link,
+                // One that is on another cgroup goes when this one is there.
+                None => self.attach_hook_program(name, cgroup)?,
+            };
+            let link = match &pins {
+                Some(pins) => pins.pin_hook(name, link)?,
+                None => link,
+            };
+            self.hook_links.insert(name, link);
+        }
+        Ok(())
+    }
+
+    /// Takes the connect hook away that a daemon before us has put on a cgroup.
+    pub fn leave_hook(&mut self) -> Result<(), DataplaneError> {
+        self.hook_links.clear();
+        if let Some(pins) = &self.pins {
+            for name in pins.hooks()?.keys() {
+                pins.unpin_hook(name)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn attach_hook_program(&mut self, name: &'static str, cgroup: &File) -> Result<FdLink, DataplaneError> {
+        let program = self.hook_program(name)?;
+        // A link is always one of several, whatever the mode is called (`cgroup_bpf_link_attach` in the kernel).
+        let attached = program.attach(cgroup, CgroupAttachMode::Single);
+        let link = attached.and_then(|id| program.take_link(id)).map_err(|source| match errno(&source) {
+            Some(libc::EPERM) => DataplaneError::HookRefused { name, source: Box::new(source) },
+            _ => DataplaneError::Program { name, source: Box::new(source) },
+        })?;
+        link.try_into().map_err(|error: LinkError| DataplaneError::System {
+            call: "bpf(BPF_LINK_CREATE)",
+            source: io::Error::other(error),
+        })
+    }
+
+    /// Puts a program in the place of the one of a pinned link, if that is on this cgroup.
+    fn replace_hook_program(
+        &mut self,
+        name: &'static str,
+        path: &Path,
+        cgroup: u64,
+    ) -> Result<Option<FdLink>, DataplaneError> {
+        let failed = |call| move |source| DataplaneError::System { call, source };
+        let link = RawLink::open(path).map_err(failed("bpf(BPF_OBJ_GET)"))?;
+        if link.cgroup().map_err(failed("bpf(BPF_OBJ_GET_INFO_BY_FD)"))? != cgroup {
+            return Ok(None);
+        }
+        let error = |source| DataplaneError::Program { name, source: Box::new(source) };
+        let program = self.hook_program(name)?.fd().map_err(error)?.as_fd();
+        link.update(program).map_err(failed("bpf(BPF_LINK_UPDATE)"))?;
+        Ok(Some(Pins::open_link(path)?))
+    }
+
+    fn hook_program(&mut self, name: &'static str) -> Result<&mut CgroupSockAddr, DataplaneError> {
+        self.ebpf
+            .program_mut(name)
+            .ok_or(DataplaneError::Missing(name))?
+            .try_into()
+            .map_err(|source| DataplaneError::Program { name, source: Box::new(source) })
+    }
+
+    /// Whether the connect hook is on a cgroup.
+    pub fn is_hooked(&self) -> bool {
+        !self.hook_links.is_empty()
+    }
+
+    /// Says whether the hook serves processes of every network namespace for a service.
+    pub fn set_pods(&mut self, service: usize, pods: bool) {
+        let id = usize::from(service_id(service));
+        let mut entry = self.services.read(id).unwrap_or_default();
+        entry.pods = pods.into();
+        self.services.write(id, entry);
+    }
+}

@@ -1,0 +1,98 @@
+//! What aya's links of cgroups lack: another program for one that is there, and on which cgroup it is. System calls as
+//! `bpf(2)` and the kernel's `include/uapi/linux/bpf.h` (`union bpf_attr`) have them.
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+};
+
+const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_LINK_UPDATE: libc::c_int = 29;
+
+/// A pinned link.
+#[derive(Debug)]
+pub(super) struct RawLink(OwnedFd);
+
+#[repr(C)]
+struct ObjGet {
+    path: u64,
+    descriptor: u32,
+    flags: u32,
+}
+
+#[repr(C)]
+struct ObjGetInfo {
+    descriptor: u32,
+    length: u32,
+    info: u64,
+}
+
+#[repr(C)]
+struct LinkUpdate {
+    link: u32,
+    program: u32,
+    flags: u32,
+    program_before: u32,
+}
+
+/// The beginning of `struct bpf_link_info`, for links of cgroups.
+#[repr(C)]
+#[derive(Default)]
+struct LinkInfo {
+    kind: u32,
+    id: u32,
+    program: u32,
+    padding: u32,
+    cgroup: u64,
+    attach_type: u32,
+    reserved: u32,
+}
+
+impl RawLink {
+    /// Opens a pin.
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let mut request = ObjGet { path: path.as_ptr().addr() as u64, descriptor: 0, flags: 0 };
+        let descriptor = bpf(BPF_OBJ_GET, &mut request)?;
+        // SAFETY: a descriptor that the kernel has just made for us.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(descriptor) }))
+    }
+
+    /// The id (the inode) of the cgroup that it is on; 0: that was removed.
+    pub(super) fn cgroup(&self) -> io::Result<u64> {
+        let mut info = LinkInfo::default();
+        let mut request = ObjGetInfo {
+            descriptor: self.0.as_raw_fd().cast_unsigned(),
+            length: size_of::<LinkInfo>() as u32,
+            info: (&raw mut info).expose_provenance() as u64,
+        };
+        bpf(BPF_OBJ_GET_INFO_BY_FD, &mut request)?;
+        Ok(info.cgroup)
+    }
+
+    /// Puts a program in the place of the one before: there is always one of them.
+    pub(super) fn update(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+        let mut request = LinkUpdate {
+            link: self.0.as_raw_fd().cast_unsigned(),
+            program: program.as_raw_fd().cast_unsigned(),
+            flags: 0,
+            program_before: 0,
+        };
+        bpf(BPF_LINK_UPDATE, &mut request).map(drop)
+    }
+}
+
+fn bpf<T>(command: libc::c_int, request: &mut T) -> io::Result<libc::c_int> {
+    // SAFETY: the structure is the one of the command, and what it points to lives until the call returns.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *request, size_of::<T>()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result as libc::c_int)
+}
