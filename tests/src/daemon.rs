@@ -11,7 +11,9 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;
 
-use crate::lab::{Host, Process, eventually, namespace::command_in, pins_of, process::Signal, run};
+use crate::lab::{
+    Host, Process, cgroup_of, eventually, namespace::command_in, pins_of, process::Signal, run,
+};
 
 /// Loading, first checks and attaching take well under a second on an idle machine; the suite shares two cores.
 const READY_LIMIT: Duration = Duration::from_secs(30);
@@ -48,6 +50,10 @@ impl Settings {
         line("[dataplane]");
         line(&format!("state_dir = {:?}", directory.join("state")));
         line(&format!("pin_dir = {:?}", pins_of(directory)));
+        let cgroup = cgroup_of(directory).unwrap_or_else(|| "none".into());
+        if !self.dataplane.iter().any(|text| text.starts_with("cgroup = ")) {
+            line(&format!("cgroup = {cgroup:?}"));
+        }
         self.dataplane.iter().for_each(|text| line(text));
         line(&format!("[vip]\nmode = {:?}", self.vip_mode));
         line(&format!("[admin]\nsocket = {:?}", directory.join("admin.sock")));

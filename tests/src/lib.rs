@@ -5,6 +5,7 @@
 
 pub mod cluster;
 pub mod daemon;
+pub mod dial;
 pub mod etcd;
 pub mod lab;
 pub mod load;

@@ -88,6 +88,8 @@ impl Report {
 pub struct Client {
     tls: TlsConnector,
     target: SocketAddr,
+    /// Whom the certificate must be for.
+    name: ServerName<'static>,
     limit: Duration,
 }
 
@@ -117,7 +119,20 @@ impl Client {
             .with_root_certificates(roots(ca_file)?)
             .with_no_client_auth();
         config.resumption = rustls::client::Resumption::disabled();
-        Ok(Self { tls: Arc::new(config).into(), target, limit })
+        Ok(Self { tls: Arc::new(config).into(), target, name: ServerName::from(target.ip()), limit })
+    }
+
+    /// The same client, for servers whose certificate is for `name` instead of the address.
+    ///
+    /// # Errors
+    /// When it is no name.
+    pub fn expecting(self, name: &str) -> Result<Self> {
+        Ok(Self { name: ServerName::try_from(name.to_owned())?, ..self })
+    }
+
+    /// The address it asks.
+    pub fn target(&self) -> SocketAddr {
+        self.target
     }
 
     /// Opens a connection.
@@ -125,10 +140,18 @@ impl Client {
     /// # Errors
     /// When it is refused, reset or not there in time.
     pub async fn connect(&self) -> Result<Connection> {
+        let connecting = async { self.over(TcpStream::connect(self.target).await.context("TCP")?).await };
+        timeout(self.limit, connecting).await.context("connecting")?
+    }
+
+    /// Goes on with a TCP connection that stands.
+    ///
+    /// # Errors
+    /// When it is reset, or not ready in time.
+    pub async fn over(&self, tcp: TcpStream) -> Result<Connection> {
         let connecting = async {
-            let tcp = TcpStream::connect(self.target).await.context("TCP")?;
             tcp.set_nodelay(true)?;
-            let tls = self.tls.connect(ServerName::from(self.target.ip()), tcp).await.context("TLS")?;
+            let tls = self.tls.connect(self.name.clone(), tcp).await.context("TLS")?;
             let (sender, driver) = http1::handshake(TokioIo::new(tls)).await?;
             tokio::spawn(driver);
             anyhow::Ok(sender)
@@ -316,7 +339,10 @@ fn runtime() -> Result<Runtime> {
 }
 
 /// Thousands of connections need more descriptors than the usual 1,024.
-fn raise_descriptor_limit() -> Result<()> {
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn raise_descriptor_limit() -> Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raising RLIMIT_NOFILE")
 }

@@ -17,7 +17,7 @@ use lb_tests::{
     daemon::{Daemon, Settings, program},
     lab::{
         authority::{Authority, Identity},
-        eventually, pins_of, run,
+        cgroup_of, eventually, pins_of, run,
     },
     load,
     stub::{AnonymousMode, Health, PORT, TOKEN},
@@ -322,9 +322,10 @@ fn init_writes_a_configuration_that_balances() {
     // The same cluster, from its own file.
     let here = |directory: &Path| {
         let places = format!(
-            "interfaces = \"auto\"\nstate_dir = {:?}\npin_dir = {:?}",
+            "interfaces = \"auto\"\nstate_dir = {:?}\npin_dir = {:?}\ncgroup = {:?}",
             directory.join("state"),
-            pins_of(directory)
+            pins_of(directory),
+            cgroup_of(directory).unwrap_or_else(|| "none".into())
         );
         text.replace("interfaces = \"auto\"", &places)
             + &format!("\n[admin]\nsocket = {:?}\n", directory.join("admin.sock"))

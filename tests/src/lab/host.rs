@@ -87,6 +87,15 @@ impl Host {
         self.namespace.command(program)
     }
 
+    /// The same in the lab's cgroup: daemons of the lab put their connect hooks there.
+    ///
+    /// # Errors
+    /// On a machine without cgroup v2.
+    pub fn hooked_command(&self, program: impl AsRef<OsStr>) -> Result<Command> {
+        let cgroup = super::cgroup_of(&self.directory).context("no cgroup v2 hierarchy is mounted")?;
+        Ok(super::cgroup::command_in(&cgroup, &self.namespace.path(), program))
+    }
+
     /// Runs a command line (split at white space) on this host and returns what it printed.
     ///
     /// # Errors

@@ -11,6 +11,7 @@
 
 pub mod authority;
 pub mod capture;
+pub mod cgroup;
 pub mod host;
 pub mod namespace;
 pub mod process;
@@ -26,6 +27,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
+pub use cgroup::cgroup_of;
 pub use host::{Host, Link};
 pub use namespace::Namespace;
 pub use process::{Process, run};
@@ -67,9 +69,13 @@ impl Lab {
         );
         namespace::sweep_stale()?;
         sweep_stale_directories();
+        cgroup::sweep_stale();
         let prefix = format!("sh{}-{}-", std::process::id(), NEXT_LAB.fetch_add(1, Ordering::Relaxed));
         let directory = Path::new(DIRECTORY).join(prefix.trim_end_matches('-'));
-        fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
+        let cgroup = cgroup_of(&directory);
+        for directory in cgroup.iter().chain([&directory]) {
+            fs::create_dir_all(directory).with_context(|| format!("making {}", directory.display()))?;
+        }
         let net = Namespace::create(&format!("{prefix}net"))?;
         // The switch itself is no IP host.
         net.sysctl("net/ipv6/conf/all/disable_ipv6", "1")?;
@@ -182,6 +188,9 @@ impl Drop for Lab {
         // A directory that cannot be removed is left to the next run's sweep.
         let _ = fs::remove_dir_all(&self.directory);
         let _ = fs::remove_dir_all(self.pins());
+        if let Some(cgroup) = cgroup_of(&self.directory) {
+            cgroup::remove(&cgroup);
+        }
     }
 }
 

@@ -1,0 +1,53 @@
+//! A lab's own cgroup: what daemons put their connect hooks on, so that nobody outside of the lab is served by them.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use lb_userspace::{config, hook::Place};
+
+use super::{namespace::owner_is_gone, wait::eventually};
+
+/// For processes that were killed to be gone.
+const EMPTY_LIMIT: Duration = Duration::from_secs(5);
+
+/// The cgroup of the lab whose files are in `directory`, or below it; None: this machine has no cgroup v2.
+pub fn cgroup_of(directory: &Path) -> Option<PathBuf> {
+    let lab = directory.strip_prefix(super::DIRECTORY).ok()?.components().next()?;
+    Some(root()?.join(lab))
+}
+
+fn root() -> Option<PathBuf> {
+    Some(Place::find(&config::Cgroup::Auto).ok()??.path().to_owned())
+}
+
+/// A command that runs in a cgroup, and in the network namespace that `namespace` stands for.
+pub(super) fn command_in(cgroup: &Path, namespace: &Path, program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-c", r#"echo $$ > "$0/cgroup.procs" && exec "$@""#]).arg(cgroup);
+    command.arg("nsenter").arg(format!("--net={}", namespace.display())).arg("--").arg(program);
+    command
+}
+
+/// Ends what runs in a cgroup and removes it, with the cgroups below it. Errors are ignored, as for namespaces.
+pub(super) fn remove(cgroup: &Path) {
+    let _ = fs::write(cgroup.join("cgroup.kill"), "1");
+    let below = fs::read_dir(cgroup).into_iter().flatten().flatten();
+    below.filter(|it| it.file_type().is_ok_and(|kind| kind.is_dir())).for_each(|it| remove(&it.path()));
+    let _ = eventually(EMPTY_LIMIT, "the cgroup is empty", || match fs::remove_dir(cgroup) {
+        Err(error) if cgroup.exists() => Err(error.into()),
+        _ => Ok(()),
+    });
+}
+
+/// Removes the cgroups of labs whose process is gone.
+pub(super) fn sweep_stale() {
+    let entries = root().and_then(|root| fs::read_dir(root).ok()).into_iter().flatten().flatten();
+    for entry in entries.filter(|entry| entry.file_name().to_str().is_some_and(owner_is_gone)) {
+        remove(&entry.path());
+    }
+}

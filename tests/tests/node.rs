@@ -1,0 +1,171 @@
+//! The connect hook: connections of processes on the host that sheave runs on.
+
+#![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
+
+use std::{net::SocketAddr, time::Duration};
+
+use lb_tests::{
+    cluster::{Cluster, Shape},
+    daemon::{Daemon, Settings, has_xdp},
+    dial::{ASKING, Dialled, dial},
+    lab::{Host, run},
+    stub::PORT,
+};
+
+/// A verdict takes at most a reply timeout (5 s), a fresh connection's (1 s) and the pauses between; twice that
+/// on a busy machine.
+const VERDICT: Duration = Duration::from_secs(20);
+const LOCAL4: &str = "127.0.0.1:16443";
+const LOCAL6: &str = "[::1]:16443";
+
+fn at(address: &str) -> SocketAddr {
+    address.parse().unwrap()
+}
+
+/// A node: its processes reach the apiservers by its loopback addresses. Nobody has a VIP.
+fn node(apiservers: u8) -> Cluster {
+    let mut cluster = Cluster::without_vips(Shape::OneArm, apiservers).unwrap();
+    cluster.apiservers.iter_mut().for_each(|apiserver| apiserver.start().unwrap());
+    cluster
+}
+
+fn settings(cluster: &Cluster) -> Settings {
+    let mut settings = cluster.settings().unwrap();
+    settings.listen = vec![at(LOCAL4), at(LOCAL6)];
+    settings
+}
+
+fn start(cluster: &Cluster, settings: &Settings) -> Daemon {
+    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), settings).unwrap();
+    daemon.wait_ready(cluster.apiservers.len()).unwrap();
+    daemon
+}
+
+/// Connections of a process on `host` that the daemon's hook sees.
+fn connect(cluster: &Cluster, host: &Host, to: &str, count: usize) -> Dialled {
+    dial(host, true, &cluster.ca_file(), at(to), count).unwrap()
+}
+
+#[test]
+fn a_loopback_listener_serves_the_host_without_any_xdp() {
+    let cluster = node(3);
+    let daemon = start(&cluster, &settings(&cluster));
+    assert!(!has_xdp(&cluster.lb, "eth0").unwrap());
+    for to in [LOCAL4, LOCAL6] {
+        let dialled = connect(&cluster, &cluster.lb, to, 60);
+        dialled.require_all(60, at(to)).unwrap();
+        assert_eq!(dialled.servers.len(), 3, "{dialled:?}");
+        // curl asks the kernel by itself where it is connected to.
+        let mut curl = cluster.lb.hooked_command("curl").unwrap();
+        curl.args(["--silent", "--show-error", "--http2", "--max-time", "20", "--cacert"])
+            .arg(cluster.ca_file());
+        curl.args([if to == LOCAL4 { "-4" } else { "-6" }, "--write-out", " %{remote_ip} %{remote_port}"]);
+        let answer = run(curl.arg("https://localhost:16443/name")).unwrap();
+        assert!(answer.starts_with("api-"), "{answer}");
+        assert!(answer.ends_with(&format!(" {} 16443", at(to).ip())), "{answer}");
+    }
+    // An IPv6 socket that dials an IPv4 address.
+    let mapped = "[::ffff:127.0.0.1]:16443";
+    connect(&cluster, &cluster.lb, mapped, 20).require_all(20, at(mapped)).unwrap();
+    // Whoever is not in the cgroup is not served, and nobody listens there.
+    let outside = dial(&cluster.lb, false, &cluster.ca_file(), at(LOCAL4), 1).unwrap();
+    assert_eq!(outside.servers.len(), 0, "{outside:?}");
+    // Other addresses are left alone, on the listener's port as well.
+    let direct = SocketAddr::new(cluster.apiservers[0].host.address(at(LOCAL4).ip()).unwrap(), PORT);
+    let dialled = connect(&cluster, &cluster.lb, &direct.to_string(), 3);
+    dialled.require_all(3, direct).unwrap();
+    assert_eq!(dialled.servers.get("api-1"), Some(&3));
+    let status = daemon.status_table().unwrap();
+    assert!(status.contains("connect hook on "), "{status}");
+}
+
+#[test]
+fn two_thousand_connections_are_open_at_once() {
+    let cluster = node(3);
+    let _daemon = start(&cluster, &settings(&cluster));
+    let dialled = connect(&cluster, &cluster.lb, LOCAL4, 2000);
+    dialled.require_all(2000, at(LOCAL4)).unwrap();
+    for (server, count) in &dialled.servers {
+        // By lot, each gets 67 of those that ask, give or take 7 (one standard deviation).
+        assert!((30..110).contains(count), "{server} got {count} of {ASKING}");
+    }
+}
+
+#[test]
+fn a_backend_that_fails_its_checks_gets_no_connection_and_without_any_they_are_refused_at_once() {
+    let mut cluster = node(3);
+    let mut daemon = start(&cluster, &settings(&cluster));
+    cluster.apiservers[0].stub.kill().unwrap();
+    daemon.wait_state("api-1", "draining", VERDICT).unwrap();
+    for to in [LOCAL4, LOCAL6] {
+        let dialled = connect(&cluster, &cluster.lb, to, 100);
+        dialled.require_all(100, at(to)).unwrap();
+        assert!(!dialled.servers.contains_key("api-1"), "{dialled:?}");
+    }
+    for apiserver in &mut cluster.apiservers[1..] {
+        apiserver.host.cut_off().unwrap();
+    }
+    for name in ["api-2", "api-3"] {
+        daemon.wait_state(name, "silent", VERDICT).unwrap();
+    }
+    for to in [LOCAL4, LOCAL6, "[::ffff:127.0.0.1]:16443"] {
+        let dialled = connect(&cluster, &cluster.lb, to, 50);
+        let refused = dialled.failures.get("Connection refused (os error 111)");
+        assert_eq!(refused, Some(&50), "{dialled:?}");
+    }
+    cluster.apiservers[1].host.reconnect().unwrap();
+    daemon.wait_state("api-2", "ready", VERDICT).unwrap();
+    let dialled = connect(&cluster, &cluster.lb, LOCAL4, 10);
+    dialled.require_all(10, at(LOCAL4)).unwrap();
+}
+
+#[test]
+fn pods_are_served_when_the_service_says_so() {
+    for pods in [false, true] {
+        // The client's namespace stands for a pod's: it has a way to the backends, and nobody has the VIP.
+        let cluster = node(2);
+        let mut settings = settings(&cluster);
+        settings.listen.extend(cluster.vips().map(|vip| SocketAddr::new(vip, PORT)));
+        settings.dataplane.push("interfaces = []".to_owned());
+        settings.service.push(format!("pods = {pods}"));
+        let _daemon = start(&cluster, &settings);
+        for vip in cluster.vips().map(|vip| SocketAddr::new(vip, PORT).to_string()) {
+            connect(&cluster, &cluster.lb, &vip, 10).require_all(10, at(&vip)).unwrap();
+            let dialled = connect(&cluster, &cluster.client, &vip, 10);
+            if pods {
+                dialled.require_all(10, at(&vip)).unwrap();
+            } else {
+                assert_eq!(dialled.servers.len(), 0, "{dialled:?}");
+            }
+        }
+        // A pod has a loopback interface of its own.
+        let dialled = connect(&cluster, &cluster.client, LOCAL4, 1);
+        assert_eq!(dialled.failures.get("Connection refused (os error 111)"), Some(&1), "{dialled:?}");
+    }
+}
+
+#[test]
+fn an_edge_serves_its_own_clients_of_the_vip() {
+    let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let _daemon = cluster.balance().unwrap();
+    assert!(has_xdp(&cluster.lb, "eth0").unwrap());
+    for vip in cluster.vips().map(|vip| SocketAddr::new(vip, PORT).to_string()) {
+        connect(&cluster, &cluster.lb, &vip, 20).require_all(20, at(&vip)).unwrap();
+        // And others, whose packets come from elsewhere.
+        dial(&cluster.client, false, &cluster.ca_file(), at(&vip), 20)
+            .unwrap()
+            .require_all(20, at(&vip))
+            .unwrap();
+    }
+}
+
+#[test]
+fn a_server_that_nobody_reaches_any_more_is_named() {
+    let cluster = node(1);
+    let server = cluster.lb.in_namespace(|| std::net::TcpListener::bind(LOCAL4)).unwrap().unwrap();
+    let daemon = start(&cluster, &settings(&cluster));
+    let status = daemon.status_table().unwrap();
+    assert!(status.contains(&format!("listens on {LOCAL4}")), "{status}");
+    connect(&cluster, &cluster.lb, LOCAL4, 5).require_all(5, at(LOCAL4)).unwrap();
+    drop(server);
+}
