@@ -2,19 +2,22 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, path::Path, time::Duration};
 
+use anyhow::ensure;
+use aya_obj::generated::bpf_attach_type;
 use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{Daemon, Settings, has_xdp},
     dial::{ASKING, Dialled, dial},
-    lab::{Host, run},
+    lab::{Host, Process, cgroup::attached, cgroup_of, eventually, run},
     stub::PORT,
 };
 
 /// A verdict takes at most a reply timeout (5 s), a fresh connection's (1 s) and the pauses between; twice that
 /// on a busy machine.
 const VERDICT: Duration = Duration::from_secs(20);
+const REFUSED: &str = "Connection refused (os error 111)";
 const LOCAL4: &str = "127.0.0.1:16443";
 const LOCAL6: &str = "[::1]:16443";
 
@@ -110,7 +113,7 @@ fn a_backend_that_fails_its_checks_gets_no_connection_and_without_any_they_are_r
     }
     for to in [LOCAL4, LOCAL6, "[::ffff:127.0.0.1]:16443"] {
         let dialled = connect(&cluster, &cluster.lb, to, 50);
-        let refused = dialled.failures.get("Connection refused (os error 111)");
+        let refused = dialled.failures.get(REFUSED);
         assert_eq!(refused, Some(&50), "{dialled:?}");
     }
     cluster.apiservers[1].host.reconnect().unwrap();
@@ -140,7 +143,7 @@ fn pods_are_served_when_the_service_says_so() {
         }
         // A pod has a loopback interface of its own.
         let dialled = connect(&cluster, &cluster.client, LOCAL4, 1);
-        assert_eq!(dialled.failures.get("Connection refused (os error 111)"), Some(&1), "{dialled:?}");
+        assert_eq!(dialled.failures.get(REFUSED), Some(&1), "{dialled:?}");
     }
 }
 
@@ -168,4 +171,103 @@ fn a_server_that_nobody_reaches_any_more_is_named() {
     assert!(status.contains(&format!("listens on {LOCAL4}")), "{status}");
     connect(&cluster, &cluster.lb, LOCAL4, 5).require_all(5, at(LOCAL4)).unwrap();
     drop(server);
+}
+
+/// Asks over and over from a process in the lab's cgroup, until dropped; every answer is a line of its log.
+fn keep_asking(cluster: &Cluster) -> Process {
+    let script = r#"while :; do
+        curl -4 --silent --show-error --max-time 20 --cacert "$0" https://localhost:16443/name || echo " failed $?"
+        echo
+    done"#;
+    let mut command = cluster.lb.hooked_command("sh").unwrap();
+    command.args(["-c", script]).arg(cluster.ca_file());
+    cluster.lb.start("asker", command).unwrap()
+}
+
+/// Waits until `more` lines have been added to a log.
+fn wait_lines(asker: &Process, more: usize) {
+    let before = asker.log().lines().count();
+    eventually(VERDICT, "more answers", || {
+        let now = asker.log().lines().count();
+        ensure!(now >= before + more, "{now} lines, {before} before");
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn the_hook_outlives_the_daemon_and_the_next_one_takes_over() {
+    let cluster = node(2);
+    let settings = settings(&cluster);
+    let mut daemon = start(&cluster, &settings);
+    let asker = keep_asking(&cluster);
+    wait_lines(&asker, 5);
+    daemon.process().kill().unwrap();
+    wait_lines(&asker, 20);
+    let dialled = connect(&cluster, &cluster.lb, LOCAL6, 50);
+    dialled.require_all(50, at(LOCAL6)).unwrap();
+    // Another daemon, and no connection between them that is lost.
+    let daemon = start(&cluster, &settings);
+    wait_lines(&asker, 20);
+    assert!(!asker.log().contains("failed"), "{}", asker.log());
+    let before = programs(&cluster);
+    assert_eq!(before.len(), 4, "one of each: {before:?}");
+    drop(asker);
+    let unloaded = daemon.unload().unwrap();
+    let said = String::from_utf8_lossy(&unloaded.stdout).into_owned();
+    assert!(unloaded.status.success() && said.contains("removed the connect hook"), "{unloaded:?}");
+    assert_eq!(programs(&cluster), Vec::new());
+    let dialled = connect(&cluster, &cluster.lb, LOCAL4, 1);
+    assert_eq!(dialled.failures.get(REFUSED), Some(&1), "{dialled:?}");
+}
+
+#[test]
+fn what_a_killed_daemon_has_left_is_unloaded_without_it() {
+    let cluster = node(1);
+    let mut daemon = start(&cluster, &settings(&cluster));
+    daemon.process().kill().unwrap();
+    assert_eq!(programs(&cluster).len(), 4);
+    let unloaded = daemon.unload().unwrap();
+    let said = String::from_utf8_lossy(&unloaded.stdout).into_owned();
+    assert!(unloaded.status.success() && said.contains("removed the connect hook"), "{unloaded:?}");
+    assert_eq!(programs(&cluster), Vec::new());
+}
+
+#[test]
+fn another_cgroup_takes_the_place_of_the_one_before() {
+    let cluster = node(1);
+    let mut settings = settings(&cluster);
+    let mut daemon = start(&cluster, &settings);
+    daemon.process().kill().unwrap();
+    let other = cgroup_of(cluster.lab.directory()).unwrap().join("other");
+    std::fs::create_dir(&other).unwrap();
+    settings.dataplane.push(format!("cgroup = {other:?}"));
+    let mut daemon = start(&cluster, &settings);
+    assert_eq!(programs(&cluster), Vec::new(), "on the one before");
+    assert_eq!(programs_on(&other).len(), 4);
+    assert!(daemon.is_alive().unwrap());
+    // What is on a cgroup goes with it.
+    std::fs::remove_dir(&other).unwrap();
+    assert!(!daemon.is_alive().unwrap());
+    daemon.process().kill().unwrap();
+    let settings = self::settings(&cluster);
+    start(&cluster, &settings);
+    assert_eq!(programs(&cluster).len(), 4);
+    connect(&cluster, &cluster.lb, LOCAL4, 5).require_all(5, at(LOCAL4)).unwrap();
+}
+
+/// The types of the programs that are on the lab's cgroup.
+fn programs(cluster: &Cluster) -> Vec<bpf_attach_type> {
+    programs_on(&cgroup_of(cluster.lab.directory()).unwrap())
+}
+
+fn programs_on(cgroup: &Path) -> Vec<bpf_attach_type> {
+    let types = [
+        bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
+        bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
+        bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
+        bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
+    ];
+    let each = |kind: bpf_attach_type| vec![kind; attached(cgroup, kind).unwrap() as usize];
+    types.into_iter().flat_map(each).collect()
 }

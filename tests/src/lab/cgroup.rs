@@ -3,11 +3,14 @@
 use std::{
     ffi::OsStr,
     fs,
+    os::fd::AsRawFd as _,
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
 };
 
+use anyhow::{Context as _, Result, ensure};
+use aya_obj::generated::bpf_attach_type;
 use lb_userspace::{config, hook::Place};
 
 use super::{namespace::owner_is_gone, wait::eventually};
@@ -50,4 +53,34 @@ pub(super) fn sweep_stale() {
     for entry in entries.filter(|entry| entry.file_name().to_str().is_some_and(owner_is_gone)) {
         remove(&entry.path());
     }
+}
+
+/// How many programs of a type are on a cgroup itself (`BPF_PROG_QUERY`, `bpf(2)`).
+///
+/// # Errors
+/// When there is no such cgroup.
+pub fn attached(cgroup: &Path, attach_type: bpf_attach_type) -> Result<u32> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct Query {
+        target: u32,
+        attach_type: u32,
+        flags: u32,
+        attach_flags: u32,
+        ids: u64,
+        count: u32,
+        padding: u32,
+        more: [u64; 4],
+    }
+    const BPF_PROG_QUERY: libc::c_int = 16;
+    let directory = fs::File::open(cgroup).with_context(|| cgroup.display().to_string())?;
+    let mut query = Query {
+        target: directory.as_raw_fd().cast_unsigned(),
+        attach_type: attach_type as u32,
+        ..Default::default()
+    };
+    // SAFETY: the structure is the one of the command; without room for ids the kernel only counts.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut query, size_of::<Query>()) };
+    ensure!(result == 0, "bpf(BPF_PROG_QUERY): {}", std::io::Error::last_os_error());
+    Ok(query.count)
 }
