@@ -296,6 +296,15 @@ impl Daemon {
         pins_of(&self.directory)
     }
 
+    /// `sheave reload` with other settings: what it said.
+    ///
+    /// # Errors
+    /// When the program is missing.
+    pub fn reload(&self, settings: &Settings) -> Result<Output> {
+        fs::write(self.directory.join("sheave.toml"), settings.to_toml(&self.directory))?;
+        Ok(self.command("reload")?.output()?)
+    }
+
     /// `sheave unload`, whether it still runs or not: what it said.
     ///
     /// # Errors

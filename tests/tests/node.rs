@@ -6,12 +6,17 @@ use std::{net::SocketAddr, path::Path, time::Duration};
 
 use anyhow::ensure;
 use aya_obj::generated::bpf_attach_type;
+use lb_common::outcome::{Counter, Event};
 use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{Daemon, Settings, has_xdp},
     dial::{ASKING, Dialled, dial},
-    lab::{Host, Process, cgroup::attached, cgroup_of, eventually, run},
+    lab::{Host, Lab, Process, authority::Authority, cgroup::attached, cgroup_of, eventually, run},
     stub::PORT,
+};
+use lb_userspace::{
+    dataplane::{self, Dataplane, Listener, OBJECT},
+    hook::own_network,
 };
 
 /// A verdict takes at most a reply timeout (5 s), a fresh connection's (1 s) and the pauses between; twice that
@@ -254,6 +259,84 @@ fn another_cgroup_takes_the_place_of_the_one_before() {
     start(&cluster, &settings);
     assert_eq!(programs(&cluster).len(), 4);
     connect(&cluster, &cluster.lb, LOCAL4, 5).require_all(5, at(LOCAL4)).unwrap();
+}
+
+#[test]
+fn a_kernel_without_errors_of_our_choice_refuses_by_a_port_where_nobody_listens() {
+    let lab = Lab::new().unwrap();
+    let host = lab.host("old").unwrap();
+    let cgroup = std::fs::File::open(cgroup_of(lab.directory()).unwrap()).unwrap();
+    let settings = dataplane::Settings {
+        snat_addresses: vec![],
+        snat_ports: 1024..=65_535,
+        secret: [1, 2],
+        log_one_in: None,
+        sets_error: false,
+    };
+    let mut dataplane = Dataplane::load(OBJECT, &settings).unwrap();
+    let listeners = [LOCAL4, LOCAL6].map(|address| Listener { address: at(address), service: 0 });
+    dataplane.set_listeners(&listeners, 0).unwrap();
+    let network = host.in_namespace(own_network).unwrap().unwrap();
+    dataplane.attach_hook(&cgroup, network).unwrap();
+    // Whatever listens there is not reached: the service has no backend.
+    let _server = host.in_namespace(|| std::net::TcpListener::bind("[::]:16443")).unwrap().unwrap();
+    let ca = Authority::new(lab.directory()).unwrap();
+    for to in [LOCAL4, LOCAL6, "[::ffff:127.0.0.1]:16443"] {
+        let dialled = dial(&host, true, &ca.file(), at(to), 5).unwrap();
+        assert_eq!(dialled.failures.get(REFUSED), Some(&5), "{to}: {dialled:?}");
+    }
+    let counted = |event| {
+        let counters = dataplane.counters(Some(0)).unwrap();
+        counters.into_iter().find(|(counter, _)| *counter == Counter::Event(event)).unwrap().1
+    };
+    assert_eq!((counted(Event::ConnectRefused), counted(Event::ConnectRedirected)), (15, 0));
+}
+
+#[test]
+fn a_reload_opens_a_listener_and_lets_pods_in() {
+    let cluster = node(1);
+    let mut settings = settings(&cluster);
+    settings.dataplane.push("interfaces = []".to_owned());
+    settings.listen = vec![at(LOCAL4)];
+    let daemon = start(&cluster, &settings);
+    let vip = SocketAddr::new(cluster.vip4, PORT);
+    let dialled = connect(&cluster, &cluster.lb, &vip.to_string(), 1);
+    assert!(dialled.servers.is_empty(), "{dialled:?}");
+    settings.listen.push(vip);
+    settings.service.push("pods = true".to_owned());
+    let reloaded = daemon.reload(&settings).unwrap();
+    assert!(reloaded.status.success(), "{reloaded:?}");
+    for (host, to) in [(&cluster.lb, at(LOCAL4)), (&cluster.lb, vip), (&cluster.client, vip)] {
+        connect(&cluster, host, &to.to_string(), 10).require_all(10, to).unwrap();
+    }
+    settings.service.clear();
+    assert!(daemon.reload(&settings).unwrap().status.success());
+    let dialled = connect(&cluster, &cluster.client, &vip.to_string(), 1);
+    assert!(dialled.servers.is_empty(), "{dialled:?}");
+}
+
+/// `cargo test -p lb-tests --test node costs -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement, for a quiet machine"]
+fn what_a_connect_to_another_address_costs() {
+    let cluster = node(1);
+    let mut daemon = start(&cluster, &settings(&cluster));
+    let _statistics = aya::sys::enable_stats(aya::sys::Stats::RunTime).unwrap();
+    let ours = |name: &str| {
+        let programs = aya::programs::loaded_programs().map(Result::unwrap);
+        programs.filter(|it| it.name_as_str() == Some(name)).max_by_key(|it| it.id()).unwrap()
+    };
+    for (name, to) in [("connect4", "127.0.0.1:9"), ("connect6", "[::1]:9"), ("connect4", LOCAL4)] {
+        let before = ours(name);
+        let (time, count) = (before.run_time(), before.run_count());
+        for _ in 0..20 {
+            connect(&cluster, &cluster.lb, to, 2000);
+        }
+        let after = ours(name);
+        let (time, count) = (after.run_time() - time, after.run_count() - count);
+        println!("{name} to {to}: {} ns a run, {count} runs", time.as_nanos() / u128::from(count));
+    }
+    daemon.process().kill().unwrap();
 }
 
 /// The types of the programs that are on the lab's cgroup.

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     config::{Config, Interfaces},
-    dataplane::{Known, Previous, Settings},
+    dataplane::{Known, Previous, Settings, sets_error},
     health::{State, Target, TargetId},
     network::{LocalAddress, Network, NetworkError, Route, first_ephemeral_port},
 };
@@ -118,6 +118,7 @@ impl Plan {
             snat_ports: self.source.ports.clone(),
             secret,
             log_one_in,
+            sets_error: sets_error(),
         }
     }
 }

@@ -18,8 +18,9 @@ use super::{Dataplane, DataplaneError, Pins, attach::errno, link::RawLink, mappe
 /// Those that show the address that was dialled come first: a connection is not redirected before it can be shown.
 const PROGRAMS: [&str; 4] = ["getpeername4", "getpeername6", "connect4", "connect6"];
 
-/// Whether the kernel lets the programs choose the error of a connection that they refuse.
-pub(super) fn sets_error() -> bool {
+/// Whether the kernel lets the connect hook choose the error of a connection that it refuses (Linux 6.0). Else such a
+/// connection is sent to a port where nobody can listen.
+pub fn sets_error() -> bool {
     use aya::sys::{BpfHelper, is_helper_supported};
     is_helper_supported(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval).unwrap_or(false)
 }

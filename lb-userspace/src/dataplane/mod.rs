@@ -54,6 +54,7 @@ pub use error::DataplaneError;
 pub use flows::Reaped;
 use grace::Grace;
 pub use grace::wait as wait_grace_period;
+pub use hook::sets_error;
 pub use known::{Known, KnownBackend, KnownListener, Previous};
 pub use list::{Cursor, FlowState, ListedFlow};
 pub use mapped::Mapped;
@@ -83,6 +84,8 @@ pub struct Settings {
     pub secret: [u64; 2],
     /// Log one packet in this many, rounded to a power of two. None: the program has no logging in it.
     pub log_one_in: Option<u32>,
+    /// See [`sets_error`].
+    pub sets_error: bool,
 }
 
 /// An interface or a VLAN on one, as the data path is told about it.
@@ -570,7 +573,7 @@ fn load_object(
     loader.override_global("LOG_MASK", &mask, true);
     loader.override_global("AYA_LOG_LEVEL", &level, false);
     // The benchmark's object has no connect hook.
-    let sets_error = u32::from(hook::sets_error());
+    let sets_error = u32::from(settings.sets_error);
     loader.override_global("SET_ERROR", &sets_error, false);
     loader.load(object).map_err(|error| DataplaneError::Load(Box::new(error)))
 }

@@ -398,6 +398,7 @@ fn settings(ipv6: bool, addresses: u32) -> Settings {
         snat_ports: 1024..=65_535,
         secret: [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210],
         log_one_in: None,
+        sets_error: true,
     }
 }
 

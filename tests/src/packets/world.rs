@@ -166,6 +166,7 @@ impl World {
             snat_ports: shape.snat_ports.clone(),
             secret: [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210],
             log_one_in: None,
+            sets_error: true,
         };
         let mut dataplane =
             Dataplane::load(object, &settings).unwrap_or_else(|error| panic!("{}", chain(&error)));
