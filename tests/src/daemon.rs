@@ -1,6 +1,7 @@
 //! The real daemon, run on a host of the lab.
 
 use std::{
+    collections::BTreeMap,
     fs,
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
@@ -102,6 +103,9 @@ pub struct Daemon {
 pub struct Status {
     /// All services.
     pub services: Vec<ServiceStatus>,
+    /// Counters by name.
+    #[serde(default)]
+    pub packets: BTreeMap<String, u64>,
 }
 
 /// One service of [`Status`].

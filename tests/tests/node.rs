@@ -40,6 +40,8 @@ fn node(apiservers: u8) -> Cluster {
 fn settings(cluster: &Cluster) -> Settings {
     let mut settings = cluster.settings().unwrap();
     settings.listen = vec![at(LOCAL4), at(LOCAL6)];
+    // Ten seconds is the default here.
+    settings.check.push("interval = \"1s\"".to_owned());
     settings
 }
 
@@ -121,6 +123,9 @@ fn a_backend_that_fails_its_checks_gets_no_connection_and_without_any_they_are_r
         let refused = dialled.failures.get(REFUSED);
         assert_eq!(refused, Some(&50), "{dialled:?}");
     }
+    // By us, at once: nobody listens there anyway.
+    let status = daemon.status().unwrap();
+    assert_eq!(status.packets.get("connects_refused"), Some(&150), "{:?}", status.packets);
     cluster.apiservers[1].host.reconnect().unwrap();
     daemon.wait_state("api-2", "ready", VERDICT).unwrap();
     let dialled = connect(&cluster, &cluster.lb, LOCAL4, 10);
@@ -279,7 +284,8 @@ fn a_kernel_without_errors_of_our_choice_refuses_by_a_port_where_nobody_listens(
     let network = host.in_namespace(own_network).unwrap().unwrap();
     dataplane.attach_hook(&cgroup, network).unwrap();
     // Whatever listens there is not reached: the service has no backend.
-    let _server = host.in_namespace(|| std::net::TcpListener::bind("[::]:16443")).unwrap().unwrap();
+    let server = host.in_namespace(|| std::net::TcpListener::bind("[::]:16443")).unwrap().unwrap();
+    let _closing = std::thread::spawn(move || server.incoming().for_each(drop));
     let ca = Authority::new(lab.directory()).unwrap();
     for to in [LOCAL4, LOCAL6, "[::ffff:127.0.0.1]:16443"] {
         let dialled = dial(&host, true, &ca.file(), at(to), 5).unwrap();
