@@ -444,9 +444,11 @@ fn listeners_on_loopback_are_for_this_host_alone() {
     let (config, warnings) = right(&node);
     assert!(warnings.is_empty(), "{warnings:?}");
     assert!(config.needs_hook() && !config.forwards_packets());
+    assert_eq!(config.services[0].check.interval, Duration::from_secs(10), "there are many nodes");
     assert_eq!(config.vips(), Vec::<std::net::IpAddr>::new());
     let (config, _) = right(&RIGHT.replace("192.0.2.1:6443", "127.0.0.1:16443\", \"192.0.2.1:6443"));
     assert!(config.needs_hook() && config.forwards_packets());
+    assert_eq!(config.services[0].check.interval, Duration::from_secs(1));
     assert_eq!(config.vips(), ["192.0.2.1".parse::<std::net::IpAddr>().unwrap()]);
     let (config, _) = right(RIGHT);
     assert!(!config.needs_hook(), "wanted, but the others are served without");

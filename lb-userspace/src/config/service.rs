@@ -70,6 +70,7 @@ pub(super) fn read_all(root: &Section, document: &mut Document) -> Result<Vec<Re
 fn read(section: &Section, document: &mut Document) -> Result<ReadService, Problem> {
     let name = section.required_text("name", "\"kube-apiserver\"")?;
     let listen = read_listen(section)?;
+    let loopback_only = listen.iter().all(|listener| listener.get_ref().ip().is_loopback());
     let backends = read_backends(section)?;
     let service = Service {
         name: values::name(&name)?,
@@ -93,7 +94,7 @@ fn read(section: &Section, document: &mut Document) -> Result<ReadService, Probl
         reset_rate: section.integer("reset_rate", 0..=RESET_RATE_MAX)?.unwrap_or(RESET_RATE_DEFAULT),
         drain_timeout: section.duration("drain_timeout", DRAIN_TIMEOUT)?,
         pods: section.boolean("pods", false)?,
-        check: check::read(section, document)?,
+        check: check::read(section, loopback_only, document)?,
         backends: backends.by_address.iter().map(|backend| backend.get_ref().clone()).collect(),
         named_backends: backends.by_name.iter().map(|backend| backend.get_ref().clone()).collect(),
     };
