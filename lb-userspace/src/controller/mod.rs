@@ -426,7 +426,10 @@ impl Controller {
     /// The same in fewer words, for the service manager.
     pub fn short_summary(&self) -> String {
         let ready = self.backends.iter().filter(|it| it.state == State::Ready).count();
-        format!("{ready} of {} backends ready, {}", self.backends.len(), self.places())
+        let interfaces: Vec<_> = self.dataplane.attached().iter().map(|it| it.name.as_str()).collect();
+        let on = (!interfaces.is_empty()).then(|| format!("on {}", interfaces.join(", ")));
+        let parts = [format!("{ready} of {} backends ready", self.backends.len())];
+        parts.into_iter().chain(on).chain(self.hook_place()).collect::<Vec<_>>().join(", ")
     }
 
     /// Where the program and the connect hook are.
