@@ -7,6 +7,7 @@
 
 use aya_ebpf::{bindings::xdp_md, programs::XdpContext};
 use lb_common::{
+    black_box::Note,
     flow::{Choice, Claim, Claimer, Family, Found, Query, V4, V6, choose, find_in, take},
     forward,
     hash::FlowHash,
@@ -140,6 +141,14 @@ pub(crate) extern "C" fn map_learn(hop: u64) -> u64 {
 #[inline(never)]
 pub(crate) extern "C" fn map_is_backend(family: u64, high: u64, low: u64, port: u64) -> u64 {
     reply::is_backend(&KernelMaps, family as u8, [high, low], port as u16).into()
+}
+
+/// See [`maps::note`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn map_note(high: u64, low: u64, what: u64, other: u64) -> u64 {
+    maps::note(&Note { address: [high, low], what, other: other as u8 });
+    0
 }
 
 macro_rules! subprograms {

@@ -18,3 +18,4 @@ pub mod resets;
 mod state;
 mod systemd;
 pub mod vip;
+pub mod why;
