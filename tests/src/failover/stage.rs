@@ -1,0 +1,92 @@
+//! What a scenario plays on.
+
+use std::{net::SocketAddr, time::Duration};
+
+use anyhow::Result;
+
+use super::{
+    arrivals::Arrivals,
+    balancer::{Balancer, Contender, Setup},
+    silent::Silent,
+    transfer::Transfer,
+    watches::Watches,
+};
+use crate::{
+    cluster::{Apiserver, Cluster},
+    load::Client,
+    stub::{Health, PORT},
+};
+
+/// A connection or an answer that takes longer is lost: a SYN may be lost twice.
+const PATIENCE: Duration = Duration::from_secs(4);
+/// New connections a second where an apiserver fails.
+const RATE: u32 = 200;
+
+/// The hosts, and a load balancer that is ready.
+pub(super) struct Stage {
+    /// Before the ground it stands on.
+    pub(super) balancer: Balancer,
+    pub(super) cluster: Cluster,
+    pub(super) contender: Contender,
+    pub(super) setup: Setup,
+}
+
+impl Stage {
+    /// Puts a load balancer in front of healthy apiservers.
+    pub(super) fn set(cluster: Cluster, contender: Contender, setup: Setup) -> Result<Self> {
+        let mut balancer = Balancer::start(contender, &cluster, setup)?;
+        balancer.wait_ready(setup.backends.len())?;
+        Ok(Self { balancer, cluster, contender, setup })
+    }
+
+    /// Takes the load balancer away and makes everybody well.
+    pub(super) fn strike(self) -> Result<Cluster> {
+        let Self { mut balancer, mut cluster, .. } = self;
+        balancer.leave()?;
+        for apiserver in &mut cluster.apiservers {
+            cure(apiserver)?;
+            cluster.lab.replug(&apiserver.host)?;
+        }
+        Ok(cluster)
+    }
+
+    /// A client of the VIP.
+    pub(super) fn client(&self) -> Result<Client> {
+        Client::new(&self.cluster.ca_file(), SocketAddr::new(self.cluster.vip4, PORT), PATIENCE)
+    }
+
+    /// New connections at the usual rate.
+    pub(super) fn arrivals(&self) -> Result<Arrivals> {
+        self.arrivals_at(RATE)
+    }
+
+    /// New connections at a rate.
+    pub(super) fn arrivals_at(&self, rate: u32) -> Result<Arrivals> {
+        Arrivals::start(&self.cluster.client, &self.client()?, rate)
+    }
+
+    /// Connections that are open and silent.
+    pub(super) fn silent(&self, count: usize) -> Result<Silent> {
+        Silent::open(&self.cluster.client, &self.client()?, count)
+    }
+
+    /// Watches with events.
+    pub(super) fn watches(&self, count: usize) -> Result<Watches> {
+        Watches::start(&self.cluster.client, &self.client()?, count)
+    }
+
+    /// A slow download.
+    pub(super) fn transfer(&self) -> Result<Transfer> {
+        Transfer::start(&self.cluster.client, &self.client()?)
+    }
+}
+
+fn cure(apiserver: &mut Apiserver) -> Result<()> {
+    // It may not be cut off.
+    let _ = apiserver.host.reconnect();
+    if apiserver.stub.process().is_err() {
+        return apiserver.start();
+    }
+    apiserver.stub.thaw()?;
+    apiserver.stub.health(Health::Normal)
+}
