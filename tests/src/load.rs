@@ -338,8 +338,15 @@ pub(crate) fn runtime() -> Result<Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting tokio")
 }
 
-/// Thousands of connections need more descriptors than the usual 1,024.
+/// Ten thousand connections with two descriptors each, as a stub has, and some more.
+const DESCRIPTORS: u64 = 1 << 15;
+
+/// Thousands of connections need more descriptors than the usual 1,024. Processes that are started later inherit this.
 pub(crate) fn raise_descriptor_limit() -> Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raising RLIMIT_NOFILE")
+    let raised = hard.max(DESCRIPTORS);
+    // The hard limit is for root to raise.
+    setrlimit(Resource::RLIMIT_NOFILE, raised, raised)
+        .or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard))
+        .context("raising RLIMIT_NOFILE")
 }

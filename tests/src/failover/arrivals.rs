@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use tokio::{sync::oneshot, task::JoinSet, time::interval};
 
-use super::{background::Background, failure::Failure};
+use super::{background::Background, failure::Failure, machine::Punctuality};
 use crate::{
     lab::{Host, eventually},
     load::{Client, Dialled},
@@ -16,8 +16,6 @@ use crate::{
 
 /// A SYN is sent again after a second: a connection that took nearly as long has lost one.
 const SYN_LOST: Duration = Duration::from_millis(900);
-/// A client that is so late is not waited for by the network but by its own processor.
-const LATE: Duration = Duration::from_millis(100);
 /// Until the rate is reached, on a busy machine.
 const START_LIMIT: Duration = Duration::from_secs(20);
 
@@ -26,8 +24,6 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 pub(super) struct Arrival {
     /// When it was begun.
     pub(super) started: Instant,
-    /// How much too late that was.
-    late: Duration,
     /// Whether it took a SYN more than usual.
     pub(super) syn_lost: bool,
     /// The server that answered.
@@ -43,10 +39,11 @@ pub(super) struct Arrivals {
 
 impl Arrivals {
     /// Begins, and returns when half a second's worth of connections has been answered.
-    pub(super) fn start(host: &Host, client: &Client, rate: u32) -> Result<Self> {
+    pub(super) fn start(host: &Host, client: &Client, rate: u32, punctuality: &Punctuality) -> Result<Self> {
         let log = Arc::new(Mutex::new(Vec::new()));
-        let (client, shared) = (client.clone(), Arc::clone(&log));
-        let background = Background::start(host, move |stop| keep_arriving(client, rate, shared, stop));
+        let (client, punctuality, shared) = (client.clone(), punctuality.clone(), Arc::clone(&log));
+        let background =
+            Background::start(host, move |stop| keep_arriving(client, rate, punctuality, shared, stop));
         let arrivals = Self { log, background };
         eventually(START_LIMIT, "connections are answered", || {
             let answered = arrivals.so_far().iter().filter(|arrival| arrival.result.is_ok()).count();
@@ -59,12 +56,7 @@ impl Arrivals {
     /// Ends, once those under way have met their fate, and returns all, as they ended.
     pub(super) fn stop(mut self) -> Vec<Arrival> {
         self.background.stop();
-        let all = self.so_far();
-        let late = all.iter().filter(|arrival| arrival.late > LATE).count();
-        if late * 100 > all.len() {
-            eprintln!("      this machine is too busy: {late} of {} connections were begun too late", all.len());
-        }
-        all
+        self.so_far()
     }
 
     fn so_far(&self) -> Vec<Arrival> {
@@ -75,6 +67,7 @@ impl Arrivals {
 async fn keep_arriving(
     client: Client,
     rate: u32,
+    punctuality: Punctuality,
     log: Arc<Mutex<Vec<Arrival>>>,
     mut stop: oneshot::Receiver<()>,
 ) {
@@ -84,7 +77,8 @@ async fn keep_arriving(
         tokio::select! {
             _ = &mut stop => break,
             due = ticks.tick() => {
-                under_way.spawn(arrive(client.clone(), Arc::clone(&log), due.elapsed()));
+                punctuality.count(due.elapsed());
+                under_way.spawn(arrive(client.clone(), Arc::clone(&log)));
                 while under_way.try_join_next().is_some() {}
             }
         }
@@ -92,7 +86,7 @@ async fn keep_arriving(
     under_way.join_all().await;
 }
 
-async fn arrive(client: Client, log: Arc<Mutex<Vec<Arrival>>>, late: Duration) {
+async fn arrive(client: Client, log: Arc<Mutex<Vec<Arrival>>>) {
     let started = Instant::now();
     let mut syn_lost = false;
     let asking = async {
@@ -102,6 +96,6 @@ async fn arrive(client: Client, log: Arc<Mutex<Vec<Arrival>>>, late: Duration) {
         connection.name().await.context("asking")
     };
     let result = asking.await.map_err(|error| Failure::of(error.as_ref()));
-    let arrival = Arrival { started, late, syn_lost, result };
+    let arrival = Arrival { started, syn_lost, result };
     log.lock().unwrap_or_else(PoisonError::into_inner).push(arrival);
 }

@@ -143,7 +143,8 @@ impl Balancer {
         })
     }
 
-    fn log(&self) -> String {
+    /// What it has logged: the laboratory is new for each scenario.
+    pub(super) fn log(&self) -> String {
         match self {
             Self::Sheave(daemon) => daemon.log(),
             Self::HaProxy(haproxy) => haproxy.log(),

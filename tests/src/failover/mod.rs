@@ -9,6 +9,7 @@ mod background;
 mod balancer;
 mod failure;
 mod haproxy;
+mod machine;
 mod said;
 mod scenarios;
 mod silent;
@@ -16,6 +17,8 @@ mod stage;
 mod table;
 mod transfer;
 mod watches;
+
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -33,7 +36,7 @@ const CLIENT_PORTS: &str = "1024 65535";
 /// What to measure.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
-    /// Print one JSON array instead of two tables.
+    /// Print one JSON array instead of tables.
     #[arg(long)]
     json: bool,
     /// Only scenarios with this in their name.
@@ -42,6 +45,9 @@ pub struct Options {
     /// How often; the worst of the rounds counts.
     #[arg(long, default_value_t = 1)]
     rounds: u32,
+    /// Keep what the load balancers log: a file for each scenario and contender in this directory.
+    #[arg(long, value_name = "DIRECTORY")]
+    logs: Option<PathBuf>,
 }
 
 /// Plays the scenarios and prints what was measured.
@@ -61,7 +67,7 @@ pub fn run(options: &Options) -> Result<()> {
     let (mut figures, mut failures) = (Vec::new(), 0);
     for _ in 0..options.rounds {
         for scenario in &chosen {
-            if let Err(error) = play(scenario, &mut figures) {
+            if let Err(error) = play(scenario, options.logs.as_deref(), &mut figures) {
                 failures += 1;
                 eprintln!("      {} could not be played: {error:#}", scenario.name);
             }
@@ -72,7 +78,7 @@ pub fn run(options: &Options) -> Result<()> {
         println!("{}", serde_json::to_string(&figures)?);
     } else {
         let tables = Contender::ALL.map(|contender| table::table(contender, &figures));
-        println!("{}", tables.join("\n"));
+        println!("{}\n{}", tables.join("\n"), table::machine_table(&figures));
     }
     if failures > 0 {
         bail!("{failures} scenarios could not be played");
@@ -80,15 +86,23 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn play(scenario: &Scenario, figures: &mut Vec<Figure>) -> Result<()> {
+fn play(scenario: &Scenario, logs: Option<&Path>, figures: &mut Vec<Figure>) -> Result<()> {
     let mut cluster = Cluster::start(scenario.shape, scenario.setup.backends.len() as u8)?;
     cluster.client.namespace().sysctl("net/ipv4/ip_local_port_range", CLIENT_PORTS)?;
     for &contender in scenario.contenders {
         eprintln!("sheave-bench: {}, {}", scenario.name, contender.name());
         let mut stage = Stage::set(cluster, contender, scenario.setup)?;
-        let measures = (scenario.play)(&mut stage).context(contender.name())?;
-        figures.extend(measures.into_iter().map(|measure| measure.of(contender, scenario.name)));
+        let played = (scenario.play)(&mut stage).context(contender.name());
+        if let Some(directory) = logs {
+            keep_log(&stage, &directory.join(format!("{}, {}.log", scenario.name, contender.name())))?;
+        }
+        let (measures, load) = (played?, stage.watch.end()?);
+        figures.extend(measures.into_iter().map(|measure| measure.of(contender, scenario.name, load)));
         cluster = stage.strike()?;
     }
     Ok(())
+}
+
+fn keep_log(stage: &Stage, file: &Path) -> Result<()> {
+    std::fs::write(file, stage.balancer.log()).with_context(|| format!("writing {}", file.display()))
 }

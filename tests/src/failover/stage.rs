@@ -7,6 +7,7 @@ use anyhow::Result;
 use super::{
     arrivals::Arrivals,
     balancer::{Balancer, Contender, Setup},
+    machine::Watch,
     silent::Silent,
     transfer::Transfer,
     watches::Watches,
@@ -29,6 +30,8 @@ pub(super) struct Stage {
     pub(super) cluster: Cluster,
     pub(super) contender: Contender,
     pub(super) setup: Setup,
+    /// Of the machine, from the beginning of the scenario.
+    pub(super) watch: Watch,
 }
 
 impl Stage {
@@ -36,7 +39,7 @@ impl Stage {
     pub(super) fn set(cluster: Cluster, contender: Contender, setup: Setup) -> Result<Self> {
         let mut balancer = Balancer::start(contender, &cluster, setup)?;
         balancer.wait_ready(setup.backends.len())?;
-        Ok(Self { balancer, cluster, contender, setup })
+        Ok(Self { balancer, cluster, contender, setup, watch: Watch::begin()? })
     }
 
     /// Takes the load balancer away and makes everybody well.
@@ -62,7 +65,7 @@ impl Stage {
 
     /// New connections at a rate.
     pub(super) fn arrivals_at(&self, rate: u32) -> Result<Arrivals> {
-        Arrivals::start(&self.cluster.client, &self.client()?, rate)
+        Arrivals::start(&self.cluster.client, &self.client()?, rate, &self.watch.punctuality)
     }
 
     /// Connections that are open and silent.

@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Longer than what the buffers between the ends hold, and than any event takes.
-const LENGTH: u64 = 160_000_000;
+const LENGTH: u64 = 120_000_000;
 /// Bytes a second.
 const RATE: f64 = 2_000_000.0;
 /// Until the first bytes, and from letting go to the last.

@@ -25,6 +25,8 @@ const WATCHES: usize = 24;
 const KNOCKS: usize = 50;
 /// How soon "at once" is, in milliseconds.
 const AT_ONCE: u32 = 100;
+/// From the line in the log, which comes first, to its effect: as long as it takes to write a table.
+const EFFECT: Duration = Duration::from_millis(5);
 
 /// All servers answer 500 after 2 to 4 s, and serve everything else.
 pub(super) fn etcd_hangs(stage: &mut Stage) -> Result<Vec<Measure>> {
@@ -58,10 +60,12 @@ pub(super) fn readyz(stage: &mut Stage) -> Result<Vec<Measure>> {
     let (broken, _) = watches.broken_at("api-1");
     let ended = silent.ends().len();
     let arrivals = arrivals.stop();
-    let there = |it: &&Arrival| it.result.as_deref() == Ok("api-1");
-    let late = arrivals.iter().filter(there).filter(|it| it.started > verdict).count();
+    let there = |it: &&Arrival| it.result.as_deref() == Ok("api-1") && it.started > verdict;
+    let (late, at_once): (Vec<_>, Vec<_>) =
+        arrivals.iter().filter(there).partition(|it| it.started > verdict + EFFECT);
     Ok(vec![
-        count("new connections to it after the verdict", late).at_most(0),
+        count("new connections to it after the verdict", late.len()).at_most(0),
+        count("… within 5 ms of it", at_once.len()),
         time("from 500 to the verdict", Some(verdict.saturating_duration_since(event))),
         count("idle flows that are reset or closed", ended).at_most(0),
         count("running watches that break", broken).at_most(0),
