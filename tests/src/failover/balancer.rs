@@ -1,6 +1,9 @@
 //! The load balancers that are measured, behind one face.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Serialize;
@@ -109,12 +112,15 @@ impl Balancer {
         }
     }
 
-    /// Stops it in order and starts it again, as for a new version.
-    pub(super) fn replace(&mut self, cluster: &Cluster, setup: Setup) -> Result<()> {
+    /// Stops it in order and starts another build of it.
+    pub(super) fn replace(&mut self, cluster: &Cluster, setup: Setup, next: &Path) -> Result<()> {
         let Self::Sheave(daemon) = self else { bail!("HAProxy's new version comes by a reload") };
         daemon.process().signal(Signal::SIGTERM)?;
-        daemon.process().wait(STOP_LIMIT)?;
-        *self = Self::start(Contender::Sheave, cluster, setup)?;
+        let status = daemon.process().wait(STOP_LIMIT)?;
+        ensure!(status.success(), "it did not stop in order: {status}\n{}", daemon.log());
+        let (settings, command) = (settings(cluster, setup)?, cluster.lb.command(next));
+        let config = |directory: &Path| settings.to_toml(directory);
+        *daemon = Daemon::start_with(&cluster.lb, cluster.lab.directory(), config, command)?;
         Ok(())
     }
 
@@ -122,7 +128,8 @@ impl Balancer {
     pub(super) fn leave(&mut self) -> Result<()> {
         match self {
             Self::Sheave(daemon) => {
-                run(&mut daemon.command("unload")?)?;
+                let output = daemon.unload()?;
+                ensure!(output.status.success(), "unload: {}", String::from_utf8_lossy(&output.stderr));
                 daemon.process().wait(STOP_LIMIT).map(drop)
             }
             Self::HaProxy(haproxy) => haproxy.kill(),

@@ -48,6 +48,9 @@ pub struct Options {
     /// Keep what the load balancers log: a file for each scenario and contender in this directory.
     #[arg(long, value_name = "DIRECTORY")]
     logs: Option<PathBuf>,
+    /// Another build of sheave, to upgrade to [default: a copy of the one that is measured].
+    #[arg(long, value_name = "PROGRAM")]
+    next: Option<PathBuf>,
 }
 
 /// Plays the scenarios and prints what was measured.
@@ -67,7 +70,7 @@ pub fn run(options: &Options) -> Result<()> {
     let (mut figures, mut failures) = (Vec::new(), 0);
     for _ in 0..options.rounds {
         for scenario in &chosen {
-            if let Err(error) = play(scenario, options.logs.as_deref(), &mut figures) {
+            if let Err(error) = play(scenario, options, &mut figures) {
                 failures += 1;
                 eprintln!("      {} could not be played: {error:#}", scenario.name);
             }
@@ -86,14 +89,15 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn play(scenario: &Scenario, logs: Option<&Path>, figures: &mut Vec<Figure>) -> Result<()> {
+fn play(scenario: &Scenario, options: &Options, figures: &mut Vec<Figure>) -> Result<()> {
     let mut cluster = Cluster::start(scenario.shape, scenario.setup.backends.len() as u8)?;
     cluster.client.namespace().sysctl("net/ipv4/ip_local_port_range", CLIENT_PORTS)?;
     for &contender in scenario.contenders {
         eprintln!("sheave-bench: {}, {}", scenario.name, contender.name());
         let mut stage = Stage::set(cluster, contender, scenario.setup)?;
+        stage.next.clone_from(&options.next);
         let played = (scenario.play)(&mut stage).context(contender.name());
-        if let Some(directory) = logs {
+        if let Some(directory) = &options.logs {
             keep_log(&stage, &directory.join(format!("{}, {}.log", scenario.name, contender.name())))?;
         }
         let (measures, load) = (played?, stage.watch.end()?);

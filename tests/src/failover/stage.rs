@@ -1,8 +1,8 @@
 //! What a scenario plays on.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use super::{
     arrivals::Arrivals,
@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     cluster::{Apiserver, Cluster},
+    daemon,
     load::Client,
     stub::{Health, PORT},
 };
@@ -30,6 +31,8 @@ pub(super) struct Stage {
     pub(super) cluster: Cluster,
     pub(super) contender: Contender,
     pub(super) setup: Setup,
+    /// Another build of sheave, if there is one.
+    pub(super) next: Option<PathBuf>,
     /// Of the machine, from the beginning of the scenario.
     pub(super) watch: Watch,
 }
@@ -39,7 +42,7 @@ impl Stage {
     pub(super) fn set(cluster: Cluster, contender: Contender, setup: Setup) -> Result<Self> {
         let mut balancer = Balancer::start(contender, &cluster, setup)?;
         balancer.wait_ready(setup.backends.len())?;
-        Ok(Self { balancer, cluster, contender, setup, watch: Watch::begin()? })
+        Ok(Self { balancer, cluster, contender, setup, next: None, watch: Watch::begin()? })
     }
 
     /// Takes the load balancer away and makes everybody well.
@@ -51,6 +54,16 @@ impl Stage {
             cluster.lab.replug(&apiserver.host)?;
         }
         Ok(cluster)
+    }
+
+    /// The program to upgrade to: another file in any case, so that nothing may take it for the same.
+    pub(super) fn next_build(&self) -> Result<PathBuf> {
+        if let Some(next) = &self.next {
+            return Ok(next.clone());
+        }
+        let copy = self.cluster.lab.directory().join("sheave-next");
+        fs::copy(daemon::program()?, &copy).context("copying sheave")?;
+        Ok(copy)
     }
 
     /// A client of the VIP.

@@ -44,10 +44,11 @@ pub(super) fn reload(stage: &mut Stage) -> Result<Vec<Measure>> {
     traffic.finish(stage)
 }
 
-/// Stopped in order, and another process started.
+/// Stopped in order, and another build started.
 pub(super) fn upgrade(stage: &mut Stage) -> Result<Vec<Measure>> {
+    let next = stage.next_build()?;
     let traffic = Traffic::start(stage)?;
-    stage.balancer.replace(&stage.cluster, stage.setup)?;
+    stage.balancer.replace(&stage.cluster, stage.setup, &next)?;
     traffic.finish(stage)
 }
 
