@@ -99,3 +99,19 @@ async fn arrive(client: Client, log: Arc<Mutex<Vec<Arrival>>>) {
     let arrival = Arrival { started, syn_lost, result };
     log.lock().unwrap_or_else(PoisonError::into_inner).push(arrival);
 }
+
+/// How those that failed did, and when after `event`: for whoever wants to know why.
+pub(super) fn tell_failures(arrivals: &[Arrival], event: Instant) {
+    for kind in [Failure::Refused, Failure::Reset, Failure::Closed, Failure::Late, Failure::Other] {
+        let failed = || arrivals.iter().filter(|it| it.result.as_ref().err() == Some(&kind));
+        let begun = |it: &Arrival| {
+            let before = event.saturating_duration_since(it.started).as_secs_f64();
+            it.started.saturating_duration_since(event).as_secs_f64() - before
+        };
+        let (first, last) = (failed().map(begun).reduce(f64::min), failed().map(begun).reduce(f64::max));
+        if let (Some(first), Some(last)) = (first, last) {
+            let count = failed().count();
+            eprintln!("      {kind:?}: {count} connections that were begun {first:.2} to {last:.2} s after");
+        }
+    }
+}

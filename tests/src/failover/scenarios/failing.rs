@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::{AFTERWARDS, VERDICT, go_on, until_last};
 use crate::failover::{
-    arrivals::Arrival,
+    arrivals::{Arrival, tell_failures},
     balancer::DOWN,
     stage::Stage,
     table::{Measure, count, time},
@@ -61,5 +61,7 @@ fn under_load(
     act(stage)?;
     stage.balancer.wait_said(mark, &["api-1", DOWN], VERDICT)?;
     go_on(AFTERWARDS);
-    Ok((event, arrivals.stop()))
+    let arrivals = arrivals.stop();
+    tell_failures(&arrivals, event);
+    Ok((event, arrivals))
 }

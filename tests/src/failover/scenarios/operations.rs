@@ -1,12 +1,12 @@
 //! What operators do to a load balancer, while clients keep coming.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
 use super::{AFTERWARDS, count_of, go_on};
 use crate::failover::{
-    arrivals::Arrivals,
+    arrivals::{Arrivals, tell_failures},
     balancer::{Balancer, Setup, USUAL},
     failure::Failure,
     silent::Silent,
@@ -57,6 +57,8 @@ struct Traffic {
     silent: Silent,
     transfers: Vec<Transfer>,
     arrivals: Arrivals,
+    /// When it was complete, and the event began.
+    event: Instant,
 }
 
 impl Traffic {
@@ -65,6 +67,7 @@ impl Traffic {
             silent: stage.silent(CONNECTIONS)?,
             transfers: (0..TRANSFERS).map(|_| stage.transfer()).collect::<Result<_>>()?,
             arrivals: stage.arrivals_at(RATE)?,
+            event: Instant::now(),
         })
     }
 
@@ -73,6 +76,7 @@ impl Traffic {
         stage.balancer.wait_ready(stage.setup.backends.len())?;
         go_on(AFTERWARDS);
         let arrivals = self.arrivals.stop();
+        tell_failures(&arrivals, self.event);
         let failed = || arrivals.iter().filter_map(|it| it.result.as_ref().err().copied());
         let ended = self.silent.ends();
         let ends = ended.iter().map(|end| end.how);
