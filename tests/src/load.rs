@@ -341,12 +341,14 @@ pub(crate) fn runtime() -> Result<Runtime> {
 /// Ten thousand connections with two descriptors each, as a stub has, and some more.
 const DESCRIPTORS: u64 = 1 << 15;
 
-/// Thousands of connections need more descriptors than the usual 1,024. Processes that are started later inherit this.
-pub(crate) fn raise_descriptor_limit() -> Result<()> {
+/// Thousands of connections need more descriptors than the usual 1,024. Processes that are started later inherit this. Returns
+/// how many there may be now.
+pub(crate) fn raise_descriptor_limit() -> Result<u64> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let raised = hard.max(DESCRIPTORS);
-    // The hard limit is for root to raise.
+    // The hard limit is for root to raise, and not in every container.
     setrlimit(Resource::RLIMIT_NOFILE, raised, raised)
         .or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard))
-        .context("raising RLIMIT_NOFILE")
+        .context("raising RLIMIT_NOFILE")?;
+    Ok(getrlimit(Resource::RLIMIT_NOFILE)?.0)
 }
