@@ -6,6 +6,7 @@
 pub mod cluster;
 pub mod daemon;
 pub mod etcd;
+pub mod failover;
 pub mod lab;
 pub mod load;
 pub mod packets;

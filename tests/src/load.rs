@@ -21,7 +21,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use tokio::{net::TcpStream, runtime::Runtime, task::JoinSet, time::timeout};
-use tokio_rustls::TlsConnector;
+use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::{
     lab::Host,
@@ -99,6 +99,17 @@ pub struct Connection {
     limit: Duration,
 }
 
+/// A connection that was just opened, and what must be polled for it to live.
+#[derive(Debug)]
+pub struct Dialled {
+    /// To ask on.
+    pub connection: Connection,
+    /// Comes to its end when the connection does, and says how.
+    pub driver: http1::Connection<TokioIo<TlsStream<TcpStream>>, Empty<Bytes>>,
+    /// How long TCP took: more than a second means that a SYN was lost.
+    pub connected_in: Duration,
+}
+
 impl std::fmt::Debug for Client {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.debug_struct("Client").field("target", &self.target).finish_non_exhaustive()
@@ -125,16 +136,27 @@ impl Client {
     /// # Errors
     /// When it is refused, reset or not there in time.
     pub async fn connect(&self) -> Result<Connection> {
+        let Dialled { connection, driver, .. } = self.dial().await?;
+        tokio::spawn(driver);
+        Ok(connection)
+    }
+
+    /// Opens a connection and leaves it to the caller to drive it.
+    ///
+    /// # Errors
+    /// As [`Client::connect`].
+    pub async fn dial(&self) -> Result<Dialled> {
+        let started = Instant::now();
         let connecting = async {
             let tcp = TcpStream::connect(self.target).await.context("TCP")?;
+            let connected_in = started.elapsed();
             tcp.set_nodelay(true)?;
             let tls = self.tls.connect(ServerName::from(self.target.ip()), tcp).await.context("TLS")?;
             let (sender, driver) = http1::handshake(TokioIo::new(tls)).await?;
-            tokio::spawn(driver);
-            anyhow::Ok(sender)
+            let connection = Connection { sender, host: self.target.to_string(), limit: self.limit };
+            anyhow::Ok(Dialled { connection, driver, connected_in })
         };
-        let sender = timeout(self.limit, connecting).await.context("connecting")??;
-        Ok(Connection { sender, host: self.target.to_string(), limit: self.limit })
+        timeout(self.limit, connecting).await.context("connecting")?
     }
 
     /// Asks for the server's name on a new connection.
@@ -311,12 +333,22 @@ async fn ask_until(client: &Client, pause: Duration, report: &Mutex<Report>, sto
     }
 }
 
-fn runtime() -> Result<Runtime> {
+/// A runtime for the calling thread alone.
+pub(crate) fn runtime() -> Result<Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting tokio")
 }
 
-/// Thousands of connections need more descriptors than the usual 1,024.
-fn raise_descriptor_limit() -> Result<()> {
+/// Ten thousand connections with two descriptors each, as a stub has, and some more.
+const DESCRIPTORS: u64 = 1 << 15;
+
+/// Thousands of connections need more descriptors than the usual 1,024. Processes that are started later inherit this. Returns
+/// how many there may be now.
+pub(crate) fn raise_descriptor_limit() -> Result<u64> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raising RLIMIT_NOFILE")
+    let raised = hard.max(DESCRIPTORS);
+    // The hard limit is for root to raise, and not in every container.
+    setrlimit(Resource::RLIMIT_NOFILE, raised, raised)
+        .or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard))
+        .context("raising RLIMIT_NOFILE")?;
+    Ok(getrlimit(Resource::RLIMIT_NOFILE)?.0)
 }
