@@ -19,6 +19,7 @@
 //! client's next SYN decides. `loom_model` checks it, with this very code.
 
 use crate::{
+    black_box::{Happening, Note, state},
     cell::{Cell8, Cell16, Cell32, Cell64},
     hash::{FlowHash, Key},
     headers::protocol,
@@ -678,11 +679,38 @@ pub fn claim<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &Cl
     if !choice.found().is_some() {
         return Claim::FULL;
     }
-    let claim = maps.take::<F>(query, claimer, choice.found());
+    let mut found = choice.found();
+    if choice.event().is_some() {
+        found = evict::<F, M>(maps, found);
+        if !found.is_some() {
+            return Claim::RACED;
+        }
+    }
+    let claim = maps.take::<F>(query, claimer, found);
     if let (None, Some(event)) = (claim.failure(), choice.event()) {
         maps.count_event(claimer.service as u16, event);
     }
     claim
+}
+
+/// Ends a flow whose slot was chosen for another, and notes that for later; a slot whose flow was over is left as it is.
+/// Returns it as it is now. None: somebody else has it in hand.
+#[inline(always)]
+fn evict<F: Family, M: Maps>(maps: &M, found: Found) -> Found {
+    let (slot, meta) = (found.slot(), found.meta());
+    if !meta.is(Kind::HalfOpen) && !meta.is(Kind::Established) {
+        return found;
+    }
+    let Some(ways) = F::set(maps, slot.set) else {
+        return Found::NONE;
+    };
+    let tuple = F::load(ways, slot.way);
+    if F::meta(ways, slot.way).compare_exchange(meta.0, Meta::FREE.0) != meta.0 {
+        return Found::NONE;
+    }
+    let note = Note::new::<F>(Happening::Reclaimed, F::parts(tuple));
+    maps.note(note.of(meta.backend()).at(slot).detail(state(meta)));
+    Found::new(slot, Meta::FREE)
 }
 
 /// A slot that a flow may have, and who minds.

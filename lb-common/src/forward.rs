@@ -1,12 +1,13 @@
 //! A packet for a listener: find its flow or begin one, and send it to the backend.
 
 use crate::{
+    black_box::{Happening, Note, Refusal, mapped, state},
     checksum::{Delta, sum64},
     flow::{self, Claimer, Clock, Family, Found, Query, Slot},
     frame::Frame,
     hash::FlowHash,
     headers::{Be16, tcp_flag},
-    layout::{Backend, Listener, NextHop, Service, backend_flag, family},
+    layout::{Backend, Listener, NextHop, Service, backend_flag},
     maps::Maps,
     meta::{Kind, Meta, SYN_ACK},
     next_hop,
@@ -36,8 +37,20 @@ pub fn forward<A: Family, F: Frame, M: Maps>(
     }
     match step::<A, F, M>(frame, maps, context, listener, query, found) {
         Ok(done) => done,
-        Err(outcome) => Done::with(outcome, listener.service),
+        Err(outcome) => {
+            let refusal = Refusal::of(outcome);
+            if refusal != 0 {
+                maps.note(note::<A>(Happening::Refused, query).detail(refusal));
+            }
+            Done::with(outcome, listener.service)
+        }
     }
+}
+
+/// A note about the flow that was looked for.
+#[inline(always)]
+fn note<A: Family>(happening: Happening, query: &Query<A::Tuple>) -> Note {
+    Note::new::<A>(happening, A::parts(query.tuple))
 }
 
 #[inline(always)]
@@ -62,7 +75,7 @@ fn step<A: Family, F: Frame, M: Maps>(
     } else {
         begin::<A, M>(maps, context, listener, query)?
     };
-    transmit::<A, F, M>(frame, maps, context, listener, flow, &segment)
+    transmit::<A, F, M>(frame, maps, context, listener, query, flow, &segment)
 }
 
 /// A flow's slot, and its word as it is now.
@@ -83,8 +96,18 @@ fn known<A: Family, M: Maps>(
     let word = A::meta(ways, slot.way);
     let clock = Clock::read(maps, context.config);
     match transition::client(meta, segment, clock.seen) {
-        Step::Set(flags) => meta = Meta(word.fetch_or(flags)).with(flags),
-        Step::Finish { flag, other, closed } => meta = finish(word, flag, other, closed),
+        Step::Set(flags) => {
+            if segment.has(tcp_flag::RST) {
+                end::<A, M>(maps, Happening::ResetByClient, query, found);
+            }
+            meta = Meta(word.fetch_or(flags)).with(flags);
+        }
+        Step::Finish { flag, other, closed } => {
+            if !meta.has(other) {
+                end::<A, M>(maps, Happening::ClosedByClient, query, found);
+            }
+            meta = finish(word, flag, other, closed);
+        }
         Step::Reopen => return reopen::<A, M>(maps, context, listener, query, found, clock),
         Step::Return if !accepts(maps, meta) => {
             return reopen::<A, M>(maps, context, listener, query, found, clock);
@@ -111,6 +134,13 @@ fn known<A: Family, M: Maps>(
         }
     }
     Ok((slot, meta))
+}
+
+/// Notes for later that the client has ended its flow, or wants to.
+#[inline(always)]
+fn end<A: Family, M: Maps>(maps: &M, happening: Happening, query: &Query<A::Tuple>, found: Found) {
+    let meta = found.meta();
+    maps.note(note::<A>(happening, query).of(meta.backend()).at(found.slot()).detail(state(meta)));
 }
 
 /// Notes one side's FIN; when the other's is there as well, the flow is closed.
@@ -165,7 +195,7 @@ fn reopen<A: Family, M: Maps>(
     if claim.failure().is_some() {
         return Err(Outcome::SynRace);
     }
-    Ok(won::<A, M>(maps, context, &claimer, claim.slot()))
+    Ok(won::<A, M>(maps, context, query, &claimer, claim.slot()))
 }
 
 /// Does the slot's backend take new flows? One that is this host always keeps its own: whether such a flow is
@@ -196,6 +226,7 @@ fn retry<A: Family, M: Maps>(
     if A::meta(ways, found.slot().way).compare_exchange(meta.0, meta.on(other).0) != meta.0 {
         return Ok(meta);
     }
+    maps.note(note::<A>(Happening::Moved, query).of(meta.backend()).at(found.slot()).other(other));
     maps.count_event(listener.service, Event::Rebalanced);
     maps.count_flow(other);
     Ok(meta.on(other))
@@ -243,7 +274,7 @@ fn begin<A: Family, M: Maps>(
     if let Some(outcome) = claim.failure() {
         return Err(outcome);
     }
-    Ok(won::<A, M>(maps, context, &claimer, claim.slot()))
+    Ok(won::<A, M>(maps, context, query, &claimer, claim.slot()))
 }
 
 /// May the client use the service?
@@ -252,20 +283,17 @@ fn admits<A: Family, M: Maps>(maps: &M, id: u16, service: &Service, context: &Co
     service.restricted == 0 || maps.allows(id, mapped::<A>(context.packet.source))
 }
 
-/// An address as IPv6, IPv4 mapped (RFC 4291 §2.5.5.2).
-#[inline(always)]
-fn mapped<A: Family>(address: [u64; 2]) -> [u64; 2] {
-    if A::NUMBER == family::IPV6 {
-        return address;
-    }
-    let [a, b, c, d] = (address[0] as u32).to_ne_bytes();
-    [0, u64::from_ne_bytes([0, 0, 0xff, 0xff, a, b, c, d])]
-}
-
 /// Counts a flow that was given a slot, and remembers the way back to its client.
 #[inline(always)]
-fn won<A: Family, M: Maps>(maps: &M, context: &Context<'_>, claimer: &Claimer, slot: Slot) -> Flow {
+fn won<A: Family, M: Maps>(
+    maps: &M,
+    context: &Context<'_>,
+    query: &Query<A::Tuple>,
+    claimer: &Claimer,
+    slot: Slot,
+) -> Flow {
     let (service, backend) = (claimer.service as u16, claimer.backend as u8);
+    maps.note(note::<A>(Happening::Claimed, query).of(backend).at(slot));
     maps.count_event(service, Event::FlowClaimed);
     maps.count_flow(backend);
     next_hop::remember::<A, M>(maps, service, slot, arrived_from(context));
@@ -285,6 +313,7 @@ fn transmit<A: Family, F: Frame, M: Maps>(
     maps: &M,
     context: &Context<'_>,
     listener: &Listener,
+    query: &Query<A::Tuple>,
     (slot, meta): Flow,
     segment: &Segment,
 ) -> Result<Done, Outcome> {
@@ -294,6 +323,10 @@ fn transmit<A: Family, F: Frame, M: Maps>(
     }
     let hop = NextHop(backend.next_hop.load());
     if hop == NextHop::UNKNOWN {
+        if segment.opens() {
+            let note = note::<A>(Happening::Refused, query).of(meta.backend()).at(slot);
+            maps.note(note.detail(Refusal::NoNextHop as u8));
+        }
         return Err(Outcome::NextHopUnknown);
     }
     if segment.payload > 0 || segment.opens() {

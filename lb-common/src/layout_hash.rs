@@ -5,7 +5,8 @@
 //! name of the directory that maps are pinned in.
 //!
 //! Nothing here is kept true by hand: a field or a state that is missing below does not compile, sizes and offsets are
-//! the compiler's, and functions are represented by what they answer. Counters are left out, for nobody acts on them.
+//! the compiler's, and functions are represented by what they answer. Counters and the black
+//! box are left out, for nobody acts on them.
 
 use core::mem::offset_of;
 

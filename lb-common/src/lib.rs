@@ -11,6 +11,7 @@
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 pub mod bench;
+pub mod black_box;
 pub mod cell;
 pub mod checksum;
 pub mod connect;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use loom::{model::Builder, thread};
 
 use crate::{
+    black_box::{Note, Record},
     flow::{CANDIDATES, Claim, Claimer, Clock, Family, Found, Query, Slot, V4, V6, claim, find, take},
     kill::kill,
     layout::WAYS,
@@ -481,6 +482,21 @@ fn a_killed_slot_has_one_next_owner() {
         for (claim, query) in winners {
             let lives = live::<V4>(&memory, &query) == [slot];
             assert_eq!(lives, claim == Claim::won(slot));
+        }
+    });
+}
+
+/// A record in the black box is read as it was written, or not at all.
+#[test]
+fn a_record_is_never_read_in_two_halves() {
+    explore(None, || {
+        let record = Arc::new(Record::default());
+        let note = |number| Note { address: [number; 2], what: number, other: 0 };
+        record.write(&note(1), 1 << 24);
+        let writer = record.clone();
+        let (read, ()) = race(move || record.read(), move || writer.write(&note(2), 2 << 24));
+        if let Some(written) = read {
+            assert!(written.note == note(written.jiffies), "{written:?}");
         }
     });
 }

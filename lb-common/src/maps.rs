@@ -1,6 +1,7 @@
 //! What the steps ask of the maps, so that they run over the kernel's and over plain memory in tests.
 
 use crate::{
+    black_box::Note,
     cell::{Cell8, Cell16, Cell64},
     flow::{self, Choice, Claim, Claimer, Family, Found, Query, Slot},
     forward,
@@ -37,6 +38,8 @@ pub trait Maps: Copy {
     fn count_place(&self, service: u16, place: u16);
     /// Counts a new flow of a backend.
     fn count_flow(&self, backend: u8);
+    /// Writes into the black box what happened to a flow.
+    fn note(&self, note: Note);
 
     /// IPv4 flow sets, of all SNAT addresses one after the other.
     fn set4(&self, index: u32) -> Option<&Set4>;

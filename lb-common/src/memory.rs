@@ -3,10 +3,14 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use crate::{
+    black_box::Note,
     cell::{Cell8, Cell16, Cell32, Cell64},
     flow::{Family as _, V4, V6},
     hash::Key,
@@ -65,6 +69,7 @@ pub(crate) struct Memory {
     // The standard library's, also under loom: nothing that is decided depends on these.
     jiffies: AtomicU64,
     counters: Vec<AtomicU64>,
+    notes: Mutex<Vec<Note>>,
 }
 
 fn zeroed<T: Default>(count: u32) -> Vec<T> {
@@ -114,6 +119,7 @@ impl Memory {
             overflow6: zeroed(all),
             jiffies: AtomicU64::new(1000 * JIFFIES),
             counters: zeroed(SERVICES * COUNTERS as u32),
+            notes: Mutex::default(),
         }
     }
 
@@ -215,6 +221,11 @@ impl Memory {
         self.jiffies.fetch_add(jiffies, Ordering::Relaxed);
     }
 
+    /// What was written into the black box, and is not there any more.
+    pub(crate) fn take_notes(&self) -> Vec<Note> {
+        std::mem::take(&mut self.notes.lock().unwrap())
+    }
+
     /// What was counted for a service.
     pub(crate) fn count(&self, service: u16, counter: Counter) -> u64 {
         self.counters[usize::from(service) * COUNTERS + counter.index()].load(Ordering::Relaxed)
@@ -270,6 +281,10 @@ impl Maps for &Memory {
     }
 
     fn count_flow(&self, _: u8) {}
+
+    fn note(&self, note: Note) {
+        self.notes.lock().unwrap().push(note);
+    }
 
     fn set4(&self, index: u32) -> Option<&Set4> {
         self.sets4.get(index as usize)

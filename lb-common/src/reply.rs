@@ -1,11 +1,12 @@
 //! A packet for a slot: if it comes from the slot's backend, it goes to the slot's client.
 
 use crate::{
+    black_box::{Happening, Note, state},
     checksum::{Delta, sum64},
     flow::{Clock, Family, Slot},
     forward::finish,
     frame::Frame,
-    headers::Be16,
+    headers::{Be16, tcp_flag},
     layout::{Backend, Config, Listener, NextHop, PORTS},
     maps::Maps,
     meta::{BACKEND_TOLD, Kind, Meta, RESET},
@@ -69,6 +70,15 @@ struct Client<'a> {
     return_hop: u16,
 }
 
+impl Client<'_> {
+    /// A note about its flow, whose word is `meta`.
+    #[inline(always)]
+    fn note<A: Family>(&self, happening: Happening, meta: Meta) -> Note {
+        let tuple = (self.address, self.port, self.listener_id);
+        Note::new::<A>(happening, tuple).of(meta.backend()).at(self.slot).detail(state(meta))
+    }
+}
+
 #[inline(always)]
 fn step<A: Family, F: Frame, M: Maps>(
     frame: &mut F,
@@ -90,11 +100,22 @@ fn step<A: Family, F: Frame, M: Maps>(
         witness::hear(client.backend, clock.jiffies);
     }
     match transition::backend(meta, &segment) {
-        Step::Set(flags) => meta = Meta(word.fetch_or(flags)).with(flags),
-        Step::Finish { flag, other, closed } => meta = finish(word, flag, other, closed),
+        Step::Set(flags) => {
+            if segment.has(tcp_flag::RST) {
+                maps.note(client.note::<A>(Happening::ResetByBackend, meta));
+            }
+            meta = Meta(word.fetch_or(flags)).with(flags);
+        }
+        Step::Finish { flag, other, closed } => {
+            if !meta.has(other) {
+                maps.note(client.note::<A>(Happening::ClosedByBackend, meta));
+            }
+            meta = finish(word, flag, other, closed);
+        }
         Step::Become(next) => {
             if word.compare_exchange(meta.0, next.0) == meta.0 {
                 if meta.is(Kind::HalfOpen) {
+                    maps.note(client.note::<A>(Happening::Established, meta));
                     maps.count_event(service, Event::FlowEstablished);
                 }
                 meta = next;
@@ -132,10 +153,12 @@ fn second_chance<A: Family, M: Maps>(
         let hash = A::hash(&context.config.key, tuple);
         let other = maps.another::<A>(client.listener.service, hash, meta.backend());
         if other != 0 && word.compare_exchange(meta.0, meta.on(other).with(RESET).0) == meta.0 {
+            maps.note(client.note::<A>(Happening::SecondChance, meta).other(other));
             maps.count_flow(other);
             return Err(Outcome::SecondChance);
         }
     }
+    maps.note(client.note::<A>(Happening::RefusedByBackend, meta));
     word.compare_exchange(meta.0, meta.become_kind(Kind::ClosedByClient).0);
     Ok(())
 }

@@ -6,12 +6,14 @@
 use core::ffi::c_void;
 
 use aya_ebpf::{
+    Global,
     bindings::BPF_F_MMAPABLE,
     btf_maps::{Array, LpmTrie, PerCpuArray, lpm_trie::Key},
-    helpers::{bpf_jiffies64, bpf_loop},
+    helpers::{bpf_get_smp_processor_id, bpf_jiffies64, bpf_loop},
     macros::btf_map,
 };
 use lb_common::{
+    black_box::{self, Note, RECORDS_MIN, Record},
     cell::{Cell8, Cell16, Cell64},
     flow::{Choice, Claim, Claimer, Family, Found, Query, Slot},
     hash::FlowHash,
@@ -73,6 +75,13 @@ static BACKEND_FLOWS: PerCpuArray<u64, { BACKENDS as usize }> = PerCpuArray::new
 /// The tick counter, for the daemon: see `read_clock`.
 #[btf_map]
 static CLOCK: Array<u64, 1, MAPPED> = Array::new();
+/// A ring for each CPU and one for the daemon: the loader makes it as long as that takes.
+#[btf_map]
+static BLACK_BOX: Array<Record, { RECORDS_MIN as usize }, MAPPED> = Array::new();
+
+/// Places of a ring, less one.
+#[unsafe(no_mangle)]
+static BLACK_BOX_MASK: Global<u32> = Global::new(RECORDS_MIN - 1);
 
 /// The maps.
 #[derive(Clone, Copy)]
@@ -237,6 +246,12 @@ impl Maps for KernelMaps {
     }
 
     #[inline(always)]
+    fn note(&self, note: Note) {
+        let [high, low] = note.address;
+        laundered(subprograms::map_note(high, low, note.what, note.other.into()));
+    }
+
+    #[inline(always)]
     fn set4(&self, index: u32) -> Option<&Set4> {
         FLOW4.get(index)
     }
@@ -322,6 +337,15 @@ fn checked(index: u32) -> u32 {
 pub fn allows(service: u16, client: [u64; 2]) -> bool {
     let bits = 8 * size_of::<AllowKey>() as u32;
     ALLOW.get(&Key::new(bits, allow_key(service, client))).is_some()
+}
+
+/// Writes into this CPU's ring of the black box.
+#[inline(always)]
+pub fn note(note: &Note) {
+    let mask = BLACK_BOX_MASK.load();
+    // SAFETY: takes nothing; inlined by the kernel.
+    let ring = unsafe { bpf_get_smp_processor_id() } * (mask + 1);
+    black_box::append(|place| BLACK_BOX.get(ring + place), mask, note, KernelMaps.jiffies());
 }
 
 /// Leaves the tick counter where the daemon can read it.

@@ -7,6 +7,7 @@
 
 use aya_ebpf::{bindings::xdp_md, programs::XdpContext};
 use lb_common::{
+    black_box::Note,
     flow::{Choice, Claim, Claimer, Family, Found, Query, V4, V6, choose, find_in, take},
     forward,
     hash::FlowHash,
@@ -148,6 +149,14 @@ pub(crate) extern "C" fn map_is_backend(family: u64, high: u64, low: u64, port: 
 #[inline(never)]
 pub(crate) extern "C" fn map_connect(listener: u64, own_network: u64, random: u64) -> u64 {
     connect::verdict(listener as u16, own_network != 0, random as u32).word().into()
+}
+
+/// See [`maps::note`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn map_note(high: u64, low: u64, what: u64, other: u64) -> u64 {
+    maps::note(&Note { address: [high, low], what, other: other as u8 });
+    0
 }
 
 macro_rules! subprograms {

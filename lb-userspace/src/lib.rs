@@ -19,3 +19,4 @@ pub mod resets;
 mod state;
 mod systemd;
 pub mod vip;
+pub mod why;

@@ -7,6 +7,7 @@ pub mod cluster;
 pub mod daemon;
 pub mod dial;
 pub mod etcd;
+pub mod failover;
 pub mod lab;
 pub mod load;
 pub mod packets;

@@ -21,7 +21,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use tokio::{net::TcpStream, runtime::Runtime, task::JoinSet, time::timeout};
-use tokio_rustls::TlsConnector;
+use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use crate::{
     lab::Host,
@@ -101,6 +101,20 @@ pub struct Connection {
     limit: Duration,
 }
 
+/// What must be polled for a connection to live.
+pub type Driver = http1::Connection<TokioIo<TlsStream<TcpStream>>, Empty<Bytes>>;
+
+/// A connection that was just opened, and what must be polled for it to live.
+#[derive(Debug)]
+pub struct Dialled {
+    /// To ask on.
+    pub connection: Connection,
+    /// Comes to its end when the connection does, and says how.
+    pub driver: Driver,
+    /// How long TCP took: more than a second means that a SYN was lost.
+    pub connected_in: Duration,
+}
+
 impl std::fmt::Debug for Client {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.debug_struct("Client").field("target", &self.target).finish_non_exhaustive()
@@ -140,7 +154,23 @@ impl Client {
     /// # Errors
     /// When it is refused, reset or not there in time.
     pub async fn connect(&self) -> Result<Connection> {
-        let connecting = async { self.over(TcpStream::connect(self.target).await.context("TCP")?).await };
+        let Dialled { connection, driver, .. } = self.dial().await?;
+        tokio::spawn(driver);
+        Ok(connection)
+    }
+
+    /// Opens a connection and leaves it to the caller to drive it.
+    ///
+    /// # Errors
+    /// As [`Client::connect`].
+    pub async fn dial(&self) -> Result<Dialled> {
+        let started = Instant::now();
+        let connecting = async {
+            let tcp = TcpStream::connect(self.target).await.context("TCP")?;
+            let connected_in = started.elapsed();
+            let (connection, driver) = self.handshakes(tcp).await?;
+            anyhow::Ok(Dialled { connection, driver, connected_in })
+        };
         timeout(self.limit, connecting).await.context("connecting")?
     }
 
@@ -149,15 +179,17 @@ impl Client {
     /// # Errors
     /// When it is reset, or not ready in time.
     pub async fn over(&self, tcp: TcpStream) -> Result<Connection> {
-        let connecting = async {
-            tcp.set_nodelay(true)?;
-            let tls = self.tls.connect(self.name.clone(), tcp).await.context("TLS")?;
-            let (sender, driver) = http1::handshake(TokioIo::new(tls)).await?;
-            tokio::spawn(driver);
-            anyhow::Ok(sender)
-        };
-        let sender = timeout(self.limit, connecting).await.context("connecting")??;
-        Ok(Connection { sender, host: self.target.to_string(), limit: self.limit })
+        let (connection, driver) =
+            timeout(self.limit, self.handshakes(tcp)).await.context("connecting")??;
+        tokio::spawn(driver);
+        Ok(connection)
+    }
+
+    async fn handshakes(&self, tcp: TcpStream) -> Result<(Connection, Driver)> {
+        tcp.set_nodelay(true)?;
+        let tls = self.tls.connect(self.name.clone(), tcp).await.context("TLS")?;
+        let (sender, driver) = http1::handshake(TokioIo::new(tls)).await?;
+        Ok((Connection { sender, host: self.target.to_string(), limit: self.limit }, driver))
     }
 
     /// Asks for the server's name on a new connection.
@@ -334,15 +366,22 @@ async fn ask_until(client: &Client, pause: Duration, report: &Mutex<Report>, sto
     }
 }
 
-fn runtime() -> Result<Runtime> {
+/// A runtime for the calling thread alone.
+pub(crate) fn runtime() -> Result<Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting tokio")
 }
 
-/// Thousands of connections need more descriptors than the usual 1,024.
-///
-/// # Errors
-/// When the kernel refuses.
-pub fn raise_descriptor_limit() -> Result<()> {
+/// Ten thousand connections with two descriptors each, as a stub has, and some more.
+const DESCRIPTORS: u64 = 1 << 15;
+
+/// Thousands of connections need more descriptors than the usual 1,024. Processes that are started later inherit this. Returns
+/// how many there may be now.
+pub fn raise_descriptor_limit() -> Result<u64> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raising RLIMIT_NOFILE")
+    let raised = hard.max(DESCRIPTORS);
+    // The hard limit is for root to raise, and not in every container.
+    setrlimit(Resource::RLIMIT_NOFILE, raised, raised)
+        .or_else(|_| setrlimit(Resource::RLIMIT_NOFILE, hard, hard))
+        .context("raising RLIMIT_NOFILE")?;
+    Ok(getrlimit(Resource::RLIMIT_NOFILE)?.0)
 }

@@ -21,8 +21,9 @@ impl Options {
         setup::ensure_toolchain()?;
         setup::ensure_tools(&setup::TEST_TOOLS)?;
         let sheave = Binary::SHEAVE.build()?;
-        let bench =
-            Binary { package: "lb-tests", name: "sheave-bench", profile: Profile::Release }.build()?;
+        let of_the_lab = |name| Binary { package: "lb-tests", name, profile: Profile::Release };
+        of_the_lab("sheave-stub-apiserver").build()?;
+        let bench = of_the_lab("sheave-bench").build()?;
         process::replace_with(process::as_root(bench)?.args(self.arguments).env("SHEAVE", sheave))
     }
 }

@@ -67,6 +67,19 @@ fn a_flow_is_established_when_its_backend_has_proven_it() {
 }
 
 #[test]
+fn the_black_box_is_told_of_beginnings_and_not_of_segments() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        assert_eq!(lab.memory.take_notes().len(), 2, "claimed, established");
+        for _ in 0..5 {
+            lab.assert_flows(&flow);
+        }
+        assert_eq!(lab.memory.take_notes(), []);
+    }
+}
+
+#[test]
 fn a_segment_of_nobodys_flow_is_left_to_the_kernel() {
     for version in VERSIONS {
         let lab = Lab::new();

@@ -16,6 +16,7 @@ mod run;
 mod status;
 mod table;
 mod unload;
+mod why;
 
 use std::{
     io::{self, IsTerminal as _},
@@ -59,6 +60,7 @@ Examples:
   watch -n1 sheave status             the same, all the time
   sheave drain master-1               before an upgrade of master-1
   sheave ready master-1               after it
+  sheave why 10.0.0.5 --at 10:32      what became of that client's connections
   sheave reload                       after a change of /etc/sheave/sheave.toml
   sheave completions bash > /etc/bash_completion.d/sheave
 
@@ -113,6 +115,8 @@ enum Command {
     Kill(kill::Arguments),
     /// Show the last changes of state and operator's orders, with their reasons
     Events(events::Arguments),
+    /// Tell what became of a client's connections, and why
+    Why(why::Arguments),
     /// Read the configuration file again and apply what is different; flows are untouched
     Reload(reload::Arguments),
     /// Say whether this load balancer works, whatever its backends do (for keepalived)
@@ -165,6 +169,7 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Flows(arguments) => flows::run(arguments),
         Command::Kill(arguments) => kill::run(arguments),
         Command::Events(arguments) => events::run(arguments),
+        Command::Why(arguments) => why::run(arguments),
         Command::Reload(arguments) => reload::run(&arguments),
         Command::Unload(arguments) => unload::run(arguments),
         Command::Completions(arguments) => completions::run(arguments),
@@ -261,6 +266,7 @@ mod tests {
             "weight",
             "flows",
             "events",
+            "why",
             "reload",
             "alive",
             "unload",

@@ -12,14 +12,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lb_common::kill::KILLED_QUARANTINE;
+use lb_common::{
+    black_box::{Silence, Verdict},
+    kill::KILLED_QUARANTINE,
+};
 
 use super::{Controller, backends::Backend, services::Services};
 use crate::{
     admin::JournalKind,
     config::OnDead,
-    dataplane::{DataplaneError, Flow, FlowFilter, Walk},
-    health::{CheckReport, Event, Failure, Outcome, Sighting, State, Transition, Vigil, transition_line},
+    dataplane::{Account, DataplaneError, Flow, FlowFilter, Walk},
+    health::{
+        CheckCode, CheckReport, Event, Failure, Outcome, Sighting, State, Transition, Vigil, transition_line,
+    },
     resets::{Pace, Repeats, Wire},
 };
 
@@ -61,6 +66,7 @@ struct Watch {
 #[derive(Debug)]
 struct Job {
     work: Work,
+    account: Account,
     backend: u8,
     service: usize,
     walk: Walk,
@@ -128,12 +134,13 @@ impl Resets {
         self.due = Instant::now();
     }
 
-    fn begin(&mut self, work: Work, backend: &Backend, now: Instant) {
+    fn begin(&mut self, work: Work, account: Account, backend: &Backend, now: Instant) {
         let same = |job: &Job| (job.work, job.backend) == (work, backend.id);
         // What was passed by already is asked again.
         self.jobs.retain(|job| !same(job));
         self.jobs.push_back(Job {
             work,
+            account,
             backend: backend.id,
             service: backend.target.service,
             walk: Walk::default(),
@@ -173,7 +180,8 @@ impl Controller {
         }
         if !before.local && may_have_forgotten(event, before) {
             tracing::debug!("asking about the flows of {}", before.name);
-            self.resets.begin(Work::Ask, before, now);
+            let verdict = if refuses(&event.report) { Verdict::Refuses } else { Verdict::Returned };
+            self.resets.begin(Work::Ask, Account::Asked(verdict), before, now);
         }
     }
 
@@ -203,11 +211,19 @@ impl Controller {
         let now = Instant::now();
         let flows = self.dataplane.kill_flows(filter, &mut Walk::default(), usize::MAX)?;
         let count = flows.len();
+        self.write_down(&flows, Account::Killed(Verdict::Operator));
         for flow in flows {
             self.tell_both(flow, now);
         }
         self.resets.hurry();
         Ok(count)
+    }
+
+    /// For `sheave why`. What is done to the flows does not depend on it.
+    fn write_down(&mut self, flows: &[Flow], account: Account) {
+        if let Err(error) = self.dataplane.write_down(flows, account) {
+            tracing::warn!("cannot write down what is done to flows: {error}");
+        }
     }
 
     /// A backend keeps the flows it still has.
@@ -217,7 +233,7 @@ impl Controller {
 
     /// Resets the flows that a backend has now, at the service's rate, and tells both of their ends.
     pub(super) fn end_flows_of(&mut self, backend: &Backend) {
-        self.resets.begin(Work::End, backend, Instant::now());
+        self.resets.begin(Work::End, Account::Killed(Verdict::Operator), backend, Instant::now());
     }
 
     /// Whether there is anybody who may die soon.
@@ -293,7 +309,7 @@ impl Controller {
                 );
             }
             let backend = backend.clone();
-            self.resets.begin(Work::Reset, &backend, now);
+            self.resets.begin(Work::Reset, backend.obituary(now), &backend, now);
         }
     }
 
@@ -358,6 +374,7 @@ impl Controller {
         if let Some(watch) = self.resets.watches.get_mut(&job.service) {
             watch.pace.done(flows.len());
         }
+        self.write_down(&flows, job.account);
         job.count += flows.len();
         for flow in flows {
             match (job.work, flow.last_ack) {
@@ -441,10 +458,13 @@ impl Controller {
     }
 }
 
+fn refuses(report: &CheckReport) -> bool {
+    report.outcome == Outcome::Fail(Failure::Refused)
+}
+
 /// Whether a backend may have rebooted, or lost its flows in another way: it refuses connections, which it did not before,
 /// or answers after silence.
 fn may_have_forgotten(event: &Event, before: &Backend) -> bool {
-    let refuses = |report: &CheckReport| report.outcome == Outcome::Fail(Failure::Refused);
     let answers = event.silent_since.is_none() && event.report.outcome != Outcome::Local;
     let was_silent = before.report.outcome == Outcome::Fail(Failure::Silent)
         || matches!(before.state, State::Silent | State::Dead);
@@ -455,6 +475,18 @@ fn may_have_forgotten(event: &Event, before: &Backend) -> bool {
 }
 
 impl Backend {
+    /// Why its flows are reset, once it is dead.
+    fn obituary(&self, now: Instant) -> Account {
+        let silence = match self.report.code {
+            CheckCode::L4Tout => Silence::Connect,
+            CheckCode::L6Tout => Silence::Handshake,
+            CheckCode::L4Con => Silence::Unreachable,
+            _ => Silence::Other,
+        };
+        let since = self.silent_since.map_or(0, |since| now.saturating_duration_since(since).as_secs());
+        Account::Dead(silence, since.min(u8::MAX.into()) as u8)
+    }
+
     /// What the vigil over its service looks at; `heard` is how long ago it sent payload to a client.
     fn sighting(&self, heard: Option<Duration>, now: Instant) -> Sighting {
         let answers = !matches!(self.report.outcome, Outcome::Local | Outcome::Fail(Failure::Silent));

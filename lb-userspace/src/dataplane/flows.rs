@@ -7,13 +7,13 @@ use std::{collections::HashSet, time::Duration};
 
 use lb_common::{
     cell::Cell8,
-    flow::{Family, LONG_QUARANTINE, Query, V4, V6},
+    flow::{Family, LONG_QUARANTINE, Query, Slot, V4, V6},
     layout::{Config, OverflowMarks, WAYS},
     meta::{BACKEND_TOLD, CLIENT_FIN, Kind, Meta, RESET},
     transition::RESET_QUARANTINE,
 };
 
-use super::{Dataplane, DataplaneError, Mapped, grace};
+use super::{BlackBox, Dataplane, DataplaneError, Mapped, black_box::forgotten, grace};
 
 /// How long a handshake may take, and a proven flow that nobody finished: RFC 5382 REQ-5, the transitory timeout.
 const TRANSITORY: Duration = Duration::from_secs(240);
@@ -38,6 +38,7 @@ pub struct Reaped {
 /// What the reaper knows when it looks at a slot.
 struct Round<'a> {
     now: u16,
+    jiffies: u64,
     transitory: u16,
     /// By listener id.
     idle: &'a [u16],
@@ -88,7 +89,9 @@ impl Dataplane {
     /// Counts the flows and frees those that are over. `idle` is the idle timeout of each service, in configuration
     /// order.
     pub fn reap(&mut self, idle: &[Duration]) -> Result<Reaped, DataplaneError> {
-        let now = (self.jiffies()? >> self.ticks.shift()) as u16;
+        let jiffies = self.jiffies()?;
+        self.black_box.anchor(jiffies, self.ticks.frequency);
+        let now = (jiffies >> self.ticks.shift()) as u16;
         let idle: Vec<u16> = (0..self.listeners.len())
             .map(|id| {
                 let service = self.listeners.read(id).map_or(0, |listener| usize::from(listener.service));
@@ -108,7 +111,7 @@ impl Dataplane {
             .collect();
         let claims = std::mem::take(&mut self.claims);
         let transitory = self.ticks.units(TRANSITORY);
-        let round = Round { now, transitory, idle: &idle, local: &local, claims: &claims };
+        let round = Round { now, jiffies, transitory, idle: &idle, local: &local, claims: &claims };
         let mut reaped = Reaped {
             active: vec![0; self.backends.len()],
             named_backends: vec![false; self.backends.len()],
@@ -117,10 +120,10 @@ impl Dataplane {
         };
         let config = self.settings();
         if config.snat4_count > 0 {
-            sweep::<V4>(&self.flows4, &round, &mut reaped, &mut self.claims);
+            sweep::<V4>(&self.flows4, &self.black_box, &round, &mut reaped, &mut self.claims);
         }
         if config.snat6_count > 0 {
-            sweep::<V6>(&self.flows6, &round, &mut reaped, &mut self.claims);
+            sweep::<V6>(&self.flows6, &self.black_box, &round, &mut reaped, &mut self.claims);
         }
         Ok(reaped)
     }
@@ -147,6 +150,7 @@ impl Dataplane {
 
 fn sweep<F: Family>(
     flows: &Mapped<F::Set>,
+    black_box: &BlackBox,
     round: &Round<'_>,
     reaped: &mut Reaped,
     claims: &mut HashSet<Meta>,
@@ -162,11 +166,16 @@ fn sweep<F: Family>(
             if meta.is(Kind::Free) {
                 continue;
             }
-            let (_, _, listener) = F::parts(F::load(set, way));
+            let tuple = F::load(set, way);
+            let (_, _, listener) = F::parts(tuple);
             if let Some(next) = round.verdict(meta, listener)
                 && word.compare_exchange(meta.0, next.0) == meta.0
             {
                 reaped.freed += 1;
+                if is_news(meta) {
+                    let slot = Slot { set: index as u32, way };
+                    black_box.note(&forgotten::<F>(tuple, slot, meta), round.jiffies);
+                }
                 continue;
             }
             reaped.occupied += 1;
@@ -184,6 +193,11 @@ fn sweep<F: Family>(
             }
         }
     }
+}
+
+/// Nothing has told of the flow's end before.
+fn is_news(meta: Meta) -> bool {
+    meta.is(Kind::HalfOpen) && !meta.has(CLIENT_FIN) || meta.is(Kind::Established) && !meta.has(RESET)
 }
 
 fn any_marks(marks: &Mapped<OverflowMarks>) -> bool {
@@ -239,7 +253,7 @@ mod tests {
     /// What becomes of it, when the last round found these claims.
     fn verdict_after(claims: &HashSet<Meta>, meta: Meta) -> Option<Kind> {
         let (idle, local) = (&[0, 10_000], &[false, false, true]);
-        let round = Round { now: NOW, transitory: 240, idle, local, claims };
+        let round = Round { now: NOW, jiffies: 0, transitory: 240, idle, local, claims };
         round.verdict(meta, 1).map(|next| {
             [Kind::Free, Kind::ClosedByClient, Kind::ClosedByBackend]
                 .into_iter()

@@ -199,6 +199,10 @@ impl Previous {
         (config.sets != 0).then_some(Self { config })
     }
 
+    pub(super) fn of(config: layout::Config) -> Self {
+        Self { config }
+    }
+
     /// Source addresses towards the backends, in the order that the flow table is divided by.
     pub fn snat_addresses(&self) -> Vec<IpAddr> {
         let (count4, count6) = (self.config.snat4_count as usize, self.config.snat6_count as usize);
@@ -255,7 +259,7 @@ fn ports_of(first: u32, count: u32) -> RangeInclusive<u16> {
     (first * ways) as u16..=((first + count) * ways).saturating_sub(1) as u16
 }
 
-fn endpoint(family: u8, words: [u64; 2], port: u16) -> SocketAddr {
+pub(super) fn endpoint(family: u8, words: [u64; 2], port: u16) -> SocketAddr {
     SocketAddr::new(address(family, words), u16::from_be(port))
 }
 

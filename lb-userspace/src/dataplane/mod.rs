@@ -5,6 +5,7 @@
 //! one word that makes them count, and what was taken out is not reused before a grace period is over.
 
 mod attach;
+mod black_box;
 mod change;
 mod clock;
 mod error;
@@ -17,6 +18,7 @@ mod link;
 mod list;
 mod mapped;
 mod pins;
+mod recorded;
 mod reset;
 mod signals;
 
@@ -49,6 +51,7 @@ use lb_common::{
 };
 
 pub use attach::{Attached, Mode, Target};
+pub use black_box::{Account, BlackBox, Clock, Entry, Rings, What};
 pub use clock::Ticks;
 pub use error::DataplaneError;
 pub use flows::Reaped;
@@ -60,6 +63,7 @@ pub use list::{Cursor, FlowState, ListedFlow};
 pub use mapped::Mapped;
 use pins::Definition;
 pub use pins::{Pins, PinsError, Removed};
+pub use recorded::{Recorded, RecordedError};
 pub use reset::{Flow, FlowFilter, Hop, Walk};
 pub use signals::Signal;
 
@@ -126,6 +130,7 @@ pub struct Dataplane {
     blocked: Mapped<u64>,
     next_hops: Mapped<Cell64>,
     clock: Mapped<u64>,
+    black_box: BlackBox,
     allow: LpmTrie<MapData, AllowKey, u32>,
     counters: PerCpuArray<MapData, u64>,
     backend_flows: PerCpuArray<MapData, u64>,
@@ -237,6 +242,7 @@ impl Dataplane {
             blocked: mapped(&mut ebpf, "BLOCKED")?,
             next_hops: mapped(&mut ebpf, "NEXT_HOP")?,
             clock: mapped(&mut ebpf, "CLOCK")?,
+            black_box: BlackBox::of(&mut ebpf)?,
             allow: typed(&mut ebpf, "ALLOW")?,
             counters: typed(&mut ebpf, "COUNTER")?,
             backend_flows: typed(&mut ebpf, "BACKEND_FLOWS")?,
@@ -286,8 +292,9 @@ impl Dataplane {
         const ENOUGH: Duration = Duration::from_millis(40);
         let (jiffies, at) = self.loaded;
         std::thread::sleep(ENOUGH.saturating_sub(at.elapsed()));
-        let passed = self.jiffies()?.wrapping_sub(jiffies);
-        self.ticks = Ticks::measured(passed, at.elapsed());
+        let now = self.jiffies()?;
+        self.ticks = Ticks::measured(now.wrapping_sub(jiffies), at.elapsed());
+        self.black_box.anchor(now, self.ticks.frequency);
         let mut config = self.settings();
         self.apply_ticks(&mut config);
         self.config.write(0, config);
@@ -539,7 +546,8 @@ fn outlives(map: &str) -> bool {
 fn definitions(object: &[u8], settings: &Settings) -> Result<BTreeMap<String, Definition>, DataplaneError> {
     let object = aya_obj::Object::parse(object)
         .map_err(|error| DataplaneError::Load(Box::new(aya::EbpfError::ParseError(error))))?;
-    let sizes = BTreeMap::from(settings.map_sizes());
+    let mut sizes = BTreeMap::from(settings.map_sizes());
+    sizes.extend([black_box::Size::of_host()?.map_size()]);
     let definition = |(name, map): (&String, &aya_obj::Map)| {
         let definition = Definition {
             kind: map.map_type(),
@@ -575,6 +583,8 @@ fn load_object(
     // The benchmark's object has no connect hook.
     let sets_error = u32::from(settings.sets_error);
     loader.override_global("SET_ERROR", &sets_error, false);
+    let black_box = black_box::Size::of_host()?;
+    black_box.apply(&mut loader);
     loader.load(object).map_err(|error| DataplaneError::Load(Box::new(error)))
 }
 

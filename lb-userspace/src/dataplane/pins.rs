@@ -190,7 +190,7 @@ impl Pins {
             builder.recursive(true).mode(0o700).create(root).map_err(failed("make the directory", root))?;
         }
         let lock = lock(root)?;
-        let directory = root.join(format!("{LAYOUT}{:016x}", layout_hash()));
+        let directory = layout_directory(root);
         let mut pins = Self {
             root: root.to_owned(),
             inherited: directory.exists(),
@@ -429,6 +429,24 @@ impl Pins {
         let path = self.root.join(format!("{UNFINISHED}{}", std::process::id()));
         if path.exists() { remove_directory(&path) } else { Ok(()) }
     }
+}
+
+/// Where this build's pins are below `root`.
+pub(super) fn layout_directory(root: &Path) -> PathBuf {
+    root.join(format!("{LAYOUT}{:016x}", layout_hash()))
+}
+
+/// The pin of a map.
+pub(super) fn map_path(directory: &Path, name: &str) -> PathBuf {
+    directory.join(format!("{MAP}{name}"))
+}
+
+/// The names of other builds' directories below `root`; empty: there are none.
+pub(super) fn other_layouts(root: &Path) -> String {
+    let directory = layout_directory(root);
+    let others = entries(root).unwrap_or_default().into_iter().filter(|(name, _)| name.starts_with(LAYOUT));
+    let others: Vec<_> = others.map(|(_, path)| path).filter(|path| *path != directory).collect();
+    names(&others)
 }
 
 /// What [`Pins::remove`] found.

@@ -79,6 +79,21 @@ pub struct Flow {
     pub to_backend: Option<Hop>,
     slot: Slot,
     listener_id: u16,
+    backend_id: u8,
+}
+
+impl Flow {
+    pub(super) fn slot(&self) -> Slot {
+        self.slot
+    }
+
+    pub(super) fn listener_id(&self) -> u16 {
+        self.listener_id
+    }
+
+    pub(super) fn backend_id(&self) -> u8 {
+        self.backend_id
+    }
 }
 
 #[cfg(test)]
@@ -96,6 +111,7 @@ impl Flow {
             to_backend: None,
             slot: Slot::NONE,
             listener_id: 1,
+            backend_id: 1,
         }
     }
 }
@@ -269,6 +285,7 @@ impl Lookup<'_> {
             to_backend: self.hop(NextHop(backend.next_hop.load())),
             slot,
             listener_id,
+            backend_id: meta.backend(),
         })
     }
 

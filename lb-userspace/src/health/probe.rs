@@ -98,13 +98,24 @@ impl Prober {
     /// One check. What goes wrong on a connection that was kept says nothing about the backend (it may have been
     /// closed for being idle): then a fresh one is asked at once, and its result is the result.
     pub(super) async fn check(&mut self) -> CheckReport {
+        self.check_doubting(std::future::pending()).await
+    }
+
+    /// As [`Prober::check`]. As soon as `doubt` comes to its end, a connection that was kept is waited for no longer: only
+    /// a fresh one proves anything, and to wait for both takes twice as long.
+    pub(super) async fn check_doubting(&mut self, doubt: impl Future<Output = ()>) -> CheckReport {
         if self.check.kind == CheckKind::None {
             return CheckReport::new(Outcome::Pass, CheckCode::NoCheck);
         }
-        if let Some(kept) = self.kept.take()
-            && let Some(report) = self.ask_again(kept).await
-        {
-            return self.unless_rejected(report).await;
+        if let Some(kept) = self.kept.take() {
+            let again = tokio::select! {
+                biased;
+                () = doubt => None,
+                report = self.ask_again(kept) => report,
+            };
+            if let Some(report) = again {
+                return self.unless_rejected(report).await;
+            }
         }
         let start = Instant::now();
         let report = match self.materials() {

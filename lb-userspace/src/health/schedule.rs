@@ -4,15 +4,12 @@ use std::{
     collections::{HashMap, HashSet},
     net::SocketAddr,
     num::NonZeroU32,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::{Notify, mpsc, watch},
     task::{AbortHandle, JoinSet},
     time::{Instant, sleep_until},
 };
@@ -77,7 +74,7 @@ pub struct Event {
 #[derive(Debug, Default)]
 struct Wake {
     check: Notify,
-    accused: AtomicBool,
+    accused: watch::Sender<bool>,
 }
 
 /// Running checks. Dropping it stops them.
@@ -105,10 +102,10 @@ impl Handle {
     }
 
     /// Whether flows say that a backend is gone. A check that finds nobody there then counts twice: once for what it
-    /// has seen itself, once for what they have.
+    /// has seen itself, once for what they have. And its result does not wait for a connection from better times.
     pub fn accuse(&self, id: TargetId, accused: bool) {
         if let Some(running) = self.running.get(&id) {
-            running.wake.accused.store(accused, Ordering::Relaxed);
+            running.wake.accused.send_replace(accused);
         }
     }
 
@@ -144,8 +141,14 @@ impl Handle {
             let prober = Prober::new(target.address, &target.check, store.credentials(&target.check))
                 .found_by(target.host.as_deref());
             let rhythm = Rhythm::new(begin, target.check.clone(), index, count);
-            let check =
-                watch(target.id, prober, rhythm, state(target.id), Arc::clone(&wake), self.events.clone());
+            let check = keep_checking(
+                target.id,
+                prober,
+                rhythm,
+                state(target.id),
+                Arc::clone(&wake),
+                self.events.clone(),
+            );
             let task = self.tasks.spawn(check);
             if let Some(before) = self.running.insert(target.id, Running { target, wake, task }) {
                 before.task.abort();
@@ -179,7 +182,7 @@ pub async fn check_once(address: SocketAddr, check: &Check) -> CheckReport {
     Prober::new(address, check, Store::default().credentials(check)).check().await
 }
 
-async fn watch(
+async fn keep_checking(
     id: TargetId,
     mut prober: Prober,
     rhythm: Rhythm,
@@ -193,10 +196,10 @@ async fn watch(
     let mut machine = Machine::resume(thresholds, state);
     let mut since = SystemTime::now();
     loop {
-        let report = prober.check().await;
+        let report = prober.check_doubting(accusation(&woken)).await;
         let end = Instant::now();
         let mut change = machine.observe(report.outcome, end.into_std());
-        if report.outcome.finds_nobody() && woken.accused.load(Ordering::Relaxed) {
+        if report.outcome.finds_nobody() && *woken.accused.borrow() {
             let second = machine.observe(report.outcome, end.into_std());
             change = match (change, second) {
                 (Some(Change { from, .. }), Some(Change { to, .. })) => Some(Change { from, to }),
@@ -226,6 +229,12 @@ async fn watch(
             () = woken.check.notified() => {}
         }
     }
+}
+
+/// Comes to its end when the target is accused, or is already.
+async fn accusation(woken: &Wake) {
+    // The sender is ours: it cannot be gone.
+    let _ = woken.accused.subscribe().wait_for(|accused| *accused).await;
 }
 
 /// Checks of standing verdicts fall on a grid of the interval that is shifted for each backend, so that they stay

@@ -20,7 +20,10 @@ use lb_common::{
     layout::{SETS_PER_ADDRESS, Set4, Set6, WAYS},
     meta::{CLIENT_ACK, Kind, Meta, SYN_ACK},
 };
-use lb_tests::cluster::{Cluster, Shape};
+use lb_tests::{
+    cluster::{Cluster, Shape},
+    failover,
+};
 use lb_userspace::dataplane::{BENCH_OBJECT, Dataplane, Listener, Mapped, Port, Settings};
 
 /// Measures sheave.
@@ -56,11 +59,14 @@ enum What {
         #[arg(long, default_value_t = 5)]
         rounds: u32,
     },
+    /// How long failures last and whom they hit, with HAProxy beside it.
+    Failover(failover::Options),
 }
 
 fn main() -> Result<()> {
     match Arguments::parse().what {
         What::Startup { rounds } => startup(rounds),
+        What::Failover(options) => failover::run(&options),
         What::Datapath { json, rounds, packets, flows, family } => {
             ensure!(rounds >= 1 && packets >= 1, "--rounds and --packets must be at least 1");
             let wanted = |ipv6: bool, count: u32| {

@@ -6,6 +6,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
 
+mod black_box;
 mod budget;
 mod hostile;
 mod icmp;

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use tokio::{
     net::{TcpSocket, TcpStream},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use super::*;
@@ -355,6 +355,24 @@ async fn trouble_on_a_reused_connection_is_settled_on_a_fresh_one() {
             assert_eq!(server.accepted(), connections, "{trouble}");
         }
     }
+}
+
+#[tokio::test]
+async fn a_doubt_makes_a_reused_connection_be_waited_for_no_longer() {
+    let cluster = Cluster::new();
+    let server = cluster
+        .apiserver(|asked| match asked.on_this_connection {
+            1 => Answer::ok(),
+            _ => Answer::Silence,
+        })
+        .await;
+    // Without a doubt this would be waited for as long as the test may take.
+    let mut prober = prober(server.address, &cluster.check());
+    prober.check().await;
+    let report = timeout(AMPLE / 2, prober.check_doubting(sleep(SHORT))).await.unwrap();
+    assert_eq!(gist(&report), pass(CheckCode::L7Ok, 200));
+    assert!(report.fresh_connection);
+    assert_eq!(server.accepted(), 2);
 }
 
 #[tokio::test]

@@ -105,6 +105,28 @@ async fn a_frozen_backend_becomes_silent_and_its_silence_is_timed() {
 }
 
 #[tokio::test]
+async fn an_accusation_is_settled_on_a_fresh_connection_at_once() {
+    let cluster = Cluster::new();
+    let server = cluster
+        .apiserver(|asked| match asked.on_this_connection {
+            1 => Answer::ok(),
+            _ => Answer::Silence,
+        })
+        .await;
+    let (sender, mut events) = mpsc::channel(1);
+    let hour = Duration::from_secs(3600);
+    let check = Check { interval: hour, timeout: hour, connect_timeout: hour, ..cluster.check() };
+    let handle = spawn(vec![target(0, server.address, check)], sender);
+    receive(&mut events).await;
+    let id = TargetId { service: 0, backend: 0 };
+    handle.check_now(id);
+    assert!(timeout(SHORT, events.recv()).await.is_err(), "the connection of old is waited for");
+    handle.accuse(id, true);
+    let event = receive(&mut events).await;
+    assert!(event.report.fresh_connection && event.successes == 2, "{event:?}");
+}
+
+#[tokio::test]
 async fn a_backend_without_checks_is_ready_and_left_alone() {
     let (sender, mut events) = mpsc::channel(1);
     let nowhere = "192.0.2.1:6443".parse().unwrap();

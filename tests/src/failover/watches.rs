@@ -1,0 +1,108 @@
+//! Running watches: an event a moment, each with a number.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+use tokio::task::JoinSet;
+
+use super::background::Background;
+use crate::{
+    lab::{Host, eventually},
+    load::{Client, Dialled},
+};
+
+/// Until each has had its first event.
+const START_LIMIT: Duration = Duration::from_secs(20);
+/// The stub sends an event every 200 ms.
+const EVENT_LIMIT: Duration = Duration::from_secs(3);
+
+/// What is known of one watch.
+#[derive(Clone, Debug, Default)]
+struct Seen {
+    /// The server, once there was an event.
+    server: Option<String>,
+    events: u64,
+    broken: bool,
+}
+
+/// Watches that are running.
+#[derive(Debug)]
+pub(super) struct Watches {
+    seen: Arc<Mutex<Vec<Seen>>>,
+    _background: Background,
+}
+
+impl Watches {
+    /// Begins `count` watches from a host.
+    pub(super) fn start(host: &Host, client: &Client, count: usize) -> Result<Self> {
+        let seen = Arc::new(Mutex::new(vec![Seen::default(); count]));
+        let (client, shared) = (client.clone(), Arc::clone(&seen));
+        let background = Background::start(host, move |stop| async move {
+            let mut watches = JoinSet::new();
+            for number in 0..count {
+                let (client, seen) = (client.clone(), Arc::clone(&shared));
+                watches.spawn(async move {
+                    // It goes on for ever: whatever ends it, it is broken.
+                    let _ = watch(&client, number, &seen).await;
+                    look(&seen)[number].broken = true;
+                });
+            }
+            let _ = stop.await;
+        });
+        let watches = Self { seen, _background: background };
+        eventually(START_LIMIT, "all watches have events", || {
+            ensure!(look(&watches.seen).iter().all(|seen| seen.events > 0 && !seen.broken));
+            Ok(())
+        })?;
+        Ok(watches)
+    }
+
+    /// Waits for another event on each watch of a server: how many of how many do not get it.
+    pub(super) fn broken_at(&self, server: &str) -> (usize, usize) {
+        let before = look(&self.seen).clone();
+        let here = || before.iter().enumerate().filter(|(_, seen)| seen.server.as_deref() == Some(server));
+        let stuck = || {
+            let now = look(&self.seen);
+            here().filter(|(number, seen)| now[*number].broken || now[*number].events == seen.events).count()
+        };
+        let _ = eventually(EVENT_LIMIT, "another event", || {
+            ensure!(stuck() == 0);
+            Ok(())
+        });
+        (stuck(), here().count())
+    }
+}
+
+fn look(seen: &Mutex<Vec<Seen>>) -> std::sync::MutexGuard<'_, Vec<Seen>> {
+    seen.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Reads events until one is missing or the connection ends.
+async fn watch(client: &Client, number: usize, seen: &Mutex<Vec<Seen>>) -> Result<()> {
+    let Dialled { mut connection, driver, .. } = client.dial().await?;
+    tokio::spawn(driver);
+    let mut body: Incoming = connection.get("/watch").await?.into_body();
+    let (mut text, mut expected) = (String::new(), 0);
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame?.into_data() else { continue };
+        text.push_str(std::str::from_utf8(&data)?);
+        while let Some((line, rest)) = text.split_once('\n') {
+            let (server, event) = line.split_once(' ').context("no event")?;
+            let event: u64 = event.parse()?;
+            ensure!(event == expected, "event {event} came instead of {expected}");
+            expected += 1;
+            {
+                let mut seen = look(seen);
+                seen[number].server = Some(server.to_owned());
+                seen[number].events = expected;
+            }
+            text = rest.to_owned();
+        }
+    }
+    Ok(())
+}
