@@ -7,6 +7,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use lb_common::black_box::Verdict;
 
 use super::{Controller, backends::Backend, commands::choose};
 use crate::{
@@ -79,7 +80,7 @@ impl Controller {
         let doomed: Vec<_> = removed.filter(doomed).cloned().collect();
         for backend in doomed.iter().filter(|backend| !backend.local) {
             tracing::info!("{} was removed: the flows it still has are reset", backend.name);
-            self.end_flows_of(backend);
+            self.end_flows_of(backend, Verdict::Operator);
         }
     }
 
@@ -115,7 +116,7 @@ impl Controller {
             let line = format!("{service}/{}: the time to drain is over; {end}", backend.name);
             tracing::info!("{line}");
             self.journal.note(JournalKind::Operator, Some((&service, &backend.name)), line);
-            self.end_flows_of(&backend);
+            self.end_flows_of(&backend, Verdict::Drained);
         }
     }
 }

@@ -232,8 +232,8 @@ impl Controller {
     }
 
     /// Resets the flows that a backend has now, at the service's rate, and tells both of their ends.
-    pub(super) fn end_flows_of(&mut self, backend: &Backend) {
-        self.resets.begin(Work::End, Account::Killed(Verdict::Operator), backend, Instant::now());
+    pub(super) fn end_flows_of(&mut self, backend: &Backend, verdict: Verdict) {
+        self.resets.begin(Work::End, Account::Killed(verdict), backend, Instant::now());
     }
 
     /// Whether there is anybody who may die soon.
