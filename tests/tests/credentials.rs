@@ -8,7 +8,7 @@ use std::{
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::Output,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -300,6 +300,87 @@ fn a_ca_that_is_rotated_master_by_master_cuts_nobody_off() {
     wait_no_flag(&daemon, "does not verify");
     assert_eq!(served(&cluster, &client).by_server().len(), 3);
     cluster.require_no_own_resets().unwrap();
+}
+
+/// Of a client certificate that is used before it expires.
+const VALIDITY: Duration = Duration::from_secs(15);
+
+/// A daemon whose checks present a certificate that will soon have expired.
+fn with_a_certificate_that_expires(cluster: &Cluster) -> Daemon {
+    let Identity { certificate, key } =
+        cluster.authority.client_until("checker", SystemTime::now() + VALIDITY).unwrap();
+    let check = [format!("client_cert_file = {certificate:?}"), format!("client_key_file = {key:?}")];
+    let mut daemon = start(cluster, &settings(cluster, &check.each_ref().map(String::as_str)));
+    daemon.wait_ready(cluster.apiservers.len()).unwrap();
+    assert!(!flags(&daemon).unwrap().contains("401"));
+    daemon
+}
+
+/// As `kubeadm certs renew` does it: a new pair in place of the old one.
+fn renew_certificate(cluster: &Cluster) {
+    cluster.authority.client("checker", &[]).unwrap();
+}
+
+#[test]
+fn a_certificate_that_expires_is_only_flagged_where_anonymous_checks_pass() {
+    let cluster = cluster(2, AnonymousMode::Allowed);
+    let daemon = with_a_certificate_that_expires(&cluster);
+    wait_flag(&daemon, "api-1, api-2 answered our credential with 401");
+    wait_flag(&daemon, "our client certificate has expired");
+    wait_checks(&daemon, 200, "ready");
+    require_served(&cluster);
+    renew_certificate(&cluster);
+    wait_no_flag(&daemon, "answered our credential with 401");
+    wait_no_flag(&daemon, "has expired");
+    wait_checks(&daemon, 200, "ready");
+    assert!(!daemon.log().contains("ready -> "), "ready all along: {}", daemon.log());
+}
+
+#[test]
+fn a_certificate_that_expires_cuts_nobody_off_where_anonymous_checks_do_not_pass() {
+    let cluster = cluster(2, AnonymousMode::Off);
+    let daemon = with_a_certificate_that_expires(&cluster);
+    wait_checks(&daemon, 401, "draining");
+    wait_flag(&daemon, "some answer 401 or 403");
+    wait_flag(&daemon, "our client certificate has expired");
+    let report = served(&cluster, &cluster.client_of(cluster.vip4).unwrap());
+    assert_eq!(report.by_server().len(), 2, "{:?}", report.by_server());
+    renew_certificate(&cluster);
+    wait_checks(&daemon, 200, "ready");
+    wait_no_flag(&daemon, "401");
+    wait_no_flag(&daemon, "has expired");
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn an_empty_token_file_is_an_error_at_the_start_and_changes_nothing_later() {
+    let mut cluster = cluster(2, AnonymousMode::Off);
+    let token = cluster.lab.directory().join("token");
+    let settings = settings(&cluster, &[&format!("token_file = {token:?}")]);
+    fs::write(&token, "\n").unwrap();
+    let mut daemon = start(&cluster, &settings);
+    let ended = daemon.process().wait(MOMENT).unwrap();
+    assert_eq!(ended.code(), Some(2), "{}", daemon.log());
+    for said in ["bearer token", token.to_str().unwrap(), "it is empty"] {
+        assert!(daemon.log().contains(said), "{said}: {}", daemon.log());
+    }
+
+    fs::write(&token, TOKEN).unwrap();
+    let mut daemon = start(&cluster, &settings);
+    daemon.wait_ready(2).unwrap();
+    // By accident, with `>` in a shell.
+    fs::write(&token, "").unwrap();
+    eventually(MOMENT, "the daemon says that it is empty now", || {
+        ensure!(daemon.log().contains("the last good one is used"), "{}", daemon.log());
+        Ok(())
+    })
+    .unwrap();
+    // The apiserver that is started now has never seen it.
+    cluster.apiservers[0].stub.kill().unwrap();
+    daemon.wait_state("api-1", "draining", MOMENT).unwrap();
+    cluster.apiservers[0].start().unwrap();
+    wait_checks(&daemon, 200, "ready");
+    require_served(&cluster);
 }
 
 #[test]
