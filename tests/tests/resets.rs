@@ -294,6 +294,8 @@ fn whoever_still_speaks_to_its_clients_is_never_dead_whatever_its_checks_say() {
     assert!(doomed > 0);
     // Each family is a service of its own, with a vigil of its own.
     let watches = cluster.vips().map(|vip| watch(&cluster, vip, "api-1"));
+    // A client that leaves without having read everything counts, too.
+    idle.resets = resets(&cluster);
     // No new connection gets beyond TCP.
     let ill = &cluster.apiservers[0];
     ill.stub.door(&ill.host, Door::TlsSilent).unwrap();
@@ -309,7 +311,6 @@ fn whoever_still_speaks_to_its_clients_is_never_dead_whatever_its_checks_say() {
 
     // It has said its last word.
     drop(watches);
-    // A client that leaves without having read everything counts, too.
     idle.resets = resets(&cluster);
     daemon.wait_state("api-1", "dead", VERDICT).unwrap();
     idle.wait_reset(&cluster, doomed);
