@@ -8,7 +8,7 @@ use std::{
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::Output,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -17,9 +17,11 @@ use lb_tests::{
     daemon::{Daemon, Settings, program},
     lab::{
         authority::{Authority, Identity},
-        cgroup_of, eventually, pins_of, run,
+        cgroup_of, eventually, pins_of,
+        process::Signal,
+        run,
     },
-    load,
+    load::{self, Client, Report},
     stub::{AnonymousMode, Health, PORT, TOKEN},
 };
 use serde_json::Value;
@@ -62,12 +64,27 @@ fn status(daemon: &Daemon) -> Result<Value> {
         .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
-/// Waits until a sentence about the first service, or about the load balancer, says this.
+/// The sentences about the first service, and about the load balancer.
+fn flags(daemon: &Daemon) -> Result<String> {
+    let status = status(daemon)?;
+    Ok([&status["services"][0]["flags"], &status["flags"]].map(ToString::to_string).concat())
+}
+
+/// Waits until one of [`flags`] says this.
 fn wait_flag(daemon: &Daemon, words: &str) {
     eventually(MOMENT, &format!("a flag says {words:?}"), || {
-        let status = status(daemon)?;
-        let flags = [&status["services"][0]["flags"], &status["flags"]].map(ToString::to_string).concat();
+        let flags = flags(daemon)?;
         ensure!(flags.contains(words), "{flags}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// Waits until none of [`flags`] says this any more.
+fn wait_no_flag(daemon: &Daemon, words: &str) {
+    eventually(MOMENT, &format!("no flag says {words:?}"), || {
+        let flags = flags(daemon)?;
+        ensure!(!flags.contains(words), "{flags}");
         Ok(())
     })
     .unwrap();
@@ -88,6 +105,13 @@ fn wait_checks(daemon: &Daemon, http_status: u16, state: &str) {
 fn require_served(cluster: &Cluster) {
     let client = cluster.client_of(cluster.vip4).unwrap();
     load::sequential(&cluster.client, &client, 20).unwrap().require_all(20).unwrap();
+}
+
+/// Requests that are all answered, by whomever.
+fn served(cluster: &Cluster, client: &Client) -> Report {
+    let report = load::sequential(&cluster.client, client, 40).unwrap();
+    report.require_all(40).unwrap();
+    report
 }
 
 /// A directory as kubelet mounts a Secret: `token -> ..data/token`, `..data -> ..N`.
@@ -211,6 +235,152 @@ fn a_kubeconfig_of_no_use_is_refused_at_the_start() {
         assert_eq!(ended.code(), Some(2), "{}", daemon.log());
         assert!(daemon.log().contains(said) && !daemon.log().contains("hunter2"), "{}", daemon.log());
     }
+}
+
+/// From an apiserver's being told to stop until its port closes: its draining is noticed and used meanwhile.
+const STOPPING: Duration = Duration::from_secs(8);
+
+#[test]
+fn a_ca_that_is_rotated_master_by_master_cuts_nobody_off() {
+    let mut cluster = cluster(3, AnonymousMode::Allowed);
+    let directory = cluster.lab.directory().to_owned();
+    let next = Authority::new(&directory.join("next")).unwrap();
+    let [old, new] = [cluster.ca_file(), next.file()].map(|path| fs::read_to_string(path).unwrap());
+    // The clients were told first, this load balancer was forgotten.
+    let (both, configured) = (directory.join("both.crt"), directory.join("configured.crt"));
+    fs::write(&both, format!("{old}{new}")).unwrap();
+    fs::write(&configured, &old).unwrap();
+    let client = Client::new(&both, SocketAddr::new(cluster.vip4, PORT), MOMENT).unwrap();
+    for (apiserver, vips) in cluster.apiservers.iter_mut().map(|it| (it, [cluster.vip4, cluster.vip6])) {
+        let [own4, own6] = vips.map(|vip| apiserver.host.address(vip).unwrap());
+        let addresses = [vips[0], vips[1], own4, own6];
+        apiserver.stub.kill().unwrap();
+        apiserver.stub.set_shutdown_delay(STOPPING);
+        apiserver.start().unwrap();
+        apiserver.stub.set_identity(next.server(apiserver.host.name(), &addresses).unwrap());
+    }
+    let check = ["interval = \"500ms\"", "fast_interval = \"100ms\""];
+    let settings = Settings { ca_file: configured.clone(), ..settings(&cluster, &check) };
+    let mut daemon = start(&cluster, &settings);
+    daemon.wait_ready(3).unwrap();
+
+    for (index, rotated) in [(0, "api-1"), (1, "api-1, api-2")] {
+        let apiserver = &mut cluster.apiservers[index];
+        apiserver.stub.kill().unwrap();
+        apiserver.start().unwrap();
+        wait_flag(&daemon, &format!("the certificate of {rotated} does not verify"));
+        daemon.wait_state(rotated.rsplit(' ').next().unwrap(), "draining", MOMENT).unwrap();
+        let report = served(&cluster, &client);
+        assert_eq!(report.by_server().len(), 2 - index, "{:?}", report.by_server());
+    }
+    // The last one that verifies is told to stop: it does not get everything until its port closes, nor is anybody
+    // refused then.
+    let last = &mut cluster.apiservers[2];
+    last.stub.process().unwrap().signal(Signal::SIGTERM).unwrap();
+    wait_flag(&daemon, "no backend is ready");
+    let report = served(&cluster, &client);
+    assert!(["api-1", "api-2"].iter().all(|name| report.by_server().contains_key(name)), "{report:?}");
+    cluster.apiservers[2].stub.process().unwrap().wait(MOMENT).unwrap();
+    served(&cluster, &client);
+    cluster.apiservers[2].start().unwrap();
+    wait_flag(&daemon, "no backend's certificate verifies");
+    wait_flag(&daemon, "the certificate of api-1, api-2, api-3 does not verify");
+    daemon.wait_state("api-3", "draining", MOMENT).unwrap();
+    eventually(MOMENT, "all three serve", || {
+        let report = served(&cluster, &client);
+        ensure!(report.by_server().len() == 3, "{:?}", report.by_server());
+        Ok(())
+    })
+    .unwrap();
+
+    let mended = configured.with_extension("new");
+    fs::write(&mended, format!("{old}{new}")).unwrap();
+    fs::rename(&mended, &configured).unwrap();
+    wait_checks(&daemon, 200, "ready");
+    wait_no_flag(&daemon, "does not verify");
+    assert_eq!(served(&cluster, &client).by_server().len(), 3);
+    cluster.require_no_own_resets().unwrap();
+}
+
+/// Of a client certificate that is used before it expires.
+const VALIDITY: Duration = Duration::from_secs(15);
+
+/// A daemon whose checks present a certificate that will soon have expired.
+fn with_a_certificate_that_expires(cluster: &Cluster) -> Daemon {
+    let Identity { certificate, key } =
+        cluster.authority.client_until("checker", SystemTime::now() + VALIDITY).unwrap();
+    let check = [format!("client_cert_file = {certificate:?}"), format!("client_key_file = {key:?}")];
+    let mut daemon = start(cluster, &settings(cluster, &check.each_ref().map(String::as_str)));
+    daemon.wait_ready(cluster.apiservers.len()).unwrap();
+    assert!(!flags(&daemon).unwrap().contains("401"));
+    daemon
+}
+
+/// As `kubeadm certs renew` does it: a new pair in place of the old one.
+fn renew_certificate(cluster: &Cluster) {
+    cluster.authority.client("checker", &[]).unwrap();
+}
+
+#[test]
+fn a_certificate_that_expires_is_only_flagged_where_anonymous_checks_pass() {
+    let cluster = cluster(2, AnonymousMode::Allowed);
+    let daemon = with_a_certificate_that_expires(&cluster);
+    wait_flag(&daemon, "api-1, api-2 answered our credential with 401");
+    wait_flag(&daemon, "our client certificate has expired");
+    wait_checks(&daemon, 200, "ready");
+    require_served(&cluster);
+    renew_certificate(&cluster);
+    wait_no_flag(&daemon, "answered our credential with 401");
+    wait_no_flag(&daemon, "has expired");
+    wait_checks(&daemon, 200, "ready");
+    assert!(!daemon.log().contains("ready -> "), "ready all along: {}", daemon.log());
+}
+
+#[test]
+fn a_certificate_that_expires_cuts_nobody_off_where_anonymous_checks_do_not_pass() {
+    let cluster = cluster(2, AnonymousMode::Off);
+    let daemon = with_a_certificate_that_expires(&cluster);
+    wait_checks(&daemon, 401, "draining");
+    wait_flag(&daemon, "some answer 401 or 403");
+    wait_flag(&daemon, "our client certificate has expired");
+    let report = served(&cluster, &cluster.client_of(cluster.vip4).unwrap());
+    assert_eq!(report.by_server().len(), 2, "{:?}", report.by_server());
+    renew_certificate(&cluster);
+    wait_checks(&daemon, 200, "ready");
+    wait_no_flag(&daemon, "401");
+    wait_no_flag(&daemon, "has expired");
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn an_empty_token_file_is_an_error_at_the_start_and_changes_nothing_later() {
+    let mut cluster = cluster(2, AnonymousMode::Off);
+    let token = cluster.lab.directory().join("token");
+    let settings = settings(&cluster, &[&format!("token_file = {token:?}")]);
+    fs::write(&token, "\n").unwrap();
+    let mut daemon = start(&cluster, &settings);
+    let ended = daemon.process().wait(MOMENT).unwrap();
+    assert_eq!(ended.code(), Some(2), "{}", daemon.log());
+    for said in ["bearer token", token.to_str().unwrap(), "it is empty"] {
+        assert!(daemon.log().contains(said), "{said}: {}", daemon.log());
+    }
+
+    fs::write(&token, TOKEN).unwrap();
+    let mut daemon = start(&cluster, &settings);
+    daemon.wait_ready(2).unwrap();
+    // By accident, with `>` in a shell.
+    fs::write(&token, "").unwrap();
+    eventually(MOMENT, "the daemon says that it is empty now", || {
+        ensure!(daemon.log().contains("the last good one is used"), "{}", daemon.log());
+        Ok(())
+    })
+    .unwrap();
+    // The apiserver that is started now has never seen it.
+    cluster.apiservers[0].stub.kill().unwrap();
+    daemon.wait_state("api-1", "draining", MOMENT).unwrap();
+    cluster.apiservers[0].start().unwrap();
+    wait_checks(&daemon, 200, "ready");
+    require_served(&cluster);
 }
 
 #[test]

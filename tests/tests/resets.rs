@@ -9,10 +9,11 @@ use std::{
 
 use anyhow::ensure;
 use lb_tests::{
-    cluster::{Cluster, Router, Shape},
+    cluster::{Apiserver, Cluster, Router, Shape},
     daemon::{Daemon, Settings},
-    lab::{Host, eventually},
+    lab::{Host, Process, eventually},
     load::{Client, Crowd},
+    stub::Door,
 };
 
 /// Some checks and `reset_after`, with room for a busy machine.
@@ -258,6 +259,72 @@ fn a_frozen_server_is_dead_in_time_and_hears_of_it_when_it_thaws() {
     cluster.require_no_own_resets().unwrap();
 }
 
+/// A connection through a VIP on which this server goes on saying something.
+fn watch(cluster: &Cluster, vip: IpAddr, server: &str) -> Process {
+    let mut attempts = 0..;
+    eventually(VERDICT, &format!("a watch through {vip} is at {server}"), || {
+        let mut curl = cluster.curl(vip, "/watch");
+        // What is said last holds: for longer than any test.
+        curl.args(["--no-buffer", "--max-time", "600"]);
+        let family = if vip.is_ipv6() { 6 } else { 4 };
+        let label = format!("watch-ipv{family}-{}", attempts.next().unwrap_or(0));
+        let process = cluster.client.start(&label, curl)?;
+        eventually(VERDICT, "the watch begins", || {
+            ensure!(events(&process) > 0, "nothing yet");
+            Ok(())
+        })?;
+        let first = process.log();
+        ensure!(first.starts_with(&format!("{server} ")), "it is at {first}");
+        Ok(process)
+    })
+    .unwrap()
+}
+
+/// How often the server of a watch has said something.
+fn events(watch: &Process) -> usize {
+    watch.log().matches('\n').count()
+}
+
+#[test]
+fn whoever_still_speaks_to_its_clients_is_never_dead_whatever_its_checks_say() {
+    let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let mut daemon = start(&cluster, &settings(&cluster, "2s"));
+    let mut idle = Idle::open(&cluster);
+    let doomed = idle.at("api-1");
+    assert!(doomed > 0);
+    // Each family is a service of its own, with a vigil of its own.
+    let watches = cluster.vips().map(|vip| watch(&cluster, vip, "api-1"));
+    // A client that leaves without having read everything counts, too.
+    idle.resets = resets(&cluster);
+    // No new connection gets beyond TCP.
+    let ill = &cluster.apiservers[0];
+    ill.stub.door(&ill.host, Door::TlsSilent).unwrap();
+    daemon.wait_state("api-1", "silent", VERDICT).unwrap();
+    let before = watches.each_ref().map(events);
+    require_not_dead(&daemon, &["api-1"]);
+    daemon.wait_state("api-1", "silent", VERDICT).unwrap();
+    for (watch, before) in watches.iter().zip(before) {
+        assert!(events(watch) > before, "the watch stands still");
+    }
+    assert_eq!(resets(&cluster), idle.resets);
+    assert!(!daemon.log().contains("-> dead"), "{}", daemon.log());
+
+    // It has said its last word.
+    drop(watches);
+    idle.resets = resets(&cluster);
+    daemon.wait_state("api-1", "dead", VERDICT).unwrap();
+    idle.wait_reset(&cluster, doomed);
+    idle.require_gone_only(&["api-1"]);
+    cluster.require_no_own_resets().unwrap();
+}
+
+/// Its process and its kernel forget everything, and nothing gets out of what they say while they die.
+fn power_off(apiserver: &mut Apiserver) {
+    apiserver.host.cut_off().unwrap();
+    apiserver.stub.kill().unwrap();
+    apiserver.host.run("ss -K state all sport = :6443").unwrap();
+}
+
 #[test]
 fn a_server_that_has_rebooted_ends_its_old_connections_itself() {
     let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
@@ -265,11 +332,7 @@ fn a_server_that_has_rebooted_ends_its_old_connections_itself() {
     let mut daemon = start(&cluster, &settings(&cluster, "10m"));
     let mut idle = Idle::open(&cluster);
     let doomed = idle.at("api-1");
-    let rebooted = &mut cluster.apiservers[0];
-    rebooted.host.cut_off().unwrap();
-    // Nothing gets out of what a dying process and a dying kernel say.
-    rebooted.stub.kill().unwrap();
-    rebooted.host.run("ss -K state all sport = :6443").unwrap();
+    power_off(&mut cluster.apiservers[0]);
     daemon.wait_state("api-1", "silent", VERDICT).unwrap();
     assert_eq!(resets(&cluster), idle.resets);
     // The kernel is up and knows nothing; the server is not, yet.
@@ -279,6 +342,26 @@ fn a_server_that_has_rebooted_ends_its_old_connections_itself() {
     idle.require_gone_only(&["api-1"]);
     cluster.apiservers[0].start().unwrap();
     daemon.wait_state("api-1", "ready", VERDICT).unwrap();
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn also_one_that_is_up_and_ready_before_the_next_check_looks() {
+    let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let mut daemon = start(&cluster, &settings(&cluster, "10m"));
+    let mut idle = Idle::open(&cluster);
+    let doomed = idle.at("api-1");
+    assert!(doomed > 0);
+    power_off(&mut cluster.apiservers[0]);
+    daemon.wait_state("api-1", "silent", VERDICT).unwrap();
+    assert_eq!(resets(&cluster), idle.resets);
+    // Nobody sees a port that refuses: all there is to go by is that it was silent.
+    cluster.apiservers[0].start().unwrap();
+    cluster.apiservers[0].host.reconnect().unwrap();
+    daemon.wait_state("api-1", "ready", VERDICT).unwrap();
+    idle.wait_reset(&cluster, doomed);
+    idle.require_gone_only(&["api-1"]);
+    assert!(!daemon.log().contains("refused"), "{}", daemon.log());
     cluster.require_no_own_resets().unwrap();
 }
 

@@ -34,7 +34,11 @@ pub(super) fn of_service(
         && backends.iter().any(|backend| backend.report.certificate_rejected)
     {
         let names = names(backends, |backend| backend.report.certificate_rejected);
-        add(format!("the certificate of {names} does not verify with {}", path.display()));
+        add(format!(
+            "the certificate of {names} does not verify with {}: no new flows while another backend is ready. Where the \
+             cluster's CA is being rotated, put the new one beside the old one",
+            path.display()
+        ));
     }
     if backends.iter().any(|backend| backend.report.credential_rejected) {
         let names = names(backends, |backend| backend.report.credential_rejected);

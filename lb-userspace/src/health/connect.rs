@@ -156,6 +156,10 @@ pub(super) fn tls_text(error: &rustls::Error) -> String {
         rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
             "SSL handshake failure: certificate not issued by our CA".to_owned()
         }
+        // A rotated CA keeps its name, as kubeadm's does: what does not fit is the signature.
+        rustls::Error::InvalidCertificate(CertificateError::BadSignature) => {
+            "SSL handshake failure: certificate not issued by our CA, but by one of the same name".to_owned()
+        }
         other => printable(&format!("SSL handshake failure: {other}")),
     }
 }

@@ -50,11 +50,11 @@ pub struct Selection {
 pub enum SelectionReason {
     /// They are ready.
     Ready,
-    /// None is ready, and these say 401 or 403: it is our credential that is bad.
+    /// None is ready, and of these some say 401 or 403: it is our credential that is bad.
     CredentialRejected,
     /// None is ready, and these live.
     Draining,
-    /// None completed TLS, because our CA verifies none of those that answer.
+    /// None is ready, and these live as far as their certificates tell, which our CA does not verify.
     CertificateRejected,
     /// There is nobody else than those the operator drained.
     OperatorDrained,
@@ -69,13 +69,15 @@ impl SelectionReason {
         match self {
             Self::Ready => None,
             Self::CredentialRejected => Some(
-                "no backend gives the expected status, and some answer 401 or 403: new flows go to those. \
+                "no backend gives the expected status, and some answer 401 or 403: new flows go to those, and to \
+                 any whose certificate does not verify. \
                  Most likely the check's credential is missing, expired or wrong: \
                  see client_cert_file, client_key_file and token_file",
             ),
-            Self::Draining => {
-                Some("no backend is ready: new flows go to those that still complete the connection")
-            }
+            Self::Draining => Some(
+                "no backend is ready: new flows go to those that still complete the connection, \
+                 whatever their certificate",
+            ),
             Self::CertificateRejected => Some(
                 "no backend's certificate verifies: new flows go to those that answer. \
                  Most likely the check's CA or server name is wrong: see ca_file and server_name",
@@ -89,36 +91,33 @@ impl SelectionReason {
 /// Picks who gets new flows.
 ///
 /// 1. The ready ones.
-/// 2. Of the draining ones whose last check connected, those that say 401 or 403; else all of them.
-/// 3. If nobody connected: those that answered with a certificate we do not trust. (When some connect, the CA
-///    works and the others are rightly refused.)
-/// 4. The same again among those the operator drained (also by weight 0).
+/// 2. Of the draining ones, those that say 401 or 403, and those whose certificate our CA does not verify, if anybody
+///    says 401 or 403; else all whose last check connected, and those whose certificate does not verify.
+/// 3. The same again among those the operator drained (also by weight 0).
+///
+/// Who shows a certificate that we do not trust lives, and clients judge it for themselves: it is as good as one whose
+/// answer is wrong. While a cluster's CA is rotated, master by master, the last one that verifies would otherwise be
+/// given everything, also while it stops.
 ///
 /// Never one in maintenance, nor one that is silent, dead or not yet known.
 #[must_use]
 pub fn select(candidates: &[Candidate]) -> Selection {
-    let eligible = |candidate: &&Candidate| candidate.operator != OperatorState::Maint;
-    let nobody_connects = !candidates.iter().filter(eligible).any(|candidate| candidate.connected);
-    let tier = |reason, drained| -> Vec<usize> {
-        let wanted = |candidate: &&Candidate| {
-            candidate.is_drained() == drained && candidate.qualifies(reason, nobody_connects)
-        };
-        let indexed = candidates.iter().enumerate();
-        indexed.filter(|(_, it)| eligible(it) && wanted(it)).map(|(index, _)| index).collect()
-    };
+    const REASONS: [SelectionReason; 4] = [
+        SelectionReason::Ready,
+        SelectionReason::CredentialRejected,
+        SelectionReason::Draining,
+        SelectionReason::CertificateRejected,
+    ];
     for drained in [false, true] {
-        for reason in [
-            SelectionReason::Ready,
-            SelectionReason::CredentialRejected,
-            SelectionReason::Draining,
-            SelectionReason::CertificateRejected,
-        ] {
-            let members = tier(reason, drained);
-            if !members.is_empty() {
-                let reason = if drained { SelectionReason::OperatorDrained } else { reason };
-                return Selection { members, reason };
-            }
-        }
+        let eligible = |it: &Candidate| it.operator != OperatorState::Maint && it.is_drained() == drained;
+        let tier: Vec<_> = candidates.iter().enumerate().filter(|(_, it)| eligible(it)).collect();
+        let is_met = |reason: &SelectionReason| tier.iter().any(|(_, it)| it.qualifies(*reason));
+        let Some(reason) = REASONS.into_iter().find(is_met) else { continue };
+        let as_well = |it: &Candidate| reason != SelectionReason::Ready && it.is_untrusted();
+        let members = tier.iter().filter(|(_, it)| it.qualifies(reason) || as_well(it));
+        let members = members.map(|(index, _)| *index).collect();
+        let reason = if drained { SelectionReason::OperatorDrained } else { reason };
+        return Selection { members, reason };
     }
     Selection { members: Vec::new(), reason: SelectionReason::None }
 }
@@ -128,16 +127,19 @@ impl Candidate {
         self.operator == OperatorState::Drain || self.weight == 0
     }
 
-    /// Whether its checks, leaving aside the operator, would have it selected for this reason.
-    fn qualifies(&self, reason: SelectionReason, nobody_connects: bool) -> bool {
+    /// Somebody is there, and shows a certificate that our CA does not verify.
+    fn is_untrusted(&self) -> bool {
+        self.state == State::Draining && self.certificate_rejected
+    }
+
+    /// Whether its checks, leaving aside the operator, are a reason for this selection.
+    fn qualifies(&self, reason: SelectionReason) -> bool {
         let lives = self.state == State::Draining && self.connected;
         match reason {
             SelectionReason::Ready => self.state == State::Ready,
             SelectionReason::CredentialRejected => lives && matches!(self.http_status, Some(401 | 403)),
             SelectionReason::Draining => lives,
-            SelectionReason::CertificateRejected => {
-                nobody_connects && self.state == State::Draining && self.certificate_rejected
-            }
+            SelectionReason::CertificateRejected => self.is_untrusted(),
             SelectionReason::OperatorDrained | SelectionReason::None => false,
         }
     }
@@ -188,14 +190,39 @@ mod tests {
         assert_eq!(selected(&candidates), (vec![0, 2], SelectionReason::CredentialRejected));
     }
 
+    fn untrusted() -> Candidate {
+        Candidate { connected: false, certificate_rejected: true, ..candidate(State::Draining) }
+    }
+
     #[test]
     fn a_ca_that_verifies_nobody_cuts_nobody_off_but_one_bad_certificate_is_the_backends_own() {
-        let untrusted =
-            Candidate { connected: false, certificate_rejected: true, ..candidate(State::Draining) };
+        let untrusted = untrusted();
         assert_eq!(selected(&[untrusted, untrusted]), (vec![0, 1], SelectionReason::CertificateRejected));
-        assert_eq!(selected(&[untrusted, answering(500)]), (vec![1], SelectionReason::Draining));
+        assert_eq!(selected(&[untrusted, candidate(State::Ready)]), (vec![1], SelectionReason::Ready));
+    }
+
+    #[test]
+    fn while_a_ca_is_rotated_the_last_one_that_verifies_does_not_get_everything() {
+        let untrusted = untrusted();
+        let refused = Candidate { connected: false, ..candidate(State::Draining) };
+        // It is told to stop, and says so; with a credential that it does not know, it says 401 all along.
+        let (stopping, unauthorized) = (answering(500), answering(401));
+        let all = [untrusted, untrusted, stopping];
+        assert_eq!(selected(&all), (vec![0, 1, 2], SelectionReason::Draining));
+        let all = [untrusted, unauthorized, stopping];
+        assert_eq!(selected(&all), (vec![0, 1], SelectionReason::CredentialRejected));
+        // Its port closes.
+        let all = [untrusted, untrusted, refused];
+        assert_eq!(selected(&all), (vec![0, 1], SelectionReason::CertificateRejected));
+        // Or an operator drains it first.
         let drained = Candidate { operator: OperatorState::Drain, ..candidate(State::Ready) };
-        assert_eq!(selected(&[untrusted, drained]), (vec![1], SelectionReason::OperatorDrained));
+        assert_eq!(
+            selected(&[untrusted, untrusted, drained]),
+            (vec![0, 1], SelectionReason::CertificateRejected)
+        );
+        let drained = Candidate { operator: OperatorState::Drain, ..untrusted };
+        assert_eq!(selected(&[drained, drained, stopping]), (vec![2], SelectionReason::Draining));
+        assert_eq!(selected(&[drained, refused]), (vec![0], SelectionReason::OperatorDrained));
     }
 
     #[test]
@@ -248,6 +275,7 @@ mod tests {
             };
             let ready = candidates.iter().filter(|c| free(c) && c.state == State::Ready).count();
             let alive = candidates.iter().any(|c| free(c) && c.state == State::Draining && c.connected);
+            let untrusted = |c: &Candidate| free(c) && c.state == State::Draining && c.certificate_rejected;
 
             prop_assert!(members.is_sorted_by(|a, b| a < b));
             prop_assert_eq!(members.is_empty(), reason == SelectionReason::None);
@@ -259,6 +287,13 @@ mod tests {
                 ready == 0 && alive,
                 matches!(reason, SelectionReason::Draining | SelectionReason::CredentialRejected)
             );
+            prop_assert_eq!(
+                ready == 0 && !alive && candidates.iter().any(untrusted),
+                reason == SelectionReason::CertificateRejected
+            );
+            for (index, candidate) in candidates.iter().enumerate().filter(|(_, c)| untrusted(c)) {
+                prop_assert_eq!(members.contains(&index), ready == 0, "{:?}", candidate);
+            }
             for index in members {
                 let member = candidates[index];
                 prop_assert!(matches!(member.state, State::Ready | State::Draining));

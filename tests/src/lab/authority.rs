@@ -4,6 +4,7 @@ use std::{
     fs,
     net::IpAddr,
     path::{Path, PathBuf},
+    time::SystemTime,
 };
 
 use anyhow::{Context as _, Result};
@@ -87,9 +88,16 @@ impl Authority {
     /// # Errors
     /// When the files cannot be written.
     pub fn client(&self, user: &str, groups: &[&str]) -> Result<Identity> {
-        let mut parameters = CertificateParams::default();
-        parameters.distinguished_name = name(user, groups);
-        parameters.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        self.sign(user, &client(user, groups))
+    }
+
+    /// A client certificate that is over at this time, to the second.
+    ///
+    /// # Errors
+    /// When the files cannot be written.
+    pub fn client_until(&self, user: &str, not_after: SystemTime) -> Result<Identity> {
+        let mut parameters = client(user, &[]);
+        parameters.not_after = not_after.into();
         self.sign(user, &parameters)
     }
 
@@ -104,6 +112,13 @@ impl Authority {
         fs::write(&identity.key, key.serialize_pem())?;
         Ok(identity)
     }
+}
+
+fn client(user: &str, groups: &[&str]) -> CertificateParams {
+    let mut parameters = CertificateParams::default();
+    parameters.distinguished_name = name(user, groups);
+    parameters.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    parameters
 }
 
 fn name(common_name: &str, organisations: &[&str]) -> DistinguishedName {

@@ -95,6 +95,11 @@ impl Stub {
         self.endpoints = endpoints.to_vec();
     }
 
+    /// Changes the certificate it shows, from the next start on.
+    pub fn set_identity(&mut self, identity: Identity) {
+        self.identity = identity;
+    }
+
     /// Starts it on its host and returns when it takes orders and listens.
     ///
     /// # Errors
