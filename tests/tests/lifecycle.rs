@@ -427,7 +427,8 @@ fn a_server_that_cannot_reach_its_etcd_is_never_ready() {
         first.start().unwrap();
         let process = first.stub.process().unwrap();
         while process.exited().unwrap().is_none() {
-            let status = daemon.status().unwrap();
+            // On a busy machine there may be no answer in time.
+            let Ok(status) = daemon.status() else { continue };
             for state in status.states("api-1") {
                 assert!(["draining", "silent", "dead"].contains(&state), "{state}:\n{}", daemon.log());
                 seen.insert(state.to_owned());
