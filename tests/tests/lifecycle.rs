@@ -25,8 +25,8 @@ use lb_tests::{
 const MOMENT: Duration = Duration::from_secs(30);
 /// `--request-timeout`: 60 s on a real server.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(8);
-/// Long enough for a verdict on a busy machine.
-const SHUTDOWN_DELAY: Duration = Duration::from_secs(8);
+/// Long enough for a verdict, and for a look at what is still served, on a busy machine.
+const SHUTDOWN_DELAY: Duration = Duration::from_secs(15);
 /// Requests at a time at each VIP.
 const LANES: usize = 2;
 /// Idle connections at each VIP: of three servers each has some.
