@@ -139,6 +139,10 @@ pub struct CheckStatus {
     pub code: Option<String>,
     /// The HTTP status, where there was one.
     pub http_status: Option<u16>,
+    /// In words.
+    pub detail: String,
+    /// The sub-checks that the server has named as failed.
+    pub failed: Vec<String>,
 }
 
 impl Status {

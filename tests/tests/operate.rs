@@ -546,3 +546,138 @@ fn host(address: IpAddr) -> String {
         IpAddr::V6(address) => format!("[{address}]:"),
     }
 }
+
+/// Connections of the client that ended by a RST.
+fn resets(cluster: &Cluster) -> u64 {
+    cluster.client.counter("Tcp", "EstabResets").unwrap()
+}
+
+#[test]
+fn the_time_of_a_drained_backend_goes_on_while_the_daemon_is_dead() {
+    const TIMEOUT: Duration = Duration::from_secs(10);
+    let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let mut daemon = cluster.balance().unwrap();
+    let mut crowds = cluster.vips().map(|vip| crowd(&cluster, vip, 30));
+    let drained: usize = crowds.iter().map(|(_, report)| report.by_server()["api-1"]).sum();
+    let before = resets(&cluster);
+    let ordered = Instant::now();
+    succeed(&daemon, "drain", &["api-1", "--all-services", "--timeout", "10s"]);
+    daemon.process().kill().unwrap();
+
+    let mut daemon =
+        Daemon::start(&cluster.lb, cluster.lab.directory(), &cluster.settings().unwrap()).unwrap();
+    daemon.wait_state("api-2", "ready", MOMENT).unwrap();
+    assert_eq!(daemon.status().unwrap().states("api-1"), ["drain", "drain"]);
+    eventually(MOMENT, "the flows of the drained one are reset", || {
+        let reset = resets(&cluster) - before;
+        assert!(reset == 0 || ordered.elapsed() >= TIMEOUT, "{reset} after {:?}", ordered.elapsed());
+        ensure!(reset == drained as u64, "{reset} of {drained}");
+        Ok(())
+    })
+    .unwrap();
+    for (crowd, before) in &mut crowds {
+        assert_eq!(alive(crowd), before.by_server()["api-2"]);
+    }
+    let events = succeed(&daemon, "events", &[]);
+    assert_eq!(events.matches("api-1: the time to drain is over").count(), 2, "once a service: {events}");
+    cluster.require_no_own_resets().unwrap();
+}
+
+/// What one of several operators orders, again and again; the last order stands.
+type Orders<'a> = &'a [&'a [&'a str]];
+
+/// Gives orders in turn, and returns what was refused: a code, and why. On a machine that is too busy for an answer in
+/// time the order is given again, as an operator would: it can be given twice, it has the same end.
+fn give(daemon: &Daemon, orders: Orders<'_>, rounds: usize) -> Vec<(Option<i32>, String)> {
+    let once = |order: &[&str]| {
+        let output = sheave(daemon, order[0], &order[1..]);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(!error.contains("did not answer in time"), "{order:?}: {error}");
+        Ok((!output.status.success()).then_some((output.status.code(), error)))
+    };
+    let all = std::iter::repeat_n(orders, rounds).flatten();
+    all.filter_map(|order| eventually(MOMENT, "an answer", || once(order)).unwrap()).collect()
+}
+
+/// `state` and `weight` of a backend in every service.
+fn ordered(daemon: &Daemon, backend: &str) -> Vec<(String, u64)> {
+    let output = sheave(daemon, "status", &["--json"]);
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let services = status["services"].as_array().unwrap();
+    let backends = services.iter().flat_map(|service| service["backends"].as_array().unwrap());
+    backends
+        .filter(|it| it["name"] == backend)
+        .map(|it| (it["state"].as_str().unwrap().to_owned(), it["weight"].as_u64().unwrap()))
+        .collect()
+}
+
+#[test]
+fn many_operators_at_once_are_all_obeyed_and_nobody_else_notices() {
+    const ROUNDS: usize = 10;
+    let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let mut daemon = cluster.balance().unwrap();
+    let mut crowds = cluster.vips().map(|vip| crowd(&cluster, vip, 30));
+    let before = resets(&cluster);
+    let askers = cluster.vips().map(|vip| {
+        let client = cluster.client_of(vip).unwrap();
+        Asker::start(&cluster.client, &client, 2, Duration::from_millis(10))
+    });
+    let mut more = cluster.settings().unwrap();
+    more.listen.push(SocketAddr::new(cluster.vip4, 9345));
+    let files = [&cluster.settings().unwrap(), &more].map(|it| it.to_toml(&directory(&cluster)));
+
+    let orders: [Orders<'_>; 7] = [
+        &[&["ready", "api-1", "--all-services"], &["drain", "api-1", "--all-services"]],
+        &[&["drain", "api-2", "--all-services", "--timeout", "1h"], &["ready", "api-2", "--all-services"]],
+        &[&["weight", "api-1", "configured", "--all-services"], &["weight", "api-1", "7", "--all-services"]],
+        &[&["weight", "api-2", "0", "--all-services"], &["weight", "api-2", "configured", "--all-services"]],
+        &[&["reload"]],
+        &[&["flows", "--json"], &["events", "--json"]],
+        &[&["kill", "--client", "192.0.2.1"]],
+    ];
+    std::thread::scope(|scope| {
+        let daemon = &daemon;
+        let operators = orders.map(|orders| scope.spawn(move || give(daemon, orders, ROUNDS)));
+        // Another one changes the file between two reloads of its own, whole each time.
+        let editor = scope.spawn(|| {
+            let mut refused = Vec::new();
+            for file in std::iter::repeat_n(&files, ROUNDS).flatten() {
+                let next = directory(&cluster).join("next.toml");
+                fs::write(&next, file).unwrap();
+                fs::rename(&next, directory(&cluster).join("sheave.toml")).unwrap();
+                refused.extend(give(daemon, &[&["reload"]], 1));
+            }
+            refused
+        });
+        let refused = operators.into_iter().flat_map(|operator| operator.join().unwrap());
+        for (code, why) in refused.chain(editor.join().unwrap()) {
+            assert!(code == Some(1) && why.contains("another reload is under way"), "{code:?}: {why}");
+        }
+    });
+    eventually(MOMENT, "the last file is in force", || run(&mut daemon.command("reload")?)).unwrap();
+
+    let as_last_ordered = |daemon: &Daemon| {
+        assert_eq!(ordered(daemon, "api-1"), [("drain".to_owned(), 7), ("drain".to_owned(), 7)]);
+        assert_eq!(ordered(daemon, "api-2"), [("ready".to_owned(), 1), ("ready".to_owned(), 1)]);
+        let status: serde_json::Value =
+            serde_json::from_slice(&sheave(daemon, "status", &["--json"]).stdout).unwrap();
+        let listen = status["services"][0]["listen"].as_array().unwrap();
+        assert_eq!(listen.len(), 2, "{listen:?}");
+    };
+    as_last_ordered(&daemon);
+    for vip in cluster.vips() {
+        require_without(&cluster, vip, "api-1");
+    }
+    crowds.iter_mut().for_each(require_unmoved);
+    assert_eq!(resets(&cluster), before, "nobody is reset");
+    for asker in askers {
+        let report = asker.stop();
+        report.require_all(report.outcomes.len()).unwrap();
+    }
+    // And so it is kept.
+    daemon.process().kill().unwrap();
+    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &more).unwrap();
+    daemon.wait_state("api-2", "ready", MOMENT).unwrap();
+    as_last_ordered(&daemon);
+    cluster.require_no_own_resets().unwrap();
+}

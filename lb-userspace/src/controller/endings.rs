@@ -100,7 +100,8 @@ impl Controller {
             let service = self.services[backend.target.service].name.clone();
             let mut order = self.orders.about(&service, backend.address);
             let choice = self.choices.get(&(backend.target.service, backend.address.is_ipv6()));
-            if order.reset_at.is_none_or(|at| at > now) || choice.is_some_and(|it| it.has(backend.id)) {
+            // It was rounded down to whole seconds: nobody's time is cut short if that second is waited out.
+            if order.reset_at.is_none_or(|at| at >= now) || choice.is_some_and(|it| it.has(backend.id)) {
                 continue;
             }
             order.reset_at = None;

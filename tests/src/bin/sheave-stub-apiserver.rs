@@ -5,7 +5,7 @@ use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
-use lb_tests::stub::{AnonymousMode, Options, serve};
+use lb_tests::stub::{AnonymousMode, Options, Startup, serve};
 
 /// Answers as kube-apiserver 1.36 does, and falls ill on demand.
 #[derive(Parser)]
@@ -37,6 +37,12 @@ struct Arguments {
     /// Milliseconds between SIGTERM and the closing of the listener, with /readyz at 500.
     #[arg(long, default_value_t = 0)]
     shutdown_delay: u64,
+    /// Milliseconds that a watch may go on after the listener has closed.
+    #[arg(long, default_value_t = 60_000)]
+    request_timeout: u64,
+    /// How it comes up: at-once, TLS,ROLES,READY or without-etcd:END, in milliseconds.
+    #[arg(long, default_value_t)]
+    startup: Startup,
     /// An endpoint of the service default/kubernetes; may be given several times.
     #[arg(long = "endpoint")]
     endpoints: Vec<SocketAddr>,
@@ -60,6 +66,8 @@ async fn main() -> Result<()> {
         anonymous: arguments.anonymous,
         control: arguments.control,
         shutdown_delay: Duration::from_millis(arguments.shutdown_delay),
+        request_timeout: Duration::from_millis(arguments.request_timeout),
+        startup: arguments.startup,
         endpoints: arguments.endpoints,
     })
     .await

@@ -40,6 +40,8 @@ pub enum Order {
     Door(Door),
     /// Report the connections that carried anything but health checks, by source address, as JSON.
     Connections,
+    /// Report how many of them there were before the server had started.
+    EarlyConnections,
 }
 
 impl fmt::Display for Order {
@@ -54,6 +56,7 @@ impl fmt::Display for Order {
             Self::Door(Door::TlsSilent) => write!(formatter, "door tls-silent"),
             Self::Door(Door::Refusing) => write!(formatter, "door refusing"),
             Self::Connections => write!(formatter, "connections"),
+            Self::EarlyConnections => write!(formatter, "early-connections"),
         }
     }
 }
@@ -76,6 +79,7 @@ impl FromStr for Order {
             ["door", "tls-silent"] => Self::Door(Door::TlsSilent),
             ["door", "refusing"] => Self::Door(Door::Refusing),
             ["connections"] => Self::Connections,
+            ["early-connections"] => Self::EarlyConnections,
             _ => return Err(format!("{line:?} is no order: {ORDERS}")),
         })
     }
@@ -83,7 +87,8 @@ impl FromStr for Order {
 
 /// The orders there are, for messages.
 pub const ORDERS: &str = "health normal | health status CODE | health late MILLISECONDS | health never | \
-                          health etcd-hang | door open | door tls-silent | door refusing | connections";
+                          health etcd-hang | door open | door tls-silent | door refusing | connections | \
+                          early-connections";
 
 #[cfg(test)]
 mod tests {
@@ -102,7 +107,7 @@ mod tests {
         ];
         let doors = [Door::Open, Door::TlsSilent, Door::Refusing];
         let orders = health.map(Order::Health).into_iter().chain(doors.map(Order::Door));
-        for order in orders.chain([Order::Connections]) {
+        for order in orders.chain([Order::Connections, Order::EarlyConnections]) {
             assert_eq!(order.to_string().parse(), Ok(order));
         }
         assert!("door ajar".parse::<Order>().is_err());

@@ -5,8 +5,10 @@
 pub mod answers;
 pub mod credentials;
 pub mod faults;
+pub mod hostile;
 mod responses;
 mod server;
+mod startup;
 
 use std::{
     collections::BTreeMap,
@@ -15,6 +17,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::unix::net::UnixStream,
     path::PathBuf,
+    process::ExitStatus,
     time::Duration,
 };
 
@@ -23,6 +26,7 @@ use anyhow::{Context as _, Result, ensure};
 pub use answers::AnonymousMode;
 pub use faults::{Door, Health, Order};
 pub use server::{Options, serve};
+pub use startup::Startup;
 
 use crate::lab::{
     Host, Process,
@@ -48,6 +52,8 @@ pub struct Stub {
     control: PathBuf,
     anonymous: AnonymousMode,
     shutdown_delay: Duration,
+    request_timeout: Duration,
+    startup: Startup,
     endpoints: Vec<SocketAddr>,
     process: Option<Process>,
 }
@@ -70,6 +76,8 @@ impl Stub {
             token_file,
             anonymous: AnonymousMode::default(),
             shutdown_delay: Duration::ZERO,
+            request_timeout: Duration::from_secs(60),
+            startup: Startup::default(),
             endpoints: Vec::new(),
             process: None,
         })
@@ -88,6 +96,16 @@ impl Stub {
     /// Changes `--shutdown-delay-duration`, from the next start on.
     pub fn set_shutdown_delay(&mut self, delay: Duration) {
         self.shutdown_delay = delay;
+    }
+
+    /// Changes `--request-timeout`, from the next start on: how long a watch goes on after the port has closed.
+    pub fn set_request_timeout(&mut self, timeout: Duration) {
+        self.request_timeout = timeout;
+    }
+
+    /// Changes how it comes up, from the next start on.
+    pub fn set_startup(&mut self, startup: Startup) {
+        self.startup = startup;
     }
 
     /// Changes the endpoints of the service `default/kubernetes`, from the next start on.
@@ -113,14 +131,15 @@ impl Stub {
         command.arg("--control").arg(&self.control);
         command.args(["--anonymous", &self.anonymous.to_string()]);
         command.args(["--shutdown-delay", &self.shutdown_delay.as_millis().to_string()]);
+        command.args(["--request-timeout", &self.request_timeout.as_millis().to_string()]);
+        command.args(["--startup", &self.startup.to_string()]);
         for endpoint in &self.endpoints {
             command.args(["--endpoint", &endpoint.to_string()]);
         }
         let mut process = host.start("apiserver", command)?;
         eventually(START_LIMIT, &format!("{} listens", self.name), || {
             ensure!(process.exited()?.is_none(), "{} ended: {}", self.name, process.log());
-            let listening = host.run(&format!("ss -Hltn sport = :{PORT}"))?;
-            ensure!(!listening.is_empty(), "nobody listens on port {PORT}");
+            ensure!(listens(host)?, "nobody listens on port {PORT}");
             Ok(())
         })?;
         self.process = Some(process);
@@ -143,6 +162,35 @@ impl Stub {
         self.process()?.kill()?;
         self.process = None;
         Ok(())
+    }
+
+    /// SIGTERM: it shuts down in its own time.
+    ///
+    /// # Errors
+    /// When it is not running.
+    pub fn terminate(&mut self) -> Result<()> {
+        self.process()?.signal(Signal::SIGTERM)
+    }
+
+    /// Waits until its port is closed. The process may live on.
+    ///
+    /// # Errors
+    /// When it still listens after `limit`.
+    pub fn wait_closed(&self, host: &Host, limit: Duration) -> Result<()> {
+        eventually(limit, &format!("{} closes its port", self.name), || {
+            ensure!(!listens(host)?, "it listens");
+            Ok(())
+        })
+    }
+
+    /// Waits until it has ended by itself.
+    ///
+    /// # Errors
+    /// When it was not running, or still is after `limit`.
+    pub fn wait_end(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let status = self.process()?.wait(limit)?;
+        self.process = None;
+        Ok(status)
     }
 
     /// SIGSTOP: the kernel goes on accepting connections, nobody answers.
@@ -176,7 +224,7 @@ impl Stub {
     pub fn door(&self, host: &Host, door: Door) -> Result<()> {
         self.order(Order::Door(door))?;
         eventually(START_LIMIT, &format!("{} has its door {door:?}", self.name), || {
-            let listening = !host.run(&format!("ss -Hltn sport = :{PORT}"))?.is_empty();
+            let listening = listens(host)?;
             ensure!(listening == (door != Door::Refusing), "listening: {listening}");
             Ok(())
         })
@@ -195,6 +243,14 @@ impl Stub {
             .collect()
     }
 
+    /// How many connections have carried anything but health checks before it had started.
+    ///
+    /// # Errors
+    /// When it takes no orders (frozen, killed).
+    pub fn early_connections(&self) -> Result<u64> {
+        Ok(self.order(Order::EarlyConnections)?.parse()?)
+    }
+
     fn order(&self, order: Order) -> Result<String> {
         let mut stream = UnixStream::connect(&self.control)
             .with_context(|| format!("connecting to {}", self.control.display()))?;
@@ -205,4 +261,9 @@ impl Stub {
         ensure!(!answer.starts_with("error"), "{order}: {answer}");
         Ok(answer.trim_end().to_owned())
     }
+}
+
+/// Whether somebody listens on a stub's port.
+fn listens(host: &Host) -> Result<bool> {
+    Ok(!host.run(&format!("ss -Hltn sport = :{PORT}"))?.is_empty())
 }

@@ -21,6 +21,7 @@ use super::{
     answers::{self, AnonymousMode, Credential, PathKind},
     faults::Health,
     server::{Options, Phase, Server},
+    startup::{LAST_HOOK, Stage},
 };
 use crate::pattern;
 
@@ -75,6 +76,9 @@ pub(super) fn is_check(request: &Request<Incoming>) -> bool {
 pub(super) async fn respond(server: &Server, caller: Caller, request: Request<Incoming>) -> Response<Body> {
     let path = request.uri().path().to_owned();
     let kind = PathKind::of(&path);
+    if *server.stage.borrow() < Stage::BeforeHooks && caller.credential != Credential::Masters {
+        return failure(StatusCode::FORBIDDEN, caller, &path);
+    }
     if let Some(response) = data(server, &path, request.method()) {
         return response;
     }
@@ -109,6 +113,9 @@ async fn ill(server: &Server, path: &str) -> Option<Response<Body>> {
     let failed = |checks| text(StatusCode::INTERNAL_SERVER_ERROR, answers::checks(endpoint, checks));
     if endpoint == "readyz" && *server.phase.borrow() != Phase::Serving {
         return Some(failed(&["shutdown"]));
+    }
+    if *server.stage.borrow() != Stage::Started {
+        return Some(failed(&[LAST_HOOK]));
     }
     let health = *server.health.borrow();
     match health {
@@ -159,7 +166,7 @@ fn data(server: &Server, path: &str, method: &Method) -> Option<Response<Body>> 
         return Some(text(StatusCode::OK, server.options.name.clone()));
     }
     if path == "/watch" {
-        return Some(Response::new(watch(&server.options.name)));
+        return Some(Response::new(watch(server)));
     }
     let length = path.strip_prefix("/bytes/")?;
     if method != Method::GET {
@@ -173,14 +180,24 @@ fn data(server: &Server, path: &str, method: &Method) -> Option<Response<Body>> 
     })
 }
 
-/// A line with the server's name and a number every [`WATCH_INTERVAL`], until the client leaves.
-fn watch(name: &str) -> Body {
+/// A line with the server's name and a number every [`WATCH_INTERVAL`], until the client leaves, or the server has
+/// closed its port and the time of a request is over.
+fn watch(server: &Server) -> Body {
     let (mut sender, body) = Channel::<Bytes, hyper::Error>::new(1);
-    let name = name.to_owned();
+    let (name, limit) = (server.options.name.clone(), server.options.request_timeout);
+    let mut phase = server.phase.subscribe();
     tokio::spawn(async move {
+        let time_is_over = async {
+            let _ = phase.wait_for(|phase| *phase == Phase::Closed).await;
+            sleep(limit).await;
+        };
+        tokio::pin!(time_is_over);
         let mut ticks = interval(WATCH_INTERVAL);
         for event in 0_u64.. {
-            ticks.tick().await;
+            tokio::select! {
+                _ = ticks.tick() => {}
+                () = &mut time_is_over => return,
+            }
             if sender.send_data(format!("{name} {event}\n").into()).await.is_err() {
                 return;
             }

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use hyper::{Request, Response, body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -26,7 +26,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{Notify, watch},
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
@@ -35,6 +35,7 @@ use super::{
     credentials,
     faults::{Door, Health, Order},
     responses::{self, Body, Caller},
+    startup::{Stage, Startup},
 };
 
 /// As `net.core.somaxconn` gives the real server.
@@ -49,8 +50,8 @@ const MAX_STREAMS: u32 = 100;
 const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Between the order to stop and the closing of the listener, when no delay is configured.
 const CLOSING_DELAY: Duration = Duration::from_millis(30);
-/// How long a watch may go on after the listener has closed.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+/// For connections to say good-bye after the last request has ended.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// What a stub is started with.
 #[derive(Clone, Debug)]
@@ -73,6 +74,10 @@ pub struct Options {
     pub control: PathBuf,
     /// `--shutdown-delay-duration`.
     pub shutdown_delay: Duration,
+    /// `--request-timeout`: how long a watch may go on after the listener has closed.
+    pub request_timeout: Duration,
+    /// How it comes up.
+    pub startup: Startup,
     /// The endpoints of the service `default/kubernetes`.
     pub endpoints: Vec<SocketAddr>,
 }
@@ -92,12 +97,15 @@ pub(super) struct Server {
     pub(super) options: Options,
     pub(super) health: watch::Sender<Health>,
     pub(super) door: watch::Sender<Door>,
+    pub(super) stage: watch::Sender<Stage>,
     pub(super) phase: watch::Sender<Phase>,
     /// Counts health requests while etcd hangs.
     pub(super) etcd_checks: AtomicU64,
     client_verifier: Arc<dyn ClientCertVerifier>,
     /// Connections that carried anything but health checks, by source.
     connections: Mutex<BTreeMap<IpAddr, u64>>,
+    /// Those of them that came before it had started.
+    early_connections: AtomicU64,
 }
 
 /// Serves until SIGTERM, then shuts down as a kube-apiserver does.
@@ -113,16 +121,19 @@ pub async fn serve(options: Options) -> Result<()> {
         options,
         health: watch::Sender::default(),
         door: watch::Sender::default(),
+        stage: watch::Sender::new(Stage::TlsSilent),
         phase: watch::Sender::new(Phase::Serving),
         etcd_checks: AtomicU64::new(0),
         client_verifier,
         connections: Mutex::default(),
+        early_connections: AtomicU64::new(0),
     });
     tokio::spawn(take_orders(Arc::clone(&server), control));
     let mut connections = JoinSet::new();
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
         result = accept(&server, config, &mut connections) => result?,
+        result = come_up(&server) => result?,
         () = async {
             terminate.recv().await;
             server.phase.send_replace(Phase::Announced);
@@ -131,8 +142,23 @@ pub async fn serve(options: Options) -> Result<()> {
     }
     // The listener went away with the future that held it.
     server.phase.send_replace(Phase::Closed);
-    let _ = timeout(REQUEST_TIMEOUT, async { while connections.join_next().await.is_some() {} }).await;
+    let limit = server.options.request_timeout + FAREWELL;
+    let _ = timeout(limit, async { while connections.join_next().await.is_some() {} }).await;
     Ok(())
+}
+
+/// Goes through the stages of the start. Returns only where that fails.
+async fn come_up(server: &Server) -> Result<()> {
+    let begin = Instant::now();
+    for (at, stage) in server.options.startup.stages() {
+        sleep_until(begin + at).await;
+        server.stage.send_replace(stage);
+    }
+    match server.options.startup.gives_up() {
+        Some(after) => sleep_until(begin + after).await,
+        None => std::future::pending().await,
+    }
+    bail!("etcd cannot be reached: context deadline exceeded")
 }
 
 /// Accepts for as long as the door is not closed, listens anew when it opens again.
@@ -178,8 +204,10 @@ fn listen(address: SocketAddr) -> Result<TcpListener> {
 }
 
 async fn connection(server: Arc<Server>, acceptor: TlsAcceptor, tcp: TcpStream, peer: SocketAddr) {
-    let mut door = server.door.subscribe();
-    if door.wait_for(|door| *door != Door::TlsSilent).await.is_err() {
+    let (mut door, mut stage) = (server.door.subscribe(), server.stage.subscribe());
+    if stage.wait_for(|stage| *stage != Stage::TlsSilent).await.is_err()
+        || door.wait_for(|door| *door != Door::TlsSilent).await.is_err()
+    {
         return;
     }
     let _ = tcp.set_nodelay(true);
@@ -269,6 +297,9 @@ async fn refuse_plain_http<T>(mut tcp: TcpStream) -> Option<T> {
 
 impl Server {
     fn count(&self, source: IpAddr) {
+        if *self.stage.borrow() != Stage::Started {
+            self.early_connections.fetch_add(1, Ordering::Relaxed);
+        }
         let mut connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
         *connections.entry(source.to_canonical()).or_default() += 1;
     }
@@ -285,6 +316,7 @@ impl Server {
                 let connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
                 return serde_json::json!(*connections).to_string();
             }
+            Order::EarlyConnections => return self.early_connections.load(Ordering::Relaxed).to_string(),
         }
         "ok".to_owned()
     }
