@@ -9,7 +9,7 @@ use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{Daemon, program},
     etcd::{CLIENT_PORT, Etcd, failure},
-    lab::{Process, eventually, run},
+    lab::{Process, cgroup_of, eventually, pins_of, run},
 };
 use serde_json::Value;
 
@@ -63,7 +63,11 @@ impl Setting {
     fn balance(&self, service: &str) -> Daemon {
         let config = |directory: &Path| {
             let [state, socket] = ["state", "admin.sock"].map(|name| directory.join(name));
-            format!("[dataplane]\nstate_dir = {state:?}\n[admin]\nsocket = {socket:?}\n{service}")
+            let (pins, cgroup) = (pins_of(directory), cgroup_of(directory).unwrap_or_else(|| "none".into()));
+            format!(
+                "[dataplane]\nstate_dir = {state:?}\npin_dir = {pins:?}\ncgroup = {cgroup:?}\n\
+                 [admin]\nsocket = {socket:?}\n{service}"
+            )
         };
         let command = self.cluster.lb.command(program().unwrap());
         Daemon::start_with(&self.cluster.lb, self.cluster.lab.directory(), config, command).unwrap()

@@ -441,6 +441,14 @@ fn told(manager: &UnixDatagram, what: &str) -> String {
     }
 }
 
+/// The unit's bounding set, as setpriv writes it: `,+net_admin,+bpf`.
+fn unit_capabilities() -> String {
+    let unit = include_str!("../../packaging/sheave.service");
+    let line = unit.lines().find_map(|line| line.strip_prefix("CapabilityBoundingSet=")).unwrap();
+    let names = line.split_whitespace().map(|name| name.strip_prefix("CAP_").unwrap().to_lowercase());
+    names.map(|name| format!(",+{name}")).collect()
+}
+
 #[test]
 fn the_service_manager_hears_of_it_and_the_daemon_keeps_few_capabilities() {
     let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
@@ -451,7 +459,9 @@ fn the_service_manager_hears_of_it_and_the_daemon_keeps_few_capabilities() {
     fs::create_dir_all(&directory).unwrap();
     let config = directory.join("sheave.toml");
     fs::write(&config, cluster.settings().unwrap().to_toml(&directory)).unwrap();
-    let mut command = cluster.lb.command(program().unwrap());
+    // With what the unit gives it, and no more.
+    let mut command = cluster.lb.command("setpriv");
+    command.arg(format!("--bounding-set=-all{}", unit_capabilities())).arg(program().unwrap());
     command.arg("run").arg("--config").arg(&config);
     command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "5000000");
     let mut process = cluster.lb.start("managed", command).unwrap();

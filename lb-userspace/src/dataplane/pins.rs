@@ -107,7 +107,7 @@ pub enum PinsError {
         what: String,
     },
     /// The kernel said no.
-    #[error("cannot {action} {}: {reason}", .path.display())]
+    #[error("cannot {action} {}: {reason}{}", .path.display(), help(.reason))]
     Io {
         /// What was tried.
         action: &'static str,
@@ -116,6 +116,15 @@ pub enum PinsError {
         /// Why not.
         reason: io::Error,
     },
+}
+
+fn help(reason: &io::Error) -> &'static str {
+    match reason.kind() {
+        io::ErrorKind::PermissionDenied => {
+            ": it needs root, or the capabilities that packaging/sheave.service lists"
+        }
+        _ => "",
+    }
 }
 
 fn names(paths: &[PathBuf]) -> String {

@@ -1,0 +1,139 @@
+//! The commands as a newcomer calls them: what they say of a host, and of what is wrong with it.
+
+#![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Output,
+};
+
+use lb_tests::{
+    cluster::{Cluster, Shape},
+    daemon::{Daemon, Settings, has_xdp, program},
+    lab::pins_of,
+    load,
+};
+
+/// A configuration in a directory of its own, with its own state, pins and socket.
+fn configured(cluster: &Cluster, name: &str, settings: &Settings) -> (PathBuf, PathBuf) {
+    let directory = cluster.lab.directory().join(name);
+    fs::create_dir_all(&directory).unwrap();
+    let config = directory.join("sheave.toml");
+    fs::write(&config, settings.to_toml(&directory)).unwrap();
+    (directory, config)
+}
+
+/// Runs `sheave <arguments> --config <config>` on the load balancer to its end.
+fn sheave(cluster: &Cluster, arguments: &[&str], config: &Path) -> Output {
+    let mut command = cluster.lb.command("timeout");
+    command.args(["-s", "KILL", "30"]).arg(program().unwrap()).args(arguments);
+    command.arg("--config").arg(config).output().unwrap()
+}
+
+/// It must end with this code; returns what it complained about.
+fn complaint(output: &Output, code: i32) -> String {
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{error}");
+    error
+}
+
+fn require_served(cluster: &Cluster) {
+    for vip in cluster.vips() {
+        load::sequential(&cluster.client, &cluster.client_of(vip).unwrap(), 5)
+            .unwrap()
+            .require_all(5)
+            .unwrap();
+    }
+}
+
+#[test]
+fn check_config_says_yes_or_where_the_mistake_is() {
+    let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
+    let (directory, config) = configured(&cluster, "checked", &cluster.settings().unwrap());
+    let right = sheave(&cluster, &["check-config"], &config);
+    assert_eq!(complaint(&right, 0), "");
+    assert!(!directory.join("state").exists() && !pins_of(&directory).exists(), "it only looks");
+
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, format!("{text}\n[vip2]\n")).unwrap();
+    let said = complaint(&sheave(&cluster, &["check-config"], &config), 2);
+    assert!(said.contains("unknown key \"vip2\"") && said.contains("sheave.toml"), "{said}");
+    let said = complaint(&sheave(&cluster, &["check-config"], &directory.join("none.toml")), 2);
+    assert!(said.contains("none.toml"), "{said}");
+}
+
+#[test]
+fn another_program_on_the_interface_is_named_and_left_alone() {
+    let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
+    let mut first =
+        Daemon::start(&cluster.lb, cluster.lab.directory(), &cluster.settings().unwrap()).unwrap();
+    first.wait_ready(1).unwrap();
+    let (directory, config) = configured(&cluster, "second", &cluster.settings().unwrap());
+    let said = complaint(&sheave(&cluster, &["run"], &config), 1);
+    assert!(said.contains("another XDP program is on eth0 already"), "{said}");
+    let left: Vec<_> = fs::read_dir(pins_of(&directory)).into_iter().flatten().collect();
+    assert!(left.is_empty(), "{left:?}");
+    assert!(has_xdp(&cluster.lb, "eth0").unwrap());
+    require_served(&cluster);
+}
+
+#[test]
+fn an_interface_that_is_not_there_is_named_and_nothing_is_loaded() {
+    let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
+    let mut settings = cluster.settings().unwrap();
+    settings.dataplane.push("interfaces = [\"eth9\"]".to_owned());
+    let (directory, config) = configured(&cluster, "elsewhere", &settings);
+    let said = complaint(&sheave(&cluster, &["run"], &config), 2);
+    assert!(said.contains("there is no interface eth9"), "{said}");
+    let left: Vec<_> = fs::read_dir(pins_of(&directory)).into_iter().flatten().collect();
+    assert!(left.is_empty() && !has_xdp(&cluster.lb, "eth0").unwrap(), "{left:?}");
+}
+
+#[test]
+fn without_privileges_it_says_so_and_touches_nothing() {
+    let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
+    let (directory, config) = configured(&cluster, "anybody", &cluster.settings().unwrap());
+    fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).unwrap();
+    let mut command = cluster.lb.command("setpriv");
+    command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]);
+    command.arg(program().unwrap()).args(["run", "--config"]).arg(&config);
+    let said = complaint(&command.output().unwrap(), 1);
+    assert!(said.to_lowercase().contains("root") || said.contains("CAP_"), "{said}");
+    assert!(!has_xdp(&cluster.lb, "eth0").unwrap());
+}
+
+#[test]
+fn doctor_finds_nothing_to_fix_where_all_is_well_and_says_what_is_not() {
+    let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
+    let mut daemon =
+        Daemon::start(&cluster.lb, cluster.lab.directory(), &cluster.settings().unwrap()).unwrap();
+    daemon.wait_ready(1).unwrap();
+    let config = cluster.lab.directory().join("lb-sheave/sheave.toml");
+    let well = sheave(&cluster, &["doctor", "--json"], &config);
+    assert_eq!(well.status.code(), Some(0), "{}", String::from_utf8_lossy(&well.stdout));
+    let findings: serde_json::Value = serde_json::from_slice(&well.stdout).unwrap();
+    assert!(findings.is_array() || findings.is_object(), "{findings}");
+
+    let mut settings = cluster.settings().unwrap();
+    settings.dataplane.push("interfaces = [\"eth9\"]".to_owned());
+    let (_, config) = configured(&cluster, "ill", &settings);
+    let ill = sheave(&cluster, &["doctor"], &config);
+    let said = String::from_utf8_lossy(&ill.stdout).into_owned();
+    assert_eq!(ill.status.code(), Some(1), "{said}");
+    assert!(said.contains("eth9"), "{said}");
+}
+
+#[test]
+fn completions_are_of_this_program() {
+    let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
+    for shell in ["bash", "zsh", "fish"] {
+        let output = cluster.lb.command(program().unwrap()).args(["completions", shell]).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(
+            output.status.success() && text.contains("check-config") && text.contains("drain"),
+            "{shell}"
+        );
+    }
+}
