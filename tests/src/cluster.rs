@@ -103,6 +103,18 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// Builds the hosts and starts the stubs; nobody has a VIP yet.
+    ///
+    /// # Errors
+    /// Without root, or when something does not come up.
+    pub fn start_without_vips(shape: Shape, apiservers: u8) -> Result<Self> {
+        let mut cluster = Self::without_vips(shape, apiservers)?;
+        for apiserver in &mut cluster.apiservers {
+            apiserver.start()?;
+        }
+        Ok(cluster)
+    }
+
     /// Builds the hosts only.
     ///
     /// # Errors
@@ -191,6 +203,14 @@ impl Cluster {
             service: Vec::new(),
             check: Vec::new(),
         })
+    }
+
+    /// The usual settings, with VIPs that the daemon puts on the load balancer itself.
+    ///
+    /// # Errors
+    /// As [`Cluster::settings`].
+    pub fn settings_with_own_vips(&self) -> Result<Settings> {
+        Ok(Settings { vip_mode: "own", ..self.settings()? })
     }
 
     /// Starts the daemon on the load balancer and waits until all apiservers are ready.

@@ -3,7 +3,10 @@
 //! One block of noise is repeated. Its length is prime, so that a lost, doubled or displaced piece of any length
 //! that occurs on a network shifts the pattern and is seen, while producing and comparing cost one `memcmp`.
 
-use std::sync::LazyLock;
+use std::{
+    io::{self, Read},
+    sync::LazyLock,
+};
 
 use bytes::Bytes;
 
@@ -58,6 +61,22 @@ impl Checker {
             received = rest;
         }
         Ok(())
+    }
+
+    /// Compares all that comes until the end. Returns the position of the end.
+    ///
+    /// # Errors
+    /// When it cannot be read; of kind `InvalidData` where a byte differs.
+    pub fn check_all(&mut self, mut stream: impl Read) -> io::Result<u64> {
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            match stream.read(&mut buffer)? {
+                0 => return Ok(self.position),
+                count => self.check(&buffer[..count]).map_err(|position| {
+                    io::Error::new(io::ErrorKind::InvalidData, format!("differs from byte {position} on"))
+                })?,
+            }
+        }
     }
 }
 

@@ -4,7 +4,6 @@
 
 use std::{
     fs,
-    io::Read as _,
     net::IpAddr,
     process::{Command, Stdio},
     time::Duration,
@@ -30,16 +29,9 @@ const MOMENT: Duration = Duration::from_secs(20);
 fn download(cluster: &Cluster, vip: IpAddr, length: u64) {
     let mut curl = cluster.curl(vip, &format!("/bytes/{length}"));
     let mut child = curl.args(["--max-time", "300"]).stdout(Stdio::piped()).spawn().unwrap();
-    let mut stream = child.stdout.take().unwrap();
-    let (mut checker, mut buffer) = (Checker::default(), vec![0; 1 << 16]);
-    loop {
-        match stream.read(&mut buffer).unwrap() {
-            0 => break,
-            count => checker.check(&buffer[..count]).expect("every byte as it was sent"),
-        }
-    }
+    let position = Checker::default().check_all(child.stdout.take().unwrap()).unwrap();
     assert!(child.wait().unwrap().success());
-    assert_eq!(checker.position(), length);
+    assert_eq!(position, length);
 }
 
 /// Sends `length` bytes through `vip` with curl, has them sent back, and compares every one.
@@ -413,12 +405,8 @@ fn unloading_takes_the_program_away_and_leaves_a_followed_vip() {
 
 #[test]
 fn a_vip_of_our_own_comes_with_the_daemon_and_goes_when_it_is_unloaded() {
-    let mut cluster = Cluster::without_vips(Shape::OneArm, 2).unwrap();
-    for apiserver in &mut cluster.apiservers {
-        apiserver.start().unwrap();
-    }
-    let mut settings = cluster.settings().unwrap();
-    settings.vip_mode = "own";
+    let cluster = Cluster::start_without_vips(Shape::OneArm, 2).unwrap();
+    let settings = cluster.settings_with_own_vips().unwrap();
     let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
     daemon.wait_ready(2).unwrap();
     eventually(MOMENT, "the VIPs are there", || {
@@ -433,11 +421,9 @@ fn a_vip_of_our_own_comes_with_the_daemon_and_goes_when_it_is_unloaded() {
 
 #[test]
 fn a_vip_that_somebody_else_answers_for_is_refused() {
-    let mut cluster = Cluster::without_vips(Shape::OneArm, 1).unwrap();
-    cluster.apiservers[0].start().unwrap();
+    let cluster = Cluster::start_without_vips(Shape::OneArm, 1).unwrap();
     cluster.client.add_vip(cluster.vip4).unwrap();
-    let mut settings = cluster.settings().unwrap();
-    settings.vip_mode = "own";
+    let settings = cluster.settings_with_own_vips().unwrap();
     let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
     let status = daemon.process().wait(MOMENT).unwrap();
     assert_eq!(status.code(), Some(1));
@@ -472,10 +458,7 @@ fn keepalived(cluster: &Cluster, host: &Host, priority: u8, daemon: &Daemon) -> 
 
 #[test]
 fn beside_keepalived_the_vip_moves_and_sheave_follows() {
-    let mut cluster = Cluster::without_vips(Shape::OneArm, 2).unwrap();
-    for apiserver in &mut cluster.apiservers {
-        apiserver.start().unwrap();
-    }
+    let cluster = Cluster::start_without_vips(Shape::OneArm, 2).unwrap();
     let mut other = cluster.lab.host("lb-2").unwrap();
     cluster.lab.plug(&mut other, cluster.lb.link().unwrap().segment, 3).unwrap();
     let settings = cluster.settings().unwrap();

@@ -73,16 +73,9 @@ fn transfer(cluster: &Cluster, vip: IpAddr, seconds: u64) -> std::thread::JoinHa
     curl.args(["--limit-rate", &RATE.to_string(), "--max-time", "120"]);
     let mut child = curl.stdout(Stdio::piped()).spawn().unwrap();
     std::thread::spawn(move || {
-        let mut stream = child.stdout.take().unwrap();
-        let (mut checker, mut buffer) = (Checker::default(), vec![0; 1 << 16]);
-        loop {
-            match stream.read(&mut buffer).unwrap() {
-                0 => break,
-                count => checker.check(&buffer[..count]).expect("every byte as it was sent"),
-            }
-        }
+        let position = Checker::default().check_all(child.stdout.take().unwrap()).unwrap();
         assert!(child.wait().unwrap().success());
-        assert_eq!(checker.position(), length);
+        assert_eq!(position, length);
     })
 }
 

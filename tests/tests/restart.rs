@@ -209,12 +209,8 @@ fn another_build_takes_over_without_a_packet_in_between() {
 
 #[test]
 fn stopping_leaves_packets_flowing_and_says_so() {
-    let mut cluster = Cluster::without_vips(Shape::OneArm, 2).unwrap();
-    for apiserver in &mut cluster.apiservers {
-        apiserver.start().unwrap();
-    }
-    let mut settings = cluster.settings().unwrap();
-    settings.vip_mode = "own";
+    let cluster = Cluster::start_without_vips(Shape::OneArm, 2).unwrap();
+    let settings = cluster.settings_with_own_vips().unwrap();
     let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
     daemon.wait_ready(2).unwrap();
     require_served(&cluster, 5);
@@ -364,10 +360,8 @@ fn a_flow_table_that_does_not_fit_is_refused_with_what_is_different() {
 
 #[test]
 fn unloading_after_a_kill_leaves_nothing_of_ours_and_everything_of_others() {
-    let mut cluster = Cluster::without_vips(Shape::OneArm, 1).unwrap();
-    cluster.apiservers[0].start().unwrap();
-    let mut settings = cluster.settings().unwrap();
-    settings.vip_mode = "own";
+    let cluster = Cluster::start_without_vips(Shape::OneArm, 1).unwrap();
+    let settings = cluster.settings_with_own_vips().unwrap();
     let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
     daemon.wait_ready(1).unwrap();
     eventually(MOMENT, "the VIPs are there", || {
