@@ -16,6 +16,8 @@ pub mod call {
     pub const PROGRAM: u32 = 1;
     /// Calls the program, then frees the slot it chose.
     pub const PROGRAM_AND_FREE: u32 = 2;
+    /// Nothing, but what freeing a slot costs the wrapper.
+    pub const FREE: u32 = 3;
 }
 
 /// Which packets the wrapper writes.

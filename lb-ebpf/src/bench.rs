@@ -63,14 +63,20 @@ mod programs {
         if write(&context, plan, plan.first + flow).is_none() {
             return XDP_PASS;
         }
-        if plan.call == call::NOTHING {
-            return XDP_TX;
+        let ipv6 = plan.ipv6 != 0;
+        match plan.call {
+            call::NOTHING => XDP_TX,
+            call::FREE => {
+                free(&context, ipv6, false);
+                XDP_TX
+            }
+            call::PROGRAM_AND_FREE => {
+                let action = lb_ebpf::xdp::handle(&context);
+                free(&context, ipv6, true);
+                action
+            }
+            _ => lb_ebpf::xdp::handle(&context),
         }
-        let action = lb_ebpf::xdp::handle(&context);
-        if plan.call == call::PROGRAM_AND_FREE {
-            free(&context, plan.ipv6 != 0);
-        }
-        action
     }
 
     #[inline(always)]
@@ -135,23 +141,27 @@ mod programs {
         Be64::from_word(half.word() & 0xffff_ffff | u64::from(last.word()) << 32)
     }
 
-    /// Frees the slot that the packet's new source names.
+    /// Frees the slot that the packet's new source names. Or, where nobody has chosen one, does as much for nothing, with
+    /// a slot of the packet's destination.
     #[inline(always)]
-    fn free(context: &XdpContext, ipv6: bool) -> Option<()> {
+    fn free(context: &XdpContext, ipv6: bool, chosen: bool) -> Option<()> {
         let maps = KernelMaps;
         let frame = &mut XdpFrame::new(context);
         let config = maps.config()?;
-        if ipv6 {
-            let source = frame.at::<Ipv6>(NETWORK)?.source.map(Be64::word);
+        let word = if ipv6 {
+            let header = frame.at::<Ipv6>(NETWORK)?;
+            let address = if chosen { header.source } else { header.destination };
             let port = frame.at::<Tcp>(NETWORK + size_of::<Ipv6>())?.source.word();
-            let slot = process::slot::<V6, _>(&maps, config, source, port)?;
-            V6::meta(maps.set6(slot.set)?, slot.way).store(Meta::FREE.0);
+            let slot = process::slot::<V6, _>(&maps, config, address.map(Be64::word), port)?;
+            V6::meta(maps.set6(slot.set)?, slot.way)
         } else {
-            let source = [u64::from(frame.at::<Ipv4>(NETWORK)?.source.word()), 0];
+            let header = frame.at::<Ipv4>(NETWORK)?;
+            let address = if chosen { header.source } else { header.destination };
             let port = frame.at::<Tcp>(NETWORK + size_of::<Ipv4>())?.source.word();
-            let slot = process::slot::<V4, _>(&maps, config, source, port)?;
-            V4::meta(maps.set4(slot.set)?, slot.way).store(Meta::FREE.0);
-        }
+            let slot = process::slot::<V4, _>(&maps, config, [u64::from(address.word()), 0], port)?;
+            V4::meta(maps.set4(slot.set)?, slot.way)
+        };
+        word.store(if chosen { Meta::FREE.0 } else { word.load() });
         Some(())
     }
 

@@ -189,7 +189,10 @@ fn print_row(figure: &Figure, first: bool) {
     }
     let Figure { case, family, flows, ns, empty_ns } = figure;
     let ratio = f64::from(*ns) / f64::from(*empty_ns);
-    println!("{case:<20} {family:<5} {flows:>7} {ns:>6} {empty_ns:>6} {:>6} {ratio:>6.1}", ns - empty_ns);
+    println!(
+        "{case:<20} {family:<5} {flows:>7} {ns:>6} {empty_ns:>6} {:>6} {ratio:>6.1}",
+        ns.saturating_sub(*empty_ns)
+    );
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -283,12 +286,12 @@ impl Bench {
 
     /// The least of the rounds, with and without the program, in turns.
     fn measure(&mut self, case: Case, rounds: u32, packets: u32) -> Result<Figure> {
-        let (call, first) = match case {
-            Case::NewFlow => (call::PROGRAM_AND_FREE, 2 * FLOWS),
-            _ => (call::PROGRAM, 0),
+        let (call, nothing, first) = match case {
+            Case::NewFlow => (call::PROGRAM_AND_FREE, call::FREE, 2 * FLOWS),
+            _ => (call::PROGRAM, call::NOTHING, 0),
         };
         let with = self.plan(case, call, first, self.flows);
-        let without = Plan { call: call::NOTHING, ..with };
+        let without = Plan { call: nothing, ..with };
         let (mut ns, mut empty_ns) = (u32::MAX, u32::MAX);
         for _ in 0..rounds {
             empty_ns = empty_ns.min(self.run(&without, packets)?);
