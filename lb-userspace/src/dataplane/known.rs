@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
 };
 
@@ -14,7 +14,7 @@ use lb_common::{
     meta::{Kind, Meta},
 };
 
-use super::{Dataplane, Mapped, Port, Settings, pins::Pins, sets, words};
+use super::{Dataplane, Mapped, Port, Settings, address_of, pins::Pins, sets};
 
 /// Everything that has a number.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -206,8 +206,9 @@ impl Previous {
     /// Source addresses towards the backends, in the order that the flow table is divided by.
     pub fn snat_addresses(&self) -> Vec<IpAddr> {
         let (count4, count6) = (self.config.snat4_count as usize, self.config.snat6_count as usize);
-        let v4 = self.config.snat4.iter().take(count4).map(|word| address(family::IPV4, [(*word).into(), 0]));
-        let v6 = self.config.snat6.iter().take(count6).map(|words| address(family::IPV6, *words));
+        let v4 =
+            self.config.snat4.iter().take(count4).map(|word| address_of(family::IPV4, [(*word).into(), 0]));
+        let v6 = self.config.snat6.iter().take(count6).map(|words| address_of(family::IPV6, *words));
         v4.chain(v6).collect()
     }
 
@@ -260,25 +261,12 @@ fn ports_of(first: u32, count: u32) -> RangeInclusive<u16> {
 }
 
 pub(super) fn endpoint(family: u8, words: [u64; 2], port: u16) -> SocketAddr {
-    SocketAddr::new(address(family, words), u16::from_be(port))
-}
-
-/// The address that [`words`] made words of.
-fn address(family: u8, parts: [u64; 2]) -> IpAddr {
-    if family == family::IPV4 {
-        return Ipv4Addr::from((parts[0] as u32).to_ne_bytes()).into();
-    }
-    let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&parts[0].to_ne_bytes());
-    bytes[8..].copy_from_slice(&parts[1].to_ne_bytes());
-    let address = IpAddr::from(Ipv6Addr::from(bytes));
-    debug_assert_eq!(words(address), parts);
-    address
+    SocketAddr::new(address_of(family, words), u16::from_be(port))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::words, *};
 
     #[test]
     fn an_endpoint_is_what_it_was() {

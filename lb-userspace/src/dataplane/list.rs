@@ -1,9 +1,6 @@
 //! The flow table, listed for people: read from memory, a piece at a time, so that a large table keeps nobody waiting.
 
-use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
-    time::Duration,
-};
+use std::{net::SocketAddr, time::Duration};
 
 use lb_common::{
     flow::{Family, Slot, V4, V6},
@@ -11,7 +8,7 @@ use lb_common::{
     meta::{BACKEND_FIN, CLIENT_FIN, Kind, Meta, RESET},
 };
 
-use super::{Dataplane, DataplaneError, Mapped};
+use super::{Dataplane, DataplaneError, Mapped, address_of};
 
 /// What a slot in use is, for people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,15 +177,14 @@ fn list_set<F: Family>(
             continue;
         }
         let slot = Slot { set: index as u32, way };
-        let ipv6 = F::NUMBER == lb_common::layout::family::IPV6;
         let age = after.age(now);
         // A packet may have come since the clock was read.
         let age = if age > u16::MAX - 4 { 0 } else { age };
         more &= each(ListedFlow {
-            client: SocketAddr::new(address_of(address, ipv6), u16::from_be(port)),
+            client: SocketAddr::new(address_of(F::NUMBER, address), u16::from_be(port)),
             listener,
             backend: after.backend(),
-            source: SocketAddr::new(address_of(F::snat(config, slot.address()), ipv6), slot.port()),
+            source: SocketAddr::new(address_of(F::NUMBER, F::snat(config, slot.address())), slot.port()),
             state,
             idle: unit * u32::from(age),
         });
@@ -196,28 +192,9 @@ fn list_set<F: Family>(
     more
 }
 
-/// The inverse of [`super::words`].
-fn address_of([first, second]: [u64; 2], ipv6: bool) -> IpAddr {
-    if !ipv6 {
-        return Ipv4Addr::from((first as u32).to_ne_bytes()).into();
-    }
-    let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&first.to_ne_bytes());
-    bytes[8..].copy_from_slice(&second.to_ne_bytes());
-    bytes.into()
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{super::words, *};
-
-    #[test]
-    fn an_address_comes_back_from_its_words() {
-        for text in ["10.0.0.1", "255.254.253.252", "2001:db8::102", "fd00:1:2:3:4:5:6:7"] {
-            let address: IpAddr = text.parse().unwrap();
-            assert_eq!(address_of(words(address), address.is_ipv6()), address);
-        }
-    }
+    use super::*;
 
     #[test]
     fn a_slot_is_what_its_word_says() {

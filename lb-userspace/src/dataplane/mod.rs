@@ -24,7 +24,7 @@ mod signals;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::RangeInclusive,
     path::PathBuf,
     time::{Duration, Instant},
@@ -332,7 +332,7 @@ impl Dataplane {
         for (entry, port) in config.ports.iter_mut().zip(ports) {
             *entry = port.layout();
         }
-        // The count last: an entry is looked at only below it.
+        // A packet may meet the count before the entry: one of zeros is no packet's.
         config.port_count = ports.len() as u32;
         self.config.write(0, config);
         Ok(())
@@ -677,6 +677,17 @@ pub fn words(address: IpAddr) -> [u64; 2] {
     }
 }
 
+/// The address that [`words`] made words of.
+pub(crate) fn address_of(family: u8, words: [u64; 2]) -> IpAddr {
+    if family == family::IPV4 {
+        return Ipv4Addr::from((words[0] as u32).to_ne_bytes()).into();
+    }
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&words[0].to_ne_bytes());
+    bytes[8..].copy_from_slice(&words[1].to_ne_bytes());
+    Ipv6Addr::from(bytes).into()
+}
+
 fn family_of(address: IpAddr) -> u8 {
     if address.is_ipv4() { family::IPV4 } else { family::IPV6 }
 }
@@ -698,6 +709,14 @@ const _: () = assert!(BACKENDS as usize == u8::MAX as usize + 1);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_survives_being_words() {
+        for text in ["10.1.2.3", "255.254.253.252", "2001:db8:1:2:3:4:5:6"] {
+            let address: IpAddr = text.parse().unwrap();
+            assert_eq!(address_of(family_of(address), words(address)), address);
+        }
+    }
 
     #[test]
     fn buckets_are_dealt_out_evenly() {

@@ -1,10 +1,7 @@
 //! Flows that must end, and flows that may have ended: resetting them in the table, and what must be known of one to
 //! speak in the name of its ends. Nothing is sent here.
 
-use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    time::Duration,
-};
+use std::{net::SocketAddr, time::Duration};
 
 use ipnet::IpNet;
 use lb_common::{
@@ -15,7 +12,7 @@ use lb_common::{
     meta::{Kind, Meta},
 };
 
-use super::{Dataplane, DataplaneError, Mapped};
+use super::{Dataplane, DataplaneError, Mapped, address_of};
 
 /// Which flows. Every condition that is given must hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -268,13 +265,13 @@ impl Lookup<'_> {
             return None;
         }
         let end =
-            |address, port| SocketAddr::new(ip_address(F::NUMBER, address), Be16::from_word(port).get());
+            |address, port| SocketAddr::new(address_of(F::NUMBER, address), Be16::from_word(port).get());
         let learned = self.return_hop::<F>(slot);
         Some(Flow {
             client: end(address, port),
             listener: end(listener.address, listener.port),
             source: SocketAddr::new(
-                ip_address(F::NUMBER, F::snat(&self.config, slot.address())),
+                address_of(F::NUMBER, F::snat(&self.config, slot.address())),
                 slot.port(),
             ),
             backend: end(backend.address, backend.port),
@@ -316,24 +313,12 @@ impl Lookup<'_> {
     }
 }
 
-/// An address from the words that the maps have.
-fn ip_address(number: u8, words: [u64; 2]) -> IpAddr {
-    let [high, low] = words.map(u64::to_ne_bytes);
-    if number == family::IPV4 {
-        return Ipv4Addr::from((words[0] as u32).to_ne_bytes()).into();
-    }
-    let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&high);
-    bytes[8..].copy_from_slice(&low);
-    Ipv6Addr::from(bytes).into()
-}
-
 fn still_killed<F: Family>(flows: &Mapped<F::Set>, flow: &Flow) -> Option<u32> {
     let set = flows.get(flow.slot.set as usize)?;
     let word = || Meta(F::meta(set, flow.slot.way).load());
     let before = word();
     let (address, port, listener) = F::parts(F::load(set, flow.slot.way));
-    let client = SocketAddr::new(ip_address(F::NUMBER, address), Be16::from_word(port).get());
+    let client = SocketAddr::new(address_of(F::NUMBER, address), Be16::from_word(port).get());
     let last_ack = F::last_ack(set, flow.slot.way).load();
     let same = before.is(Kind::Killed)
         && word().same_owner(before)
@@ -353,19 +338,4 @@ fn release<F: Family>(flows: &Mapped<F::Set>, backend: u8, now: u16) -> u64 {
         }
     }
     released
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::dataplane::words;
-
-    #[test]
-    fn an_address_survives_being_words() {
-        for text in ["10.1.2.3", "2001:db8:1:2:3:4:5:6"] {
-            let address: IpAddr = text.parse().unwrap();
-            let number = if address.is_ipv4() { family::IPV4 } else { family::IPV6 };
-            assert_eq!(ip_address(number, words(address)), address);
-        }
-    }
 }
