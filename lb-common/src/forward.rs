@@ -97,16 +97,19 @@ fn known<A: Family, M: Maps>(
     let clock = Clock::read(maps, context.config);
     match transition::client(meta, segment, clock.seen) {
         Step::Set(flags) => {
-            if segment.has(tcp_flag::RST) {
+            let before = Meta(word.fetch_or(flags));
+            // Of two that see it at the same time one notes it.
+            if segment.has(tcp_flag::RST) && !before.has(flags) {
                 end::<A, M>(maps, Happening::ResetByClient, query, found);
             }
-            meta = Meta(word.fetch_or(flags)).with(flags);
+            meta = before.with(flags);
         }
         Step::Finish { flag, other, closed } => {
-            if !meta.has(other) {
+            let before = Meta(word.fetch_or(flag));
+            if !before.has(other) && !before.has(flag) {
                 end::<A, M>(maps, Happening::ClosedByClient, query, found);
             }
-            meta = finish(word, flag, other, closed);
+            meta = close(word, before.with(flag), other, closed);
         }
         Step::Reopen => return reopen::<A, M>(maps, context, listener, query, found, clock),
         Step::Return if !accepts(maps, meta) => {
@@ -143,10 +146,9 @@ fn end<A: Family, M: Maps>(maps: &M, happening: Happening, query: &Query<A::Tupl
     maps.note(note::<A>(happening, query).of(meta.backend()).at(found.slot()).detail(state(meta)));
 }
 
-/// Notes one side's FIN; when the other's is there as well, the flow is closed.
+/// Closes a flow, with one side's FIN noted in its word `meta`, if the `other`'s is there as well.
 #[inline(always)]
-pub fn finish(word: &crate::cell::Cell32, flag: u32, other: u32, closed: Kind) -> Meta {
-    let mut meta = Meta(word.fetch_or(flag)).with(flag);
+pub fn close(word: &crate::cell::Cell32, mut meta: Meta, other: u32, closed: Kind) -> Meta {
     // The word may be refreshed or cleared of a RST meanwhile; a slot that stays open here is closed by the reaper.
     for _ in 0..2 {
         if !meta.has(other) || meta.is_closed() {

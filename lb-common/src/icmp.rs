@@ -167,6 +167,10 @@ fn to_client<A: Family, M: Maps>(
         return None;
     }
     let (address, port, listener_id) = A::parts(A::load(ways, slot.way));
+    // A claimer may have come between: the slot is another flow's now.
+    if !Meta(A::meta(ways, slot.way).load()).same_owner(meta) {
+        return None;
+    }
     let listener = maps.listener(listener_id)?;
     Some(Target {
         service: listener.service,

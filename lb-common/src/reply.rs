@@ -4,7 +4,7 @@ use crate::{
     black_box::{Happening, Note, state},
     checksum::{Delta, sum64},
     flow::{Clock, Family, Slot},
-    forward::finish,
+    forward::close,
     frame::Frame,
     headers::{Be16, tcp_flag},
     layout::{Backend, Config, Listener, NextHop, PORTS},
@@ -101,16 +101,19 @@ fn step<A: Family, F: Frame, M: Maps>(
     }
     match transition::backend(meta, &segment) {
         Step::Set(flags) => {
-            if segment.has(tcp_flag::RST) {
+            let before = Meta(word.fetch_or(flags));
+            // Of two that see it at the same time one notes it.
+            if segment.has(tcp_flag::RST) && !before.has(flags) {
                 maps.note(client.note::<A>(Happening::ResetByBackend, meta));
             }
-            meta = Meta(word.fetch_or(flags)).with(flags);
+            meta = before.with(flags);
         }
         Step::Finish { flag, other, closed } => {
-            if !meta.has(other) {
+            let before = Meta(word.fetch_or(flag));
+            if !before.has(other) && !before.has(flag) {
                 maps.note(client.note::<A>(Happening::ClosedByBackend, meta));
             }
-            meta = finish(word, flag, other, closed);
+            meta = close(word, before.with(flag), other, closed);
         }
         Step::Become(next) => {
             if word.compare_exchange(meta.0, next.0) == meta.0 {
@@ -158,8 +161,9 @@ fn second_chance<A: Family, M: Maps>(
             return Err(Outcome::SecondChance);
         }
     }
-    maps.note(client.note::<A>(Happening::RefusedByBackend, meta));
-    word.compare_exchange(meta.0, meta.become_kind(Kind::ClosedByClient).0);
+    if word.compare_exchange(meta.0, meta.become_kind(Kind::ClosedByClient).0) == meta.0 {
+        maps.note(client.note::<A>(Happening::RefusedByBackend, meta));
+    }
     Ok(())
 }
 
