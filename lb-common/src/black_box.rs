@@ -316,26 +316,28 @@ pub struct Written {
     pub lap: u16,
 }
 
-/// Appends to a ring of `mask + 1` places, of which `place` gives each. Nobody else may append to the same ring meanwhile.
+/// Appends to a ring of 2^`bits` places, of which `place` gives each. Nobody else may append to the same ring meanwhile.
 #[inline(always)]
-pub fn append<'a>(place: impl Fn(u32) -> Option<&'a Record>, mask: u32, note: &Note, jiffies: u64) {
+pub fn append<'a>(place: impl Fn(u32) -> Option<&'a Record>, bits: u32, note: &Note, jiffies: u64) {
+    let mask = (1 << bits) - 1;
     let Some(head) = place(0) else { return };
     let next = head.what.load();
     // The first place is the head's.
     let number = next + u64::from(next as u32 & mask == 0);
     head.what.store(number + 1);
     if let Some(record) = place(number as u32 & mask) {
-        let lap = number >> mask.trailing_ones() & 0xffff;
+        let lap = number >> bits & 0xffff;
         record.write(note, jiffies << JIFFIES | u64::from(note.other) << OTHER | lap);
     }
 }
 
 /// The records of a ring, the oldest first.
-pub fn in_order<'a>(place: impl Fn(u32) -> Option<&'a Record>, mask: u32) -> impl Iterator<Item = Written> {
+pub fn in_order<'a>(place: impl Fn(u32) -> Option<&'a Record>, bits: u32) -> impl Iterator<Item = Written> {
+    let mask = (1 << bits) - 1;
     let next = place(0).map_or(0, |head| head.what.load());
     let first = next.saturating_sub(u64::from(mask) + 1);
     (first..next).filter_map(move |number| {
-        let lap = (number >> mask.trailing_ones()) as u16;
+        let lap = (number >> bits) as u16;
         let at = number as u32 & mask;
         // One that was overwritten meanwhile belongs at the end, where it is not looked for: it is too new.
         place(at).filter(|_| at != 0)?.read().filter(|written| written.lap == lap)
@@ -350,10 +352,10 @@ mod tests {
     use super::*;
     use crate::flow::{V4, V6};
 
-    const MASK: u32 = 7;
+    const BITS: u32 = 3;
 
     fn ring() -> Vec<Record> {
-        (0..=MASK).map(|_| Record::default()).collect()
+        (0..1 << BITS).map(|_| Record::default()).collect()
     }
 
     fn note(number: u64) -> Note {
@@ -361,7 +363,7 @@ mod tests {
     }
 
     fn numbers(ring: &[Record]) -> Vec<u64> {
-        in_order(|at| ring.get(at as usize), MASK).map(|written| written.note.what).collect()
+        in_order(|at| ring.get(at as usize), BITS).map(|written| written.note.what).collect()
     }
 
     #[test]
@@ -400,23 +402,23 @@ mod tests {
         let ring = ring();
         assert_eq!(numbers(&ring), [] as [u64; 0]);
         for count in 1..=40 {
-            append(|at| ring.get(at as usize), MASK, &note(count), 1000 + count);
+            append(|at| ring.get(at as usize), BITS, &note(count), 1000 + count);
             let expected: Vec<_> = (count.saturating_sub(6).max(1)..=count).collect();
             assert_eq!(numbers(&ring), expected);
         }
-        let last = in_order(|at| ring.get(at as usize), MASK).last().unwrap();
+        let last = in_order(|at| ring.get(at as usize), BITS).last().unwrap();
         assert_eq!((last.note, last.jiffies), (note(40), 1040));
     }
 
     #[test]
     fn a_record_that_is_being_written_is_none() {
         let ring = ring();
-        append(|at| ring.get(at as usize), MASK, &note(1), 1000);
-        append(|at| ring.get(at as usize), MASK, &note(2), 1000);
+        append(|at| ring.get(at as usize), BITS, &note(1), 1000);
+        append(|at| ring.get(at as usize), BITS, &note(2), 1000);
         ring[2].when.store(0);
         assert_eq!(numbers(&ring), [1]);
         // The writer was stopped for good, and the ring goes on.
-        append(|at| ring.get(at as usize), MASK, &note(3), 1001);
+        append(|at| ring.get(at as usize), BITS, &note(3), 1001);
         assert_eq!(numbers(&ring), [1, 3]);
     }
 
@@ -434,10 +436,10 @@ mod tests {
     #[test]
     fn a_record_that_was_overtaken_is_left_out() {
         let ring = ring();
-        (1..=7).for_each(|number| append(|at| ring.get(at as usize), MASK, &note(number), 1000));
+        (1..=7).for_each(|number| append(|at| ring.get(at as usize), BITS, &note(number), 1000));
         // As if the head had been read before the writer came round.
         let head = ring[0].what.load();
-        (8..=10).for_each(|number| append(|at| ring.get(at as usize), MASK, &note(number), 1000));
+        (8..=10).for_each(|number| append(|at| ring.get(at as usize), BITS, &note(number), 1000));
         ring[0].what.store(head);
         assert_eq!(numbers(&ring), [4, 5, 6, 7]);
     }

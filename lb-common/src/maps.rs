@@ -54,6 +54,12 @@ pub trait Maps: Copy {
     /// An IPv6 set's overflow mark.
     fn overflow6(&self, set: u32) -> Option<&Cell8>;
 
+    /// The same number. A compiler that knows where it comes from makes branches of arithmetic with it.
+    #[inline(always)]
+    fn opaque(&self, number: u32) -> u32 {
+        number
+    }
+
     /// Calls the step with 0, 1, … until it is done, `count` times at most.
     fn repeat<S: Step>(&self, count: u32, step: &mut S) {
         for index in 0..count {
@@ -96,6 +102,11 @@ pub trait Maps: Copy {
     /// [`flow::find_in`], in a function of its own.
     fn find_in<F: Family>(&self, query: &Query<F::Tuple>, candidates: u32, except: Slot) -> Found {
         flow::find_in::<F, Self>(self, query, candidates, except)
+    }
+
+    /// [`flow::claim_free`], in a function of its own.
+    fn claim_free<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer) -> Claim {
+        flow::claim_free::<F, Self>(self, query, claimer)
     }
 
     /// [`flow::choose`], in a function of its own.

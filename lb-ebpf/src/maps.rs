@@ -79,15 +79,20 @@ static CLOCK: Array<u64, 1, MAPPED> = Array::new();
 #[btf_map]
 static BLACK_BOX: Array<Record, { RECORDS_MIN as usize }, MAPPED> = Array::new();
 
-/// Places of a ring, less one.
+/// Places of a ring, the power of two.
 #[unsafe(no_mangle)]
-static BLACK_BOX_MASK: Global<u32> = Global::new(RECORDS_MIN - 1);
+static BLACK_BOX_BITS: Global<u32> = Global::new(RECORDS_MIN.trailing_zeros());
 
 /// The maps.
 #[derive(Clone, Copy)]
 pub struct KernelMaps;
 
 impl Maps for KernelMaps {
+    #[inline(always)]
+    fn opaque(&self, number: u32) -> u32 {
+        laundered(number.into()) as u32
+    }
+
     #[inline(always)]
     fn repeat<S: Step>(&self, count: u32, step: &mut S) {
         // SAFETY: the helper calls the callback with `step`, which outlives the call.
@@ -140,6 +145,16 @@ impl Maps for KernelMaps {
             subprograms::flow4_find(query.cast(), candidates, except)
         } else {
             subprograms::flow6_find(query.cast(), candidates, except)
+        }))
+    }
+
+    #[inline(always)]
+    fn claim_free<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer) -> Claim {
+        let query = (&raw const *query).cast::<()>();
+        Claim::from_word(laundered(if F::NUMBER == family::IPV4 {
+            subprograms::flow4_claim_free(query.cast(), claimer)
+        } else {
+            subprograms::flow6_claim_free(query.cast(), claimer)
         }))
     }
 
@@ -342,10 +357,10 @@ pub fn allows(service: u16, client: [u64; 2]) -> bool {
 /// Writes into this CPU's ring of the black box.
 #[inline(always)]
 pub fn note(note: &Note) {
-    let mask = BLACK_BOX_MASK.load();
+    let bits = BLACK_BOX_BITS.load() & 31;
     // SAFETY: takes nothing; inlined by the kernel.
-    let ring = unsafe { bpf_get_smp_processor_id() } * (mask + 1);
-    black_box::append(|place| BLACK_BOX.get(ring + place), mask, note, KernelMaps.jiffies());
+    let ring = unsafe { bpf_get_smp_processor_id() } << bits;
+    black_box::append(|place| BLACK_BOX.get(ring + place), bits, note, KernelMaps.jiffies());
 }
 
 /// Leaves the tick counter where the daemon can read it.

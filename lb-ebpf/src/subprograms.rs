@@ -8,7 +8,7 @@
 use aya_ebpf::{bindings::xdp_md, programs::XdpContext};
 use lb_common::{
     black_box::Note,
-    flow::{Choice, Claim, Claimer, Family, Found, Query, V4, V6, choose, find_in, take},
+    flow::{Choice, Claim, Claimer, Family, Found, Query, V4, V6, choose, claim_free, find_in, take},
     forward,
     hash::FlowHash,
     icmp,
@@ -160,7 +160,7 @@ pub(crate) extern "C" fn map_note(high: u64, low: u64, what: u64, other: u64) ->
 }
 
 macro_rules! subprograms {
-    ($family:ty, $find:ident, $choose:ident, $take:ident, $segments:ident, $icmp:ident, $refuse:ident) => {
+    ($family:ty, $find:ident, $free:ident, $choose:ident, $take:ident, $segments:ident, $icmp:ident, $refuse:ident) => {
         /// See [`segments`].
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -202,6 +202,20 @@ macro_rules! subprograms {
             find_in::<$family, _>(&KernelMaps, query, candidates, except).word()
         }
 
+        /// See [`claim_free`]; the result is packed.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub(crate) extern "C" fn $free(
+            query: *const Query<<$family as Family>::Tuple>,
+            claimer: *const Claimer,
+        ) -> u64 {
+            // SAFETY: null, or the caller's structures.
+            let (Some(query), Some(claimer)) = (unsafe { (query.as_ref(), claimer.as_ref()) }) else {
+                return Claim::UNDECIDED.word();
+            };
+            claim_free::<$family, _>(&KernelMaps, query, claimer).word()
+        }
+
         /// See [`choose`]; the result is packed.
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -233,5 +247,23 @@ macro_rules! subprograms {
     };
 }
 
-subprograms!(V4, flow4_find, flow4_choose, flow4_take, frame4_segments, frame4_icmp, frame4_refuse);
-subprograms!(V6, flow6_find, flow6_choose, flow6_take, frame6_segments, frame6_icmp, frame6_refuse);
+subprograms!(
+    V4,
+    flow4_find,
+    flow4_claim_free,
+    flow4_choose,
+    flow4_take,
+    frame4_segments,
+    frame4_icmp,
+    frame4_refuse
+);
+subprograms!(
+    V6,
+    flow6_find,
+    flow6_claim_free,
+    flow6_choose,
+    flow6_take,
+    frame6_segments,
+    frame6_icmp,
+    frame6_refuse
+);

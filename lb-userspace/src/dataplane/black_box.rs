@@ -19,12 +19,12 @@ use lb_common::{
 use super::{Dataplane, DataplaneError, Flow, Mapped, mapped, words};
 
 pub(super) const MAP: &str = "BLACK_BOX";
-const MASK: &str = "BLACK_BOX_MASK";
+const BITS: &str = "BLACK_BOX_BITS";
 
 /// How long the rings are, as the program and the map must know before they are loaded.
 pub(super) struct Size {
     rings: u32,
-    last_record: u32,
+    bits: u32,
 }
 
 impl Size {
@@ -32,19 +32,19 @@ impl Size {
     pub(super) fn of_host() -> Result<Self, DataplaneError> {
         let error = |(call, source)| DataplaneError::System { call, source };
         let rings = aya::util::nr_cpus().map_err(error)? as u32 + 1;
-        Ok(Self { rings, last_record: records(rings) - 1 })
+        Ok(Self { rings, bits: records(rings).trailing_zeros() })
     }
 
     /// The map's name, and its entries.
     pub(super) fn map_size(&self) -> (&'static str, u32) {
-        (MAP, self.rings * (self.last_record + 1))
+        (MAP, self.rings << self.bits)
     }
 
     /// Tells the loader.
     pub(super) fn apply<'a>(&'a self, loader: &mut aya::EbpfLoader<'a>) {
         let (name, entries) = self.map_size();
         loader.map_max_entries(name, entries);
-        loader.override_global(MASK, &self.last_record, true);
+        loader.override_global(BITS, &self.bits, true);
     }
 }
 
@@ -68,18 +68,19 @@ impl BlackBox {
         Ok(Self { places, rings })
     }
 
-    fn mask(&self) -> u32 {
-        (self.places.len() / self.rings) as u32 - 1
+    /// Places of a ring, the power of two.
+    fn bits(&self) -> u32 {
+        (self.places.len() / self.rings).trailing_zeros()
     }
 
     fn place(&self, ring: usize, place: u32) -> Option<&Record> {
-        self.places.get(ring * (self.mask() as usize + 1) + place as usize)
+        self.places.get((ring << self.bits()) + place as usize)
     }
 
     /// Writes into the daemon's ring, at a time in jiffies.
     pub(super) fn note(&self, note: &Note, jiffies: u64) {
         let own = self.rings - 1;
-        append(|place| self.place(own, place), self.mask(), note, jiffies);
+        append(|place| self.place(own, place), self.bits(), note, jiffies);
     }
 
     /// Notes which time of day it is, for those who read the records.
@@ -99,10 +100,10 @@ impl BlackBox {
 
     /// Everything that is written.
     pub fn read(&self) -> Rings {
-        let entries = |ring| in_order(move |place| self.place(ring, place), self.mask());
+        let entries = |ring| in_order(move |place| self.place(ring, place), self.bits());
         Rings {
             rings: (0..self.rings).map(|ring| entries(ring).filter_map(Entry::of).collect()).collect(),
-            capacity: self.rings * self.mask() as usize,
+            capacity: self.rings * ((1 << self.bits()) - 1),
         }
     }
 }
