@@ -197,12 +197,16 @@ fn send<A: Family, F: Frame>(
     if A::NUMBER == family::IPV4 && !ipv4_checksum_holds(frame, packet) {
         return Err(Outcome::BadChecksum);
     }
-    if target.hop == NextHop::UNKNOWN {
+    let hop = match target.hop {
+        NextHop::UNKNOWN => NextHop(frame.routed(A::NUMBER, target.source)),
+        hop => hop,
+    };
+    if hop == NextHop::UNKNOWN {
         return Err(Outcome::NextHopUnknown);
     }
     rewrite_quoted::<A, F>(frame, packet, quoted, target).ok_or(Outcome::Malformed)?;
     rewrite::network(frame, packet, target.from, target.source).ok_or(Outcome::Malformed)?;
-    rewrite::deliver(frame, config, link, target.hop)
+    rewrite::deliver(frame, config, link, hop)
 }
 
 /// Rewrites what is quoted, and the ICMP checksum that covers it.

@@ -6,7 +6,7 @@ use lb_common::{
 };
 use lb_tests::{
     lab::Lab,
-    packets::{Change, Frame, Ip, LB_MAC, LOOPBACK, ROUTER_MAC, Shape, World},
+    packets::{Change, Frame, Icmp, Ip, LB_MAC, LOOPBACK, ROUTER_MAC, Shape, World},
 };
 use nix::net::if_::if_nametoindex;
 
@@ -97,13 +97,18 @@ fn a_client_whose_router_was_not_remembered_is_answered_by_the_route() {
             fill_learned_hops(&mut world);
             let syn = world.run(&Frame::syn(client, ip.listener()).bytes());
             assert!(syn.events.contains(&Event::NextHopOverflow));
-            let answer = world.flow(client, ip.listener(), &syn).from_backend();
+            let flow = world.flow(client, ip.listener(), &syn);
+            let answer = flow.from_backend();
             // The kernel looks up routes only for hosts that forward.
             assert_eq!(world.run(&answer.bytes()).outcome, Outcome::NextHopUnknown);
             host.forward().unwrap();
             let exchange = world.run(&answer.bytes());
             assert_eq!((exchange.outcome, exchange.redirected), (Outcome::Replied, true));
             assert_eq!(exchange.translated(&answer).macs, (LB_MAC, ROUTER_MAC));
+            // So is what a router says about its requests, as they look on the backends' side.
+            let request = Frame::new(flow.snat, ip.backend(flow.backend));
+            let exchange = world.run(&Icmp::too_big(ip.router(), &request, 8).bytes());
+            assert_eq!((exchange.outcome, exchange.redirected), (Outcome::IcmpTranslated, true));
         })
         .unwrap();
     }
