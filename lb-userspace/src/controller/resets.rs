@@ -490,11 +490,52 @@ impl Backend {
     /// What the vigil over its service looks at; `heard` is how long ago it sent payload to a client.
     fn sighting(&self, heard: Option<Duration>, now: Instant) -> Sighting {
         let answers = !matches!(self.report.outcome, Outcome::Local | Outcome::Fail(Failure::Silent));
+        // Whoever is this very host answers through no link, and proves nothing about ours.
+        let is_proof = answers && !self.local && self.since.is_some();
         Sighting {
             id: self.id.into(),
             silent_since: self.silent_since,
-            answered: (answers && self.since.is_some()).then_some(self.checked),
+            answered: is_proof.then_some(self.checked),
             heard: heard.and_then(|ago| now.checked_sub(ago)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::backends::tests::backends, *};
+
+    const RESET_AFTER: Duration = Duration::from_secs(5);
+
+    /// Lets a minute pass in which all remote backends are silent and local ones answer. Who dies.
+    fn deaths(backends: &mut [Backend]) -> Vec<usize> {
+        let begin = Instant::now();
+        let mut vigil = Vigil::new(RESET_AFTER);
+        let mut deaths = Vec::new();
+        for tenths in 0..600 {
+            let now = begin + Duration::from_millis(100) * tenths;
+            for backend in backends.iter_mut().filter(|backend| backend.since.is_some()) {
+                backend.checked = now;
+            }
+            let seen: Vec<_> = backends.iter().map(|backend| backend.sighting(None, now)).collect();
+            deaths.extend(vigil.judge(&seen, now));
+        }
+        deaths
+    }
+
+    #[test]
+    fn our_own_apiserver_is_no_proof_that_it_is_not_us() {
+        let mut backends = backends(&["10.0.0.1:6443", "10.0.0.2:6443", "10.0.0.3:6443"]);
+        for backend in &mut backends {
+            backend.state = State::Silent;
+            backend.since = Some(std::time::SystemTime::now());
+            backend.silent_since = Some(Instant::now());
+            backend.report = CheckReport::new(Outcome::Fail(Failure::Silent), CheckCode::L4Tout);
+        }
+        (backends[0].state, backends[0].silent_since) = (State::Ready, None);
+        backends[0].report = CheckReport::new(Outcome::Pass, CheckCode::L7Ok);
+        assert_eq!(deaths(&mut backends), [2, 3], "somebody else answers: it is they");
+        backends[0].local = true;
+        assert_eq!(deaths(&mut backends), [0_usize; 0], "only our own kernel answers: it may be our link");
     }
 }
