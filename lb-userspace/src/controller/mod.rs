@@ -24,6 +24,7 @@ mod selection;
 mod services;
 mod status;
 mod steps;
+mod transitions;
 mod witness;
 
 use std::{
@@ -44,7 +45,7 @@ use crate::{
     admin::{Events, JournalKind, ProbeTarget, Request, Unloaded},
     config::{Config, VipMode, XdpMode},
     dataplane::{Attached, Dataplane, DataplaneError, Mode, Reaped, Target},
-    health::{self, Event, State, transition_line},
+    health::{self, Event, State, Transition},
     names::Names,
     network::{Change, Network, XdpAttachMode, offloads, used_tcp_ports},
     systemd,
@@ -527,10 +528,11 @@ impl Controller {
 
     /// Returns the family of the backend.
     fn observe(&mut self, event: &Event) -> Option<bool> {
-        let backend = self.backends.iter_mut().find(|backend| backend.target == event.id)?;
+        let index = self.backends.iter().position(|backend| backend.target == event.id)?;
+        let backend = &mut self.backends[index];
         let before = backend.clone();
         backend.observe(event, Instant::now());
-        let (ipv6, name) = (backend.address.is_ipv6(), backend.name.clone());
+        let ipv6 = backend.address.is_ipv6();
         if event.report.outcome == health::Outcome::Pass
             && let Some(witness) = self.witnesses.get_mut(&backend.id)
         {
@@ -539,18 +541,8 @@ impl Controller {
         self.consider_asking(event, &before);
         if let Some(transition) = &event.transition {
             // The checks know of no death.
-            let transition = &health::Transition { from: before.state, ..transition.clone() };
-            let of_service = || self.backends.iter().filter(|it| it.target.service == event.id.service);
-            let ready = of_service().filter(|backend| backend.state == State::Ready).count();
-            let service = self.services[event.id.service].name.clone();
-            let line = transition_line(&service, &name, transition, ready, of_service().count());
-            if transition.is_down() {
-                tracing::warn!("{line}");
-            } else {
-                tracing::info!("{line}");
-            }
-            self.journal.note(JournalKind::Check, Some((&service, &name)), line);
-            systemd::status(&self.short_summary());
+            let transition = Transition { from: before.state, ..transition.clone() };
+            self.tell_transition(index, &transition);
         }
         Some(ipv6)
     }

@@ -25,6 +25,8 @@ pub struct FlowFilter {
     pub client: Option<IpNet>,
     /// The client's port.
     pub client_port: Option<u16>,
+    /// What the client connected to is one of these addresses.
+    pub vips: Option<Vec<IpAddr>>,
 }
 
 impl FlowFilter {
@@ -37,6 +39,7 @@ impl FlowFilter {
         (self.service.is_none() || self.service == flow.service)
             && self.client.is_none_or(|net| net.contains(&flow.client.ip()))
             && self.client_port.is_none_or(|port| port == flow.client.port())
+            && self.vips.as_ref().is_none_or(|vips| vips.contains(&flow.listener.ip()))
     }
 }
 
@@ -338,4 +341,24 @@ fn release<F: Family>(flows: &Mapped<F::Set>, backend: u8, now: u16) -> u64 {
         }
     }
     released
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flow_is_wanted_where_every_condition_holds() {
+        let [here, elsewhere] =
+            ["10.0.0.100:6443", "[fd00::100]:6443"].map(|it| it.parse::<SocketAddr>().unwrap());
+        let flow = |listener: SocketAddr| Flow::example("10.0.0.7:40001".parse().unwrap(), listener);
+        let all = FlowFilter::default();
+        assert!(all.wants(&flow(here)) && all.wants(&flow(elsewhere)));
+        let of_vip = FlowFilter { vips: Some(vec![here.ip(), "127.0.0.1".parse().unwrap()]), ..all.clone() };
+        assert!(of_vip.wants(&flow(here)) && !of_vip.wants(&flow(elsewhere)), "whose VIP is on another host");
+        let of_another = FlowFilter { service: Some(1), ..of_vip };
+        assert!(!of_another.wants(&flow(here)));
+        let of_port = FlowFilter { client_port: Some(40002), ..all };
+        assert!(!of_port.wants(&flow(here)));
+    }
 }
