@@ -268,6 +268,7 @@ impl Controller {
     }
 
     fn obey_orders(&mut self) {
+        self.carry_orders_over(&self.config.clone());
         for backend in &mut self.backends {
             let service = &self.services[backend.target.service].name;
             backend.obey(&self.orders.about(service, backend.address));
@@ -477,7 +478,7 @@ impl Controller {
                     Request::SetState(order, by, answer) => drop(answer.send(self.set_state(&order, by))),
                     Request::SetWeight(order, by, answer) => drop(answer.send(self.set_weight(&order, by))),
                     Request::Flows(filter, from, answer) => drop(answer.send(self.flow_page(&filter, from))),
-                    Request::Kill(order, by, answer) => drop(answer.send(self.kill_flows(&order, by))),
+                    Request::Kill(order, by, answer) => self.begin_kill(&order, by, answer),
                     Request::Events(answer) => {
                         drop(answer.send(Events { events: self.journal.events().cloned().collect() }));
                     }

@@ -294,6 +294,7 @@ impl Controller {
         self.ports = ports;
         self.write_ports();
         self.resets.watch_over(&self.services, std::time::Instant::now());
+        self.carry_orders_over(&config);
         let awaited = self.merge_backends(backends);
         self.update_checks();
         self.resolve().await;
@@ -318,8 +319,10 @@ impl Controller {
         for mut backend in new {
             let same = |it: &&backends::Backend| it.target == backend.target;
             let known = before.iter().find(same).or_else(|| before.iter().find(|it| it.id == backend.id));
-            if let Some(known) = known {
-                backend.take_over(known);
+            match known {
+                Some(known) => backend.take_over(known),
+                // It was removed, and has come back before its flows were all ended for that.
+                None => self.spare_flows_of(backend.id),
             }
             let service = &self.services[backend.target.service].name;
             backend.obey(&self.orders.about(service, backend.address));

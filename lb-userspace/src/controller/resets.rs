@@ -18,7 +18,7 @@ use lb_common::{
     kill::KILLED_QUARANTINE,
 };
 
-use super::{Controller, backends::Backend, services::Services};
+use super::{Controller, backends::Backend, endings::Kill, services::Services};
 use crate::{
     config::OnDead,
     dataplane::{Account, DataplaneError, Flow, FlowFilter, Walk},
@@ -44,6 +44,8 @@ pub(super) struct Resets {
     /// By number of the service.
     watches: BTreeMap<usize, Watch>,
     jobs: VecDeque<Job>,
+    /// A batch of each in turn.
+    kills: VecDeque<Kill>,
     repeats: Repeats<Flow>,
     /// Since when backends have been ready, by id.
     ready_since: BTreeMap<u8, Instant>,
@@ -123,6 +125,7 @@ impl Resets {
             wire: Wire::open()?,
             watches: BTreeMap::new(),
             jobs: VecDeque::new(),
+            kills: VecDeque::new(),
             repeats: Repeats::default(),
             ready_since: BTreeMap::new(),
             due: now,
@@ -183,6 +186,22 @@ impl Resets {
         self.due = now;
     }
 
+    /// Begins, or goes on, to reset what an operator ends.
+    pub(super) fn begin_kill(&mut self, kill: Kill) {
+        self.kills.push_back(kill);
+        self.hurry();
+    }
+
+    /// Whose turn it is.
+    pub(super) fn next_kill(&mut self) -> Option<Kill> {
+        self.kills.pop_front()
+    }
+
+    /// Whether the flows of a backend are being reset although it lives.
+    pub(super) fn is_ending(&self, backend: u8) -> bool {
+        self.jobs.iter().any(|job| (job.work, job.backend) == (Work::End, backend))
+    }
+
     /// What was sent, or why not, once.
     fn heed(&mut self, sent: io::Result<()>) {
         if let Some(error) = self.voice.heed(sent) {
@@ -226,26 +245,14 @@ impl Controller {
                 self.resets.heed(sent);
             }
         }
+        self.go_on_killing(now);
         self.resets.voice.end_of_turn();
         self.release_killed(now);
         let soon = watching.then_some(now + WATCHED);
         let jobs = self.resets.jobs.iter().map(|job| job.at.max(now + SOON)).min();
-        let next = [soon, jobs, self.resets.repeats.next()].into_iter().flatten().min();
+        let kills = (!self.resets.kills.is_empty()).then_some(now + SOON);
+        let next = [soon, jobs, kills, self.resets.repeats.next()].into_iter().flatten().min();
         self.resets.due = next.map_or(now + LATER, |next| next.min(now + LATER));
-    }
-
-    /// Resets the flows that `filter` wants, all at once, whatever their service says about dead backends, and tells both of
-    /// their ends. How many it were.
-    pub fn kill(&mut self, filter: &FlowFilter) -> Result<usize, DataplaneError> {
-        let now = Instant::now();
-        let flows = self.dataplane.kill_flows(filter, &mut Walk::default(), usize::MAX)?;
-        let count = flows.len();
-        self.write_down(&flows, Account::Killed(Verdict::Operator));
-        for flow in flows {
-            self.tell_both(flow, now);
-        }
-        self.resets.hurry();
-        Ok(count)
     }
 
     /// For `sheave why`. What is done to the flows does not depend on it.
@@ -394,7 +401,13 @@ impl Controller {
     fn batch(&mut self, job: &mut Job, now: Instant) -> Result<(), DataplaneError> {
         // Both may change while a backend is dead.
         let vips = self.vips_here();
-        if job.work == Work::Reset && (vips.is_empty() || !self.resets_the_dead(job.service)) {
+        let waits = match job.work {
+            Work::Reset => vips.is_empty() || !self.resets_the_dead(job.service),
+            // There is nobody else meanwhile.
+            Work::End => self.is_chosen(job.backend),
+            Work::Ask => false,
+        };
+        if waits {
             job.at = now + AGAIN;
             return Ok(());
         }
@@ -429,7 +442,7 @@ impl Controller {
     }
 
     /// What is left to do. A dead backend's flows are looked for as long as it is dead.
-    fn after(&self, job: Job, now: Instant) -> Option<Job> {
+    fn after(&mut self, job: Job, now: Instant) -> Option<Job> {
         let name = || {
             let backend = self.backends.iter().find(|backend| backend.id == job.backend);
             let service = self.services.get(job.service);
@@ -452,6 +465,7 @@ impl Controller {
             }
             Work::End => {
                 tracing::info!("{} flows of {} were reset", job.count, name());
+                self.flows_have_ended(job.backend);
                 None
             }
             Work::Reset => {
@@ -460,6 +474,14 @@ impl Controller {
                 }
                 Some(Job { walk: Walk::default(), count: 0, at: now + AGAIN, ..job })
             }
+        }
+    }
+
+    /// Writes down that an operator has reset these flows, and tells both of their ends.
+    pub(super) fn tell_killed(&mut self, flows: Vec<Flow>, now: Instant) {
+        self.write_down(&flows, Account::Killed(Verdict::Operator));
+        for flow in flows {
+            self.tell_both(flow, now);
         }
     }
 

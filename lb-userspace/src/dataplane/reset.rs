@@ -14,6 +14,9 @@ use lb_common::{
 
 use super::{Dataplane, DataplaneError, Mapped, address_of};
 
+/// Sets that are looked at in one go: a megabyte of IPv4's table. The daemon has other work, too.
+const SETS: usize = 16_384;
+
 /// Which flows. Every condition that is given must hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FlowFilter {
@@ -126,7 +129,8 @@ pub struct Hop {
 }
 
 impl Dataplane {
-    /// Resets flows, about `limit` of them (never more than a set's ways above), from `cursor` on. They are returned as
+    /// Resets flows, about `limit` of them (never more than a set's ways above), from `cursor` on, as far as is looked at in
+    /// one go. They are returned as
     /// they were; their clients are yet to be told. Flows of a backend that is this host are its own kernel's.
     pub fn kill_flows(
         &mut self,
@@ -188,8 +192,9 @@ impl Dataplane {
         let mut flows = Vec::new();
         let sets4 = if maps.config.snat4_count > 0 { self.flows4.len() } else { 0 };
         let sets6 = if maps.config.snat6_count > 0 { self.flows6.len() } else { 0 };
+        let end = cursor.next + SETS;
         while cursor.next < sets4 + sets6 {
-            if flows.len() >= limit {
+            if flows.len() >= limit || cursor.next >= end {
                 return flows;
             }
             if cursor.next < sets4 {
