@@ -9,7 +9,11 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{config::Config, health::OperatorState, state};
+use crate::{
+    config::{Backend, Config},
+    health::OperatorState,
+    state,
+};
 
 /// An order about one backend of one service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,11 +95,15 @@ impl Orders {
         let before = self.orders.clone();
         for service in &config.services {
             for backend in service.backends.iter().filter(|backend| backend.host.is_some()) {
-                let is_about =
-                    |order: &Order| order.service == service.name && order.backend == backend.address;
+                let of_service = |order: &Order| order.service == service.name;
+                let is_about = |order: &Order| {
+                    // One of an earlier version knows no names.
+                    let same_name = order.host.is_none() || order.host == backend.host;
+                    of_service(order) && order.backend == backend.address && same_name
+                };
                 let moved = |order: &Order| {
-                    let elsewhere = !service.backends.iter().any(|it| it.address == order.backend);
-                    order.service == service.name && order.host == backend.host && elsewhere
+                    let stays = |it: &Backend| it.address == order.backend && it.host == order.host;
+                    of_service(order) && order.host == backend.host && !service.backends.iter().any(stays)
                 };
                 let place = self.orders.iter().position(is_about);
                 if let Some(place) = place.or_else(|| self.orders.iter().position(moved)) {
@@ -219,7 +227,18 @@ mod tests {
             orders = Orders::load(directory.path()).unwrap();
         }
         assert_eq!(orders.about("api", ([10, 0, 0, 3], 6443).into()).weight, Some(3));
-        // The name is not configured any more.
+        // Two names exchange their addresses: a name is what the operator knows.
+        orders
+            .take(&[Order { host: Some("master-2".to_owned()), ..order(2, OperatorState::Maint, None) }])
+            .unwrap();
+        let mut exchanged = named(&[2]);
+        let mut other = exchanged.services[0].backends[1].clone();
+        (other.address, other.host) = (([10, 0, 0, 3], 6443).into(), Some("master-2".to_owned()));
+        exchanged.services[0].backends.push(other);
+        orders.carry_over(&exchanged).unwrap();
+        assert_eq!(orders.about("api", ([10, 0, 0, 2], 6443).into()).weight, Some(3), "of master-1");
+        assert_eq!(orders.about("api", ([10, 0, 0, 3], 6443).into()).state, OperatorState::Maint);
+        // The names are not configured any more.
         let without = super::super::backends::tests::config(&["10.0.0.9:6443"]);
         orders.forget_others(&without).unwrap();
         assert_eq!(orders.orders, [order(9, OperatorState::Maint, None)]);
