@@ -580,7 +580,7 @@ fn a_backend_by_name_is_looked_up_and_a_name_nobody_knows_delays_nothing() {
     run(daemon.command("drain").unwrap().arg(format!("master-1:{PORT}"))).unwrap();
     fs::write(&hosts, format!("{} master-1\n{} master-2\n", address(1), address(1))).unwrap();
     eventually(MOMENT, "master-1 is elsewhere", || {
-        let status = run(daemon.command("status")?.arg("--json"))?;
+        let status = daemon.status_table()?;
         ensure!(!status.contains(&SocketAddr::new(address(0), PORT).to_string()), "{status}");
         Ok(())
     })
