@@ -576,14 +576,16 @@ fn a_backend_by_name_is_looked_up_and_a_name_nobody_knows_delays_nothing() {
     daemon.wait_ready(2).unwrap();
     assert_eq!(daemon.status().unwrap().states(&format!("master-2:{PORT}")), ["ready"]);
     require_served(&cluster);
-    // One that moves: its old address gets no new flows any more.
+    // One that moves: its old address gets no new flows any more, and what was ordered stays with the name.
+    run(daemon.command("drain").unwrap().arg(format!("master-1:{PORT}"))).unwrap();
     fs::write(&hosts, format!("{} master-1\n{} master-2\n", address(1), address(1))).unwrap();
     eventually(MOMENT, "master-1 is elsewhere", || {
-        let status = run(daemon.command("status")?.arg("--json"))?;
+        let status = daemon.status_table()?;
         ensure!(!status.contains(&SocketAddr::new(address(0), PORT).to_string()), "{status}");
         Ok(())
     })
     .unwrap();
+    assert_eq!(daemon.status().unwrap().states(&format!("master-1:{PORT}")), ["drain"]);
     require_served(&cluster);
 }
 

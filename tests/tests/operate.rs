@@ -576,6 +576,148 @@ fn the_time_of_a_drained_backend_goes_on_while_the_daemon_is_dead() {
     cluster.require_no_own_resets().unwrap();
 }
 
+/// Ends flows so slowly that something may happen meanwhile.
+fn slow(cluster: &Cluster) -> Settings {
+    let mut settings = cluster.settings().unwrap();
+    settings.service.push("reset_rate = 5".to_owned());
+    settings
+}
+
+#[test]
+fn a_daemon_that_is_killed_while_it_ends_flows_goes_on_with_the_rest() {
+    let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let settings = slow(&cluster);
+    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
+    daemon.wait_ready(2).unwrap();
+    let (mut both, before) = crowd(&cluster, cluster.vip4, 60);
+    let (drained, at_first) = (before.by_server()["api-1"] as u64, resets(&cluster));
+    succeed(&daemon, "drain", &["api-1", "--all-services", "--timeout", "1s"]);
+    eventually(MOMENT, "some are reset", || {
+        ensure!(resets(&cluster) > at_first);
+        Ok(())
+    })
+    .unwrap();
+    daemon.process().kill().unwrap();
+    let done = resets(&cluster) - at_first;
+    assert!(done < drained, "it was to be killed in the middle: {done} of {drained}");
+
+    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
+    daemon.wait_state("api-2", "ready", MOMENT).unwrap();
+    eventually(MOMENT, "all are reset", || {
+        let done = resets(&cluster) - at_first;
+        ensure!(done == drained, "{done} of {drained}");
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(alive(&mut both) as u64, 60 - drained);
+    // And then it is done: a later daemon does not begin anew.
+    eventually(MOMENT, "the order is carried out", || {
+        let orders = fs::read_to_string(directory(&cluster).join("state/orders.json"))?;
+        ensure!(orders.contains("api-1") || orders.contains(":6443"), "{orders}");
+        ensure!(orders.matches("\"reset_at\": null").count() == 2, "{orders}");
+        Ok(())
+    })
+    .unwrap();
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn a_drained_backend_keeps_its_flows_while_there_is_nobody_else() {
+    let mut cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &slow(&cluster)).unwrap();
+    daemon.wait_ready(2).unwrap();
+    let (_both, before) = crowd(&cluster, cluster.vip4, 80);
+    assert!(before.by_server()["api-1"] > 20);
+    succeed(&daemon, "drain", &["api-1", "--all-services", "--timeout", "1s"]);
+    let left = |daemon: &Daemon| {
+        let flows = flows(daemon, &["--backend", "api-1", "--service", "kube-apiserver"]);
+        flows.iter().filter(|flow| flow["state"] == "established").count()
+    };
+    eventually(MOMENT, "some are reset", || {
+        ensure!(left(&daemon) < before.by_server()["api-1"]);
+        Ok(())
+    })
+    .unwrap();
+    cluster.apiserver("api-2").unwrap().stub.kill().unwrap();
+    eventually(MOMENT, "there is nobody else", || {
+        let table = daemon.status_table()?;
+        ensure!(table.matches("new flows go to drained ones").count() == 2, "{table}");
+        Ok(())
+    })
+    .unwrap();
+    let kept = left(&daemon);
+    assert!(kept > 0, "it was to happen in the middle");
+    // At their rate all would be gone in this time.
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_secs(5) {
+        assert_eq!(left(&daemon), kept);
+    }
+    cluster.apiserver("api-2").unwrap().start().unwrap();
+    eventually(2 * MOMENT, "all are reset", || {
+        let left = left(&daemon);
+        ensure!(left == 0, "{left} are left");
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn many_flows_are_killed_at_once_and_those_of_a_removed_backend_by_its_address() {
+    const MANY: usize = 600;
+    let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let mut daemon = cluster.balance().unwrap();
+    daemon.wait_ready(2).unwrap();
+    let (mut both, before) = crowd(&cluster, cluster.vip4, MANY);
+    let removed = before.by_server()["api-1"];
+    write_settings(&cluster, &only(&cluster, &["api-2"]));
+    succeed(&daemon, "reload", &[]);
+    let address =
+        SocketAddr::new(cluster.apiservers[0].host.address(cluster.vip4).unwrap(), 6443).to_string();
+    let error = complain(&daemon, "kill", &[&address, "--service", "etcd"], 2);
+    assert!(error.contains("there is no service \"etcd\""), "{error}");
+    let said = succeed(&daemon, "kill", &[&address, "--service", "kube-apiserver-v6"]);
+    assert_eq!(said, "0 flows were reset\n", "they are of another service");
+    let said = succeed(&daemon, "kill", &[&address, "--service", "kube-apiserver"]);
+    assert_eq!(said, format!("{removed} flows were reset\n"));
+    assert_eq!(alive(&mut both), MANY - removed);
+
+    // More than are done in one go.
+    let mut more: Vec<_> = (0..3).map(|_| crowd(&cluster, cluster.vip4, MANY).0).collect();
+    let client = cluster.client.address(cluster.vip4).unwrap().to_string();
+    let said = succeed(&daemon, "kill", &["--client", &client]);
+    assert_eq!(said, format!("{} flows were reset\n", 4 * MANY - removed));
+    assert_eq!(alive(&mut both) + more.iter_mut().map(alive).sum::<usize>(), 0);
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn a_signal_to_reload_during_a_reload_is_not_lost() {
+    let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let settings = only(&cluster, &["api-1"]);
+    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
+    daemon.wait_ready(1).unwrap();
+    // The first check of the other takes a second, for which a reload waits.
+    cluster.apiservers[1].host.cut_off().unwrap();
+    write_settings(&cluster, &cluster.settings().unwrap());
+    daemon.process().signal(Signal::SIGHUP).unwrap();
+    eventually(MOMENT, "it waits for the other's check", || {
+        ensure!(!daemon.status()?.states("api-2").is_empty());
+        Ok(())
+    })
+    .unwrap();
+    let mut last = settings.clone();
+    last.listen.push(SocketAddr::new(cluster.vip4, 9345));
+    write_settings(&cluster, &last);
+    daemon.process().signal(Signal::SIGHUP).unwrap();
+    eventually(MOMENT, "the last file is in force", || {
+        let table = daemon.status_table()?;
+        ensure!(table.contains(":9345") && !table.contains("api-2"), "{table}");
+        Ok(())
+    })
+    .unwrap();
+    assert!(!daemon.log().contains("was not reloaded"), "{}", daemon.log());
+}
+
 /// What one of several operators orders, again and again; the last order stands.
 type Orders<'a> = &'a [&'a [&'a str]];
 

@@ -378,3 +378,52 @@ fn a_dead_servers_connections_are_kept_where_the_configuration_says_so() {
     daemon.wait_state("api-1", "ready", VERDICT).unwrap();
     idle.require_alive(&cluster);
 }
+
+#[test]
+fn flows_that_were_kept_are_reset_when_the_configuration_says_otherwise_while_their_server_is_dead() {
+    let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let reset = settings(&cluster, "2s");
+    let mut keep = reset.clone();
+    keep.service.push("on_dead = \"keep\"".to_owned());
+    let mut daemon = start(&cluster, &keep);
+    let mut idle = Idle::open(&cluster);
+    let doomed = idle.at("api-1");
+    cluster.apiservers[0].host.cut_off().unwrap();
+    daemon.wait_state("api-1", "dead", VERDICT).unwrap();
+    assert!(daemon.log().contains("established ones are kept, as on_dead says"), "{}", daemon.log());
+    assert_eq!(resets(&cluster), idle.resets);
+    let said = daemon.reload(&reset).unwrap();
+    assert!(said.status.success(), "{said:?}");
+    idle.wait_reset(&cluster, doomed);
+    idle.require_gone_only(&["api-1"]);
+}
+
+#[test]
+fn only_flows_whose_vip_is_here_are_reset_or_asked_about() {
+    let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let mut settings = settings(&cluster, "2s");
+    // A service with two VIPs, of which one moves away: nobody is connected to the other.
+    let IpAddr::V4(vip) = cluster.vip4 else { panic!("{} is no IPv4 address", cluster.vip4) };
+    let other = IpAddr::from(std::net::Ipv4Addr::from(u32::from(vip) + 1));
+    settings.listen.push((other, 6443).into());
+    cluster.lb.add_vip(other).unwrap();
+    let mut daemon = start(&cluster, &settings);
+    let mut idle = Idle::open(&cluster);
+    let at_vip6 = idle.crowds[1].1.iter().filter(|server| *server == "api-1").count() as u64;
+    let doomed = idle.at("api-1");
+    assert!(doomed > at_vip6 && at_vip6 > 0);
+    let name = &cluster.lb.link().unwrap().interface;
+    cluster.lb.ip(&format!("address del {vip}/32 dev {name}")).unwrap();
+    cluster.apiservers[0].host.cut_off().unwrap();
+    daemon.wait_state("api-1", "dead", VERDICT).unwrap();
+    idle.wait_reset(&cluster, at_vip6);
+    let begin = Instant::now();
+    while begin.elapsed() < WATCHED {
+        assert_eq!(resets(&cluster), idle.resets + at_vip6, "a VIP that is not here was spoken for");
+    }
+    // Nobody else had it meanwhile.
+    cluster.lb.add_vip(cluster.vip4).unwrap();
+    idle.wait_reset(&cluster, doomed);
+    idle.require_gone_only(&["api-1"]);
+    cluster.require_no_own_resets().unwrap();
+}

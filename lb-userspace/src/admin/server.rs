@@ -95,6 +95,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 const ALIVE_TIMEOUT: Duration = Duration::from_millis(700);
 /// Reloading waits for the first checks of new backends.
 const RELOAD_TIMEOUT: Duration = Duration::from_secs(20);
+/// Resetting flows goes on in batches until all are done.
+const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 /// Unloading waits for the kernel.
 const UNLOAD_TIMEOUT: Duration = Duration::from_secs(20);
 /// A connection altogether, the client reading the answer included; in a list of flows from one page to the next.
@@ -226,7 +228,7 @@ async fn answer(
         ("/v1/flows/kill", &Method::POST) => match read(body).await {
             Ok(order) => {
                 let question = |answer| Request::Kill(order, caller, answer);
-                decided(ask(controller, question, ANSWER_TIMEOUT).await)
+                decided(ask(controller, question, KILL_TIMEOUT).await)
             }
             Err((status, error)) => failure(status, RefusalKind::Usage, &error),
         },

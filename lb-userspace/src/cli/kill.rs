@@ -5,7 +5,8 @@ use std::{process::ExitCode, time::Duration};
 use super::{SocketArgument, block_on, output};
 use crate::admin::{Client, KillOrder};
 
-const LIMIT: Duration = Duration::from_secs(5);
+/// A large table is walked through in batches: longer than the daemon takes at most.
+const LIMIT: Duration = Duration::from_secs(22);
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\

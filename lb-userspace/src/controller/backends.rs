@@ -31,6 +31,8 @@ pub(super) struct Backend {
     pub(super) configured_weight: u16,
     /// What the operator says.
     pub(super) operator: OperatorState,
+    /// When the operator has its flows reset, in seconds since 1970; None: never, or it was done.
+    pub(super) reset_at: Option<u64>,
     /// It is this host.
     pub(super) local: bool,
     /// What its checks say.
@@ -63,6 +65,7 @@ impl Backend {
     /// Does what the operator has ordered.
     pub(super) fn obey(&mut self, order: &Order) {
         self.operator = order.state;
+        self.reset_at = order.reset_at;
         self.weight = order.weight.unwrap_or(self.configured_weight);
     }
 
@@ -135,6 +138,7 @@ pub(super) fn enumerate(config: &Config, roster: &Roster) -> Result<Vec<Backend>
                 weight: backend.weight,
                 configured_weight: backend.weight,
                 operator: OperatorState::None,
+                reset_at: None,
                 local,
                 state: State::Unknown,
                 since: None,

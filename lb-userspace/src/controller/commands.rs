@@ -2,7 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use super::{Controller, backends::Backend, endings::unix_seconds, orders::Order, services::Services};
+use super::{
+    Controller,
+    backends::Backend,
+    endings::{is_over, unix_seconds},
+    orders::Order,
+    services::Services,
+};
 use crate::{
     admin::{
         BackendChoice, Caller, JournalKind, Ordered, OrderedBackend, OrderedState, Refusal, RefusalKind,
@@ -67,6 +73,7 @@ impl Controller {
                 let backend = &self.backends[*index];
                 let mut order =
                     self.orders.about(&self.services[backend.target.service].name, backend.address);
+                order.host.clone_from(&backend.host);
                 change(&mut order);
                 order
             })
@@ -78,7 +85,8 @@ impl Controller {
             let backend = &mut self.backends[*index];
             backend.obey(order);
             let id = backend.id;
-            if order.state == OperatorState::None {
+            // Whoever is handed back, or has another time now, keeps what is left.
+            if !is_over(order.reset_at) {
                 self.spare_flows_of(id);
             }
             let backend = &self.backends[*index];
@@ -128,6 +136,16 @@ impl Controller {
     }
 }
 
+/// The number of the service with a name, or what the operator may have meant.
+pub(super) fn numbered(services: &Services, name: &str) -> Result<usize, Refusal> {
+    let found = services.iter().find(|(_, service)| service.name == *name);
+    found.map(|(number, _)| number).ok_or_else(|| {
+        let names: Vec<_> = services.iter().map(|(_, service)| service.name.as_str()).collect();
+        let error = format!("there is no service {name:?}; there is {}", names.join(", "));
+        Refusal::new(RefusalKind::Usage, error)
+    })
+}
+
 /// The places of the backends that a command is about, or what the operator may have meant.
 pub(super) fn choose(
     backends: &[Backend],
@@ -135,11 +153,8 @@ pub(super) fn choose(
     choice: &BackendChoice,
 ) -> Result<Vec<usize>, Refusal> {
     let usage = |error| Err(Refusal::new(RefusalKind::Usage, error));
-    if let Some(name) = &choice.service
-        && !services.iter().any(|(_, service)| service.name == *name)
-    {
-        let names: Vec<_> = services.iter().map(|(_, service)| service.name.as_str()).collect();
-        return usage(format!("there is no service {name:?}; there is {}", names.join(", ")));
+    if let Some(name) = &choice.service {
+        numbered(services, name)?;
     }
     let in_service = |backend: &Backend| {
         choice.service.as_ref().is_none_or(|name| services[backend.target.service].name == *name)

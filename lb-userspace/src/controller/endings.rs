@@ -1,35 +1,92 @@
 //! Flows that an operator ends: at once, or when the time of a drained backend is over.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, VecDeque},
     net::{IpAddr, SocketAddr},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use ipnet::IpNet;
 use lb_common::black_box::Verdict;
+use tokio::sync::oneshot;
 
-use super::{Controller, backends::Backend, commands::choose};
+use super::{
+    Controller,
+    backends::Backend,
+    commands::{choose, numbered},
+};
 use crate::{
     admin::{BackendChoice, Caller, JournalKind, KillOrder, Killed, Refusal, RefusalKind},
-    dataplane::FlowFilter,
+    config::Config,
+    dataplane::{FlowFilter, Walk},
     health::{State, TargetId},
 };
 
+/// Flows at a time: the daemon has other work, too.
+const BATCH: usize = 2048;
+
+/// Who is told how many flows were reset.
+type Answer = oneshot::Sender<Result<Killed, Refusal>>;
+
+/// Flows that are being reset, a batch each turn, because an operator says so.
+#[derive(Debug)]
+pub(super) struct Kill {
+    /// All that are left to do, the first of them as far as `walk`.
+    filters: VecDeque<FlowFilter>,
+    walk: Walk,
+    count: usize,
+    /// Which flows, in words.
+    whose: String,
+    by: Caller,
+    answer: Answer,
+}
+
 impl Controller {
-    /// `POST /v1/flows/kill`
-    pub(super) fn kill_flows(&mut self, order: &KillOrder, by: Caller) -> Result<Killed, Refusal> {
-        let filters = self.filters(order)?;
-        let mut flows = 0;
-        for filter in &filters {
-            let killed = self.kill(filter);
-            flows += killed.map_err(|error| Refusal::new(RefusalKind::Failed, error.to_string()))?;
+    /// `POST /v1/flows/kill`: whoever asked is answered when it is done.
+    pub(super) fn begin_kill(&mut self, order: &KillOrder, by: Caller, answer: Answer) {
+        match self.filters(order) {
+            Ok(filters) => {
+                let (walk, whose) = (Walk::default(), whose(order));
+                self.resets.begin_kill(Kill { filters: filters.into(), walk, count: 0, whose, by, answer });
+            }
+            // Whoever asked may have gone meanwhile.
+            Err(refusal) => drop(answer.send(Err(refusal))),
         }
-        let line = format!("{flows} flows{} were reset, by {by}", whose(order));
+    }
+
+    /// Resets the next batch of flows that an operator ends, whatever their service says about dead backends, and tells both
+    /// of their ends.
+    pub(super) fn go_on_killing(&mut self, now: Instant) {
+        let Some(mut kill) = self.resets.next_kill() else { return };
+        let Some(filter) = kill.filters.front() else { return self.end_kill(kill) };
+        let flows = match self.dataplane.kill_flows(filter, &mut kill.walk, BATCH) {
+            Ok(flows) => flows,
+            Err(error) => {
+                let refusal = Refusal::new(RefusalKind::Failed, error.to_string());
+                return drop(kill.answer.send(Err(refusal)));
+            }
+        };
+        kill.count += flows.len();
+        self.tell_killed(flows, now);
+        if kill.walk.is_at_end() {
+            kill.filters.pop_front();
+            kill.walk = Walk::default();
+        }
+        if kill.filters.is_empty() {
+            self.end_kill(kill);
+        } else {
+            self.resets.begin_kill(kill);
+        }
+    }
+
+    fn end_kill(&mut self, kill: Kill) {
+        let Kill { count, whose, by, answer, .. } = kill;
+        let line = format!("{count} flows{whose} were reset, by {by}");
         tracing::info!("{line}");
         self.journal.note(JournalKind::Operator, None, line);
         self.reap();
-        Ok(Killed { flows: flows as u64 })
+        // Whoever asked may have gone meanwhile.
+        drop(answer.send(Ok(Killed { flows: count as u64 })));
     }
 
     /// The flows that are meant; several filters where several backends are.
@@ -37,32 +94,30 @@ impl Controller {
         let usage = |error| Refusal::new(RefusalKind::Usage, error);
         let (client, client_port) =
             order.client.as_deref().map(client_of).transpose().map_err(usage)?.unzip();
-        let all = FlowFilter { client, client_port: client_port.flatten(), ..FlowFilter::default() };
-        match (&order.backend, &order.service) {
-            (Some(backend), service) => {
-                let (backend, service) = (backend.clone(), service.clone());
-                let leaving = self.leaving(&backend);
-                if !leaving.is_empty() && !self.backends.iter().any(|it| it.answers_to(&backend)) {
-                    let of = |id| FlowFilter { backend: Some(id), ..all.clone() };
-                    return Ok(leaving.into_iter().map(of).collect());
-                }
-                let choice = BackendChoice { backend, service, all_services: order.all_services };
-                let chosen = choose(&self.backends, &self.services, &choice)?;
-                let id = |index: usize| Some(self.backends[index].id);
-                Ok(chosen.into_iter().map(|index| FlowFilter { backend: id(index), ..all.clone() }).collect())
+        let service = order.service.as_deref().map(|name| numbered(&self.services, name)).transpose()?;
+        let client_port = client_port.flatten();
+        let all = FlowFilter { service, client, client_port, ..FlowFilter::default() };
+        let Some(backend) = &order.backend else {
+            if client.is_none() {
+                return Err(usage("name a backend or a client: nobody ends all flows by mistake".to_owned()));
             }
-            (None, _) if client.is_none() => {
-                Err(usage("name a backend or a client: nobody ends all flows by mistake".to_owned()))
-            }
-            (None, None) => Ok(vec![all]),
-            (None, Some(name)) => {
-                let mut services = self.services.iter();
-                let Some((number, _)) = services.find(|(_, service)| service.name == *name) else {
-                    return Err(usage(format!("there is no service {name:?}: see `sheave status`")));
-                };
-                Ok(vec![FlowFilter { service: Some(number), ..all }])
-            }
-        }
+            return Ok(vec![all]);
+        };
+        let in_service = |it: &&Backend| service.is_none_or(|number| it.target.service == number);
+        let stays = self.backends.iter().filter(in_service).any(|it| it.answers_to(backend));
+        let leaving = self.leaving(backend);
+        let ids: Vec<_> = if leaving.is_empty() || stays {
+            let choice = BackendChoice {
+                backend: backend.clone(),
+                service: order.service.clone(),
+                all_services: order.all_services,
+            };
+            let chosen = choose(&self.backends, &self.services, &choice)?;
+            chosen.into_iter().map(|index| self.backends[index].id).collect()
+        } else {
+            leaving
+        };
+        Ok(ids.into_iter().map(|id| FlowFilter { backend: Some(id), ..all.clone() }).collect())
     }
 
     /// The ids of backends that were removed, by their address: their flows live on.
@@ -86,29 +141,20 @@ impl Controller {
 
     /// In how many seconds the flows of a backend are reset because an operator has said so.
     pub(super) fn reset_in(&self, backend: &Backend) -> Option<u64> {
-        let service = self.services.get(backend.target.service)?;
-        let order = self.orders.about(&service.name, backend.address);
-        order.reset_at.map(|at| at.saturating_sub(unix_seconds()))
+        backend.reset_at.map(|at| at.saturating_sub(unix_seconds()))
     }
 
-    /// Resets what is left where the time of an order is over. A backend that gets new flows all the same, because there
-    /// is nobody else, keeps them until there is.
+    /// Begins to reset what is left where the time of an order is over. A backend that gets new flows all the same, because
+    /// there is nobody else, keeps them until there is; those whose VIP is on another host are not ours to end.
     pub(super) fn end_drains(&mut self) {
-        let now = unix_seconds();
         for index in 0..self.backends.len() {
-            let backend = self.backends[index].clone();
+            let backend = &self.backends[index];
+            let waits = self.is_chosen(backend.id) || !self.has_vip_of(backend);
+            if !is_over(backend.reset_at) || waits || self.resets.is_ending(backend.id) {
+                continue;
+            }
+            let backend = backend.clone();
             let service = self.services[backend.target.service].name.clone();
-            let mut order = self.orders.about(&service, backend.address);
-            let choice = self.choices.get(&(backend.target.service, backend.address.is_ipv6()));
-            // It was rounded down to whole seconds: nobody's time is cut short if that second is waited out.
-            if order.reset_at.is_none_or(|at| at >= now) || choice.is_some_and(|it| it.has(backend.id)) {
-                continue;
-            }
-            order.reset_at = None;
-            if let Err(error) = self.orders.take(&[order]) {
-                tracing::error!("{error}; its flows are not reset yet");
-                continue;
-            }
             let end = if backend.local {
                 "it is this host, whose own kernel has its flows"
             } else {
@@ -118,6 +164,32 @@ impl Controller {
             tracing::info!("{line}");
             self.journal.note(JournalKind::Operator, Some((&service, &backend.name)), line);
             self.end_flows_of(&backend, Verdict::Drained);
+        }
+    }
+
+    /// All flows that a backend had were reset: where an order was the reason it is carried out. Not before: a daemon that
+    /// ends in the middle of it must find it again.
+    pub(super) fn flows_have_ended(&mut self, id: u8) {
+        let found = self.backends.iter_mut().find(|it| it.id == id && is_over(it.reset_at));
+        let Some(backend) = found else { return };
+        backend.reset_at = None;
+        let service = &self.services[backend.target.service].name;
+        let mut order = self.orders.about(service, backend.address);
+        order.reset_at = None;
+        if let Err(error) = self.orders.take(&[order]) {
+            tracing::error!("{error}; a restart resets the flows of {service}/{} again", backend.name);
+        }
+    }
+
+    /// Whether a backend gets new flows.
+    pub(super) fn is_chosen(&self, id: u8) -> bool {
+        self.choices.values().any(|choice| choice.has(id))
+    }
+
+    /// Orders about backends by name are about the addresses that the names stand for in `config`.
+    pub(super) fn carry_orders_over(&mut self, config: &Config) {
+        if let Err(error) = self.orders.carry_over(config) {
+            tracing::error!("{error}");
         }
     }
 }
@@ -145,6 +217,12 @@ fn client_of(text: &str) -> Result<(IpNet, Option<u16>), String> {
     text.parse()
         .map(|prefix: IpNet| (prefix.trunc(), None))
         .map_err(|_| format!("{text:?} is no client: write an address, an address and port, or a prefix"))
+}
+
+/// Whether the time of an order has come. It was rounded down to whole seconds: nobody's time is cut short if that second
+/// is waited out.
+pub(super) fn is_over(reset_at: Option<u64>) -> bool {
+    reset_at.is_some_and(|at| at < unix_seconds())
 }
 
 /// Orders count time as the world does: they outlive the daemon and the host's uptime.

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use super::{Controller, backends::Backend};
+use super::{Controller, backends::Backend, commands::numbered};
 use crate::{
     admin::{Flow, FlowFilter, FlowPage, Refusal, RefusalKind},
     dataplane::{Cursor, FlowState, ListedFlow},
@@ -39,11 +39,8 @@ impl Controller {
     /// A name that nobody has would find nothing, which is not what the operator wants to know.
     fn check_filter(&self, filter: &FlowFilter) -> Result<(), Refusal> {
         let usage = |error| Err(Refusal::new(RefusalKind::Usage, error));
-        if let Some(name) = &filter.service
-            && !self.services.iter().any(|(_, service)| service.name == *name)
-        {
-            let names: Vec<_> = self.services.iter().map(|(_, service)| service.name.as_str()).collect();
-            return usage(format!("there is no service {name:?}; there is {}", names.join(", ")));
+        if let Some(name) = &filter.service {
+            numbered(&self.services, name)?;
         }
         let Some(name) = &filter.backend else { return Ok(()) };
         let leaving = |address: SocketAddr| name.parse() == Ok(address);

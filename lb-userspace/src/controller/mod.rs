@@ -24,6 +24,7 @@ mod selection;
 mod services;
 mod status;
 mod steps;
+mod transitions;
 mod witness;
 
 use std::{
@@ -37,6 +38,7 @@ use std::{
 use futures_util::future::join_all;
 use tokio::{
     sync::{mpsc, oneshot, watch},
+    task::JoinError,
     time::{MissedTickBehavior, interval},
 };
 
@@ -44,7 +46,7 @@ use crate::{
     admin::{Events, JournalKind, ProbeTarget, Request, Unloaded},
     config::{Config, VipMode, XdpMode},
     dataplane::{Attached, Dataplane, DataplaneError, Mode, Reaped, Target},
-    health::{self, Event, State, transition_line},
+    health::{self, Event, State, Transition},
     names::Names,
     network::{Change, Network, XdpAttachMode, offloads, used_tcp_ports},
     systemd,
@@ -61,7 +63,7 @@ use next_hops::{Found, Hop, LearnedHops};
 use orders::Orders;
 pub use plan::Plan;
 use ports::Ports;
-use reload::Pending;
+use reload::{Naming, Pending};
 use resets::Resets;
 pub use roster::NumbersError;
 use roster::{Roster, Step};
@@ -142,7 +144,10 @@ pub struct Controller {
     orders: Orders,
     journal: Journal,
     pending: Option<Pending>,
-    /// The addresses of this host are others since a reload.
+    naming: Option<Naming>,
+    /// A signal to reload came while a reload was under way.
+    reload_again: bool,
+    /// A reload is over: the addresses of this host and the names of backends are to be looked at anew.
     reloaded: bool,
     /// By service and family (true: IPv6).
     choices: BTreeMap<(usize, bool), Choice>,
@@ -205,6 +210,8 @@ impl Controller {
             used_ports: BTreeSet::new(),
             wanted_ports: BTreeSet::new(),
             pending: None,
+            naming: None,
+            reload_again: false,
             reloaded: false,
             choices: BTreeMap::new(),
             learned: LearnedHops::default(),
@@ -267,6 +274,7 @@ impl Controller {
     }
 
     fn obey_orders(&mut self) {
+        self.carry_orders_over(&self.config.clone());
         for backend in &mut self.backends {
             let service = &self.services[backend.target.service].name;
             backend.obey(&self.orders.about(service, backend.address));
@@ -454,7 +462,10 @@ impl Controller {
             tokio::select! {
                 Some(event) = inbox.checks.recv() => self.take(&event),
                 () = reload_is_due(self.pending.as_ref()) => self.finish_reload(),
-                Some(()) = inbox.reload.recv() => self.begin_reload(None, None).await,
+                names = looked_up(self.naming.as_mut()), if self.pending.is_none() => {
+                    self.go_on_reloading(names).await;
+                }
+                Some(()) = inbox.reload.recv() => self.begin_reload(None, None),
                 Some(change) = inbox.network.recv() => {
                     let mut changes = BTreeSet::from([change]);
                     while let Ok(change) = inbox.network.try_recv() {
@@ -472,21 +483,22 @@ impl Controller {
                     Request::Status(answer) => drop(answer.send(self.status())),
                     Request::Alive(answer) => drop(answer.send(self.alive().await)),
                     Request::Unload(answer) => return End::Unload(answer),
-                    Request::Reload(caller, answer) => self.begin_reload(Some(caller), Some(answer)).await,
+                    Request::Reload(caller, answer) => self.begin_reload(Some(caller), Some(answer)),
                     Request::SetState(order, by, answer) => drop(answer.send(self.set_state(&order, by))),
                     Request::SetWeight(order, by, answer) => drop(answer.send(self.set_weight(&order, by))),
                     Request::Flows(filter, from, answer) => drop(answer.send(self.flow_page(&filter, from))),
-                    Request::Kill(order, by, answer) => drop(answer.send(self.kill_flows(&order, by))),
+                    Request::Kill(order, by, answer) => self.begin_kill(&order, by, answer),
                     Request::Events(answer) => {
                         drop(answer.send(Events { events: self.journal.events().cloned().collect() }));
                     }
                 },
-                () = renamed(&mut names) => self.take_in_names().await,
+                () = names_changed(&mut names) => self.take_in_names().await,
                 _ = signals.tick() => self.heed_signals(),
                 _ = second.tick() => self.turn().await,
                 () = tokio::time::sleep_until(reset_turn) => self.reset_turn(),
                 _ = inbox.stop.recv() => return End::Stop,
             }
+            self.reload_again();
             if std::mem::take(&mut self.reloaded) {
                 sockets = watch_sockets(self.own_addresses());
                 names = self.names.clone();
@@ -527,10 +539,11 @@ impl Controller {
 
     /// Returns the family of the backend.
     fn observe(&mut self, event: &Event) -> Option<bool> {
-        let backend = self.backends.iter_mut().find(|backend| backend.target == event.id)?;
+        let index = self.backends.iter().position(|backend| backend.target == event.id)?;
+        let backend = &mut self.backends[index];
         let before = backend.clone();
         backend.observe(event, Instant::now());
-        let (ipv6, name) = (backend.address.is_ipv6(), backend.name.clone());
+        let ipv6 = backend.address.is_ipv6();
         if event.report.outcome == health::Outcome::Pass
             && let Some(witness) = self.witnesses.get_mut(&backend.id)
         {
@@ -539,18 +552,8 @@ impl Controller {
         self.consider_asking(event, &before);
         if let Some(transition) = &event.transition {
             // The checks know of no death.
-            let transition = &health::Transition { from: before.state, ..transition.clone() };
-            let of_service = || self.backends.iter().filter(|it| it.target.service == event.id.service);
-            let ready = of_service().filter(|backend| backend.state == State::Ready).count();
-            let service = self.services[event.id.service].name.clone();
-            let line = transition_line(&service, &name, transition, ready, of_service().count());
-            if transition.is_down() {
-                tracing::warn!("{line}");
-            } else {
-                tracing::info!("{line}");
-            }
-            self.journal.note(JournalKind::Check, Some((&service, &name)), line);
-            systemd::status(&self.short_summary());
+            let transition = Transition { from: before.state, ..transition.clone() };
+            self.tell_transition(index, &transition);
         }
         Some(ipv6)
     }
@@ -828,11 +831,19 @@ async fn reload_is_due(pending: Option<&Pending>) {
     }
 }
 
+/// When the names of a new configuration were looked up; never, where there is none.
+async fn looked_up(naming: Option<&mut Naming>) -> Result<Names, JoinError> {
+    match naming {
+        Some(naming) => naming.looked_up().await,
+        None => std::future::pending().await,
+    }
+}
+
 fn family_name(ipv6: bool) -> &'static str {
     if ipv6 { "IPv6" } else { "IPv4" }
 }
 
-async fn renamed(names: &mut Option<Names>) {
+async fn names_changed(names: &mut Option<Names>) {
     match names {
         Some(names) => names.changed().await,
         None => std::future::pending().await,

@@ -2,14 +2,18 @@
 //! happens to the daemon meanwhile.
 
 use std::{
-    io,
+    fs, io,
     net::SocketAddr,
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
 
-use crate::{config::Config, health::OperatorState, state};
+use crate::{
+    config::{Backend, Config},
+    health::OperatorState,
+    state,
+};
 
 /// An order about one backend of one service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,6 +22,9 @@ pub(super) struct Order {
     pub(super) service: String,
     /// The backend's address: its name may change.
     pub(super) backend: SocketAddr,
+    /// The host name that had this address, if the backend is one by name: the order stays with it when it moves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) host: Option<String>,
     /// Whether it may have new flows.
     #[serde(default)]
     pub(super) state: OperatorState,
@@ -46,9 +53,16 @@ impl Orders {
         }
     }
 
-    /// None, where those that were kept cannot be read.
+    /// None, where those that were kept cannot be read. Their file is set aside under another name, for the operator to
+    /// look at: the next order would take its place.
     pub(super) fn none(state_dir: &Path) -> Self {
-        Self { path: state_dir.join("orders.json"), orders: Vec::new() }
+        let path = state_dir.join("orders.json");
+        let aside = path.with_extension("json.broken");
+        match fs::rename(&path, &aside) {
+            Ok(()) => tracing::error!("the file is kept as {}", aside.display()),
+            Err(error) => tracing::error!("{}: cannot be set aside: {error}", path.display()),
+        }
+        Self { path, orders: Vec::new() }
     }
 
     /// The order about a backend; the empty one where there is none.
@@ -57,6 +71,7 @@ impl Orders {
         found.cloned().unwrap_or_else(|| Order {
             service: service.to_owned(),
             backend,
+            host: None,
             state: OperatorState::None,
             weight: None,
             reset_at: None,
@@ -74,11 +89,40 @@ impl Orders {
         self.replace(orders)
     }
 
-    /// Forgets the orders about backends that a configuration does not have.
+    /// Gives orders about a backend by name to the address that the name stands for now. They stand at once, also where
+    /// that cannot be kept.
+    pub(super) fn carry_over(&mut self, config: &Config) -> Result<(), OrdersError> {
+        let before = self.orders.clone();
+        for service in &config.services {
+            for backend in service.backends.iter().filter(|backend| backend.host.is_some()) {
+                let of_service = |order: &Order| order.service == service.name;
+                let is_about = |order: &Order| {
+                    // One of an earlier version knows no names.
+                    let same_name = order.host.is_none() || order.host == backend.host;
+                    of_service(order) && order.backend == backend.address && same_name
+                };
+                let moved = |order: &Order| {
+                    let stays = |it: &Backend| it.address == order.backend && it.host == order.host;
+                    of_service(order) && order.host == backend.host && !service.backends.iter().any(stays)
+                };
+                let place = self.orders.iter().position(is_about);
+                if let Some(place) = place.or_else(|| self.orders.iter().position(moved)) {
+                    self.orders[place].backend = backend.address;
+                    self.orders[place].host.clone_from(&backend.host);
+                }
+            }
+        }
+        if self.orders == before { Ok(()) } else { self.replace(self.orders.clone()) }
+    }
+
+    /// Forgets the orders about backends that a configuration does not have. A name that stands for nothing, or for other
+    /// addresses, may have its old ones back in a moment.
     pub(super) fn forget_others(&mut self, config: &Config) -> Result<(), OrdersError> {
         let exists = |order: &Order| {
-            config.services.iter().any(|service| {
-                service.name == order.service && service.backends.iter().any(|it| it.address == order.backend)
+            config.services.iter().filter(|service| service.name == order.service).any(|service| {
+                let mut names = service.named_backends.iter();
+                service.backends.iter().any(|it| it.address == order.backend)
+                    || names.any(|named| Some(&named.host) == order.host.as_ref())
             })
         };
         let orders: Vec<_> = self.orders.iter().filter(|order| exists(order)).cloned().collect();
@@ -115,6 +159,7 @@ mod tests {
         Order {
             service: "api".to_owned(),
             backend: ([10, 0, 0, backend], 6443).into(),
+            host: None,
             state,
             weight,
             reset_at: None,
@@ -149,11 +194,65 @@ mod tests {
         assert_eq!(Orders::load(directory.path()).unwrap().orders, [order(1, OperatorState::Maint, None)]);
     }
 
+    /// A service with one backend by name, which stands for these addresses, and one by address.
+    fn named(last_octets: &[u8]) -> Config {
+        let mut config = super::super::backends::tests::config(&["master-1:6443", "10.0.0.9:6443"]);
+        config.services[0].backends.extend(last_octets.iter().map(|octet| crate::config::Backend {
+            name: format!("master-1@10.0.0.{octet}"),
+            address: ([10, 0, 0, *octet], 6443).into(),
+            weight: 1,
+            host: Some("master-1".to_owned()),
+        }));
+        config
+    }
+
+    #[test]
+    fn an_order_about_a_name_stays_with_it_wherever_it_moves() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut orders = Orders::load(directory.path()).unwrap();
+        orders
+            .take(&[order(1, OperatorState::Drain, Some(3)), order(9, OperatorState::Maint, None)])
+            .unwrap();
+        // Of an earlier version: the host is not in the file yet.
+        orders.carry_over(&named(&[1])).unwrap();
+        for addresses in [&[1][..], &[], &[1], &[2], &[], &[3, 4]] {
+            let config = named(addresses);
+            orders.carry_over(&config).unwrap();
+            orders.forget_others(&config).unwrap();
+            let state = |octet: u8| orders.about("api", ([10, 0, 0, octet], 6443).into()).state;
+            let drained: Vec<_> =
+                addresses.iter().copied().filter(|octet| state(*octet) == OperatorState::Drain).collect();
+            assert_eq!(drained, addresses.iter().copied().take(1).collect::<Vec<_>>(), "{addresses:?}");
+            assert_eq!(state(9), OperatorState::Maint);
+            orders = Orders::load(directory.path()).unwrap();
+        }
+        assert_eq!(orders.about("api", ([10, 0, 0, 3], 6443).into()).weight, Some(3));
+        // Two names exchange their addresses: a name is what the operator knows.
+        orders
+            .take(&[Order { host: Some("master-2".to_owned()), ..order(2, OperatorState::Maint, None) }])
+            .unwrap();
+        let mut exchanged = named(&[2]);
+        let mut other = exchanged.services[0].backends[1].clone();
+        (other.address, other.host) = (([10, 0, 0, 3], 6443).into(), Some("master-2".to_owned()));
+        exchanged.services[0].backends.push(other);
+        orders.carry_over(&exchanged).unwrap();
+        assert_eq!(orders.about("api", ([10, 0, 0, 2], 6443).into()).weight, Some(3), "of master-1");
+        assert_eq!(orders.about("api", ([10, 0, 0, 3], 6443).into()).state, OperatorState::Maint);
+        // The names are not configured any more.
+        let without = super::super::backends::tests::config(&["10.0.0.9:6443"]);
+        orders.forget_others(&without).unwrap();
+        assert_eq!(orders.orders, [order(9, OperatorState::Maint, None)]);
+    }
+
     #[test]
     fn a_broken_file_is_said_and_not_overwritten() {
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join("orders.json"), "{").unwrap();
         let error = Orders::load(directory.path()).unwrap_err().to_string();
         assert!(error.contains("orders.json") && error.contains("drain"), "{error}");
+        let drain = order(1, OperatorState::Drain, None);
+        Orders::none(directory.path()).take(std::slice::from_ref(&drain)).unwrap();
+        assert_eq!(std::fs::read(directory.path().join("orders.json.broken")).unwrap(), b"{");
+        assert_eq!(Orders::load(directory.path()).unwrap().orders, [drain]);
     }
 }

@@ -12,7 +12,11 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::oneshot, time::Instant};
+use tokio::{
+    sync::oneshot,
+    task::{JoinError, JoinHandle},
+    time::Instant,
+};
 
 use super::{
     Controller, backends, check_files, difference,
@@ -60,6 +64,25 @@ impl Pending {
     }
 }
 
+/// A reload that waits for what new names stand for.
+#[derive(Debug)]
+pub(super) struct Naming {
+    /// As the file says, without the addresses of names.
+    config: Config,
+    warnings: Vec<String>,
+    /// Comes to its end when every name was looked up, or has had its time.
+    names: JoinHandle<Names>,
+    by: String,
+    answer: Answer,
+}
+
+impl Naming {
+    /// Comes to its end once. May be dropped and called again before.
+    pub(super) async fn looked_up(&mut self) -> Result<Names, JoinError> {
+        (&mut self.names).await
+    }
+}
+
 /// What a reload has found out, before anything is changed.
 struct Decided {
     config: Config,
@@ -76,7 +99,7 @@ fn conflict(error: impl Into<String>) -> Refusal {
 }
 
 /// The numbers of services that have a backend under another name than before.
-fn renamed(before: &Config, services: &Services) -> BTreeSet<usize> {
+fn services_with_renamed_backends(before: &Config, services: &Services) -> BTreeSet<usize> {
     let names = |service: &crate::config::Service| -> BTreeSet<_> {
         service.backends.iter().map(|backend| (backend.address, backend.name.clone())).collect()
     };
@@ -92,13 +115,50 @@ fn renamed(before: &Config, services: &Services) -> BTreeSet<usize> {
 }
 
 impl Controller {
-    /// Reads the file again and begins to apply it. Whoever asked is answered here if it is refused, else at the end.
-    pub(super) async fn begin_reload(&mut self, by: Option<Caller>, answer: Answer) {
+    /// Reads the file again and begins to apply it. Whoever asked is answered here if it is refused, else at the end. A
+    /// signal, which has no answer, is never lost: the file is read again when the reload that is under way is over.
+    pub(super) fn begin_reload(&mut self, by: Option<Caller>, answer: Answer) {
         let by = by.map_or_else(|| "a SIGHUP".to_owned(), |caller| caller.to_string());
-        if self.pending.is_some() {
+        if self.pending.is_some() || self.naming.is_some() {
+            if answer.is_none() {
+                self.reload_again = true;
+                return;
+            }
             return self.refuse(&by, answer, conflict("another reload is under way: try again in a second"));
         }
-        let decided = self.decide_by_file().await;
+        match self.read_file() {
+            Err(refusal) => self.refuse(&by, answer, refusal),
+            Ok((config, warnings)) => {
+                // Those that are known already are kept.
+                let mut names = Names::watch(&config, self.names.as_ref());
+                let names = tokio::spawn(async move {
+                    names.first_answers(FIRST_NAMES).await;
+                    names
+                });
+                self.naming = Some(Naming { config, warnings, names, by, answer });
+            }
+        }
+    }
+
+    /// Reads the file again after all, if a signal has said so while a reload was under way.
+    pub(super) fn reload_again(&mut self) {
+        if self.reload_again && self.pending.is_none() && self.naming.is_none() {
+            self.reload_again = false;
+            self.begin_reload(None, None);
+        }
+    }
+
+    /// Goes on with a reload, now that its names are known as far as they are.
+    pub(super) async fn go_on_reloading(&mut self, names: Result<Names, JoinError>) {
+        let Some(Naming { config, mut warnings, by, answer, .. }) = self.naming.take() else { return };
+        let decided = match names {
+            Ok(names) => {
+                let (config, problems) = names.apply(&config);
+                warnings.extend(problems);
+                self.decide(config, names, warnings).await
+            }
+            Err(error) => Err(Refusal::new(RefusalKind::Failed, format!("looking up names: {error}"))),
+        };
         self.proceed(decided, by, answer).await;
     }
 
@@ -143,16 +203,11 @@ impl Controller {
         }
     }
 
-    async fn decide_by_file(&mut self) -> Result<Decided, Refusal> {
+    fn read_file(&self) -> Result<(Config, Vec<String>), Refusal> {
         let wrong = |error: String| Refusal::new(RefusalKind::Configuration, error);
         let (config, warnings) = Config::load(&self.config_file).map_err(|error| wrong(error.to_string()))?;
         check_files(&config).map_err(|error| wrong(error.to_string()))?;
-        // Those that are known already are kept.
-        let mut names = Names::watch(&config, self.names.as_ref());
-        names.first_answers(FIRST_NAMES).await;
-        let (config, problems) = names.apply(&config);
-        let warnings = warnings.iter().map(crate::config::Diagnostic::one_line).chain(problems).collect();
-        self.decide(config, names, warnings).await
+        Ok((config, warnings.iter().map(crate::config::Diagnostic::one_line).collect()))
     }
 
     /// Finds out what is to be done, and whether it can be.
@@ -280,7 +335,8 @@ impl Controller {
         Ok(())
     }
 
-    /// Adds what is new, so that it can be checked. Nothing of the old is changed.
+    /// Adds what is new, so that it can be checked. Of the old nothing is taken away; services that stay have their new
+    /// settings from now on.
     async fn prepare(&mut self, decided: Decided, by: String) -> Result<Pending, DataplaneError> {
         let Decided { config, names, reloaded, roster, steps, backends, ports } = decided;
         let mut services = Services::of(&config, &roster);
@@ -294,6 +350,7 @@ impl Controller {
         self.ports = ports;
         self.write_ports();
         self.resets.watch_over(&self.services, std::time::Instant::now());
+        self.carry_orders_over(&config);
         let awaited = self.merge_backends(backends);
         self.update_checks();
         self.resolve().await;
@@ -318,8 +375,10 @@ impl Controller {
         for mut backend in new {
             let same = |it: &&backends::Backend| it.target == backend.target;
             let known = before.iter().find(same).or_else(|| before.iter().find(|it| it.id == backend.id));
-            if let Some(known) = known {
-                backend.take_over(known);
+            match known {
+                Some(known) => backend.take_over(known),
+                // It was removed, and has come back before its flows were all ended for that.
+                None => self.spare_flows_of(backend.id),
             }
             let service = &self.services[backend.target.service].name;
             backend.obey(&self.orders.about(service, backend.address));
@@ -354,7 +413,7 @@ impl Controller {
             before_config.services.iter().map(|it| (it.name.clone(), it.allow.clone())).collect();
         self.services = Services::of(&config, &roster);
         self.resets.watch_over(&self.services, std::time::Instant::now());
-        let renamed = renamed(&before_config, &self.services);
+        let renamed = services_with_renamed_backends(&before_config, &self.services);
         let wanted: BTreeSet<_> = self
             .backends
             .iter()
@@ -370,8 +429,13 @@ impl Controller {
         names.remember(&self.config.dataplane.state_dir);
         self.names = Some(names);
         self.update_checks();
-        // Who gets new flows, before listeners are given to other services. Names are part of a selection.
-        self.choices.retain(|(number, _), _| !renamed.contains(number));
+        // Who gets new flows, before listeners are given to other services. Names are part of a selection, and a family that
+        // a service does not listen on any more has none.
+        let listens = |number: usize, ipv6: bool| {
+            let mut listen = self.services.get(number).into_iter().flat_map(|service| &service.listen);
+            listen.any(|listener| listener.is_ipv6() == ipv6)
+        };
+        self.choices.retain(|(number, ipv6), _| !renamed.contains(number) && listens(*number, *ipv6));
         for number in self.services.numbers() {
             self.select(number, false);
             self.select(number, true);

@@ -7,8 +7,9 @@
 //! | everything else | left alone |
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     io,
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -17,14 +18,11 @@ use lb_common::{
     kill::KILLED_QUARANTINE,
 };
 
-use super::{Controller, backends::Backend, services::Services};
+use super::{Controller, backends::Backend, endings::Kill, services::Services};
 use crate::{
-    admin::JournalKind,
     config::OnDead,
     dataplane::{Account, DataplaneError, Flow, FlowFilter, Walk},
-    health::{
-        CheckCode, CheckReport, Event, Failure, Outcome, Sighting, State, Transition, Vigil, transition_line,
-    },
+    health::{CheckCode, CheckReport, Event, Failure, Outcome, Sighting, State, Transition, Vigil},
     resets::{Pace, Repeats, Wire},
 };
 
@@ -36,8 +34,9 @@ const UNWATCHED_BATCH: usize = 20;
 const WATCHED: Duration = Duration::from_millis(50);
 /// Between looks at the table for flows of a dead backend that were missed: a packet may have changed them just then.
 const AGAIN: Duration = Duration::from_secs(1);
-/// When there is nothing to do.
-const LATER: Duration = Duration::from_secs(1);
+/// When there is nothing to do. Shorter than the sight of any vigil, to which a longer pause means that this process was
+/// stopped: everybody's time would begin anew.
+const LATER: Duration = Duration::from_millis(100);
 
 /// All that is kept about resetting and asking.
 pub(super) struct Resets {
@@ -45,12 +44,47 @@ pub(super) struct Resets {
     /// By number of the service.
     watches: BTreeMap<usize, Watch>,
     jobs: VecDeque<Job>,
+    /// A batch of each in turn.
+    kills: VecDeque<Kill>,
     repeats: Repeats<Flow>,
     /// Since when backends have been ready, by id.
     ready_since: BTreeMap<u8, Instant>,
     due: Instant,
-    /// Segments could not be sent: said once.
+    voice: Voice,
+    /// When backends were heard could not be read: said once.
+    deaf: bool,
+}
+
+/// Whether segments can be sent: what goes wrong with the first of thousands is said, and not again before all is well.
+#[derive(Debug, Default)]
+struct Voice {
     mute: bool,
+    /// In this turn.
+    sent: bool,
+    failed: bool,
+}
+
+impl Voice {
+    /// Takes note of an attempt. Returns what is to be said about it.
+    fn heed(&mut self, sent: io::Result<()>) -> Option<io::Error> {
+        let error = match sent {
+            Ok(()) => {
+                self.sent = true;
+                return None;
+            }
+            Err(error) => error,
+        };
+        self.failed = true;
+        (!std::mem::replace(&mut self.mute, true)).then_some(error)
+    }
+
+    /// A turn is over: when everything in it could be sent, the next failure is news again.
+    fn end_of_turn(&mut self) {
+        if self.sent && !self.failed {
+            self.mute = false;
+        }
+        (self.sent, self.failed) = (false, false);
+    }
 }
 
 /// Over the backends of a service.
@@ -91,10 +125,12 @@ impl Resets {
             wire: Wire::open()?,
             watches: BTreeMap::new(),
             jobs: VecDeque::new(),
+            kills: VecDeque::new(),
             repeats: Repeats::default(),
             ready_since: BTreeMap::new(),
             due: now,
-            mute: false,
+            voice: Voice::default(),
+            deaf: false,
         };
         resets.watch_over(services, now);
         Ok(resets)
@@ -150,17 +186,28 @@ impl Resets {
         self.due = now;
     }
 
+    /// Begins, or goes on, to reset what an operator ends.
+    pub(super) fn begin_kill(&mut self, kill: Kill) {
+        self.kills.push_back(kill);
+        self.hurry();
+    }
+
+    /// Whose turn it is.
+    pub(super) fn next_kill(&mut self) -> Option<Kill> {
+        self.kills.pop_front()
+    }
+
+    /// Whether the flows of a backend are being reset although it lives.
+    pub(super) fn is_ending(&self, backend: u8) -> bool {
+        self.jobs.iter().any(|job| (job.work, job.backend) == (Work::End, backend))
+    }
+
     /// What was sent, or why not, once.
     fn heed(&mut self, sent: io::Result<()>) {
-        match sent {
-            Ok(()) => self.mute = false,
-            Err(error) if !self.mute => {
-                self.mute = true;
-                tracing::warn!(
-                    "cannot send the segments that end flows ({error}): their clients are told when they speak"
-                );
-            }
-            Err(_) => {}
+        if let Some(error) = self.voice.heed(sent) {
+            tracing::warn!(
+                "cannot send the segments that end flows ({error}): their clients are told when they speak"
+            );
         }
     }
 }
@@ -198,25 +245,14 @@ impl Controller {
                 self.resets.heed(sent);
             }
         }
+        self.go_on_killing(now);
+        self.resets.voice.end_of_turn();
         self.release_killed(now);
         let soon = watching.then_some(now + WATCHED);
         let jobs = self.resets.jobs.iter().map(|job| job.at.max(now + SOON)).min();
-        let next = [soon, jobs, self.resets.repeats.next()].into_iter().flatten().min();
-        self.resets.due = next.unwrap_or(now + LATER);
-    }
-
-    /// Resets the flows that `filter` wants, all at once, whatever their service says about dead backends, and tells both of
-    /// their ends. How many it were.
-    pub fn kill(&mut self, filter: &FlowFilter) -> Result<usize, DataplaneError> {
-        let now = Instant::now();
-        let flows = self.dataplane.kill_flows(filter, &mut Walk::default(), usize::MAX)?;
-        let count = flows.len();
-        self.write_down(&flows, Account::Killed(Verdict::Operator));
-        for flow in flows {
-            self.tell_both(flow, now);
-        }
-        self.resets.hurry();
-        Ok(count)
+        let kills = (!self.resets.kills.is_empty()).then_some(now + SOON);
+        let next = [soon, jobs, kills, self.resets.repeats.next()].into_iter().flatten().min();
+        self.resets.due = next.map_or(now + LATER, |next| next.min(now + LATER));
     }
 
     /// For `sheave why`. What is done to the flows does not depend on it.
@@ -245,13 +281,22 @@ impl Controller {
             }
             return false;
         }
-        let heard = self.dataplane.heard().unwrap_or_else(|error| {
-            tracing::warn!("cannot read when backends were heard: {error}");
-            Vec::new()
-        });
+        let heard = match self.dataplane.heard() {
+            Ok(heard) => heard,
+            Err(error) => {
+                // Payload is a veto: where it cannot be asked for there is no verdict.
+                if !std::mem::replace(&mut self.resets.deaf, true) {
+                    tracing::warn!(
+                        "cannot read when backends were heard ({error}): until that works nobody is found dead"
+                    );
+                }
+                return true;
+            }
+        };
+        self.resets.deaf = false;
         for service in self.services.numbers() {
             for died in self.judge(service, &heard, now) {
-                self.bury(service, died, now);
+                self.bury(died, now);
             }
             self.look_elsewhere(service, now);
         }
@@ -272,57 +317,55 @@ impl Controller {
             .collect();
         let Some(watch) = self.resets.watches.get_mut(&service) else { return Vec::new() };
         let died = watch.vigil.judge(&sightings, now);
-        for index in &of_service {
-            let backend = &mut self.backends[*index];
-            if backend.state == State::Dead && !watch.vigil.is_dead(backend.id.into()) {
-                backend.state = State::Silent;
-                tracing::warn!("{}: there are signs of life: silent, not dead", backend.name);
-            }
+        let is_alive = |backend: &Backend| !watch.vigil.is_dead(backend.id.into());
+        let back: Vec<_> = of_service
+            .iter()
+            .copied()
+            .filter(|index| self.backends[*index].state == State::Dead && is_alive(&self.backends[*index]))
+            .collect();
+        for index in back {
+            // It was heard, though its checks still see nobody.
+            let backend = &mut self.backends[index];
+            backend.state = State::Silent;
+            backend.since = Some(std::time::SystemTime::now());
+            let report = backend.report.clone();
+            self.tell_transition(index, &Transition { from: State::Dead, to: State::Silent, report });
         }
         of_service.into_iter().filter(|index| died.contains(&self.backends[*index].id.into())).collect()
     }
 
     /// Says that a backend is dead, and sees to its flows.
-    fn bury(&mut self, service: usize, index: usize, now: Instant) {
-        let keep = self.services[service].on_dead == OnDead::Keep;
+    fn bury(&mut self, index: usize, now: Instant) {
         let backend = &mut self.backends[index];
         backend.state = State::Dead;
         backend.since = Some(std::time::SystemTime::now());
-        let transition =
-            Transition { from: State::Silent, to: State::Dead, report: CheckReport::clone(&backend.report) };
-        let backend = &self.backends[index];
-        let of_service = || self.backends.iter().filter(|it| it.target.service == service);
-        let ready = of_service().filter(|backend| backend.state == State::Ready).count();
-        let name = self.services[service].name.clone();
-        let line = transition_line(&name, &backend.name, &transition, ready, of_service().count());
-        tracing::warn!("{line}");
-        self.journal.note(JournalKind::Check, Some((&name, &backend.name)), line);
-        if keep {
-            tracing::info!("{name}/{}: its flows are kept, as on_dead says", backend.name);
-        } else if backend.local {
-            tracing::info!("{name}/{}: is this host, its flows are its own kernel's to end", backend.name);
-        } else {
-            if !self.owns_a_vip_of(service) {
-                tracing::info!(
-                    "{name}/{}: its VIP is on another host, whose flows these are now",
-                    backend.name
-                );
-            }
-            let backend = backend.clone();
+        let report = backend.report.clone();
+        self.tell_transition(index, &Transition { from: State::Silent, to: State::Dead, report });
+        // Also where they are kept: the configuration may be another, and the VIP here, while it is still dead.
+        let backend = self.backends[index].clone();
+        if !backend.local {
             self.resets.begin(Work::Reset, backend.obituary(now), &backend, now);
         }
     }
 
-    /// Both may change while a backend is dead.
-    fn may_reset(&self, service: usize) -> bool {
-        let resets = |it: &crate::config::Service| it.on_dead == OnDead::Reset;
-        self.services.get(service).is_some_and(resets) && self.owns_a_vip_of(service)
+    fn resets_the_dead(&self, service: usize) -> bool {
+        self.services.get(service).is_some_and(|it| it.on_dead == OnDead::Reset)
     }
 
-    /// A host that has handed its VIP on still has the flows in its table, and must not speak in their name.
-    fn owns_a_vip_of(&self, service: usize) -> bool {
-        let mut listen = self.services[service].listen.iter();
-        listen.any(|listener| self.network.interface_carrying(listener.ip()).is_some())
+    /// The VIPs that this host has now, of listeners that leave, too. A host that has handed a VIP on still has its flows in
+    /// the table, and must not speak in their name.
+    fn vips_here(&self) -> Vec<IpAddr> {
+        let vips: BTreeSet<_> = self.roster.listeners().values().map(|seat| seat.address.ip()).collect();
+        let is_here = |vip: &IpAddr| !vip.is_loopback() && self.network.interface_carrying(*vip).is_some();
+        vips.into_iter().filter(is_here).collect()
+    }
+
+    /// Whether a VIP that leads to a backend is on this host; also where only the connect hook leads to it.
+    pub(super) fn has_vip_of(&self, backend: &Backend) -> bool {
+        let leads_there = |vip: &IpAddr| !vip.is_loopback() && vip.is_ipv4() == backend.address.is_ipv4();
+        let listen = self.services[backend.target.service].listen.iter().map(SocketAddr::ip);
+        let mut vips = listen.filter(leads_there).peekable();
+        vips.peek().is_none() || vips.any(|vip| self.network.interface_carrying(vip).is_some())
     }
 
     /// While somebody is silent, the others are asked whether it is us.
@@ -356,7 +399,15 @@ impl Controller {
 
     /// Does as much of a job as may be done now.
     fn batch(&mut self, job: &mut Job, now: Instant) -> Result<(), DataplaneError> {
-        if job.work == Work::Reset && !self.may_reset(job.service) {
+        // Both may change while a backend is dead.
+        let vips = self.vips_here();
+        let waits = match job.work {
+            Work::Reset => vips.is_empty() || !self.resets_the_dead(job.service),
+            // There is nobody else meanwhile.
+            Work::End => self.is_chosen(job.backend),
+            Work::Ask => false,
+        };
+        if waits {
             job.at = now + AGAIN;
             return Ok(());
         }
@@ -366,7 +417,7 @@ impl Controller {
         if limit == 0 {
             return Ok(());
         }
-        let filter = FlowFilter::of_backend(job.backend);
+        let filter = FlowFilter { vips: Some(vips), ..FlowFilter::of_backend(job.backend) };
         let flows = match job.work {
             Work::Reset | Work::End => self.dataplane.kill_flows(&filter, &mut job.walk, limit)?,
             Work::Ask => self.dataplane.flows_to_ask(&filter, &mut job.walk, limit),
@@ -391,7 +442,7 @@ impl Controller {
     }
 
     /// What is left to do. A dead backend's flows are looked for as long as it is dead.
-    fn after(&self, job: Job, now: Instant) -> Option<Job> {
+    fn after(&mut self, job: Job, now: Instant) -> Option<Job> {
         let name = || {
             let backend = self.backends.iter().find(|backend| backend.id == job.backend);
             let service = self.services.get(job.service);
@@ -414,6 +465,7 @@ impl Controller {
             }
             Work::End => {
                 tracing::info!("{} flows of {} were reset", job.count, name());
+                self.flows_have_ended(job.backend);
                 None
             }
             Work::Reset => {
@@ -422,6 +474,14 @@ impl Controller {
                 }
                 Some(Job { walk: Walk::default(), count: 0, at: now + AGAIN, ..job })
             }
+        }
+    }
+
+    /// Writes down that an operator has reset these flows, and tells both of their ends.
+    pub(super) fn tell_killed(&mut self, flows: Vec<Flow>, now: Instant) {
+        self.write_down(&flows, Account::Killed(Verdict::Operator));
+        for flow in flows {
+            self.tell_both(flow, now);
         }
     }
 
@@ -490,11 +550,76 @@ impl Backend {
     /// What the vigil over its service looks at; `heard` is how long ago it sent payload to a client.
     fn sighting(&self, heard: Option<Duration>, now: Instant) -> Sighting {
         let answers = !matches!(self.report.outcome, Outcome::Local | Outcome::Fail(Failure::Silent));
+        // Whoever is this very host answers through no link, and proves nothing about ours.
+        let is_proof = answers && !self.local && self.since.is_some();
         Sighting {
             id: self.id.into(),
             silent_since: self.silent_since,
-            answered: (answers && self.since.is_some()).then_some(self.checked),
+            answered: is_proof.then_some(self.checked),
             heard: heard.and_then(|ago| now.checked_sub(ago)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::backends::tests::backends, *};
+
+    const RESET_AFTER: Duration = Duration::from_secs(5);
+
+    /// Lets a minute pass in which all remote backends are silent and local ones answer. Who dies.
+    fn deaths(backends: &mut [Backend]) -> Vec<usize> {
+        let begin = Instant::now();
+        let mut vigil = Vigil::new(RESET_AFTER);
+        let mut deaths = Vec::new();
+        for tenths in 0..600 {
+            let now = begin + Duration::from_millis(100) * tenths;
+            for backend in backends.iter_mut().filter(|backend| backend.since.is_some()) {
+                backend.checked = now;
+            }
+            let seen: Vec<_> = backends.iter().map(|backend| backend.sighting(None, now)).collect();
+            deaths.extend(vigil.judge(&seen, now));
+        }
+        deaths
+    }
+
+    #[test]
+    fn our_own_apiserver_is_no_proof_that_it_is_not_us() {
+        let mut backends = backends(&["10.0.0.1:6443", "10.0.0.2:6443", "10.0.0.3:6443"]);
+        for backend in &mut backends {
+            backend.state = State::Silent;
+            backend.since = Some(std::time::SystemTime::now());
+            backend.silent_since = Some(Instant::now());
+            backend.report = CheckReport::new(Outcome::Fail(Failure::Silent), CheckCode::L4Tout);
+        }
+        (backends[0].state, backends[0].silent_since) = (State::Ready, None);
+        backends[0].report = CheckReport::new(Outcome::Pass, CheckCode::L7Ok);
+        assert_eq!(deaths(&mut backends), [2, 3], "somebody else answers: it is they");
+        backends[0].local = true;
+        assert_eq!(deaths(&mut backends), [0_usize; 0], "only our own kernel answers: it may be our link");
+    }
+
+    #[test]
+    fn having_nothing_to_do_is_not_being_stopped() {
+        // `reset_after` is a second at least.
+        assert!(LATER < Vigil::new(Duration::from_secs(1)).sight());
+        assert!(WATCHED < LATER);
+    }
+
+    #[test]
+    fn what_cannot_be_sent_is_said_once_until_all_is_well_again() {
+        let mut voice = Voice::default();
+        let fails = || Err(io::ErrorKind::NetworkDown.into());
+        let mut turn = |results: Vec<io::Result<()>>| {
+            let said = results.into_iter().filter_map(|result| voice.heed(result)).count();
+            voice.end_of_turn();
+            said
+        };
+        assert_eq!(turn(vec![fails(), Ok(()), fails(), Ok(())]), 1);
+        assert_eq!(turn(vec![Ok(()), fails(), Ok(())]), 0, "some still fail");
+        assert_eq!(turn(vec![]), 0);
+        assert_eq!(turn(vec![fails()]), 0);
+        assert_eq!(turn(vec![Ok(()), Ok(())]), 0);
+        assert_eq!(turn(vec![Ok(()), fails()]), 1);
     }
 }

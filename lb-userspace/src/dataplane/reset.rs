@@ -14,6 +14,9 @@ use lb_common::{
 
 use super::{Dataplane, DataplaneError, Mapped, address_of};
 
+/// Sets that are looked at in one go: a megabyte of IPv4's table. The daemon has other work, too.
+const SETS: usize = 16_384;
+
 /// Which flows. Every condition that is given must hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FlowFilter {
@@ -25,6 +28,8 @@ pub struct FlowFilter {
     pub client: Option<IpNet>,
     /// The client's port.
     pub client_port: Option<u16>,
+    /// What the client connected to is one of these addresses.
+    pub vips: Option<Vec<IpAddr>>,
 }
 
 impl FlowFilter {
@@ -37,6 +42,7 @@ impl FlowFilter {
         (self.service.is_none() || self.service == flow.service)
             && self.client.is_none_or(|net| net.contains(&flow.client.ip()))
             && self.client_port.is_none_or(|port| port == flow.client.port())
+            && self.vips.as_ref().is_none_or(|vips| vips.contains(&flow.listener.ip()))
     }
 }
 
@@ -123,7 +129,8 @@ pub struct Hop {
 }
 
 impl Dataplane {
-    /// Resets flows, about `limit` of them (never more than a set's ways above), from `cursor` on. They are returned as
+    /// Resets flows, about `limit` of them (never more than a set's ways above), from `cursor` on, as far as is looked at in
+    /// one go. They are returned as
     /// they were; their clients are yet to be told. Flows of a backend that is this host are its own kernel's.
     pub fn kill_flows(
         &mut self,
@@ -185,8 +192,9 @@ impl Dataplane {
         let mut flows = Vec::new();
         let sets4 = if maps.config.snat4_count > 0 { self.flows4.len() } else { 0 };
         let sets6 = if maps.config.snat6_count > 0 { self.flows6.len() } else { 0 };
+        let end = cursor.next + SETS;
         while cursor.next < sets4 + sets6 {
-            if flows.len() >= limit {
+            if flows.len() >= limit || cursor.next >= end {
                 return flows;
             }
             if cursor.next < sets4 {
@@ -338,4 +346,24 @@ fn release<F: Family>(flows: &Mapped<F::Set>, backend: u8, now: u16) -> u64 {
         }
     }
     released
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flow_is_wanted_where_every_condition_holds() {
+        let [here, elsewhere] =
+            ["10.0.0.100:6443", "[fd00::100]:6443"].map(|it| it.parse::<SocketAddr>().unwrap());
+        let flow = |listener: SocketAddr| Flow::example("10.0.0.7:40001".parse().unwrap(), listener);
+        let all = FlowFilter::default();
+        assert!(all.wants(&flow(here)) && all.wants(&flow(elsewhere)));
+        let of_vip = FlowFilter { vips: Some(vec![here.ip(), "127.0.0.1".parse().unwrap()]), ..all.clone() };
+        assert!(of_vip.wants(&flow(here)) && !of_vip.wants(&flow(elsewhere)), "whose VIP is on another host");
+        let of_another = FlowFilter { service: Some(1), ..of_vip };
+        assert!(!of_another.wants(&flow(here)));
+        let of_port = FlowFilter { client_port: Some(40002), ..all };
+        assert!(!of_port.wants(&flow(here)));
+    }
 }

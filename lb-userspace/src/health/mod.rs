@@ -32,6 +32,6 @@ pub use fallback::{Candidate, OperatorState, Selection, SelectionReason, select}
 pub use report::{CheckCode, CheckReport, Failure, Outcome};
 pub use schedule::{Event, Handle, Target, TargetId, check_once, resume, spawn};
 pub use state::{Change, Machine, State, Thresholds};
-pub use transition::{Transition, transition_line};
+pub use transition::{Fate, Transition, transition_line};
 pub use validate::{HealthError, validate};
 pub use vigil::{Sighting, Vigil};

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures_util::FutureExt as _;
 use tokio::{
     sync::{Notify, mpsc, watch},
     task::{AbortHandle, JoinSet},
@@ -94,7 +95,8 @@ struct Running {
 }
 
 impl Handle {
-    /// Checks a backend now, or again as soon as the check that is running ends. `false`: no such target.
+    /// Checks a backend now, or again as soon as the check that is running ends; a second time in a row not before
+    /// `fast_interval` is over. `false`: no such target.
     pub fn check_now(&self, id: TargetId) -> bool {
         let Some(running) = self.running.get(&id) else { return false };
         running.wake.check.notify_one();
@@ -195,6 +197,7 @@ async fn keep_checking(
     let thresholds = Thresholds { rise: at_least_one(rise), fall: at_least_one(fall) };
     let mut machine = Machine::resume(thresholds, state);
     let mut since = SystemTime::now();
+    let mut hurried = false;
     loop {
         let report = prober.check_doubting(accusation(&woken)).await;
         let end = Instant::now();
@@ -223,12 +226,23 @@ async fn keep_checking(
             return;
         }
         let next = rhythm.next(end, machine.verdict_pending());
+        // Whoever has just been asked in a hurry is not asked again at once, however many flows complain.
+        let rested = if hurried { rhythm.rested(end) } else { end };
         tokio::select! {
             // A backend without checks is asked only by `check_now`.
-            () = sleep_until(next), if kind != CheckKind::None => {}
-            () = woken.check.notified() => {}
+            // What was asked for meanwhile is answered by this one.
+            () = sleep_until(next), if kind != CheckKind::None => {
+                hurried = woken.check.notified().now_or_never().is_some();
+            }
+            () = notified(&woken, rested) => hurried = true,
         }
     }
+}
+
+/// Comes to its end when the target is to be checked now, but not before `rested`.
+async fn notified(woken: &Wake, rested: Instant) {
+    sleep_until(rested).await;
+    woken.check.notified().await;
 }
 
 /// Comes to its end when the target is accused, or is already.
@@ -250,6 +264,11 @@ impl Rhythm {
         let step = check.interval / count.max(1);
         // Half a step, so that the first target's second check does not follow its first at once.
         Self { begin: begin + step * index + step / 2, check }
+    }
+
+    /// Before this nobody is checked in a hurry a second time, after a check that ended at `end`.
+    fn rested(&self, end: Instant) -> Instant {
+        end + self.check.fast_interval.min(self.check.interval)
     }
 
     /// When to check next, after a check that ended at `end`.

@@ -23,6 +23,19 @@ impl Transition {
     }
 }
 
+/// What becomes of the established flows of a dead backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// They are reset.
+    Reset,
+    /// They are kept, because `on_dead` says so.
+    Kept,
+    /// Its host is this one, whose kernel has them.
+    OfThisHost,
+    /// Their VIP is on another host.
+    Elsewhere,
+}
+
 /// The log line of a transition, with the service's `ready_left` of `total` backends after it.
 ///
 /// It begins as HAProxy's does, for the sake of those who grep for it, and ends with the word and meaning of the
@@ -32,6 +45,7 @@ pub fn transition_line(
     service: &str,
     backend: &str,
     transition: &Transition,
+    fate: Fate,
     ready_left: usize,
     total: usize,
 ) -> String {
@@ -55,17 +69,22 @@ pub fn transition_line(
         line,
         ", check duration: {}ms. {ready_left} active server{plural} {left} of {total}. {from} -> {to}: {}.",
         report.duration.as_millis(),
-        meaning(*to)
+        meaning(*to, fate)
     );
     line
 }
 
-fn meaning(state: State) -> &'static str {
+fn meaning(state: State, fate: Fate) -> &'static str {
     match state {
         State::Unknown => "not checked yet",
         State::Ready => "gets new flows",
         State::Draining | State::Silent => "no new flows, established ones are kept",
-        State::Dead => "no new flows, established ones are reset",
+        State::Dead => match fate {
+            Fate::Reset => "no new flows, established ones are reset",
+            Fate::Kept => "no new flows, established ones are kept, as on_dead says",
+            Fate::OfThisHost => "no new flows, established ones are left to this host's own kernel",
+            Fate::Elsewhere => "no new flows, established ones are left to the host that has the VIP",
+        },
     }
 }
 
@@ -89,6 +108,7 @@ mod tests {
                 "api",
                 "master-2",
                 &transition(State::Ready, State::Draining, report.clone()),
+                Fate::Reset,
                 2,
                 3
             ),
@@ -96,8 +116,8 @@ mod tests {
              2 active servers left of 3. ready -> draining: no new flows, established ones are kept."
         );
         report.info = "failed: etcd".to_owned();
-        let line =
-            transition_line("api", "master-2", &transition(State::Ready, State::Draining, report), 1, 3);
+        let draining = transition(State::Ready, State::Draining, report);
+        let line = transition_line("api", "master-2", &draining, Fate::Reset, 1, 3);
         assert!(line.contains("code: 500, info: \"failed: etcd\", check duration"), "{line}");
         assert!(line.contains("1 active server left of 3"), "{line}");
     }
@@ -107,7 +127,14 @@ mod tests {
         let mut report = CheckReport::new(Outcome::Pass, CheckCode::L7Ok);
         report.http_status = Some(200);
         assert_eq!(
-            transition_line("api", "master-2", &transition(State::Draining, State::Ready, report), 3, 3),
+            transition_line(
+                "api",
+                "master-2",
+                &transition(State::Draining, State::Ready, report),
+                Fate::Reset,
+                3,
+                3
+            ),
             "Server api/master-2 is UP, reason: Layer7 check passed, code: 200, check duration: 4ms. \
              3 active servers online of 3. draining -> ready: gets new flows."
         );
@@ -116,12 +143,25 @@ mod tests {
     #[test]
     fn from_bad_to_worse_is_not_going_down_again() {
         let report = CheckReport::new(Outcome::Fail(Failure::Silent), CheckCode::L4Tout);
-        let line =
-            transition_line("api", "master-2", &transition(State::Draining, State::Silent, report), 2, 3);
+        let silent = transition(State::Draining, State::Silent, report);
+        let line = transition_line("api", "master-2", &silent, Fate::Reset, 2, 3);
         assert!(
             line.starts_with("Server api/master-2 is still DOWN, reason: Layer4 timeout, check"),
             "{line}"
         );
         assert!(line.contains("draining -> silent: no new flows, established ones are kept"), "{line}");
+    }
+
+    #[test]
+    fn death_says_what_becomes_of_the_flows() {
+        let line = |fate| {
+            let report = CheckReport::new(Outcome::Fail(Failure::Silent), CheckCode::L4Tout);
+            let died = transition(State::Silent, State::Dead, report);
+            transition_line("api", "master-2", &died, fate, 2, 3)
+        };
+        assert!(line(Fate::Reset).ends_with("silent -> dead: no new flows, established ones are reset."));
+        for fate in [Fate::Kept, Fate::OfThisHost, Fate::Elsewhere] {
+            assert!(!line(fate).contains("reset"), "{}", line(fate));
+        }
     }
 }

@@ -170,3 +170,28 @@ async fn an_update_ends_begins_and_goes_on_with_the_verdict_that_stood() {
     let event = receive(&mut events).await;
     assert_eq!((event.id.backend, event.state, event.failures), (1, State::Ready, 2));
 }
+
+#[tokio::test(start_paused = true)]
+async fn checks_in_a_hurry_are_a_fast_interval_apart() {
+    let (sender, mut events) = mpsc::channel(16);
+    let nowhere = "192.0.2.1:6443".parse().unwrap();
+    let hour = Duration::from_secs(3600);
+    let fast_interval = Duration::from_millis(200);
+    let check = Check { interval: hour, fast_interval, ..check(CheckKind::None) };
+    let handle = spawn(vec![target(0, nowhere, check)], sender);
+    let id = receive(&mut events).await.id;
+    let begin = tokio::time::Instant::now();
+    let mut times = Vec::new();
+    while begin.elapsed() < Duration::from_secs(1) {
+        // As the signals of a busy data path.
+        handle.check_now(id);
+        tokio::time::sleep(Duration::from_millis(25)).await;
+        while events.try_recv().is_ok() {
+            times.push(begin.elapsed().as_millis());
+        }
+    }
+    assert!(times[0] <= 25, "the first is made at once: {times:?}");
+    // Looked at every 25 ms.
+    assert!(times.windows(2).all(|pair| pair[1] - pair[0] >= 175), "{times:?}");
+    assert!(times.len() >= 4, "{times:?}");
+}
