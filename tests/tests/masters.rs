@@ -46,8 +46,8 @@ impl Masters {
         Self { own, cluster }
     }
 
-    /// Checks quickly, finds somebody dead soon, and answers probes.
-    fn balance(&self) -> Daemon {
+    /// With these lines for every check; finds somebody dead soon, and answers probes.
+    fn balance(&self, check: &[&str]) -> Daemon {
         let cluster = &self.cluster;
         let mut settings = cluster.settings().unwrap();
         for vip in cluster.vips() {
@@ -55,14 +55,7 @@ impl Masters {
             settings.backends.push((self.own.name().to_owned(), address));
         }
         settings.service = vec!["reset_after = \"2s\"".to_owned()];
-        settings.check = [
-            "interval = \"300ms\"",
-            "fast_interval = \"100ms\"",
-            "connect_timeout = \"500ms\"",
-            "timeout = \"2s\"",
-        ]
-        .map(str::to_owned)
-        .into();
+        settings.check = check.iter().map(ToString::to_string).collect();
         let config = |directory: &Path| {
             settings.to_toml(directory).replace("[admin]\n", "[admin]\nlisten = \"127.0.0.1:1936\"\n")
         };
@@ -85,7 +78,7 @@ impl Masters {
 #[test]
 fn its_own_apiserver_gets_its_share_and_is_asked_about_as_self() {
     let mut masters = Masters::start();
-    let mut daemon = masters.balance();
+    let mut daemon = masters.balance(&[]);
     let cluster = &masters.cluster;
     let own = masters.own.name();
     let all = ["api-1", "api-2", own];
@@ -138,7 +131,12 @@ fn its_own_apiserver_gets_its_share_and_is_asked_about_as_self() {
 #[test]
 fn while_its_uplink_is_down_its_own_apiserver_is_no_proof_that_the_others_are_dead() {
     let masters = Masters::start();
-    let mut daemon = masters.balance();
+    let mut daemon = masters.balance(&[
+        "interval = \"300ms\"",
+        "fast_interval = \"100ms\"",
+        "connect_timeout = \"500ms\"",
+        "timeout = \"2s\"",
+    ]);
     let cluster = &masters.cluster;
     let mut idle = Idle::open(cluster, CONNECTIONS).unwrap();
     for server in ["api-1", "api-2", masters.own.name()] {

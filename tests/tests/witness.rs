@@ -96,9 +96,9 @@ fn counted(host: &Host, counter: &str) -> anyhow::Result<u64> {
 #[test]
 fn flows_have_a_backend_checked_and_never_decide_by_themselves() {
     // Refused, and kept waiting: by something that the checks do not meet.
-    for what in [
-        "tcp flags & (syn | ack) == syn counter name met reject with tcp reset",
-        "tcp flags & psh == psh counter name met drop",
+    for (what, answered) in [
+        ("tcp flags & (syn | ack) == syn counter name met reject with tcp reset", true),
+        ("tcp flags & psh == psh counter name met drop", false),
     ] {
         let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
         let daemon = start(&cluster);
@@ -119,7 +119,10 @@ fn flows_have_a_backend_checked_and_never_decide_by_themselves() {
         }
         ill.run("nft delete table inet ill").unwrap();
         let report = load.stop();
-        report.require_all(report.outcomes.len()).unwrap();
+        // Who is refused is sent to another one. Who waits may have waited for longer than it can.
+        if answered {
+            report.require_all(report.outcomes.len()).unwrap();
+        }
         assert!(!daemon.log().contains("/api-1 is DOWN"), "{}", daemon.log());
         let report = sequential(&cluster.client, &client, 60).unwrap();
         report.require_all(60).unwrap();
