@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
-    daemon::{Daemon, Settings},
+    daemon::{self, Daemon, Settings},
     lab::{Host, Lab, Segment, authority::Authority},
     load::Client,
     stub::{PORT, Stub},
@@ -221,6 +221,38 @@ impl Cluster {
         let mut daemon = Daemon::start(&self.lb, self.lab.directory(), &self.settings()?)?;
         daemon.wait_ready(self.apiservers.len())?;
         Ok(daemon)
+    }
+
+    /// Where the daemon on the load balancer keeps its files, `sheave.toml` and `admin.sock` among them.
+    pub fn daemon_directory(&self) -> PathBuf {
+        daemon::directory_on(&self.lb, self.lab.directory())
+    }
+
+    /// Cuts all apiservers off and waits until the daemon finds them silent. Then new connections are refused, and not
+    /// left hanging.
+    ///
+    /// # Errors
+    /// When it is not so.
+    pub fn cut_all_off_and_require_refused(&self, daemon: &mut Daemon, limit: Duration) -> Result<()> {
+        for apiserver in &self.apiservers {
+            apiserver.host.cut_off()?;
+        }
+        for apiserver in &self.apiservers {
+            daemon.wait_state(apiserver.stub.name(), "silent", limit)?;
+        }
+        for vip in self.vips() {
+            let curl = self.curl(vip, "/name").output()?;
+            ensure!(curl.status.code() == Some(7), "refused, not timed out: {curl:?}");
+        }
+        Ok(())
+    }
+
+    /// Connections of the client that ended by a RST.
+    ///
+    /// # Errors
+    /// When its kernel does not say.
+    pub fn client_resets(&self) -> Result<u64> {
+        self.client.counter("Tcp", "EstabResets")
     }
 
     /// The certificate of the cluster's authority.

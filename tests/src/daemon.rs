@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Output},
     time::Duration,
@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::lab::{
     Host, Process, cgroup_of, eventually, namespace::command_in, pins_of, process::Signal, run,
@@ -79,11 +80,6 @@ impl Settings {
             }
         }
         toml
-    }
-
-    /// The addresses it listens on.
-    pub fn vips(&self) -> impl Iterator<Item = IpAddr> {
-        self.listen.iter().map(SocketAddr::ip)
     }
 }
 
@@ -198,7 +194,7 @@ impl Daemon {
         mut command: Command,
         arguments: &[&str],
     ) -> Result<Self> {
-        let directory = directory.join(format!("{}-sheave", host.name()));
+        let directory = directory_on(host, directory);
         fs::create_dir_all(&directory)?;
         let file = directory.join("sheave.toml");
         fs::write(&file, config(&directory))?;
@@ -260,9 +256,38 @@ impl Daemon {
     /// # Errors
     /// When it prints no status.
     pub fn status(&self) -> Result<Status> {
+        Ok(serde_json::from_value(self.status_json()?)?)
+    }
+
+    /// All that `sheave status --json` says.
+    ///
+    /// # Errors
+    /// When it prints no status.
+    pub fn status_json(&self) -> Result<Value> {
         let output = self.command("status")?.arg("--json").output()?;
         serde_json::from_slice(&output.stdout).with_context(|| {
             format!("sheave status: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr))
+        })
+    }
+
+    /// The sentences about the first service, and about the load balancer.
+    ///
+    /// # Errors
+    /// When it prints no status.
+    pub fn flags(&self) -> Result<String> {
+        let status = self.status_json()?;
+        Ok([&status["services"][0]["flags"], &status["flags"]].map(ToString::to_string).concat())
+    }
+
+    /// Waits until one of [`Daemon::flags`] says this.
+    ///
+    /// # Errors
+    /// When it takes too long.
+    pub fn wait_flag(&self, words: &str, limit: Duration) -> Result<()> {
+        eventually(limit, &format!("a flag says {words:?}"), || {
+            let flags = self.flags()?;
+            ensure!(flags.contains(words), "{flags}");
+            Ok(())
         })
     }
 
@@ -330,6 +355,11 @@ impl Daemon {
         self.process.signal(Signal::SIGTERM)?;
         self.process.wait(STOP_LIMIT)
     }
+}
+
+/// Where a daemon on a host keeps its files, in a lab's directory.
+pub fn directory_on(host: &Host, directory: &Path) -> PathBuf {
+    directory.join(format!("{}-sheave", host.name()))
 }
 
 /// Whether an XDP program is attached to a host's interface.

@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
 
-use std::{fs, net::IpAddr, path::PathBuf, time::Duration};
+use std::{fs, net::IpAddr, time::Duration};
 
 use anyhow::ensure;
 use lb_tests::{
@@ -15,14 +15,9 @@ use serde_json::Value;
 
 const MOMENT: Duration = Duration::from_secs(30);
 
-/// Where the daemon keeps its files.
-fn directory(cluster: &Cluster) -> PathBuf {
-    cluster.lab.directory().join(format!("{}-sheave", cluster.lb.name()))
-}
-
 /// Asks `sheave why` on the load balancer's host, with the daemon's configuration: exit code, and what was said.
 fn ask(cluster: &Cluster, client: IpAddr, arguments: &[&str]) -> (Option<i32>, String) {
-    let directory = directory(cluster);
+    let directory = cluster.daemon_directory();
     let mut command = cluster.lb.command(program().unwrap());
     command.args(["why", &client.to_string(), "--config"]).arg(directory.join("sheave.toml"));
     command.arg("--socket").arg(directory.join("admin.sock")).args(arguments);
@@ -130,7 +125,7 @@ fn where_nothing_is_pinned_there_is_nothing_to_tell_and_wrong_words_are_the_user
     let cluster = Cluster::without_vips(Shape::OneArm, 1).unwrap();
     let client = cluster.client.address(cluster.vip4).unwrap();
     let settings = cluster.settings().unwrap();
-    let directory = directory(&cluster);
+    let directory = cluster.daemon_directory();
     fs::create_dir_all(&directory).unwrap();
     fs::write(directory.join("sheave.toml"), settings.to_toml(&directory)).unwrap();
     let (code, text) = ask(&cluster, client, &[]);

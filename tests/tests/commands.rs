@@ -6,12 +6,12 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    process::Output,
+    process::{Command, Output},
 };
 
 use lb_tests::{
     cluster::{Cluster, Shape},
-    daemon::{Daemon, Settings, has_xdp, program},
+    daemon::{Settings, has_xdp, program},
     lab::pins_of,
     load,
 };
@@ -67,9 +67,7 @@ fn check_config_says_yes_or_where_the_mistake_is() {
 #[test]
 fn another_program_on_the_interface_is_named_and_left_alone() {
     let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
-    let mut first =
-        Daemon::start(&cluster.lb, cluster.lab.directory(), &cluster.settings().unwrap()).unwrap();
-    first.wait_ready(1).unwrap();
+    let _first = cluster.balance().unwrap();
     let (directory, config) = configured(&cluster, "second", &cluster.settings().unwrap());
     let said = complaint(&sheave(&cluster, &["run"], &config), 1);
     assert!(said.contains("another XDP program is on eth0 already"), "{said}");
@@ -91,30 +89,56 @@ fn an_interface_that_is_not_there_is_named_and_nothing_is_loaded() {
     assert!(left.is_empty() && !has_xdp(&cluster.lb, "eth0").unwrap(), "{left:?}");
 }
 
+fn names_in(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).unwrap();
+    let mut names: Vec<_> = entries.map(|it| it.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
 #[test]
 fn without_privileges_it_says_so_and_touches_nothing() {
     let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
     let (directory, config) = configured(&cluster, "anybody", &cluster.settings().unwrap());
+    // A place where anybody may go, whoever has built the program and where.
+    for path in [cluster.lab.directory().parent().unwrap(), cluster.lab.directory()] {
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
     fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).unwrap();
+    let copy = cluster.lab.directory().join("sheave");
+    fs::copy(program().unwrap(), &copy).unwrap();
     let mut command = cluster.lb.command("setpriv");
     command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]);
-    command.arg(program().unwrap()).args(["run", "--config"]).arg(&config);
+    command.arg(&copy).args(["run", "--config"]).arg(&config);
     let said = complaint(&command.output().unwrap(), 1);
     assert!(said.to_lowercase().contains("root") || said.contains("CAP_"), "{said}");
     assert!(!has_xdp(&cluster.lb, "eth0").unwrap());
+    // Where it may write it has looked whether another one is running: that is all.
+    assert_eq!(names_in(&directory), ["sheave.toml", "state"]);
+    assert_eq!(names_in(&directory.join("state")), ["lock"]);
+    assert!(!pins_of(&directory).exists());
 }
 
 #[test]
 fn doctor_finds_nothing_to_fix_where_all_is_well_and_says_what_is_not() {
     let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
-    let mut daemon =
-        Daemon::start(&cluster.lb, cluster.lab.directory(), &cluster.settings().unwrap()).unwrap();
-    daemon.wait_ready(1).unwrap();
-    let config = cluster.lab.directory().join("lb-sheave/sheave.toml");
+    let _daemon = cluster.balance().unwrap();
+    let config = cluster.daemon_directory().join("sheave.toml");
     let well = sheave(&cluster, &["doctor", "--json"], &config);
     assert_eq!(well.status.code(), Some(0), "{}", String::from_utf8_lossy(&well.stdout));
     let findings: serde_json::Value = serde_json::from_slice(&well.stdout).unwrap();
-    assert!(findings.is_array() || findings.is_object(), "{findings}");
+    let findings = findings["findings"].as_array().unwrap();
+    for finding in findings {
+        let level = finding["level"].as_str().unwrap();
+        assert!(["ok", "note", "warning"].contains(&level), "{finding}");
+        assert!(!finding["what"].as_str().unwrap().is_empty(), "{finding}");
+    }
+    let backend = format!("backend kube-apiserver/{}", cluster.apiservers[0].host.name());
+    for subject in [format!("VIP {}", cluster.vip4), format!("VIP {}", cluster.vip6), backend] {
+        let about: Vec<_> = findings.iter().filter(|finding| finding["subject"] == *subject).collect();
+        assert!(!about.is_empty(), "{subject} is missing in {findings:#?}");
+        assert!(about.iter().all(|finding| finding["level"] == "ok"), "{about:#?}");
+    }
 
     let mut settings = cluster.settings().unwrap();
     settings.dataplane.push("interfaces = [\"eth9\"]".to_owned());
@@ -127,9 +151,8 @@ fn doctor_finds_nothing_to_fix_where_all_is_well_and_says_what_is_not() {
 
 #[test]
 fn completions_are_of_this_program() {
-    let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
     for shell in ["bash", "zsh", "fish"] {
-        let output = cluster.lb.command(program().unwrap()).args(["completions", shell]).output().unwrap();
+        let output = Command::new(program().unwrap()).args(["completions", shell]).output().unwrap();
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(
             output.status.success() && text.contains("check-config") && text.contains("drain"),

@@ -7,18 +7,19 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::unix::fs::symlink,
     path::{Path, PathBuf},
-    process::Output,
+    process::{Command, Output},
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, ensure};
+use data_encoding::BASE64;
 use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{Daemon, Settings, program},
     lab::{
         authority::{Authority, Identity},
         cgroup_of, eventually, pins_of,
-        process::Signal,
+        process::{Signal, said},
         run,
     },
     load::{self, Client, Report},
@@ -57,33 +58,15 @@ fn start(cluster: &Cluster, settings: &Settings) -> Daemon {
     Daemon::start(&cluster.lb, cluster.lab.directory(), settings).unwrap()
 }
 
-/// `sheave status --json`.
-fn status(daemon: &Daemon) -> Result<Value> {
-    let output = daemon.command("status")?.arg("--json").output()?;
-    serde_json::from_slice(&output.stdout)
-        .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
-}
-
-/// The sentences about the first service, and about the load balancer.
-fn flags(daemon: &Daemon) -> Result<String> {
-    let status = status(daemon)?;
-    Ok([&status["services"][0]["flags"], &status["flags"]].map(ToString::to_string).concat())
-}
-
-/// Waits until one of [`flags`] says this.
+/// Waits until a flag says this.
 fn wait_flag(daemon: &Daemon, words: &str) {
-    eventually(MOMENT, &format!("a flag says {words:?}"), || {
-        let flags = flags(daemon)?;
-        ensure!(flags.contains(words), "{flags}");
-        Ok(())
-    })
-    .unwrap();
+    daemon.wait_flag(words, MOMENT).unwrap();
 }
 
-/// Waits until none of [`flags`] says this any more.
+/// Waits until no flag says this any more.
 fn wait_no_flag(daemon: &Daemon, words: &str) {
     eventually(MOMENT, &format!("no flag says {words:?}"), || {
-        let flags = flags(daemon)?;
+        let flags = daemon.flags()?;
         ensure!(!flags.contains(words), "{flags}");
         Ok(())
     })
@@ -93,7 +76,7 @@ fn wait_no_flag(daemon: &Daemon, words: &str) {
 /// Waits until the last check of every backend had this HTTP status, and its state is this.
 fn wait_checks(daemon: &Daemon, http_status: u16, state: &str) {
     eventually(MOMENT, &format!("every backend is {state} with {http_status}"), || {
-        let status = status(daemon)?;
+        let status = daemon.status_json()?;
         let backends = status["services"][0]["backends"].as_array().context("no backends")?.clone();
         let as_wanted = |it: &Value| it["check"]["http_status"] == http_status && it["state"] == state;
         ensure!(!backends.is_empty() && backends.iter().all(as_wanted), "{backends:?}");
@@ -146,16 +129,39 @@ impl Mounted {
     }
 }
 
+/// How a kubeconfig holds certificates and keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Held {
+    /// By the names of their files.
+    AsFiles,
+    /// In itself, as base64, as kubeadm's `admin.conf` does.
+    Inline,
+}
+
 /// A kubeconfig that names files.
 fn kubeconfig(path: &Path, server: SocketAddr, ca: &Path, identity: &Identity) -> PathBuf {
+    kubeconfig_holding(Held::AsFiles, path, server, ca, identity)
+}
+
+fn kubeconfig_holding(
+    held: Held,
+    path: &Path,
+    server: SocketAddr,
+    ca: &Path,
+    identity: &Identity,
+) -> PathBuf {
+    let line = |key: &str, file: &Path| match held {
+        Held::AsFiles => format!("{key}: {}", file.display()),
+        Held::Inline => format!("{key}-data: {}", BASE64.encode(&fs::read(file).unwrap())),
+    };
     let text = format!(
         "apiVersion: v1\nkind: Config\ncurrent-context: lab\n\
          contexts:\n- name: lab\n  context: {{cluster: lab, user: checker}}\n\
-         clusters:\n- name: lab\n  cluster:\n    server: https://{server}\n    certificate-authority: {}\n\
-         users:\n- name: checker\n  user:\n    client-certificate: {}\n    client-key: {}\n",
-        ca.display(),
-        identity.certificate.display(),
-        identity.key.display()
+         clusters:\n- name: lab\n  cluster:\n    server: https://{server}\n    {}\n\
+         users:\n- name: checker\n  user:\n    {}\n    {}\n",
+        line("certificate-authority", ca),
+        line("client-certificate", &identity.certificate),
+        line("client-key", &identity.key),
     );
     // As `kubeadm certs renew` does it: whole.
     fs::write(path.with_extension("new"), text).unwrap();
@@ -312,7 +318,7 @@ fn with_a_certificate_that_expires(cluster: &Cluster) -> Daemon {
     let check = [format!("client_cert_file = {certificate:?}"), format!("client_key_file = {key:?}")];
     let mut daemon = start(cluster, &settings(cluster, &check.each_ref().map(String::as_str)));
     daemon.wait_ready(cluster.apiservers.len()).unwrap();
-    assert!(!flags(&daemon).unwrap().contains("401"));
+    assert!(!daemon.flags().unwrap().contains("401"));
     daemon
 }
 
@@ -384,6 +390,47 @@ fn an_empty_token_file_is_an_error_at_the_start_and_changes_nothing_later() {
 }
 
 #[test]
+fn where_anonymous_callers_may_ask_for_health_alone_the_check_needs_no_credential() {
+    let cluster = cluster(2, AnonymousMode::Conditions);
+    let mut daemon = start(&cluster, &settings(&cluster, &[]));
+    daemon.wait_ready(2).unwrap();
+    wait_checks(&daemon, 200, "ready");
+    let apiserver = SocketAddr::new(cluster.apiservers[0].host.address(cluster.vip4).unwrap(), PORT);
+    let asked = |path: &str| get(&cluster, &format!("https://{apiserver}{path}")).0;
+    assert_eq!(
+        [asked("/readyz"), asked("/version"), asked("/api")],
+        ["200", "401", "401"],
+        "and nobody else"
+    );
+    let flags = daemon.flags().unwrap();
+    assert!(!flags.contains("401") && !flags.contains("unauthenticated"), "{flags}");
+    // What failed is named all the same: the reply to the check itself says it.
+    cluster.apiservers[0].stub.health(Health::Status(500)).unwrap();
+    daemon.wait_state("api-1", "draining", MOMENT).unwrap();
+    let status = daemon.status_json().unwrap();
+    assert_eq!(status["services"][0]["backends"][0]["check"]["failed"], serde_json::json!(["informer-sync"]));
+    require_served(&cluster);
+}
+
+#[test]
+fn where_anonymous_callers_have_lost_their_role_all_are_used_and_a_token_puts_it_right() {
+    let cluster = cluster(2, AnonymousMode::Forbidden);
+    let daemon = start(&cluster, &settings(&cluster, &[]));
+    wait_checks(&daemon, 403, "draining");
+    wait_flag(&daemon, "some answer 401 or 403");
+    let report = served(&cluster, &cluster.client_of(cluster.vip4).unwrap());
+    assert_eq!(report.by_server().len(), 2, "{:?}", report.by_server());
+
+    let token = cluster.lab.directory().join("token");
+    fs::write(&token, TOKEN).unwrap();
+    let reloaded = daemon.reload(&settings(&cluster, &[&format!("token_file = {token:?}")])).unwrap();
+    assert!(reloaded.status.success(), "{reloaded:?}");
+    wait_checks(&daemon, 200, "ready");
+    wait_no_flag(&daemon, "401 or 403");
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
 fn counting_401_as_ready_works_and_stays_flagged() {
     let cluster = cluster(1, AnonymousMode::Off);
     let mut daemon = start(&cluster, &settings(&cluster, &["expect = [401]"]));
@@ -402,7 +449,7 @@ fn what_failed_is_named() {
     daemon.wait_ready(1).unwrap();
     cluster.apiservers[0].stub.health(Health::Status(500)).unwrap();
     wait_checks(&daemon, 500, "draining");
-    let status = status(&daemon).unwrap();
+    let status = daemon.status_json().unwrap();
     let check = &status["services"][0]["backends"][0]["check"];
     assert_eq!(check["failed"], serde_json::json!(["informer-sync"]));
     assert_eq!(check["detail"], "Layer7 wrong status: failed: informer-sync");
@@ -470,10 +517,6 @@ fn init(cluster: &Cluster, kubeconfig: &Path, vip: IpAddr, output: &Path) -> Out
     command.args(["--vip", &vip.to_string()]).output().unwrap()
 }
 
-fn said(output: &Output) -> String {
-    [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned()).concat()
-}
-
 #[test]
 fn init_writes_a_configuration_that_balances() {
     let cluster = cluster(3, AnonymousMode::Allowed);
@@ -512,6 +555,42 @@ fn init_writes_a_configuration_that_balances() {
 }
 
 #[test]
+fn init_writes_the_ca_of_a_kubeconfig_that_holds_it_and_overwrites_no_other() {
+    let cluster = cluster(2, AnonymousMode::Allowed);
+    let directory = cluster.lab.directory();
+    let server = SocketAddr::new(cluster.apiservers[0].host.address(cluster.vip4).unwrap(), PORT);
+    let identity = cluster.authority.client("admin", &["system:masters"]).unwrap();
+    let ca = cluster.ca_file();
+    let admin = kubeconfig_holding(Held::Inline, &directory.join("admin.conf"), server, &ca, &identity);
+    let place = directory.join("init");
+    let (output, written_ca) = (place.join("sheave.toml"), place.join("ca.crt"));
+
+    let written = init(&cluster, &admin, cluster.vip4, &output);
+    assert!(written.status.success(), "{}", said(&written));
+    assert_eq!(fs::read(&written_ca).unwrap(), fs::read(&ca).unwrap());
+    let text = fs::read_to_string(&output).unwrap();
+    assert!(text.contains(&format!("ca_file = {written_ca:?}")), "{text}");
+    // The key stays where it is: nothing that is written holds it.
+    let mut names: Vec<_> = fs::read_dir(&place).unwrap().map(|it| it.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["ca.crt", "sheave.toml"]);
+
+    // The same one, from an earlier attempt: it is used.
+    let next = place.join("next.toml");
+    let again = init(&cluster, &admin, cluster.vip4, &next);
+    assert!(again.status.success() && next.exists(), "{}", said(&again));
+    // Another one is somebody's, and stays.
+    fs::write(&written_ca, "another").unwrap();
+    fs::remove_file(&next).unwrap();
+    let refused = init(&cluster, &admin, cluster.vip4, &next);
+    assert_eq!(refused.status.code(), Some(1), "{}", said(&refused));
+    let exists = format!("{} exists and is not overwritten", written_ca.display());
+    assert!(said(&refused).contains(&exists), "{}", said(&refused));
+    assert_eq!(fs::read_to_string(&written_ca).unwrap(), "another");
+    assert!(!next.exists());
+}
+
+#[test]
 fn init_says_what_it_cannot_do_and_writes_nothing_then() {
     let cluster = cluster(1, AnonymousMode::Off);
     let directory = cluster.lab.directory();
@@ -541,6 +620,15 @@ fn init_says_what_it_cannot_do_and_writes_nothing_then() {
     assert!(fs::read_to_string(&output).unwrap().contains("token_file = \"/etc/sheave/token\""));
 }
 
+/// The program, for which these are the load balancer's `/etc/hosts` and `/etc/resolv.conf`: for nobody else.
+fn with_files(cluster: &Cluster, hosts: &Path, resolv: &Path) -> Command {
+    let mut command = cluster.lb.command("unshare");
+    let script =
+        "mount --bind \"$0\" /etc/hosts && mount --bind \"$1\" /etc/resolv.conf && shift && exec \"$@\"";
+    command.args(["--mount", "sh", "-c", script]).arg(hosts).arg(resolv).arg(program().unwrap());
+    command
+}
+
 #[test]
 fn a_backend_by_name_is_looked_up_and_a_name_nobody_knows_delays_nothing() {
     let cluster = cluster(2, AnonymousMode::Allowed);
@@ -560,11 +648,7 @@ fn a_backend_by_name_is_looked_up_and_a_name_nobody_knows_delays_nothing() {
         settings.check = vec!["server_name = \"kubernetes\"".to_owned()];
         settings.to_toml(directory)
     };
-    // The files of this host are another's for the daemon alone.
-    let mut command = cluster.lb.command("unshare");
-    let script =
-        "mount --bind \"$0\" /etc/hosts && mount --bind \"$1\" /etc/resolv.conf && shift && exec \"$@\"";
-    command.args(["--mount", "sh", "-c", script]).arg(&hosts).arg(&resolv).arg(program().unwrap());
+    let command = with_files(&cluster, &hosts, &resolv);
     let mut daemon = Daemon::start_with(&cluster.lb, directory, named, command).unwrap();
     daemon.wait_ready(1).unwrap();
     assert_eq!(daemon.status().unwrap().states(&format!("master-1:{PORT}")), ["ready"]);
@@ -605,10 +689,7 @@ fn with_names_that_nobody_knows_clients_are_refused_at_once_and_not_left_hanging
         settings.to_toml(directory)
     };
     let start = || {
-        let mut command = cluster.lb.command("unshare");
-        let script =
-            "mount --bind \"$0\" /etc/hosts && mount --bind \"$1\" /etc/resolv.conf && shift && exec \"$@\"";
-        command.args(["--mount", "sh", "-c", script]).arg(&hosts).arg(&resolv).arg(program().unwrap());
+        let command = with_files(&cluster, &hosts, &resolv);
         Daemon::start_with(&cluster.lb, directory, named, command).unwrap()
     };
     let mut daemon = start();

@@ -61,10 +61,6 @@ fn connections(apiserver: &Apiserver) -> u64 {
     apiserver.stub.connections().unwrap().values().sum()
 }
 
-fn owns(host: &Host, vip: IpAddr) -> bool {
-    host.run("ip -o address show dev eth0").unwrap().contains(&format!(" {vip}/"))
-}
-
 #[test]
 fn curl_is_served_over_both_protocols_and_both_families() {
     let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
@@ -315,16 +311,7 @@ fn when_etcd_hangs_for_all_of_them_nobody_is_refused_and_nothing_is_reset() {
 fn without_a_usable_apiserver_a_connection_is_refused_at_once() {
     let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
     let mut daemon = cluster.balance().unwrap();
-    for apiserver in &cluster.apiservers {
-        apiserver.host.cut_off().unwrap();
-    }
-    for apiserver in &cluster.apiservers {
-        daemon.wait_state(apiserver.stub.name(), "silent", VERDICT).unwrap();
-    }
-    for vip in cluster.vips() {
-        let curl = cluster.curl(vip, "/name").output().unwrap();
-        assert_eq!(curl.status.code(), Some(7), "refused, not timed out: {curl:?}");
-    }
+    cluster.cut_all_off_and_require_refused(&mut daemon, VERDICT).unwrap();
     cluster.require_no_own_resets().unwrap();
     for apiserver in &cluster.apiservers {
         apiserver.host.reconnect().unwrap();
@@ -399,7 +386,7 @@ fn unloading_takes_the_program_away_and_leaves_a_followed_vip() {
     assert!(daemon.unload().unwrap().status.success());
     assert!(daemon.process().wait(MOMENT).unwrap().success());
     assert!(!has_xdp(&cluster.lb, "eth0").unwrap());
-    assert!(cluster.vips().into_iter().all(|vip| owns(&cluster.lb, vip)));
+    assert!(cluster.vips().into_iter().all(|vip| cluster.lb.has_address(vip).unwrap()));
     assert!(!socket.exists(), "its socket is gone");
 }
 
@@ -410,13 +397,13 @@ fn a_vip_of_our_own_comes_with_the_daemon_and_goes_when_it_is_unloaded() {
     let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
     daemon.wait_ready(2).unwrap();
     eventually(MOMENT, "the VIPs are there", || {
-        ensure!(cluster.vips().into_iter().all(|vip| owns(&cluster.lb, vip)));
+        ensure!(cluster.vips().into_iter().all(|vip| cluster.lb.has_address(vip).unwrap()));
         Ok(())
     })
     .unwrap();
     require_served(&cluster, 10);
     assert!(daemon.unload().unwrap().status.success());
-    assert!(!cluster.vips().into_iter().any(|vip| owns(&cluster.lb, vip)));
+    assert!(!cluster.vips().into_iter().any(|vip| cluster.lb.has_address(vip).unwrap()));
 }
 
 #[test]
@@ -429,7 +416,7 @@ fn a_vip_that_somebody_else_answers_for_is_refused() {
     assert_eq!(status.code(), Some(1));
     assert!(daemon.log().contains(&cluster.vip4.to_string()), "{}", daemon.log());
     assert!(!has_xdp(&cluster.lb, "eth0").unwrap(), "nothing half-loaded");
-    assert!(!cluster.vips().into_iter().any(|vip| owns(&cluster.lb, vip)));
+    assert!(!cluster.vips().into_iter().any(|vip| cluster.lb.has_address(vip).unwrap()));
 }
 
 /// keepalived with a track script that asks sheave.
@@ -468,7 +455,7 @@ fn beside_keepalived_the_vip_moves_and_sheave_follows() {
     second.wait_ready(2).unwrap();
     let lbs = [&cluster.lb, &other];
     for (lb, vip) in lbs.iter().flat_map(|lb| cluster.vips().map(|vip| (lb, vip))) {
-        assert!(!owns(lb, vip), "in follow mode nobody but keepalived adds a VIP");
+        assert!(!lb.has_address(vip).unwrap(), "in follow mode nobody but keepalived adds a VIP");
     }
 
     let mut preferred = keepalived(&cluster, &cluster.lb, 150, &first);
@@ -476,7 +463,12 @@ fn beside_keepalived_the_vip_moves_and_sheave_follows() {
     let moved_to = |new: &Host, old: &Host| {
         eventually(MOMENT, &format!("the VIPs are on {} alone", new.name()), || {
             for vip in cluster.vips() {
-                ensure!(owns(new, vip) && !owns(old, vip), "{vip}: {} {}", owns(new, vip), owns(old, vip));
+                ensure!(
+                    new.has_address(vip).unwrap() && !old.has_address(vip).unwrap(),
+                    "{vip}: {} {}",
+                    new.has_address(vip).unwrap(),
+                    old.has_address(vip).unwrap()
+                );
             }
             Ok(())
         })
@@ -506,7 +498,7 @@ fn beside_keepalived_the_vip_moves_and_sheave_follows() {
         keepalived.wait(MOMENT).unwrap();
     }
     for (lb, vip) in lbs.iter().flat_map(|lb| cluster.vips().map(|vip| (lb, vip))) {
-        assert!(!owns(lb, vip), "{} still has {vip}", lb.name());
+        assert!(!lb.has_address(vip).unwrap(), "{} still has {vip}", lb.name());
     }
 }
 

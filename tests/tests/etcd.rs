@@ -11,7 +11,6 @@ use lb_tests::{
     etcd::{CLIENT_PORT, Etcd, failure},
     lab::{Process, cgroup_of, eventually, pins_of, run},
 };
-use serde_json::Value;
 
 /// A verdict, an election or a reconnection, with room for a busy machine.
 const MOMENT: Duration = Duration::from_secs(60);
@@ -111,7 +110,7 @@ impl Setting {
     fn wait_member(&self, daemon: &Daemon, member: usize, state: &str, code: &str) {
         let address = self.etcd.members[member].client_address().to_string();
         eventually(MOMENT, &format!("{address} is {state} with {code}"), || {
-            let status = status(daemon)?;
+            let status = daemon.status_json()?;
             let backends = status["services"][0]["backends"].as_array().context("no backends")?.clone();
             let backend = backends.iter().find(|it| it["address"] == *address).context("not there")?;
             let check = &backend["check"];
@@ -139,21 +138,9 @@ impl Setting {
     }
 }
 
-/// `sheave status --json`.
-fn status(daemon: &Daemon) -> Result<Value> {
-    let output = daemon.command("status")?.arg("--json").output()?;
-    serde_json::from_slice(&output.stdout)
-        .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
-}
-
 /// Waits until a sentence about the service says this.
 fn wait_flag(daemon: &Daemon, words: &str) {
-    eventually(MOMENT, &format!("a flag says {words:?}"), || {
-        let flags = status(daemon)?["services"][0]["flags"].to_string();
-        ensure!(flags.contains(words), "{flags}");
-        Ok(())
-    })
-    .unwrap();
+    daemon.wait_flag(words, MOMENT).unwrap();
 }
 
 /// Waits until every watch has shown a value.

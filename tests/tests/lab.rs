@@ -111,11 +111,14 @@ fn a_lab_leaves_nothing_behind_when_a_test_panics() {
 
 #[test]
 fn what_a_killed_run_left_is_swept() {
-    // No process has this id: it is above the kernel's largest pid_max.
-    let name = "sh4194399-0-left";
-    lb_tests::lab::run(Command::new("ip").args(["netns", "add", name])).unwrap();
+    // A run that has ended. Its number is its own: no other test makes a namespace of this name.
+    let mut run = Command::new("true").spawn().unwrap();
+    run.wait().unwrap();
+    let name = format!("sh{}-0-left", run.id());
+    // Other tests sweep as well: it may be gone before `ip` has finished with it.
+    let added = Command::new("ip").args(["netns", "add", &name]).output().unwrap();
     let _lab = Lab::new().unwrap();
-    assert_eq!(namespaces_of(name), 0);
+    assert_eq!(namespaces_of(&name), 0, "{added:?}");
 }
 
 #[test]
@@ -230,12 +233,12 @@ fn a_stub_that_is_told_to_stop_says_so_first_and_finishes_its_watches() {
     let mut cluster = Cluster::start(Shape::OneArm, 1).unwrap();
     let [address, _] = direct(&cluster);
     cluster.apiservers[0].stub.kill().unwrap();
-    cluster.apiservers[0].stub.set_shutdown_delay(Duration::from_secs(3));
+    cluster.apiservers[0].stub.set_shutdown_delay(Duration::from_secs(10));
     cluster.apiservers[0].start().unwrap();
     let mut watching = cluster.curl(address, "/watch");
     watching.arg("--no-buffer");
     let mut watch = cluster.client.start("watch", watching).unwrap();
-    let limit = Duration::from_secs(15);
+    let limit = Duration::from_secs(30);
     let events = |watch: &lb_tests::lab::Process, least: usize| {
         eventually(limit, "the watch goes on", || {
             let count = watch.log().lines().count();

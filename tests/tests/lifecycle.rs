@@ -16,17 +16,20 @@ use anyhow::ensure;
 use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{Daemon, Status},
+    idle::Idle,
     lab::eventually,
-    load::{Asker, Crowd, Report},
+    load::{Asker, Report},
     stub::Startup,
 };
 
 /// More than a verdict, a start or an end needs.
 const MOMENT: Duration = Duration::from_secs(30);
 /// `--request-timeout`: 60 s on a real server.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(8);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 /// Long enough for a verdict, and for a look at what is still served, on a busy machine.
 const SHUTDOWN_DELAY: Duration = Duration::from_secs(15);
+/// Between two looks: each is a process, and the servers share this machine.
+const PAUSE: Duration = Duration::from_millis(50);
 /// Requests at a time at each VIP.
 const LANES: usize = 2;
 /// Idle connections at each VIP: of three servers each has some.
@@ -182,34 +185,11 @@ fn wait_draining(daemon: &mut Daemon, server: &str, code: &str, http_status: Opt
     .unwrap();
 }
 
-/// Idle connections through both VIPs.
-fn idle(cluster: &Cluster) -> Vec<(Crowd, Vec<String>)> {
-    let open = |vip| {
-        let mut crowd = Crowd::open(&cluster.client, &cluster.client_of(vip).unwrap(), IDLE).unwrap();
-        let report = crowd.ask_names();
-        report.require_all(IDLE).unwrap();
-        let servers: Vec<_> = report.outcomes.into_iter().map(|outcome| outcome.result.unwrap()).collect();
-        assert!(servers.iter().any(|server| server == "api-1"));
-        (crowd, servers)
-    };
-    cluster.vips().map(open).into()
-}
-
-/// Those at `gone` have ended, all others are where they were.
-fn require_gone_only(idle: &mut [(Crowd, Vec<String>)], gone: Option<&str>) {
-    for (crowd, servers) in idle {
-        for (outcome, server) in crowd.ask_names().outcomes.iter().zip(servers) {
-            match &outcome.result {
-                Ok(answered) => assert!(answered == server && gone != Some(server)),
-                Err(error) => assert_eq!(gone, Some(server.as_str()), "{error}"),
-            }
-        }
-    }
-}
-
-/// Connections of the client that ended by a RST.
-fn resets(cluster: &Cluster) -> u64 {
-    cluster.client.counter("Tcp", "EstabResets").unwrap()
+/// Idle connections through both VIPs, some of them at the first server.
+fn open_idle(cluster: &Cluster) -> Idle {
+    let idle = Idle::open(cluster, IDLE).unwrap();
+    assert!(idle.at("api-1") > 0);
+    idle
 }
 
 fn require_nothing_was_reset_by_us(cluster: &Cluster, daemon: &Daemon) {
@@ -230,20 +210,39 @@ fn cluster_with_shutdown_delay(delay: Duration) -> Cluster {
     cluster
 }
 
+/// The first server's watches end as an answer ends, then the server does, and its idle connections are over.
+fn end_in_order<const N: usize>(cluster: &mut Cluster, mut watches: [Watch; N], idle: &mut Idle) {
+    watches.iter_mut().for_each(Watch::require_running);
+    for watch in watches {
+        watch.require_ended_in_order("api-1");
+    }
+    idle.require_gone_only(&["api-1"]).unwrap();
+    assert!(cluster.apiservers[0].stub.wait_end(MOMENT).unwrap().success());
+}
+
+/// The first server gets nothing from `drained` on, until it is started again.
+fn require_left_out_until_it_is_back(cluster: &mut Cluster, askers: &[Asker], drained: Instant) {
+    wait_answers(askers, 20);
+    let report = since(askers, drained);
+    assert!(!report.by_server().contains_key("api-1"), "{:?}", report.by_server());
+    cluster.apiservers[0].start().unwrap();
+    wait_served_by(askers, "api-1");
+}
+
 #[test]
 fn a_server_that_announces_its_end_costs_no_request_and_ends_its_watches_itself() {
     let mut cluster = cluster_with_shutdown_delay(SHUTDOWN_DELAY);
     let mut daemon = cluster.balance().unwrap();
-    let mut idle = idle(&cluster);
-    let mut watches = cluster.vips().map(|vip| Watch::at(&cluster, vip, "api-1"));
-    let before = resets(&cluster);
+    let mut idle = open_idle(&cluster);
+    let watches = cluster.vips().map(|vip| Watch::at(&cluster, vip, "api-1"));
+    let before = cluster.client_resets().unwrap();
     let askers = askers(&cluster);
     wait_served_by(&askers, "api-1");
 
     cluster.apiservers[0].stub.terminate().unwrap();
     wait_draining(&mut daemon, "api-1", "L7STS", Some(500), &["shutdown"]);
     let drained = Instant::now();
-    require_gone_only(&mut idle, None);
+    idle.require_gone_only(&[]).unwrap();
     watches.iter().for_each(Watch::require_going_on);
 
     let first = &cluster.apiservers[0];
@@ -251,19 +250,9 @@ fn a_server_that_announces_its_end_costs_no_request_and_ends_its_watches_itself(
     wait_draining(&mut daemon, "api-1", "L4CON", None, &[]);
     watches.iter().for_each(Watch::require_going_on);
     // Before curl ends: it resets its own connection. The server has closed its idle ones in order.
-    assert_eq!(resets(&cluster), before, "nobody is reset");
-    watches.iter_mut().for_each(Watch::require_running);
-    for watch in watches {
-        watch.require_ended_in_order("api-1");
-    }
-    require_gone_only(&mut idle, Some("api-1"));
-    assert!(cluster.apiservers[0].stub.wait_end(MOMENT).unwrap().success());
-
-    wait_answers(&askers, 20);
-    let report = since(&askers, drained);
-    assert!(!report.by_server().contains_key("api-1"), "{:?}", report.by_server());
-    cluster.apiservers[0].start().unwrap();
-    wait_served_by(&askers, "api-1");
+    assert_eq!(cluster.client_resets().unwrap(), before, "nobody is reset");
+    end_in_order(&mut cluster, watches, &mut idle);
+    require_left_out_until_it_is_back(&mut cluster, &askers, drained);
     require_all_answered(askers);
     require_nothing_was_reset_by_us(&cluster, &daemon);
 }
@@ -272,9 +261,9 @@ fn a_server_that_announces_its_end_costs_no_request_and_ends_its_watches_itself(
 fn a_server_that_stops_without_a_warning_costs_only_what_it_had_already_accepted() {
     let mut cluster = cluster_with_shutdown_delay(Duration::ZERO);
     let mut daemon = cluster.balance().unwrap();
-    let mut idle = idle(&cluster);
-    let mut watches = cluster.vips().map(|vip| Watch::at(&cluster, vip, "api-1"));
-    let before = resets(&cluster);
+    let mut idle = open_idle(&cluster);
+    let watches = cluster.vips().map(|vip| Watch::at(&cluster, vip, "api-1"));
+    let before = cluster.client_resets().unwrap();
     let askers = askers(&cluster);
     wait_served_by(&askers, "api-1");
 
@@ -285,19 +274,9 @@ fn a_server_that_stops_without_a_warning_costs_only_what_it_had_already_accepted
     wait_draining(&mut daemon, "api-1", "L4CON", None, &[]);
     let drained = Instant::now();
     watches.iter().for_each(Watch::require_going_on);
-    let after = resets(&cluster);
-    watches.iter_mut().for_each(Watch::require_running);
-    for watch in watches {
-        watch.require_ended_in_order("api-1");
-    }
-    require_gone_only(&mut idle, Some("api-1"));
-    assert!(cluster.apiservers[0].stub.wait_end(MOMENT).unwrap().success());
-
-    wait_answers(&askers, 20);
-    let report = since(&askers, drained);
-    assert!(!report.by_server().contains_key("api-1"), "{:?}", report.by_server());
-    cluster.apiservers[0].start().unwrap();
-    wait_served_by(&askers, "api-1");
+    let after = cluster.client_resets().unwrap();
+    end_in_order(&mut cluster, watches, &mut idle);
+    require_left_out_until_it_is_back(&mut cluster, &askers, drained);
     let report = Report { outcomes: askers.into_iter().flat_map(|asker| asker.stop().outcomes).collect() };
     // Who was refused got a second chance. Connections that were accepted, and not yet answered when the port was
     // closed, are the server's to end: the real one resets such as well.
@@ -427,6 +406,7 @@ fn a_server_that_cannot_reach_its_etcd_is_never_ready() {
         first.start().unwrap();
         let process = first.stub.process().unwrap();
         while process.exited().unwrap().is_none() {
+            thread::sleep(PAUSE);
             // On a busy machine there may be no answer in time.
             let Ok(status) = daemon.status() else { continue };
             for state in status.states("api-1") {

@@ -93,6 +93,7 @@ fn two_thousand_connections_are_open_at_once() {
     let _daemon = start(&cluster, &settings(&cluster));
     let dialled = connect(&cluster, &cluster.lb, LOCAL4, 2000);
     dialled.require_all(2000, at(LOCAL4)).unwrap();
+    assert_eq!(dialled.servers.len(), 3, "{dialled:?}");
     for (server, count) in &dialled.servers {
         // By lot, each gets 67 of those that ask, give or take 7 (one standard deviation).
         assert!((30..110).contains(count), "{server} got {count} of {ASKING}");

@@ -7,7 +7,6 @@ use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, SocketAddr},
     os::unix::{fs::PermissionsExt as _, net::UnixStream},
-    path::PathBuf,
     process::{Command, Output, Stdio},
     time::{Duration, Instant},
 };
@@ -18,7 +17,7 @@ use lb_tests::{
     daemon::{Daemon, Settings, program},
     lab::{eventually, process::Signal, run},
     load::{self, Asker, Crowd, Report},
-    pattern::Checker,
+    transfer::SlowTransfer,
 };
 
 /// More than anything here takes on a busy machine.
@@ -26,18 +25,13 @@ const MOMENT: Duration = Duration::from_secs(20);
 /// A closed slot rests for a minute, and the table is looked through every few seconds.
 const SLOT_RESTS: Duration = Duration::from_secs(120);
 
-/// Where [`Daemon::start`] puts what belongs to the daemon on the load balancer.
-fn directory(cluster: &Cluster) -> PathBuf {
-    cluster.lab.directory().join("lb-sheave")
-}
-
 /// Writes another configuration where the daemon has its own.
 fn write(cluster: &Cluster, text: &str) {
-    fs::write(directory(cluster).join("sheave.toml"), text).unwrap();
+    fs::write(cluster.daemon_directory().join("sheave.toml"), text).unwrap();
 }
 
 fn write_settings(cluster: &Cluster, settings: &Settings) {
-    write(cluster, &settings.to_toml(&directory(cluster)));
+    write(cluster, &settings.to_toml(&cluster.daemon_directory()));
 }
 
 /// The usual settings, with only these apiservers.
@@ -63,20 +57,6 @@ fn complain(daemon: &Daemon, command: &str, arguments: &[&str], code: i32) -> St
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(code), "{command} {arguments:?}: {error}");
     error
-}
-
-/// A download through `vip` that takes about `seconds`, every byte compared.
-fn transfer(cluster: &Cluster, vip: IpAddr, seconds: u64) -> std::thread::JoinHandle<()> {
-    const RATE: u64 = 1 << 20;
-    let length = seconds * RATE;
-    let mut curl = cluster.curl(vip, &format!("/bytes/{length}"));
-    curl.args(["--limit-rate", &RATE.to_string(), "--max-time", "120"]);
-    let mut child = curl.stdout(Stdio::piped()).spawn().unwrap();
-    std::thread::spawn(move || {
-        let position = Checker::default().check_all(child.stdout.take().unwrap()).unwrap();
-        assert!(child.wait().unwrap().success());
-        assert_eq!(position, length);
-    })
 }
 
 /// Connections from the client that stay open, and the servers they are at.
@@ -109,9 +89,9 @@ fn a_reload_exchanges_a_backend_and_nobody_notices() {
     daemon.wait_ready(2).unwrap();
     let mut crowds = cluster.vips().map(|vip| crowd(&cluster, vip, 40));
     assert!(crowds.iter().all(|(_, report)| report.by_server().contains_key("api-1")));
-    let transfers: Vec<_> =
-        cluster.vips().into_iter().flat_map(|vip| (0..2).map(move |_| vip)).collect::<Vec<_>>();
-    let transfers: Vec<_> = transfers.into_iter().map(|vip| transfer(&cluster, vip, 15)).collect();
+    let transfers: Vec<_> = (cluster.vips().into_iter().chain(cluster.vips()))
+        .map(|vip| SlowTransfer::start(&cluster, vip).unwrap())
+        .collect();
     let askers = cluster.vips().map(|vip| {
         let client = cluster.client_of(vip).unwrap();
         Asker::start(&cluster.client, &client, 4, Duration::from_millis(10))
@@ -138,7 +118,7 @@ fn a_reload_exchanges_a_backend_and_nobody_notices() {
         assert_eq!(servers, ["api-2", "api-3"]);
     }
     for transfer in transfers {
-        transfer.join().unwrap();
+        transfer.finish().unwrap();
     }
     let status = daemon.status().unwrap();
     assert_eq!(status.states("api-1"), Vec::<&str>::new());
@@ -151,7 +131,7 @@ fn a_reload_exchanges_a_backend_and_nobody_notices() {
 fn a_reload_that_cannot_be_changes_nothing_and_says_why() {
     let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
     let mut daemon = cluster.balance().unwrap();
-    let good = cluster.settings().unwrap().to_toml(&directory(&cluster));
+    let good = cluster.settings().unwrap().to_toml(&cluster.daemon_directory());
     let mut connections = crowd(&cluster, cluster.vip4, 20);
     let asker = Asker::start(
         &cluster.client,
@@ -164,7 +144,7 @@ fn a_reload_that_cannot_be_changes_nothing_and_says_why() {
     write(&cluster, &format!("{good}colour = \"red\"\n"));
     let error = complain(&daemon, "reload", &[], 2);
     assert!(error.contains("unknown key \"colour\"") && error.contains(&format!(":{line}")), "{error}");
-    fs::remove_file(directory(&cluster).join("sheave.toml")).unwrap();
+    fs::remove_file(cluster.daemon_directory().join("sheave.toml")).unwrap();
     let error = complain(&daemon, "reload", &[], 2);
     assert!(error.contains("cannot read the configuration"), "{error}");
 
@@ -253,7 +233,8 @@ fn listeners_come_and_go_and_their_connections_stay() {
     }
     require_unmoved(&mut old);
     // Whose connections were not by name but by service: the service gets another name, and keeps them.
-    let renamed = before.to_toml(&directory(&cluster)).replace("name = \"kube-apiserver\"", "name = \"api\"");
+    let renamed =
+        before.to_toml(&cluster.daemon_directory()).replace("name = \"kube-apiserver\"", "name = \"api\"");
     write(&cluster, &renamed);
     succeed(&daemon, "reload", &[]);
     assert!(!refused_at(6443));
@@ -396,6 +377,12 @@ fn flows_are_listed_with_their_clients_and_backends() {
         assert_eq!(flows(&daemon, &["--client", &client.to_string()]).len(), 700);
     }
     assert!(flows(&daemon, &["--min-age", "1h"]).is_empty());
+    eventually(MOMENT, "all of them are a second old", || {
+        let listed = flows(&daemon, &["--min-age", "1s", "--service", "kube-apiserver"]);
+        ensure!(listed.len() == 700, "{} of 700", listed.len());
+        Ok(())
+    })
+    .unwrap();
     assert!(flows(&daemon, &["--client", "192.0.2.1"]).is_empty());
     let table = succeed(&daemon, "flows", &["--service", "kube-apiserver"]);
     assert!(table.starts_with("CLIENT") && table.lines().count() == 701, "{}", &table[..200]);
@@ -421,7 +408,7 @@ fn ask_as_nobody(daemon_socket: &std::path::Path) -> Output {
 fn only_root_and_the_named_group_may_use_the_admin_socket() {
     let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
     let daemon = cluster.balance().unwrap();
-    for path in [cluster.lab.directory(), &directory(&cluster)] {
+    for path in [cluster.lab.directory(), &cluster.daemon_directory()] {
         // As /run and /run/sheave are.
         fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
     }
@@ -435,10 +422,10 @@ fn only_root_and_the_named_group_may_use_the_admin_socket() {
     assert!(succeed(&daemon, "events", &[]).contains("began to balance"));
     assert!(daemon.stop().unwrap().success());
 
-    let toml = cluster.settings().unwrap().to_toml(&directory(&cluster));
+    let toml = cluster.settings().unwrap().to_toml(&cluster.daemon_directory());
     write(&cluster, &toml.replace("[admin]\n", "[admin]\ngroup = \"nogroup\"\n"));
     let mut command = cluster.lb.command(program().unwrap());
-    command.arg("run").arg("--config").arg(directory(&cluster).join("sheave.toml"));
+    command.arg("run").arg("--config").arg(cluster.daemon_directory().join("sheave.toml"));
     let _daemon = cluster.lb.start("sheave-of-a-group", command).unwrap();
     eventually(MOMENT, "the group is served", || {
         let answer = ask_as_nobody(&socket);
@@ -457,9 +444,7 @@ fn alive(crowd: &mut Crowd) -> usize {
 #[test]
 fn a_drained_backend_keeps_its_connections_until_its_time_is_over() {
     let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
-    let mut daemon =
-        Daemon::start(&cluster.lb, cluster.lab.directory(), &cluster.settings().unwrap()).unwrap();
-    daemon.wait_ready(2).unwrap();
+    let daemon = cluster.balance().unwrap();
     let (mut both, before) = crowd(&cluster, cluster.vips()[0], 40);
     let drained = before.by_server()["api-1"];
     let said = succeed(&daemon, "drain", &["api-1", "--all-services"]);
@@ -469,29 +454,72 @@ fn a_drained_backend_keeps_its_connections_until_its_time_is_over() {
 
     let said = succeed(&daemon, "drain", &["api-1", "--all-services", "--timeout", "1s"]);
     assert!(said.contains("are reset in"), "{said}");
-    eventually(MOMENT, "the time is over", || {
-        let events = succeed(&daemon, "events", &[]);
-        ensure!(events.contains("api-1: the time to drain is over"), "{events}");
-        Ok(())
-    })
-    .unwrap();
-    eventually(MOMENT, "its flows are gone", || {
-        let left = succeed(&daemon, "flows", &["--backend", "api-1", "--json"]);
-        ensure!(!left.contains("established"), "{left}");
-        Ok(())
-    })
-    .unwrap();
+    wait_flows_gone(&daemon, "api-1");
     assert_eq!(alive(&mut both), 40 - drained, "those of others, and only those");
     let said = succeed(&daemon, "drain", &["api-1", "--all-services"]);
     assert!(!said.contains("are reset in"), "it was done once: {said}");
 }
 
+/// Waits until the time of a backend is over, and its flows are reset for it.
+fn wait_flows_gone(daemon: &Daemon, backend: &str) {
+    let over = format!("{backend}: the time to drain is over");
+    eventually(MOMENT, "the time is over", || {
+        let events = succeed(daemon, "events", &[]);
+        ensure!(events.contains(&over), "{events}");
+        Ok(())
+    })
+    .unwrap();
+    eventually(MOMENT, "its flows are gone", || {
+        let left = succeed(daemon, "flows", &["--backend", backend, "--json"]);
+        ensure!(!left.contains("established"), "{left}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn the_time_is_the_orders_and_else_the_configurations() {
+    let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let mut settings = cluster.settings().unwrap();
+    settings.service = vec!["drain_timeout = \"1h\"".to_owned()];
+    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
+    daemon.wait_ready(3).unwrap();
+    let (mut all, before) = crowd(&cluster, cluster.vip4, 60);
+    let at = |server: &str| before.by_server()[server];
+    let seconds = |said: &str| -> u64 {
+        let (_, rest) = said.split_once("are reset in ").unwrap_or_else(|| panic!("{said}"));
+        rest.split_once(' ').unwrap().0.parse().unwrap()
+    };
+
+    // The configuration's, where the order has none; both for drain and for maint.
+    for order in ["drain", "maint"] {
+        let said = succeed(&daemon, order, &["api-1", "--service", "kube-apiserver"]);
+        assert!((3500..=3600).contains(&seconds(&said)), "{said}");
+        assert_eq!(alive(&mut all), 60, "an hour has not passed");
+    }
+    // The order's own goes before it.
+    let said = succeed(&daemon, "maint", &["api-1", "--service", "kube-apiserver", "--timeout", "1s"]);
+    assert!(seconds(&said) <= 1, "{said}");
+    wait_flows_gone(&daemon, "api-1");
+    assert_eq!(alive(&mut all), 60 - at("api-1"), "those of others, and only those");
+
+    settings.service = vec!["drain_timeout = \"1s\"".to_owned()];
+    assert!(daemon.reload(&settings).unwrap().status.success());
+    let said = succeed(&daemon, "drain", &["api-2", "--service", "kube-apiserver", "--timeout", "1h"]);
+    assert!(seconds(&said) > 3500, "{said}");
+    let said = succeed(&daemon, "drain", &["api-3", "--service", "kube-apiserver"]);
+    assert!(seconds(&said) <= 1, "{said}");
+    // api-3 has a second; nobody else is left but one who is drained as well, and has an hour.
+    succeed(&daemon, "ready", &["api-1", "--service", "kube-apiserver"]);
+    wait_flows_gone(&daemon, "api-3");
+    assert_eq!(alive(&mut all), at("api-2"));
+    cluster.require_no_own_resets().unwrap();
+}
+
 #[test]
 fn an_operator_ends_the_flows_of_a_client_or_a_backend_and_no_others() {
     let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
-    let mut daemon =
-        Daemon::start(&cluster.lb, cluster.lab.directory(), &cluster.settings().unwrap()).unwrap();
-    daemon.wait_ready(2).unwrap();
+    let daemon = cluster.balance().unwrap();
     for vip in cluster.vips() {
         let (mut crowd, before) = crowd(&cluster, vip, 30);
         let at_first = before.by_server()["api-1"];
@@ -540,29 +568,35 @@ fn host(address: IpAddr) -> String {
     }
 }
 
-/// Connections of the client that ended by a RST.
-fn resets(cluster: &Cluster) -> u64 {
-    cluster.client.counter("Tcp", "EstabResets").unwrap()
+/// When events that say this happened, since 1970.
+fn times(daemon: &Daemon, what: &str) -> Vec<Duration> {
+    let events: serde_json::Value = serde_json::from_str(&succeed(daemon, "events", &["--json"])).unwrap();
+    let said = |event: &&serde_json::Value| event["text"].as_str().unwrap().contains(what);
+    let time = |event: &serde_json::Value| Duration::from_millis(event["time_ms"].as_u64().unwrap());
+    events.as_array().unwrap().iter().filter(said).map(time).collect()
 }
 
 #[test]
 fn the_time_of_a_drained_backend_goes_on_while_the_daemon_is_dead() {
-    const TIMEOUT: Duration = Duration::from_secs(10);
+    const TIMEOUT: Duration = Duration::from_secs(12);
+    /// Nobody is there for half of it: a clock that began anew would be late by so much.
+    const ABSENCE: Duration = Duration::from_secs(6);
     let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
     let mut daemon = cluster.balance().unwrap();
     let mut crowds = cluster.vips().map(|vip| crowd(&cluster, vip, 30));
     let drained: usize = crowds.iter().map(|(_, report)| report.by_server()["api-1"]).sum();
-    let before = resets(&cluster);
+    let before = cluster.client_resets().unwrap();
     let ordered = Instant::now();
-    succeed(&daemon, "drain", &["api-1", "--all-services", "--timeout", "10s"]);
+    succeed(&daemon, "drain", &["api-1", "--all-services", "--timeout", "12s"]);
     daemon.process().kill().unwrap();
+    std::thread::sleep(ABSENCE);
 
     let mut daemon =
         Daemon::start(&cluster.lb, cluster.lab.directory(), &cluster.settings().unwrap()).unwrap();
     daemon.wait_state("api-2", "ready", MOMENT).unwrap();
     assert_eq!(daemon.status().unwrap().states("api-1"), ["drain", "drain"]);
     eventually(MOMENT, "the flows of the drained one are reset", || {
-        let reset = resets(&cluster) - before;
+        let reset = cluster.client_resets().unwrap() - before;
         assert!(reset == 0 || ordered.elapsed() >= TIMEOUT, "{reset} after {:?}", ordered.elapsed());
         ensure!(reset == drained as u64, "{reset} of {drained}");
         Ok(())
@@ -571,8 +605,12 @@ fn the_time_of_a_drained_backend_goes_on_while_the_daemon_is_dead() {
     for (crowd, before) in &mut crowds {
         assert_eq!(alive(crowd), before.by_server()["api-2"]);
     }
-    let events = succeed(&daemon, "events", &[]);
-    assert_eq!(events.matches("api-1: the time to drain is over").count(), 2, "once a service: {events}");
+    let began_again = *times(&daemon, "goes on from where another ended").last().unwrap();
+    let over = times(&daemon, "api-1: the time to drain is over");
+    assert_eq!(over.len(), 2, "once a service");
+    for over in over {
+        assert!(over < began_again + TIMEOUT, "the time began anew: {over:?} after {began_again:?}");
+    }
     cluster.require_no_own_resets().unwrap();
 }
 
@@ -752,14 +790,14 @@ fn many_operators_at_once_are_all_obeyed_and_nobody_else_notices() {
     let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
     let mut daemon = cluster.balance().unwrap();
     let mut crowds = cluster.vips().map(|vip| crowd(&cluster, vip, 30));
-    let before = resets(&cluster);
+    let before = cluster.client_resets().unwrap();
     let askers = cluster.vips().map(|vip| {
         let client = cluster.client_of(vip).unwrap();
         Asker::start(&cluster.client, &client, 2, Duration::from_millis(10))
     });
     let mut more = cluster.settings().unwrap();
     more.listen.push(SocketAddr::new(cluster.vip4, 9345));
-    let files = [&cluster.settings().unwrap(), &more].map(|it| it.to_toml(&directory(&cluster)));
+    let files = [&cluster.settings().unwrap(), &more].map(|it| it.to_toml(&cluster.daemon_directory()));
 
     let orders: [Orders<'_>; 7] = [
         &[&["ready", "api-1", "--all-services"], &["drain", "api-1", "--all-services"]],
@@ -777,9 +815,9 @@ fn many_operators_at_once_are_all_obeyed_and_nobody_else_notices() {
         let editor = scope.spawn(|| {
             let mut refused = Vec::new();
             for file in std::iter::repeat_n(&files, ROUNDS).flatten() {
-                let next = directory(&cluster).join("next.toml");
+                let next = cluster.daemon_directory().join("next.toml");
                 fs::write(&next, file).unwrap();
-                fs::rename(&next, directory(&cluster).join("sheave.toml")).unwrap();
+                fs::rename(&next, cluster.daemon_directory().join("sheave.toml")).unwrap();
                 refused.extend(give(daemon, &[&["reload"]], 1));
             }
             refused
@@ -804,7 +842,7 @@ fn many_operators_at_once_are_all_obeyed_and_nobody_else_notices() {
         require_without(&cluster, vip, "api-1");
     }
     crowds.iter_mut().for_each(require_unmoved);
-    assert_eq!(resets(&cluster), before, "nobody is reset");
+    assert_eq!(cluster.client_resets().unwrap(), before, "nobody is reset");
     for asker in askers {
         let report = asker.stop();
         report.require_all(report.outcomes.len()).unwrap();

@@ -4,6 +4,7 @@
 
 use std::{
     net::IpAddr,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -11,8 +12,8 @@ use anyhow::ensure;
 use lb_tests::{
     cluster::{Apiserver, Cluster, Router, Shape},
     daemon::{Daemon, Settings},
+    idle::Idle,
     lab::{Host, Process, eventually},
-    load::{Client, Crowd},
     stub::Door,
 };
 
@@ -20,6 +21,8 @@ use lb_tests::{
 const VERDICT: Duration = Duration::from_secs(30);
 /// What is asserted not to happen is watched for so long: twice `reset_after`.
 const WATCHED: Duration = Duration::from_secs(5);
+/// Between two looks: each is a process, and the servers share this machine.
+const PAUSE: Duration = Duration::from_millis(50);
 /// Connections at each VIP: of three servers each has some.
 const CONNECTIONS: usize = 30;
 
@@ -40,73 +43,11 @@ fn start(cluster: &Cluster, settings: &Settings) -> Daemon {
     daemon
 }
 
-/// Connections through both VIPs that are open and say nothing, as a watch without events.
-struct Idle {
-    crowds: Vec<(Crowd, Vec<String>)>,
-    /// What the client's kernel had counted when they were open.
-    resets: u64,
+fn open_idle(cluster: &Cluster) -> Idle {
+    Idle::open(cluster, CONNECTIONS).unwrap()
 }
 
-impl Idle {
-    fn open(cluster: &Cluster) -> Self {
-        let open = |vip: IpAddr| {
-            let mut crowd = Crowd::open(&cluster.client, &client(cluster, vip), CONNECTIONS).unwrap();
-            let report = crowd.ask_names();
-            report.require_all(CONNECTIONS).unwrap();
-            let servers = report.outcomes.into_iter().map(|outcome| outcome.result.unwrap()).collect();
-            (crowd, servers)
-        };
-        let crowds = cluster.vips().map(open).into();
-        Self { crowds, resets: resets(cluster) }
-    }
-
-    /// How many of them are at a server.
-    fn at(&self, server: &str) -> u64 {
-        let all = self.crowds.iter().flat_map(|(_, servers)| servers);
-        all.filter(|at| *at == server).count() as u64
-    }
-
-    /// Waits until the client's kernel has had so many connections reset: without saying anything itself.
-    fn wait_reset(&self, cluster: &Cluster, count: u64) {
-        eventually(VERDICT, &format!("{count} connections are reset"), || {
-            let reset = resets(cluster) - self.resets;
-            ensure!(reset == count, "{reset} of {count}");
-            Ok(())
-        })
-        .unwrap();
-    }
-
-    /// None was reset, and each still has its server.
-    fn require_alive(&mut self, cluster: &Cluster) {
-        assert_eq!(resets(cluster), self.resets);
-        self.require_gone_only(&[]);
-        assert_eq!(resets(cluster), self.resets);
-    }
-
-    /// Those of `gone` are gone, and all others are where they were.
-    fn require_gone_only(&mut self, gone: &[&str]) {
-        for (crowd, servers) in &mut self.crowds {
-            for (outcome, server) in crowd.ask_names().outcomes.iter().zip(servers) {
-                match &outcome.result {
-                    Ok(answered) => assert!(answered == server && !gone.contains(&server.as_str())),
-                    Err(error) => assert!(gone.contains(&server.as_str()), "{server}: {error}"),
-                }
-            }
-        }
-    }
-}
-
-/// A short wait for an answer, so that connections that hang are noticed.
-fn client(cluster: &Cluster, vip: IpAddr) -> Client {
-    cluster.client_of(vip).unwrap()
-}
-
-/// Connections of the client that ended by a RST.
-fn resets(cluster: &Cluster) -> u64 {
-    cluster.client.counter("Tcp", "EstabResets").unwrap()
-}
-
-/// What is in the state `state` stays in it: it never becomes dead.
+/// None of them becomes dead.
 fn require_not_dead(daemon: &Daemon, backends: &[&str]) {
     let begin = Instant::now();
     while begin.elapsed() < WATCHED {
@@ -114,20 +55,21 @@ fn require_not_dead(daemon: &Daemon, backends: &[&str]) {
         for backend in backends {
             assert!(!status.states(backend).contains(&"dead"), "{backend} is dead:\n{}", daemon.log());
         }
+        thread::sleep(PAUSE);
     }
 }
 
 /// Cuts a server off for good: its connections' clients are told, the others' do not notice.
 fn cut_off_for_good(cluster: &Cluster) {
     let mut daemon = start(cluster, &settings(cluster, "2s"));
-    let mut idle = Idle::open(cluster);
+    let mut idle = open_idle(cluster);
     let doomed = idle.at("api-1");
     assert!(doomed > 0);
     cluster.apiservers[0].host.cut_off().unwrap();
     daemon.wait_state("api-1", "dead", VERDICT).unwrap();
-    idle.wait_reset(cluster, doomed);
-    idle.require_gone_only(&["api-1"]);
-    assert_eq!(resets(cluster), idle.resets + doomed);
+    idle.wait_reset(cluster, doomed, VERDICT).unwrap();
+    idle.require_gone_only(&["api-1"]).unwrap();
+    assert_eq!(idle.resets(cluster).unwrap(), doomed);
     assert!(daemon.log().contains("silent -> dead"), "{}", daemon.log());
     cluster.require_no_own_resets().unwrap();
     let table = daemon.status_table().unwrap();
@@ -138,7 +80,7 @@ fn cut_off_for_good(cluster: &Cluster) {
     daemon.wait_state("api-1", "ready", VERDICT).unwrap();
     // Its kernel still held on to the flows, and hears that they are over.
     wait_forgotten(cluster, &cluster.apiservers[0].host);
-    let again = Idle::open(cluster);
+    let again = open_idle(cluster);
     assert!(again.at("api-1") > 0);
     cluster.require_no_own_resets().unwrap();
 }
@@ -182,7 +124,7 @@ fn also_behind_a_masquerading_router_and_a_client_that_drops_what_conntrack_find
 fn silence_that_is_shorter_than_reset_after_resets_nobody() {
     let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
     let mut daemon = start(&cluster, &settings(&cluster, "20s"));
-    let mut idle = Idle::open(&cluster);
+    let mut idle = open_idle(&cluster);
     // A snapshot stops the whole machine; a busy disk stops the process alone.
     cluster.apiservers[0].host.cut_off().unwrap();
     daemon.wait_state("api-1", "silent", VERDICT).unwrap();
@@ -193,7 +135,7 @@ fn silence_that_is_shorter_than_reset_after_resets_nobody() {
     cluster.apiservers[0].stub.thaw().unwrap();
     daemon.wait_state("api-1", "ready", VERDICT).unwrap();
     // It was asked about its flows, and knows them.
-    idle.require_alive(&cluster);
+    idle.require_alive(&cluster).unwrap();
     cluster.require_no_own_resets().unwrap();
 }
 
@@ -201,23 +143,14 @@ fn silence_that_is_shorter_than_reset_after_resets_nobody() {
 fn all_silent_together_are_not_dead_and_new_connections_are_refused() {
     let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
     let mut daemon = start(&cluster, &settings(&cluster, "2s"));
-    let mut idle = Idle::open(&cluster);
-    for apiserver in &cluster.apiservers {
-        apiserver.host.cut_off().unwrap();
-    }
-    for apiserver in &cluster.apiservers {
-        daemon.wait_state(apiserver.stub.name(), "silent", VERDICT).unwrap();
-    }
-    for vip in cluster.vips() {
-        let curl = cluster.curl(vip, "/name").output().unwrap();
-        assert_eq!(curl.status.code(), Some(7), "refused, not timed out: {curl:?}");
-    }
+    let mut idle = open_idle(&cluster);
+    cluster.cut_all_off_and_require_refused(&mut daemon, VERDICT).unwrap();
     require_not_dead(&daemon, &["api-1", "api-2", "api-3"]);
     for apiserver in &cluster.apiservers {
         apiserver.host.reconnect().unwrap();
     }
     daemon.wait_ready(3).unwrap();
-    idle.require_alive(&cluster);
+    idle.require_alive(&cluster).unwrap();
     cluster.require_no_own_resets().unwrap();
 }
 
@@ -225,7 +158,7 @@ fn all_silent_together_are_not_dead_and_new_connections_are_refused() {
 fn when_the_load_balancers_own_link_is_gone_nobody_is_reset() {
     let cluster = Cluster::start(Shape::TwoArm, 3).unwrap();
     let mut daemon = start(&cluster, &settings(&cluster, "2s"));
-    let mut idle = Idle::open(&cluster);
+    let mut idle = open_idle(&cluster);
     cluster.lab.unplug_link(&cluster.lb, 1).unwrap();
     eventually(VERDICT, "nobody is ready", || {
         let status = daemon.status()?;
@@ -238,7 +171,7 @@ fn when_the_load_balancers_own_link_is_gone_nobody_is_reset() {
     require_not_dead(&daemon, &["api-1", "api-2", "api-3"]);
     cluster.lab.replug_link(&cluster.lb, 1).unwrap();
     daemon.wait_ready(3).unwrap();
-    idle.require_alive(&cluster);
+    idle.require_alive(&cluster).unwrap();
     cluster.require_no_own_resets().unwrap();
 }
 
@@ -246,13 +179,13 @@ fn when_the_load_balancers_own_link_is_gone_nobody_is_reset() {
 fn a_frozen_server_is_dead_in_time_and_hears_of_it_when_it_thaws() {
     let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
     let mut daemon = start(&cluster, &settings(&cluster, "2s"));
-    let mut idle = Idle::open(&cluster);
+    let mut idle = open_idle(&cluster);
     let doomed = idle.at("api-1");
     // Its kernel goes on acknowledging.
     cluster.apiservers[0].stub.freeze().unwrap();
     daemon.wait_state("api-1", "dead", VERDICT).unwrap();
-    idle.wait_reset(&cluster, doomed);
-    idle.require_gone_only(&["api-1"]);
+    idle.wait_reset(&cluster, doomed, VERDICT).unwrap();
+    idle.require_gone_only(&["api-1"]).unwrap();
     cluster.apiservers[0].stub.thaw().unwrap();
     daemon.wait_state("api-1", "ready", VERDICT).unwrap();
     wait_forgotten(&cluster, &cluster.apiservers[0].host);
@@ -289,13 +222,13 @@ fn events(watch: &Process) -> usize {
 fn whoever_still_speaks_to_its_clients_is_never_dead_whatever_its_checks_say() {
     let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
     let mut daemon = start(&cluster, &settings(&cluster, "2s"));
-    let mut idle = Idle::open(&cluster);
+    let mut idle = open_idle(&cluster);
     let doomed = idle.at("api-1");
     assert!(doomed > 0);
     // Each family is a service of its own, with a vigil of its own.
     let watches = cluster.vips().map(|vip| watch(&cluster, vip, "api-1"));
     // A client that leaves without having read everything counts, too.
-    idle.resets = resets(&cluster);
+    idle.forget_resets(&cluster).unwrap();
     // No new connection gets beyond TCP.
     let ill = &cluster.apiservers[0];
     ill.stub.door(&ill.host, Door::TlsSilent).unwrap();
@@ -306,15 +239,15 @@ fn whoever_still_speaks_to_its_clients_is_never_dead_whatever_its_checks_say() {
     for (watch, before) in watches.iter().zip(before) {
         assert!(events(watch) > before, "the watch stands still");
     }
-    assert_eq!(resets(&cluster), idle.resets);
+    assert_eq!(idle.resets(&cluster).unwrap(), 0);
     assert!(!daemon.log().contains("-> dead"), "{}", daemon.log());
 
     // It has said its last word.
     drop(watches);
-    idle.resets = resets(&cluster);
+    idle.forget_resets(&cluster).unwrap();
     daemon.wait_state("api-1", "dead", VERDICT).unwrap();
-    idle.wait_reset(&cluster, doomed);
-    idle.require_gone_only(&["api-1"]);
+    idle.wait_reset(&cluster, doomed, VERDICT).unwrap();
+    idle.require_gone_only(&["api-1"]).unwrap();
     cluster.require_no_own_resets().unwrap();
 }
 
@@ -330,16 +263,16 @@ fn a_server_that_has_rebooted_ends_its_old_connections_itself() {
     let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
     // So long that nobody is found dead meanwhile.
     let mut daemon = start(&cluster, &settings(&cluster, "10m"));
-    let mut idle = Idle::open(&cluster);
+    let mut idle = open_idle(&cluster);
     let doomed = idle.at("api-1");
     power_off(&mut cluster.apiservers[0]);
     daemon.wait_state("api-1", "silent", VERDICT).unwrap();
-    assert_eq!(resets(&cluster), idle.resets);
+    assert_eq!(idle.resets(&cluster).unwrap(), 0);
     // The kernel is up and knows nothing; the server is not, yet.
     cluster.apiservers[0].host.reconnect().unwrap();
     daemon.wait_state("api-1", "draining", VERDICT).unwrap();
-    idle.wait_reset(&cluster, doomed);
-    idle.require_gone_only(&["api-1"]);
+    idle.wait_reset(&cluster, doomed, VERDICT).unwrap();
+    idle.require_gone_only(&["api-1"]).unwrap();
     cluster.apiservers[0].start().unwrap();
     daemon.wait_state("api-1", "ready", VERDICT).unwrap();
     cluster.require_no_own_resets().unwrap();
@@ -349,18 +282,18 @@ fn a_server_that_has_rebooted_ends_its_old_connections_itself() {
 fn also_one_that_is_up_and_ready_before_the_next_check_looks() {
     let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
     let mut daemon = start(&cluster, &settings(&cluster, "10m"));
-    let mut idle = Idle::open(&cluster);
+    let mut idle = open_idle(&cluster);
     let doomed = idle.at("api-1");
     assert!(doomed > 0);
     power_off(&mut cluster.apiservers[0]);
     daemon.wait_state("api-1", "silent", VERDICT).unwrap();
-    assert_eq!(resets(&cluster), idle.resets);
+    assert_eq!(idle.resets(&cluster).unwrap(), 0);
     // Nobody sees a port that refuses: all there is to go by is that it was silent.
     cluster.apiservers[0].start().unwrap();
     cluster.apiservers[0].host.reconnect().unwrap();
     daemon.wait_state("api-1", "ready", VERDICT).unwrap();
-    idle.wait_reset(&cluster, doomed);
-    idle.require_gone_only(&["api-1"]);
+    idle.wait_reset(&cluster, doomed, VERDICT).unwrap();
+    idle.require_gone_only(&["api-1"]).unwrap();
     assert!(!daemon.log().contains("refused"), "{}", daemon.log());
     cluster.require_no_own_resets().unwrap();
 }
@@ -371,12 +304,12 @@ fn a_dead_servers_connections_are_kept_where_the_configuration_says_so() {
     let mut settings = settings(&cluster, "2s");
     settings.service.push("on_dead = \"keep\"".to_owned());
     let mut daemon = start(&cluster, &settings);
-    let mut idle = Idle::open(&cluster);
+    let mut idle = open_idle(&cluster);
     cluster.apiservers[0].host.cut_off().unwrap();
     daemon.wait_state("api-1", "dead", VERDICT).unwrap();
     cluster.apiservers[0].host.reconnect().unwrap();
     daemon.wait_state("api-1", "ready", VERDICT).unwrap();
-    idle.require_alive(&cluster);
+    idle.require_alive(&cluster).unwrap();
 }
 
 #[test]

@@ -2,20 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
 
-use std::{
-    fs,
-    io::Read as _,
-    net::IpAddr,
-    os::unix::net::UnixDatagram,
-    path::Path,
-    process::{Child, Output, Stdio},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread::{self, JoinHandle},
-    time::Duration,
-};
+use std::{fs, os::unix::net::UnixDatagram, path::Path, time::Duration};
 
 use anyhow::{Context as _, ensure};
 use aya::{
@@ -26,62 +13,18 @@ use aya::{
 use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{Daemon, Settings, has_xdp, program},
-    lab::{Host, eventually, process::Signal},
+    lab::{
+        Host, eventually,
+        process::{Signal, said},
+    },
     load::{self, Asker, Crowd},
-    pattern::Checker,
     stub::Health,
+    transfer::SlowTransfer,
 };
 use lb_userspace::dataplane::OBJECT;
 
 /// More than a start, an end or a verdict needs.
 const MOMENT: Duration = Duration::from_secs(30);
-
-/// A download through a VIP that goes slowly until it is let go, every byte compared.
-struct SlowTransfer {
-    let_go: Arc<AtomicBool>,
-    reader: JoinHandle<(u64, Child)>,
-}
-
-impl SlowTransfer {
-    /// Longer than what buffers between the ends could hold.
-    const LENGTH: u64 = 200_000_000;
-    const PIECE: usize = 1 << 16;
-    /// After each piece: about 3 MB/s.
-    const PAUSE: Duration = Duration::from_millis(20);
-
-    /// Returns once bytes flow.
-    fn start(cluster: &Cluster, vip: IpAddr) -> Self {
-        let mut curl = cluster.curl(vip, &format!("/bytes/{}", Self::LENGTH));
-        let mut child = curl.args(["--max-time", "300"]).stdout(Stdio::piped()).spawn().unwrap();
-        let mut stream = child.stdout.take().unwrap();
-        let (mut checker, mut buffer) = (Checker::default(), vec![0; Self::PIECE]);
-        let count = stream.read(&mut buffer).unwrap();
-        checker.check(&buffer[..count]).unwrap();
-        let let_go = Arc::new(AtomicBool::new(false));
-        let fast = Arc::clone(&let_go);
-        let reader = thread::spawn(move || {
-            loop {
-                match stream.read(&mut buffer).unwrap() {
-                    0 => return (checker.position(), child),
-                    count => checker.check(&buffer[..count]).expect("every byte as it was sent"),
-                }
-                if !fast.load(Ordering::Relaxed) {
-                    thread::sleep(Self::PAUSE);
-                }
-            }
-        });
-        Self { let_go, reader }
-    }
-
-    /// Fails unless it is still under way, and then comes to its end.
-    fn finish(self) {
-        assert!(!self.reader.is_finished(), "the transfer was over too soon to prove anything");
-        self.let_go.store(true, Ordering::Relaxed);
-        let (length, mut child) = self.reader.join().unwrap();
-        assert!(child.wait().unwrap().success());
-        assert_eq!(length, Self::LENGTH);
-    }
-}
 
 /// New connections all the time, open ones and a transfer over both families, while something happens to the daemon.
 /// None of them fails, none is reset, none moves.
@@ -92,8 +35,8 @@ fn nobody_notices(cluster: &Cluster, mut daemon: Daemon, event: impl FnOnce(Daem
         servers.require_all(40).unwrap();
         (crowd, servers)
     });
-    let transfers = cluster.vips().map(|vip| SlowTransfer::start(cluster, vip));
-    let resets = cluster.client.counter("Tcp", "EstabResets").unwrap();
+    let transfers = cluster.vips().map(|vip| SlowTransfer::start(cluster, vip).unwrap());
+    let resets = cluster.client_resets().unwrap();
     let askers = cluster.vips().map(|vip| {
         Asker::start(&cluster.client, &cluster.client_of(vip).unwrap(), 2, Duration::from_millis(5))
     });
@@ -110,9 +53,9 @@ fn nobody_notices(cluster: &Cluster, mut daemon: Daemon, event: impl FnOnce(Daem
     daemon = event(daemon);
     more(20);
     // Before curl ends: it resets its own connection.
-    assert_eq!(cluster.client.counter("Tcp", "EstabResets").unwrap(), resets, "nobody is reset");
+    assert_eq!(cluster.client_resets().unwrap(), resets, "nobody is reset");
     for transfer in transfers {
-        transfer.finish();
+        transfer.finish().unwrap();
     }
     for asker in askers {
         let report = asker.stop();
@@ -164,14 +107,6 @@ fn names_in(directory: &Path) -> Vec<String> {
     names
 }
 
-fn said(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
-}
-
-fn owns(host: &Host, vip: IpAddr) -> bool {
-    host.run("ip -o address show dev eth0").unwrap().contains(&format!(" {vip}/"))
-}
-
 #[test]
 fn a_daemon_that_is_killed_and_started_again_costs_nothing() {
     let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
@@ -220,7 +155,10 @@ fn stopping_leaves_packets_flowing_and_says_so() {
     assert!(daemon.log().contains("sheave unload"), "{}", daemon.log());
     assert!(!daemon.socket().exists(), "its socket is gone");
     assert!(!daemon.is_alive().unwrap());
-    assert!(cluster.vips().into_iter().all(|vip| owns(&cluster.lb, vip)), "the VIP goes with the packets");
+    assert!(
+        cluster.vips().into_iter().all(|vip| cluster.lb.has_address(vip).unwrap()),
+        "the VIP goes with the packets"
+    );
     require_served(&cluster, 20);
 }
 
@@ -281,7 +219,7 @@ fn a_second_daemon_is_refused_and_told_whose_the_first_is() {
     let mut daemon = cluster.balance().unwrap();
     let owner = format!("(process {})", daemon.process().pid());
     let second = |change: &dyn Fn(String) -> String| {
-        let directory = cluster.lab.directory().join("lb-sheave");
+        let directory = cluster.daemon_directory();
         let config = cluster.lab.directory().join("second.toml");
         let text = fs::read_to_string(directory.join("sheave.toml")).unwrap();
         fs::write(&config, change(text)).unwrap();
@@ -293,7 +231,9 @@ fn a_second_daemon_is_refused_and_told_whose_the_first_is() {
     let same = second(&|text| text);
     assert!(same.contains("another sheave is running") && same.contains(&owner), "{same}");
     let pins_only = second(&|text| {
-        text.replace("lb-sheave/state", "other/state").replace("lb-sheave/admin", "other-admin")
+        let own = cluster.daemon_directory();
+        let [state, socket] = ["state", "admin.sock"].map(|name| own.join(name).display().to_string());
+        text.replace(&state, &format!("{state}-of-another")).replace(&socket, &format!("{socket}-of-another"))
     });
     assert!(pins_only.contains("pin_dir") && pins_only.contains(&owner), "{pins_only}");
     assert!(daemon.is_alive().unwrap());
@@ -365,7 +305,7 @@ fn unloading_after_a_kill_leaves_nothing_of_ours_and_everything_of_others() {
     let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
     daemon.wait_ready(1).unwrap();
     eventually(MOMENT, "the VIPs are there", || {
-        ensure!(cluster.vips().into_iter().all(|vip| owns(&cluster.lb, vip)));
+        ensure!(cluster.vips().into_iter().all(|vip| cluster.lb.has_address(vip).unwrap()));
         Ok(())
     })
     .unwrap();
@@ -387,7 +327,7 @@ fn unloading_after_a_kill_leaves_nothing_of_ours_and_everything_of_others() {
         assert!(said(&output).contains(what), "{}", said(&output));
     }
     assert!(!has_xdp(&cluster.lb, "eth0").unwrap());
-    assert!(!cluster.vips().into_iter().any(|vip| owns(&cluster.lb, vip)));
+    assert!(!cluster.vips().into_iter().any(|vip| cluster.lb.has_address(vip).unwrap()));
     assert_eq!(names_in(&daemon.pins()), ["stranger"]);
     assert!(strangers.iter().all(|pin| pin.exists()));
     assert!(has_xdp(&cluster.lb, "lo").unwrap(), "somebody else's program stays");

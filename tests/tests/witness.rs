@@ -4,9 +4,11 @@
 
 use std::time::Duration;
 
+use anyhow::{Context as _, ensure};
 use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{Daemon, Settings},
+    lab::{Host, eventually},
     load::{Asker, sequential},
 };
 
@@ -67,5 +69,63 @@ fn a_wait_without_an_answer_is_noticed_on_a_frozen_server_and_on_one_that_is_cut
         let report = sequential(&cluster.client, &client, 60).unwrap();
         report.require_all(60).unwrap();
         assert!(!report.by_server().contains_key("api-1"), "{:?}", report.by_server());
+    }
+}
+
+/// What only clients meet at a server, and no check: packets of flows come from the VIP, those of checks from the load
+/// balancer's own address.
+fn ill_for_clients(cluster: &Cluster, what: &str) -> String {
+    let own = cluster.lb.address(cluster.vip4).unwrap();
+    format!(
+        "add table inet ill; add counter inet ill met; add counter inet ill checks; \
+         add chain inet ill in {{ type filter hook input priority 0; }}; \
+         add rule inet ill in ip saddr {own} tcp dport 6443 tcp flags & (syn | ack) == syn counter name checks; \
+         add rule inet ill in ip saddr {} tcp dport 6443 {what}",
+        cluster.vip4
+    )
+}
+
+/// How many packets a counter of [`ill_for_clients`] has counted.
+fn counted(host: &Host, counter: &str) -> anyhow::Result<u64> {
+    let json: serde_json::Value =
+        serde_json::from_str(&host.run(&format!("nft -j list counter inet ill {counter}"))?)?;
+    let entries = json["nftables"].as_array().context("no list")?;
+    entries.iter().find_map(|entry| entry["counter"]["packets"].as_u64()).context("no counter")
+}
+
+#[test]
+fn flows_have_a_backend_checked_and_never_decide_by_themselves() {
+    // Refused, and kept waiting: by something that the checks do not meet.
+    for (what, answered) in [
+        ("tcp flags & (syn | ack) == syn counter name met reject with tcp reset", true),
+        ("tcp flags & psh == psh counter name met drop", false),
+    ] {
+        let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+        let daemon = start(&cluster);
+        let client = cluster.client_of(cluster.vip4).unwrap();
+        let ill = &cluster.apiservers[0].host;
+        ill.nft(&ill_for_clients(&cluster, what)).unwrap();
+        let load = Asker::start(&cluster.client, &client, 8, Duration::from_millis(20));
+        // Some flows meet it, and for each check that they bring about it passes.
+        for round in 1..=3 {
+            let (met, checks) = (counted(ill, "met").unwrap(), counted(ill, "checks").unwrap());
+            eventually(VERDICT, "flows meet it, and it is checked for that", || {
+                let now = (counted(ill, "met")?, counted(ill, "checks")?);
+                ensure!(now.0 > met && (now.1 > checks || round > 1), "{now:?}, {met} and {checks} before");
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(daemon.status().unwrap().states("api-1"), ["ready", "ready"], "{}", daemon.log());
+        }
+        ill.run("nft delete table inet ill").unwrap();
+        let report = load.stop();
+        // Who is refused is sent to another one. Who waits may have waited for longer than it can.
+        if answered {
+            report.require_all(report.outcomes.len()).unwrap();
+        }
+        assert!(!daemon.log().contains("/api-1 is DOWN"), "{}", daemon.log());
+        let report = sequential(&cluster.client, &client, 60).unwrap();
+        report.require_all(60).unwrap();
+        assert!(report.by_server().contains_key("api-1"), "{:?}", report.by_server());
     }
 }

@@ -18,16 +18,16 @@ use hyper::{
     Method, Response, StatusCode,
     body::Incoming,
     header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER, X_CONTENT_TYPE_OPTIONS},
-    server::conn::http1,
     service::service_fn,
 };
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Mutex as AsyncMutex, Semaphore, watch},
     time::{Instant, timeout},
 };
 
+use super::{ACCEPT_RETRY, CONNECTIONS_MAX, http};
 use crate::health::{Asker, CheckCode};
 
 /// What may be asked for.
@@ -36,16 +36,10 @@ const PATHS: [&str; 2] = ["livez", "readyz"];
 const OWN: &str = "self";
 /// An answer is given again for so long.
 const FRESH: Duration = Duration::from_secs(1);
-/// Clients served at once; more wait in the kernel's backlog.
-const CONNECTIONS_MAX: usize = 32;
-/// From the first byte to the end of the headers.
-const HEADERS_TIMEOUT: Duration = Duration::from_secs(2);
 /// Of a request's headers. Bodies are not read.
 const REQUEST_SIZE_MAX: usize = 8 * 1024;
 /// A connection altogether, above what the longest sensible check takes.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(20);
-/// After `accept` failed, which it does while descriptors are short.
-const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// Requests a second in the long run, and how many may come at once.
 const RATE: f64 = 50.0;
 const BURST: f64 = 100.0;
@@ -171,13 +165,7 @@ impl ProbeListener {
 
 async fn serve_one(stream: TcpStream, targets: ProbeTargets, bucket: Arc<Bucket>) {
     let service = service_fn(|request| respond(request, &targets, &bucket));
-    let served = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADERS_TIMEOUT)
-        .max_buf_size(REQUEST_SIZE_MAX)
-        .keep_alive(false)
-        .serve_connection(TokioIo::new(stream), service)
-        .await;
+    let served = http(REQUEST_SIZE_MAX).serve_connection(TokioIo::new(stream), service).await;
     if let Err(error) = served {
         tracing::debug!("a client of admin.listen: {error}");
     }

@@ -15,10 +15,9 @@ use hyper::{
     Method, Response, StatusCode,
     body::{Frame, Incoming},
     header::{ALLOW, CONTENT_TYPE, HeaderValue},
-    server::conn::http1,
     service::service_fn,
 };
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
@@ -28,12 +27,12 @@ use tokio::{
 };
 
 use super::{
-    AdminListener,
+    ACCEPT_RETRY, AdminListener, CONNECTIONS_MAX,
     commands::{
         Events, FlowFilter, FlowPage, KillOrder, Killed, Ordered, Refusal, RefusalKind, Reloaded, StateOrder,
         WeightOrder,
     },
-    query,
+    http, query,
     status::{Alive, Failure, Status, Unloaded},
 };
 
@@ -79,10 +78,6 @@ impl fmt::Display for Caller {
     }
 }
 
-/// Clients served at once; more wait in the kernel's backlog.
-const CONNECTIONS_MAX: usize = 32;
-/// From the first byte to the end of the headers. Nobody types requests here.
-const HEADERS_TIMEOUT: Duration = Duration::from_secs(2);
 /// For the body of a request.
 const BODY_TIMEOUT: Duration = Duration::from_secs(2);
 /// Of a request's headers.
@@ -101,8 +96,6 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 const UNLOAD_TIMEOUT: Duration = Duration::from_secs(20);
 /// A connection altogether, the client reading the answer included; in a list of flows from one page to the next.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(25);
-/// After `accept` failed, which it does while descriptors are short.
-const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 impl AdminListener {
     /// Answers clients until `controller` is closed. Needs a tokio runtime. The socket's file is removed at the end,
@@ -174,13 +167,7 @@ async fn accept(
 async fn serve_one(stream: UnixStream, controller: mpsc::Sender<Request>, patience: &Patience) {
     let caller = Caller { user: getsockopt(&stream.as_fd(), PeerCredentials).ok().map(|it| it.uid()) };
     let service = service_fn(|request| answer(request, &controller, caller, patience));
-    let served = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADERS_TIMEOUT)
-        .max_buf_size(REQUEST_SIZE_MAX)
-        .keep_alive(false)
-        .serve_connection(TokioIo::new(stream), service)
-        .await;
+    let served = http(REQUEST_SIZE_MAX).serve_connection(TokioIo::new(stream), service).await;
     if let Err(error) = served {
         tracing::debug!("a client of the admin socket: {error}");
     }

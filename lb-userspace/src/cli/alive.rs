@@ -16,10 +16,10 @@ backends does not matter: another load balancer would see the same. Answers with
 In keepalived.conf:
   vrrp_script sheave {
       script \"/usr/bin/sheave alive\"
-      interval 2
+      interval 1
       timeout 2
-      rise 2
       fall 2
+      rise 2
   }
 
 Exit codes: 0 it works, 1 it does not (the reasons are on stderr), 2 wrong usage.")]

@@ -2,6 +2,8 @@
 
 use std::{process::ExitCode, time::Duration};
 
+use jiff::Timestamp;
+
 use super::{SocketArgument, block_on, output};
 use crate::admin::{Client, JournalEvent};
 
@@ -44,23 +46,9 @@ fn line(event: &JournalEvent) -> String {
 
 /// `2026-11-21 06:13:05.123`, UTC.
 fn time(milliseconds: u64) -> String {
-    let (seconds, rest) = (milliseconds / 1000, milliseconds % 1000);
-    let (year, month, day) = date(seconds / 86_400);
-    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{rest:03}")
-}
-
-/// The Gregorian date of a day counted from 1970-01-01. Years begin in March here, so that the odd day comes last.
-fn date(days: u64) -> (u64, u64, u64) {
-    const ERA: u64 = 146_097; // Days in 400 years.
-    let days = days + 719_468; // Since 0000-03-01.
-    let of_era = days % ERA;
-    let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year + year / 4 - year / 100);
-    let month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    (days / ERA * 400 + year + u64::from(month <= 2), month, day)
+    let moment = i64::try_from(milliseconds).ok().and_then(|it| Timestamp::from_millisecond(it).ok());
+    // A clock that says more than the year 9999 is broken: what it said is shown as it is.
+    moment.map_or_else(|| milliseconds.to_string(), |it| it.strftime("%F %T.%3f").to_string())
 }
 
 #[cfg(test)]
@@ -74,5 +62,6 @@ mod tests {
         assert_eq!(time(1_709_251_199_999), "2024-02-29 23:59:59.999");
         assert_eq!(time(1_709_251_200_000), "2024-03-01 00:00:00.000");
         assert_eq!(time(4_107_542_400_000), "2100-03-01 00:00:00.000");
+        assert_eq!(time(u64::MAX), "18446744073709551615");
     }
 }

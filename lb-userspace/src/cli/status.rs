@@ -18,9 +18,14 @@ const LIMIT: Duration = Duration::from_secs(5);
 #[command(after_help = "\
 States:
   ready     gets new flows
-  draining  answers, but not as expected: no new flows, old ones are kept
+  draining  answers, but not as expected, or refuses: no new flows, old ones are kept
   silent    does not answer at all: no new flows, old ones are kept
+  dead      silent for `reset_after` and without a word to anybody: old flows are reset, unless on_dead = \"keep\"
+  drain     by `sheave drain`: no new flows unless there is nobody else, old ones are kept
+  maint     by `sheave maint`: no new flows at all, old ones are kept
   unknown   not checked yet
+
+Who has no ready backend left uses draining ones that still complete the connection, then those in drain.
 
 The last check is shown as HAProxy does: L7OK/200 in 4ms.
 

@@ -169,7 +169,7 @@ mod tests {
     #[test]
     fn orders_are_there_after_a_crash_and_gone_when_taken_back() {
         let directory = tempfile::tempdir().unwrap();
-        let drain = order(1, OperatorState::Drain, None);
+        let drain = Order { reset_at: Some(1_800_000_000), ..order(1, OperatorState::Drain, None) };
         let heavy = order(2, OperatorState::None, Some(7));
         Orders::load(directory.path()).unwrap().take(&[drain.clone(), heavy.clone()]).unwrap();
 

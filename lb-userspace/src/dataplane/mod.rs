@@ -464,17 +464,6 @@ impl Dataplane {
     pub fn ticks(&self) -> Ticks {
         self.ticks
     }
-
-    /// Bytes of map memory that this process sees: the maps apart, it is small.
-    pub fn mapped_bytes(&self) -> usize {
-        self.flows4.bytes()
-            + self.flows6.bytes()
-            + self.return_hops4.bytes()
-            + self.return_hops6.bytes()
-            + self.overflow4.bytes()
-            + self.overflow6.bytes()
-            + self.selection.bytes()
-    }
 }
 
 impl Port {

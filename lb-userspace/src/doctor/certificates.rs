@@ -2,23 +2,16 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use futures_util::future::join_all;
-use rustls::{
-    ClientConfig, DigitallySignedStruct, Error, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    crypto::{CryptoProvider, ring},
-};
-use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
-use tokio::{net::TcpStream, time::timeout};
-use tokio_rustls::TlsConnector;
-use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::{Finding, failure, ok, warning};
-use crate::config::{Backend, CheckKind, Config, Service};
+use crate::{
+    config::{Backend, Check, CheckKind, Config, Service},
+    health::{CertificateFacts, Outcome, check_once},
+};
 
 const PATIENCE: Duration = Duration::from_secs(2);
 const DAYS_TO_WARN: i64 = 30;
@@ -33,24 +26,34 @@ pub(super) async fn examine(config: &Config) -> Vec<Finding> {
 
 async fn certificate_of(service: &Service, backend: &Backend) -> Vec<Finding> {
     let subject = format!("certificate of {}/{}", service.name, backend.name);
-    match presented(backend.address, service.check.server_name.as_deref()).await {
-        Ok(certificate) => look_at(&certificate, service, &subject),
-        Err(error) => {
-            let what = format!("cannot be read from {}: {error}", backend.address);
+    // Nothing is sent beyond the handshake, and whatever is presented is looked at, not trusted.
+    let handshake = Check {
+        kind: CheckKind::Tls,
+        server_name: service.check.server_name.clone(),
+        connect_timeout: PATIENCE,
+        insecure_skip_tls_verify: true,
+        ..Check::default()
+    };
+    let report = check_once(backend.address, &handshake).await;
+    match &report.server_certificate {
+        Some(certificate) => look_at(certificate, service, &subject, SystemTime::now()),
+        None if report.outcome == Outcome::Pass => vec![failure(subject, "is no X.509 certificate")],
+        None => {
+            let what = format!("cannot be read from {}: {}", backend.address, report.detail());
             vec![warning(subject, what).fix(format!("curl -vk https://{}/readyz", backend.address))]
         }
     }
 }
 
-fn look_at(certificate: &CertificateDer<'_>, service: &Service, subject: &str) -> Vec<Finding> {
-    let Ok((_, certificate)) = X509Certificate::from_der(certificate) else {
-        return vec![failure(subject, "is no X.509 certificate")];
-    };
-    let days =
-        (certificate.validity().not_after.timestamp() - UnixTime::now().as_secs().cast_signed()) / 86_400;
-    let mut findings = vec![validity(days, subject)];
-    let missing: Vec<IpAddr> =
-        service.listen.iter().map(SocketAddr::ip).filter(|ip| !has_address(&certificate, *ip)).collect();
+fn look_at(
+    certificate: &CertificateFacts,
+    service: &Service,
+    subject: &str,
+    now: SystemTime,
+) -> Vec<Finding> {
+    let mut findings = vec![validity(certificate.days_to_expiry(now), subject)];
+    let addresses = service.listen.iter().map(SocketAddr::ip);
+    let missing: Vec<IpAddr> = addresses.filter(|ip| !certificate.addresses.contains(ip)).collect();
     if missing.is_empty() {
         findings.push(ok(subject, "holds every listener's address"));
     }
@@ -68,88 +71,52 @@ fn look_at(certificate: &CertificateDer<'_>, service: &Service, subject: &str) -
     findings
 }
 
+/// `days` are whole ones, rounded down: -1 from the moment it has expired on.
 fn validity(days: i64, subject: &str) -> Finding {
     let fix = "kubeadm certs renew apiserver, and restart kube-apiserver";
     match days {
-        ..0 => failure(subject, format!("expired {} days ago", -days)).fix(fix),
-        0..DAYS_TO_WARN => warning(subject, format!("expires in {days} days")).fix(fix),
-        _ => ok(subject, format!("valid for {days} days")),
+        ..-1 => failure(subject, format!("expired {} ago", whole_days(-days - 1))).fix(fix),
+        -1 => failure(subject, "expired less than a day ago").fix(fix),
+        0 => warning(subject, "expires in less than a day").fix(fix),
+        1..DAYS_TO_WARN => warning(subject, format!("expires in {}", whole_days(days))).fix(fix),
+        _ => ok(subject, format!("valid for {}", whole_days(days))),
     }
 }
 
-fn has_address(certificate: &X509Certificate<'_>, address: IpAddr) -> bool {
-    let bytes = match address {
-        IpAddr::V4(address) => address.octets().to_vec(),
-        IpAddr::V6(address) => address.octets().to_vec(),
-    };
-    let names = certificate.subject_alternative_name().ok().flatten();
-    names.is_some_and(|names| {
-        names
-            .value
-            .general_names
-            .iter()
-            .any(|name| matches!(name, GeneralName::IPAddress(it) if *it == bytes))
-    })
+fn whole_days(days: i64) -> String {
+    format!("{days} day{}", if days == 1 { "" } else { "s" })
 }
 
-/// The certificate that a server presents. Nothing is sent to it beyond the handshake.
-async fn presented(backend: SocketAddr, name: Option<&str>) -> anyhow::Result<CertificateDer<'static>> {
-    let provider = Arc::new(ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider.clone())
-        .with_safe_default_protocol_versions()?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Anybody(provider)))
-        .with_no_client_auth();
-    let name = match name {
-        Some(name) => ServerName::try_from(name.to_owned())?,
-        None => ServerName::from(backend.ip()),
-    };
-    let handshake = async {
-        let connection = TcpStream::connect(backend).await?;
-        let stream = TlsConnector::from(Arc::new(config)).connect(name, connection).await?;
-        let certificates = stream.get_ref().1.peer_certificates().and_then(<[_]>::first).cloned();
-        certificates.ok_or_else(|| anyhow::anyhow!("it presents none"))
-    };
-    timeout(PATIENCE, handshake).await.map_err(|_| anyhow::anyhow!("no answer"))?
-}
+#[cfg(test)]
+mod tests {
+    use super::{super::Level, *};
 
-/// Accepts every certificate: here it is looked at, not trusted.
-#[derive(Debug)]
-struct Anybody(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for Anybody {
-    fn verify_server_cert(
-        &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        Ok(ServerCertVerified::assertion())
+    /// What is said about a certificate that expires so many hours from now.
+    fn said(hours: i64) -> (Level, String) {
+        const NOW: i64 = 1_700_000_000;
+        let certificate = CertificateFacts {
+            subject: String::new(),
+            names: Vec::new(),
+            addresses: Vec::new(),
+            not_after: NOW + hours * 3600,
+        };
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(NOW.unsigned_abs());
+        let finding = validity(certificate.days_to_expiry(now), "certificate");
+        (finding.level, finding.what)
     }
 
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        let algorithms = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, certificate, signature, algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        let algorithms = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, certificate, signature, algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
+    #[test]
+    fn an_hour_after_its_time_a_certificate_has_expired() {
+        for (hours, level, what) in [
+            (-24 * 3 - 1, Level::Failure, "expired 3 days ago"),
+            (-25, Level::Failure, "expired 1 day ago"),
+            (-1, Level::Failure, "expired less than a day ago"),
+            (1, Level::Warning, "expires in less than a day"),
+            (25, Level::Warning, "expires in 1 day"),
+            (24 * 29 + 1, Level::Warning, "expires in 29 days"),
+            (24 * 30 + 1, Level::Ok, "valid for 30 days"),
+        ] {
+            assert_eq!(said(hours), (level, what.to_owned()), "{hours} hours");
+        }
     }
 }

@@ -59,12 +59,12 @@ pub enum InitError {
         reason: KubeconfigError,
     },
     /// The kubeconfig's server cannot be asked.
-    #[error("the server of kubeconfig {}, {server}, {reason}", .file.display())]
+    #[error("the server of kubeconfig {}{}, {reason}", .file.display(), .place.as_ref().map(|it| format!(", {it}")).unwrap_or_default())]
     Server {
         /// Where the kubeconfig is.
         file: PathBuf,
-        /// The server's URL.
-        server: String,
+        /// Host and port of the server, where they can be told: the rest of its URL may be a secret.
+        place: Option<String>,
         /// What is wrong with it.
         reason: String,
     },
@@ -142,7 +142,7 @@ fn read_kubeconfig(file: &Path) -> Result<Kubeconfig, InitError> {
 async fn apiservers(file: &Path, kubeconfig: &Kubeconfig) -> Result<Vec<SocketAddr>, InitError> {
     let server = Server::of(kubeconfig).await.map_err(|reason| InitError::Server {
         file: file.to_owned(),
-        server: kubeconfig.server.clone(),
+        place: place(&kubeconfig.server),
         reason,
     })?;
     let check = Check { kubeconfig: Some(file.to_owned()), ..Check::default() };
@@ -176,6 +176,9 @@ impl Server {
         if uri.scheme_str() != Some("https") {
             return Err("is not an https:// URL".to_owned());
         }
+        if kubeconfig.server.contains('@') {
+            return Err("is given with a password: use a kubeconfig with a certificate or a token".to_owned());
+        }
         let written = uri.host().unwrap_or_default();
         let host = written.trim_matches(['[', ']']).to_owned();
         let port = uri.port_u16().unwrap_or(443);
@@ -190,6 +193,18 @@ impl Server {
             false => Ok(Self { addresses, host: Some(host), prefix }),
         }
     }
+}
+
+/// What may be shown of a server's URL: not `user:password@`, nor a path or a query that may be as secret.
+fn place(server: &str) -> Option<String> {
+    let uri: Uri = server.parse().ok()?;
+    let authority = uri.authority().filter(|_| uri.scheme().is_some())?.as_str();
+    // A password may hold what ends the authority: then what looks like the host is a part of it.
+    let host = uri.host().filter(|_| authority.contains('@') || !server.contains('@'))?;
+    Some(match uri.port_u16() {
+        Some(port) => format!("{host}:{port}"),
+        None => host.to_owned(),
+    })
 }
 
 /// The apiservers of the VIP's family, which must not have the VIP for their own address.
@@ -370,6 +385,39 @@ mod tests {
         assert_eq!(of("https://localhost:1").await.unwrap().host.as_deref(), Some("localhost"));
         for wrong in ["", "http://192.0.2.1", "192.0.2.1:6443", "https://"] {
             assert!(of(wrong).await.is_err(), "{wrong}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_password_in_the_servers_url_is_refused_and_never_shown() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("admin.conf");
+        for (server, shown) in [
+            (
+                "https://admin:hunter2@192.0.2.1:6443/hunter2",
+                "admin.conf, 192.0.2.1:6443, is given with a password",
+            ),
+            ("https://hunter2@[2001:db8::1]", "admin.conf, [2001:db8::1], is given with a password"),
+            (
+                "http://admin:hunter2@master-1:8080?hunter2",
+                "admin.conf, master-1:8080, is not an https:// URL",
+            ),
+            ("https://admin:hunter2@hunter2@master-1", "admin.conf, master-1, is given with a password"),
+            ("https://admin:hunter2 @master-1", "admin.conf, is not a URL"),
+            ("hunter2", "admin.conf, is not an https:// URL"),
+            // As people write them: the password holds what ends the authority.
+            ("https://hunter2/x@master-1", "admin.conf, is given with a password"),
+            ("https://hunter2#x@master-1", "admin.conf, is given with a password"),
+        ] {
+            let text = format!(
+                "current-context: c\ncontexts: [{{name: c, context: {{cluster: c}}}}]\n\
+                 clusters: [{{name: c, cluster: {{server: '{server}', insecure-skip-tls-verify: true}}}}]\n"
+            );
+            let kubeconfig = Kubeconfig::parse(text.as_bytes(), directory.path()).unwrap();
+            let error = apiservers(&file, &kubeconfig).await.unwrap_err();
+            let said = error.to_string();
+            assert!(said.contains(shown), "{server}: {said}");
+            assert!(!format!("{said} {error:?}").contains("hunter2"), "{server}: {said}");
         }
     }
 

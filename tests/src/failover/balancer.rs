@@ -12,7 +12,7 @@ use super::{haproxy::HaProxy, said};
 use crate::{
     cluster::Cluster,
     daemon::{Daemon, Settings},
-    lab::{eventually, process::Signal, run},
+    lab::{eventually, process::Signal},
 };
 
 /// Who is measured.
@@ -102,10 +102,8 @@ impl Balancer {
     pub(super) fn reload(&mut self, cluster: &Cluster, setup: Setup) -> Result<()> {
         match self {
             Self::Sheave(daemon) => {
-                let directory = cluster.lab.directory().join(format!("{}-sheave", cluster.lb.name()));
-                let toml = settings(cluster, setup)?.to_toml(&directory);
-                std::fs::write(directory.join("sheave.toml"), toml)?;
-                run(&mut daemon.command("reload")?)?;
+                let said = daemon.reload(&settings(cluster, setup)?)?;
+                ensure!(said.status.success(), "reload: {said:?}");
                 Ok(())
             }
             Self::HaProxy(haproxy) => haproxy.reload(cluster, |name| setup.backends.contains(&name)),

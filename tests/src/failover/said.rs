@@ -6,8 +6,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 const QUARTER: Duration = Duration::from_secs(15 * 60);
 
 /// The moment of the first of `lines` that has all `words`.
-pub(super) fn when<'log>(mut lines: impl Iterator<Item = &'log str>, words: &[&str]) -> Option<Instant> {
-    lines.find_map(|line| words.iter().all(|word| line.contains(word)).then(|| moment(line))?)
+pub(super) fn when<'log>(lines: impl Iterator<Item = &'log str>, words: &[&str]) -> Option<Instant> {
+    first(lines, words).and_then(moment)
+}
+
+/// The first of `lines` that has all `words` and begins with a time.
+fn first<'log>(mut lines: impl Iterator<Item = &'log str>, words: &[&str]) -> Option<&'log str> {
+    lines.find(|line| words.iter().all(|word| line.contains(word)) && within_quarter(line).is_some())
 }
 
 /// The moment that a line begins with: `2026-11-21T07:15:35.123456Z`, in whatever time zone.
@@ -34,7 +39,7 @@ fn within_quarter(line: &str) -> Option<Duration> {
 mod tests {
     use std::time::Duration;
 
-    use super::{when, within_quarter};
+    use super::{QUARTER, first, when, within_quarter};
 
     #[test]
     fn both_load_balancers_times_are_read() {
@@ -46,9 +51,24 @@ mod tests {
 
     #[test]
     fn the_first_line_with_all_words_and_a_time_counts() {
-        let log = "[ALERT] a is DOWN\n2026-11-21T07:15:35.5Z b is DOWN\n2026-11-21T07:15:36.5Z a is DOWN";
-        let found = when(log.lines(), &["a", "is DOWN"]);
-        assert_eq!(found.is_some(), when(log.lines(), &["a is"]).is_some());
+        let log = "[ALERT] a is DOWN\n2026-11-21T07:15:35.5Z b is DOWN\n2026-11-21T07:15:36.5Z a is DOWN\n\
+                   2026-11-21T07:15:37.5Z a is DOWN";
+        assert_eq!(first(log.lines(), &["a", "is DOWN"]), first(log.lines(), &["a is"]));
+        assert_eq!(first(log.lines(), &["a is"]), Some("2026-11-21T07:15:36.5Z a is DOWN"));
+        assert_eq!(first(log.lines(), &["c is"]), None);
         assert!(when(log.lines(), &["c is"]).is_none());
+    }
+
+    #[test]
+    fn a_moment_is_never_later_than_now_and_less_than_a_quarter_of_an_hour_ago() {
+        let line = |second: u64| format!("2026-11-21T07:{:02}:{:02}.25Z a is UP", second / 60, second % 60);
+        let [first, second] = [10, 11].map(|it| when(std::iter::once(line(it).as_str()), &["a is"]).unwrap());
+        for moment in [first, second] {
+            assert!(moment.elapsed() < QUARTER);
+        }
+        // Apart by a second, unless now is between the two.
+        let apart = second.max(first) - second.min(first);
+        let off = |expected: Duration| apart.abs_diff(expected) < Duration::from_millis(500);
+        assert!(off(Duration::from_secs(1)) || off(QUARTER - Duration::from_secs(1)), "{apart:?}");
     }
 }

@@ -162,6 +162,15 @@ impl Host {
         }
     }
 
+    /// Whether its first interface has this address.
+    ///
+    /// # Errors
+    /// When it has no interface.
+    pub fn has_address(&self, address: IpAddr) -> Result<bool> {
+        let shown = self.run(&format!("ip -o address show dev {}", self.link()?.interface))?;
+        Ok(shown.contains(&format!(" {address}/")))
+    }
+
     /// Drops every IP packet to and from this host, as a broken path would: nobody is told.
     ///
     /// # Errors

@@ -360,12 +360,7 @@ async fn trouble_on_a_reused_connection_is_settled_on_a_fresh_one() {
 #[tokio::test]
 async fn a_doubt_makes_a_reused_connection_be_waited_for_no_longer() {
     let cluster = Cluster::new();
-    let server = cluster
-        .apiserver(|asked| match asked.on_this_connection {
-            1 => Answer::ok(),
-            _ => Answer::Silence,
-        })
-        .await;
+    let server = cluster.silent_after_first().await;
     // Without a doubt this would be waited for as long as the test may take.
     let mut prober = prober(server.address, &cluster.check());
     prober.check().await;

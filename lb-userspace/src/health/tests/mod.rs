@@ -9,7 +9,7 @@ mod server;
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use self::server::{Answer, Asked, Ca, Layer, Pair, Server};
-use super::{CheckCode, CheckReport, Failure, Outcome, credentials::Store, probe::Prober};
+use super::{CheckCode, CheckReport, Failure, Outcome, Target, TargetId, credentials::Store, probe::Prober};
 use crate::config::{Check, CheckKind, ClientCertificate};
 
 /// Long enough to be met on a busy machine.
@@ -44,6 +44,12 @@ fn prober(address: SocketAddr, check: &Check) -> Prober {
     Prober::new(address, check, Store::default().credentials(check))
 }
 
+/// The backend of this number of the only service.
+fn target(backend: usize, address: SocketAddr, check: Check) -> Target {
+    let id = TargetId { service: 0, backend };
+    Target { id, service: "api".to_owned(), backend: format!("master-{backend}"), address, host: None, check }
+}
+
 /// Outcome, code and status: what most tests are about.
 fn gist(report: &CheckReport) -> (Outcome, CheckCode, Option<u16>) {
     (report.outcome, report.code, report.http_status)
@@ -73,6 +79,15 @@ impl Cluster {
 
     async fn apiserver(&self, answer: impl Fn(&Asked) -> Answer + Send + Sync + 'static) -> Server {
         Server::start(Layer::tls(&self.ca, &self.pair), answer).await
+    }
+
+    /// An apiserver that answers the first request on each connection, and never another.
+    async fn silent_after_first(&self) -> Server {
+        self.apiserver(|asked| match asked.on_this_connection {
+            1 => Answer::ok(),
+            _ => Answer::Silence,
+        })
+        .await
     }
 
     fn path(&self, name: &str) -> PathBuf {

@@ -8,12 +8,7 @@ use std::sync::{
 use tokio::{sync::mpsc, time::timeout};
 
 use super::*;
-use crate::health::{Event, State, Target, TargetId, spawn};
-
-fn target(backend: usize, address: SocketAddr, check: Check) -> Target {
-    let id = TargetId { service: 0, backend };
-    Target { id, service: "api".to_owned(), backend: format!("master-{backend}"), address, host: None, check }
-}
+use crate::health::{Event, State, TargetId, spawn};
 
 async fn receive(events: &mut mpsc::Receiver<Event>) -> Event {
     timeout(AMPLE, events.recv()).await.expect("an event in time").expect("running checks")
@@ -107,12 +102,7 @@ async fn a_frozen_backend_becomes_silent_and_its_silence_is_timed() {
 #[tokio::test]
 async fn an_accusation_is_settled_on_a_fresh_connection_at_once() {
     let cluster = Cluster::new();
-    let server = cluster
-        .apiserver(|asked| match asked.on_this_connection {
-            1 => Answer::ok(),
-            _ => Answer::Silence,
-        })
-        .await;
+    let server = cluster.silent_after_first().await;
     let (sender, mut events) = mpsc::channel(1);
     let hour = Duration::from_secs(3600);
     let check = Check { interval: hour, timeout: hour, connect_timeout: hour, ..cluster.check() };

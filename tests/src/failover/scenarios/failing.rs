@@ -4,12 +4,10 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use super::{AFTERWARDS, VERDICT, go_on, until_last};
+use super::{AFTERWARDS, Measure, Stage, VERDICT, count, go_on, time, until_last};
 use crate::failover::{
     arrivals::{Arrival, tell_failures},
     balancer::DOWN,
-    stage::Stage,
-    table::{Measure, count, time},
 };
 
 /// SIGKILL: its kernel refuses new connections and resets those that are open.

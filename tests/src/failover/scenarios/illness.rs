@@ -4,14 +4,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::{AFTERWARDS, VERDICT, go_on};
+use super::{AFTERWARDS, Measure, Stage, VERDICT, count, go_on, time};
 use crate::{
     failover::{
         arrivals::Arrival,
         balancer::{Balancer, DOWN},
         failure::Failure,
-        stage::Stage,
-        table::{Measure, count, time},
     },
     load,
     stub::Health,

@@ -16,7 +16,7 @@ use super::{
     balancer::{Contender, Setup, USUAL},
     failure::Failure,
     stage::Stage,
-    table::Measure,
+    table::{Measure, count, time},
 };
 use crate::cluster::{Router, Shape};
 

@@ -4,14 +4,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::{AFTERWARDS, count_of, go_on};
+use super::{AFTERWARDS, Measure, Stage, count, count_of, go_on};
 use crate::failover::{
     arrivals::{Arrivals, tell_failures},
     balancer::{Balancer, Setup, USUAL},
     failure::Failure,
     silent::Silent,
-    stage::Stage,
-    table::{Measure, count},
     transfer::Transfer,
 };
 

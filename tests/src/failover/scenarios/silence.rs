@@ -4,14 +4,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
-use super::{AFTERWARDS, VERDICT, count_of, go_on, until_last};
+use super::{AFTERWARDS, Measure, Stage, VERDICT, count, count_of, go_on, time, until_last};
 use crate::{
-    failover::{
-        failure::Failure,
-        silent::Silent,
-        stage::Stage,
-        table::{Measure, count, time},
-    },
+    failover::{failure::Failure, silent::Silent},
     load,
     stub::Health,
 };
