@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use super::{
     contender::{Contender, Running},
@@ -67,10 +67,11 @@ impl Ground {
         let tally = worker.order(Order::Go { milliseconds: u64::try_from(time.as_millis())? })?;
         let (after, lasted) = (taken()?, began.elapsed());
         worker.order(Order::Rest)?;
+        ensure!(tally.answered > 0, "nothing was answered within {time:?}: a longer --window may help");
 
         let [client, balancer, servers, all] =
             std::array::from_fn(|group| (after[group] - before[group]).as_secs_f64() * 1e6);
-        let each = |time: f64| time / tally.answered.max(1) as f64;
+        let each = |time: f64| time / tally.answered as f64;
         Ok(Window {
             rate: tally.answered as f64 / time.as_secs_f64(),
             median: tally.median,
