@@ -102,11 +102,11 @@ fn sockets_that_wait_in_connect_are_served_and_refused_like_others() {
         daemon.wait_state(name, "draining", VERDICT).unwrap();
     }
     let server = cluster.lb.in_namespace(|| std::net::TcpListener::bind("[::]:16443")).unwrap().unwrap();
+    let _closing = std::thread::spawn(move || server.incoming().for_each(drop));
     for to in LOCAL {
         let dialled = dial_blocking(&cluster.lb, &cluster.ca_file(), at(to), 20).unwrap();
         assert_eq!(dialled.failures.get(REFUSED), Some(&20), "{to}: {dialled:?}");
     }
-    drop(server);
     cluster.apiservers.iter_mut().for_each(|apiserver| apiserver.start().unwrap());
     daemon.wait_ready(2).unwrap();
     for to in LOCAL {
