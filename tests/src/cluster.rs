@@ -1,7 +1,7 @@
 //! The usual laboratory: a client, a load balancer and some apiservers.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
     process::Command,
     time::Duration,
@@ -22,6 +22,8 @@ const CLIENT: u8 = 5;
 const ROUTER: u8 = 1;
 const FIRST_APISERVER: u8 = 11;
 const VIP: u8 = 100;
+/// Where a node listens on its loopback addresses.
+pub const NODE_PORT: u16 = 16_443;
 /// A request that has taken this long is lost.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -211,6 +213,19 @@ impl Cluster {
     /// As [`Cluster::settings`].
     pub fn settings_with_own_vips(&self) -> Result<Settings> {
         Ok(Settings { vip_mode: "own", ..self.settings()? })
+    }
+
+    /// A node's settings: its processes reach the apiservers by its loopback addresses, at [`NODE_PORT`]. Checks come
+    /// every second, and not every ten as they would.
+    ///
+    /// # Errors
+    /// As [`Cluster::settings`].
+    pub fn settings_of_a_node(&self) -> Result<Settings> {
+        let mut settings = self.settings()?;
+        settings.listen =
+            vec![(Ipv4Addr::LOCALHOST, NODE_PORT).into(), (Ipv6Addr::LOCALHOST, NODE_PORT).into()];
+        settings.check.push("interval = \"1s\"".to_owned());
+        Ok(settings)
     }
 
     /// Starts the daemon on the load balancer and waits until all apiservers are ready.

@@ -1,7 +1,7 @@
 //! A client as a process of its own: the connect hook looks at the cgroup of the process, so that a thread of the test
 //! will not do.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::Path};
+use std::{collections::BTreeMap, net::SocketAddr, path::Path, process::Command};
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
@@ -48,7 +48,21 @@ impl Dialled {
 /// When the process fails: connections may.
 pub fn dial(host: &Host, hooked: bool, ca_file: &Path, address: SocketAddr, count: usize) -> Result<Dialled> {
     let program = sibling_program("sheave-dial")?;
-    let mut command = if hooked { host.hooked_command(program)? } else { host.command(program) };
+    let command = if hooked { host.hooked_command(program)? } else { host.command(program) };
+    run(command, ca_file, address, count)
+}
+
+/// The same from the lab's cgroup, with sockets that wait in `connect(2)`.
+///
+/// # Errors
+/// As [`dial`].
+pub fn dial_blocking(host: &Host, ca_file: &Path, address: SocketAddr, count: usize) -> Result<Dialled> {
+    let mut command = host.hooked_command(sibling_program("sheave-dial")?)?;
+    command.arg("--blocking");
+    run(command, ca_file, address, count)
+}
+
+fn run(mut command: Command, ca_file: &Path, address: SocketAddr, count: usize) -> Result<Dialled> {
     command.arg("--ca").arg(ca_file).arg("--count").arg(count.to_string()).arg(address.to_string());
     let output = crate::lab::run(&mut command)?;
     serde_json::from_str(&output).with_context(|| format!("sheave-dial printed {output:?}"))

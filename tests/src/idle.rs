@@ -37,6 +37,11 @@ impl Idle {
         all.filter(|at| *at == server).count() as u64
     }
 
+    /// How many of those to a VIP, by its place in [`Cluster::vips`], are at a server.
+    pub fn at_vip(&self, vip: usize, server: &str) -> u64 {
+        self.crowds[vip].1.iter().filter(|at| *at == server).count() as u64
+    }
+
     /// Connections of the client that were reset since they were open, or since [`Idle::forget_resets`].
     ///
     /// # Errors

@@ -3,6 +3,8 @@
 //! Everything here needs root. What a test builds disappears with the values that stand for it, also when the
 //! test panics; what a killed run left behind is removed by the next one ([`lab::Lab::new`]).
 
+mod aligned;
+mod background;
 pub mod cluster;
 pub mod daemon;
 pub mod dial;
@@ -11,7 +13,9 @@ pub mod failover;
 pub mod idle;
 pub mod lab;
 pub mod load;
+pub mod node;
 pub mod packets;
 pub mod pattern;
 pub mod stub;
 pub mod transfer;
+pub mod watches;

@@ -36,11 +36,7 @@ fn node(apiservers: u8) -> Cluster {
 }
 
 fn settings(cluster: &Cluster) -> Settings {
-    let mut settings = cluster.settings().unwrap();
-    settings.listen = vec![at(LOCAL4), at(LOCAL6)];
-    // Ten seconds is the default here.
-    settings.check.push("interval = \"1s\"".to_owned());
-    settings
+    cluster.settings_of_a_node().unwrap()
 }
 
 fn start(cluster: &Cluster, settings: &Settings) -> Daemon {

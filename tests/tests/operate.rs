@@ -628,21 +628,21 @@ fn a_daemon_that_is_killed_while_it_ends_flows_goes_on_with_the_rest() {
     let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
     daemon.wait_ready(2).unwrap();
     let (mut both, before) = crowd(&cluster, cluster.vip4, 60);
-    let (drained, at_first) = (before.by_server()["api-1"] as u64, resets(&cluster));
+    let (drained, at_first) = (before.by_server()["api-1"] as u64, cluster.client_resets().unwrap());
     succeed(&daemon, "drain", &["api-1", "--all-services", "--timeout", "1s"]);
     eventually(MOMENT, "some are reset", || {
-        ensure!(resets(&cluster) > at_first);
+        ensure!(cluster.client_resets()? > at_first);
         Ok(())
     })
     .unwrap();
     daemon.process().kill().unwrap();
-    let done = resets(&cluster) - at_first;
+    let done = cluster.client_resets().unwrap() - at_first;
     assert!(done < drained, "it was to be killed in the middle: {done} of {drained}");
 
     let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
     daemon.wait_state("api-2", "ready", MOMENT).unwrap();
     eventually(MOMENT, "all are reset", || {
-        let done = resets(&cluster) - at_first;
+        let done = cluster.client_resets()? - at_first;
         ensure!(done == drained, "{done} of {drained}");
         Ok(())
     })
@@ -650,7 +650,7 @@ fn a_daemon_that_is_killed_while_it_ends_flows_goes_on_with_the_rest() {
     assert_eq!(alive(&mut both) as u64, 60 - drained);
     // And then it is done: a later daemon does not begin anew.
     eventually(MOMENT, "the order is carried out", || {
-        let orders = fs::read_to_string(directory(&cluster).join("state/orders.json"))?;
+        let orders = fs::read_to_string(cluster.daemon_directory().join("state/orders.json"))?;
         ensure!(orders.contains("api-1") || orders.contains(":6443"), "{orders}");
         ensure!(orders.matches("\"reset_at\": null").count() == 2, "{orders}");
         Ok(())

@@ -319,16 +319,16 @@ fn flows_that_were_kept_are_reset_when_the_configuration_says_otherwise_while_th
     let mut keep = reset.clone();
     keep.service.push("on_dead = \"keep\"".to_owned());
     let mut daemon = start(&cluster, &keep);
-    let mut idle = Idle::open(&cluster);
+    let mut idle = open_idle(&cluster);
     let doomed = idle.at("api-1");
     cluster.apiservers[0].host.cut_off().unwrap();
     daemon.wait_state("api-1", "dead", VERDICT).unwrap();
     assert!(daemon.log().contains("established ones are kept, as on_dead says"), "{}", daemon.log());
-    assert_eq!(resets(&cluster), idle.resets);
+    assert_eq!(idle.resets(&cluster).unwrap(), 0);
     let said = daemon.reload(&reset).unwrap();
     assert!(said.status.success(), "{said:?}");
-    idle.wait_reset(&cluster, doomed);
-    idle.require_gone_only(&["api-1"]);
+    idle.wait_reset(&cluster, doomed, VERDICT).unwrap();
+    idle.require_gone_only(&["api-1"]).unwrap();
 }
 
 #[test]
@@ -341,22 +341,24 @@ fn only_flows_whose_vip_is_here_are_reset_or_asked_about() {
     settings.listen.push((other, 6443).into());
     cluster.lb.add_vip(other).unwrap();
     let mut daemon = start(&cluster, &settings);
-    let mut idle = Idle::open(&cluster);
-    let at_vip6 = idle.crowds[1].1.iter().filter(|server| *server == "api-1").count() as u64;
+    let mut idle = open_idle(&cluster);
+    let at_vip6 = idle.at_vip(1, "api-1");
     let doomed = idle.at("api-1");
     assert!(doomed > at_vip6 && at_vip6 > 0);
     let name = &cluster.lb.link().unwrap().interface;
     cluster.lb.ip(&format!("address del {vip}/32 dev {name}")).unwrap();
     cluster.apiservers[0].host.cut_off().unwrap();
     daemon.wait_state("api-1", "dead", VERDICT).unwrap();
-    idle.wait_reset(&cluster, at_vip6);
+    idle.wait_reset(&cluster, at_vip6, VERDICT).unwrap();
     let begin = Instant::now();
     while begin.elapsed() < WATCHED {
-        assert_eq!(resets(&cluster), idle.resets + at_vip6, "a VIP that is not here was spoken for");
+        let reset = idle.resets(&cluster).unwrap();
+        assert_eq!(reset, at_vip6, "a VIP that is not here was spoken for");
+        thread::sleep(PAUSE);
     }
     // Nobody else had it meanwhile.
     cluster.lb.add_vip(cluster.vip4).unwrap();
-    idle.wait_reset(&cluster, doomed);
-    idle.require_gone_only(&["api-1"]);
+    idle.wait_reset(&cluster, doomed, VERDICT).unwrap();
+    idle.require_gone_only(&["api-1"]).unwrap();
     cluster.require_no_own_resets().unwrap();
 }

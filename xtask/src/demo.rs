@@ -14,6 +14,9 @@ pub(crate) struct Options {
     /// Tell the story once, unattended, and end with 0 only if no request was lost
     #[arg(long)]
     once: bool,
+    /// A node instead of a load balancer: clients that reach the apiservers by 127.0.0.1
+    #[arg(long)]
+    node: bool,
     /// Passed to the demo
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<OsString>,
@@ -29,6 +32,9 @@ impl Options {
         let mut command = process::as_root(demo)?;
         if self.once {
             command.arg("--once");
+        }
+        if self.node {
+            command.arg("--node");
         }
         process::replace_with(command.args(self.arguments).env("SHEAVE", sheave))
     }

@@ -119,6 +119,15 @@ pub(crate) const TEST_TOOLS: [Tool; 10] = [
     Tool { program: "etcdctl", package: "etcd-client" },
 ];
 
+/// What `bench node` uses beside.
+pub(crate) const NODE_BENCH_TOOLS: [Tool; 2] = [
+    Tool { program: "nginx", package: "nginx" },
+    Tool { program: NGINX_STREAM, package: "libnginx-mod-stream" },
+];
+
+/// nginx's module `stream`, where Debian has it; elsewhere it is often in the program.
+pub(crate) const NGINX_STREAM: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
+
 /// Installs those of `tools` that are not here.
 ///
 /// # Errors

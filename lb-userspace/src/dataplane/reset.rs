@@ -1,7 +1,10 @@
 //! Flows that must end, and flows that may have ended: resetting them in the table, and what must be known of one to
 //! speak in the name of its ends. Nothing is sent here.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use ipnet::IpNet;
 use lb_common::{

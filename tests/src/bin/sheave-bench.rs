@@ -22,7 +22,7 @@ use lb_common::{
 };
 use lb_tests::{
     cluster::{Cluster, Shape},
-    failover,
+    failover, node,
 };
 use lb_userspace::dataplane::{BENCH_OBJECT, Dataplane, Listener, Mapped, Port, Settings};
 
@@ -61,12 +61,16 @@ enum What {
     },
     /// How long failures last and whom they hit, with HAProxy beside it.
     Failover(failover::Options),
+    /// What the connect hook costs a node's clients, with no balancer, HAProxy and nginx beside it; and what a check
+    /// costs an apiserver.
+    Node(node::Options),
 }
 
 fn main() -> Result<()> {
     match Arguments::parse().what {
         What::Startup { rounds } => startup(rounds),
         What::Failover(options) => failover::run(&options),
+        What::Node(options) => node::run(&options),
         What::Datapath { json, rounds, packets, flows, family } => {
             ensure!(rounds >= 1 && packets >= 1, "--rounds and --packets must be at least 1");
             let wanted = |ipv6: bool, count: u32| {

@@ -13,7 +13,7 @@ use lb_tests::{
     dial::{ASKING, Dialled},
     load::{Client, raise_descriptor_limit},
 };
-use tokio::task::JoinSet;
+use tokio::{net::TcpStream, task::JoinSet};
 
 /// Opens connections and says what became of them.
 #[derive(Parser)]
@@ -21,6 +21,9 @@ struct Arguments {
     /// PEM certificates that servers must chain to.
     #[arg(long)]
     ca: PathBuf,
+    /// Has the system call wait until a connection stands, as simple programs do.
+    #[arg(long)]
+    blocking: bool,
     /// How many to open, all at the same time.
     #[arg(long, default_value_t = 1)]
     count: usize,
@@ -33,7 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
-    let Arguments { ca, count, address } = Arguments::parse();
+    let Arguments { ca, blocking, count, address } = Arguments::parse();
     raise_descriptor_limit()?;
     let client = Client::new(&ca, address, PATIENCE)?.expecting("localhost")?;
     let mut opening = JoinSet::new();
@@ -41,8 +44,12 @@ async fn main() -> Result<()> {
         let address = client.target();
         opening.spawn(async move {
             let began = Instant::now();
-            // Without waiting in the system call, as most clients do.
-            let tcp = tokio::net::TcpStream::connect(address).await;
+            let tcp = if blocking {
+                wait_in_connect(address).await
+            } else {
+                // As most clients do.
+                TcpStream::connect(address).await
+            };
             let took = began.elapsed();
             (tcp.and_then(|tcp| Ok((tcp.peer_addr()?, tcp))), took)
         });
@@ -69,4 +76,10 @@ async fn main() -> Result<()> {
     drop(rest);
     println!("{}", serde_json::to_string(&said)?);
     Ok(())
+}
+
+async fn wait_in_connect(address: SocketAddr) -> std::io::Result<TcpStream> {
+    let tcp = tokio::task::spawn_blocking(move || std::net::TcpStream::connect(address)).await??;
+    tcp.set_nonblocking(true)?;
+    TcpStream::from_std(tcp)
 }

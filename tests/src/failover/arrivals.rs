@@ -8,8 +8,9 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use tokio::{sync::oneshot, task::JoinSet, time::interval};
 
-use super::{background::Background, failure::Failure, machine::Punctuality};
+use super::{failure::Failure, machine::Punctuality};
 use crate::{
+    background::Background,
     lab::{Host, eventually},
     load::{Client, Dialled},
 };

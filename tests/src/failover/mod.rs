@@ -5,7 +5,6 @@
 //! a verdict is the beginning.
 
 mod arrivals;
-mod background;
 mod balancer;
 mod failure;
 mod haproxy;
@@ -16,7 +15,6 @@ mod silent;
 mod stage;
 mod table;
 mod transfer;
-mod watches;
 
 use std::path::{Path, PathBuf};
 

@@ -11,7 +11,8 @@ use tokio::{
     task::JoinSet,
 };
 
-use super::{background::Background, failure::Failure};
+use super::failure::Failure;
+use crate::background::Background;
 use crate::{
     lab::{Host, eventually},
     load::{Client, Connection, Dialled},

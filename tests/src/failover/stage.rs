@@ -10,13 +10,13 @@ use super::{
     machine::Watch,
     silent::Silent,
     transfer::Transfer,
-    watches::Watches,
 };
 use crate::{
     cluster::{Apiserver, Cluster},
     daemon,
     load::Client,
     stub::{Health, PORT},
+    watches::Watches,
 };
 
 /// A connection or an answer that takes longer is lost: a SYN may be lost twice.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::{balancer::Contender, machine::Load};
+use crate::aligned::aligned;
 
 /// One figure, with the most it may be.
 #[derive(Clone, Debug, Serialize)]
@@ -125,21 +126,6 @@ pub(super) fn machine_table(figures: &[Figure]) -> String {
         ]);
     }
     aligned(&rows, [false, false, true, true, true, false])
-}
-
-/// The first row is the head; `right`: which columns are numbers.
-fn aligned<const COLUMNS: usize>(rows: &[[String; COLUMNS]], right: [bool; COLUMNS]) -> String {
-    let widths: [usize; COLUMNS] = std::array::from_fn(|column| {
-        rows.iter().map(|row| row[column].chars().count()).max().unwrap_or_default()
-    });
-    let line = |row: &[String; COLUMNS]| {
-        let cells = row.iter().zip(widths).zip(right).map(|((cell, width), right)| {
-            if right { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
-        });
-        format!("| {} |\n", cells.collect::<Vec<_>>().join(" | "))
-    };
-    let rule = widths.map(|width| "-".repeat(width));
-    rows.iter().take(1).chain([&rule]).chain(rows.iter().skip(1)).map(line).collect()
 }
 
 fn shown(value: f64, unit: Unit) -> String {

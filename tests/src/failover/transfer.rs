@@ -12,8 +12,8 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::background::Background;
 use crate::{
+    background::Background,
     lab::{Host, eventually},
     load::{Client, Dialled},
     pattern::Checker,

@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use aya_obj::generated::bpf_attach_type;
 use lb_userspace::{config, hook::Place};
 
-use super::{namespace::owner_is_gone, wait::eventually};
+use super::{Host, Lab, namespace::owner_is_gone, wait::eventually};
 
 /// For processes that were killed to be gone.
 const EMPTY_LIMIT: Duration = Duration::from_secs(5);
@@ -26,6 +26,104 @@ pub fn cgroup_of(directory: &Path) -> Option<PathBuf> {
 
 fn root() -> Option<PathBuf> {
     Some(Place::find(&config::Cgroup::Auto).ok()??.path().to_owned())
+}
+
+/// A cgroup below the lab's: the kernel counts the processor time of what runs in it. Removed with the lab.
+#[derive(Debug)]
+pub struct Group {
+    path: PathBuf,
+}
+
+impl Group {
+    /// Makes an empty one.
+    ///
+    /// # Errors
+    /// On a machine without cgroup v2, or when the name is taken.
+    pub fn new(lab: &Lab, name: &str) -> Result<Self> {
+        let path = cgroup_of(lab.directory()).context("no cgroup v2 hierarchy is mounted")?.join(name);
+        fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
+        Ok(Self { path })
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A command that runs in it, on `host`.
+    pub fn command(&self, host: &Host, program: impl AsRef<OsStr>) -> Command {
+        command_in(&self.path, &host.namespace().path(), program)
+    }
+
+    /// Takes a running process in, with all of its threads. Its sockets stay where they were made.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn adopt(&self, pid: u32) -> Result<()> {
+        let file = self.path.join("cgroup.procs");
+        fs::write(&file, pid.to_string()).with_context(|| format!("writing {pid} to {}", file.display()))
+    }
+
+    /// The processor time that what ran in it has taken so far, in user space and in the kernel.
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn processor_time(&self) -> Result<Duration> {
+        processor_time(&self.path)
+    }
+}
+
+/// This process as one of the lab's: its connections meet what daemons of the lab have put on the lab's cgroup. Dropping it
+/// takes the process back, which must happen before the lab goes: whoever is in the cgroup then is killed.
+#[derive(Debug)]
+pub struct Visit {
+    home: PathBuf,
+}
+
+impl Visit {
+    /// Moves this process, with all of its threads. What it starts from now on is in the cgroup as well.
+    ///
+    /// # Errors
+    /// On a machine without cgroup v2.
+    pub fn to(lab: &Lab) -> Result<Self> {
+        let root = root().context("no cgroup v2 hierarchy is mounted")?;
+        let groups = fs::read_to_string("/proc/self/cgroup")?;
+        let home = groups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+        let there = cgroup_of(lab.directory()).context("no cgroup v2 hierarchy is mounted")?;
+        let visit = Self { home: root.join(home) };
+        move_here(&there)?;
+        Ok(visit)
+    }
+}
+
+impl Drop for Visit {
+    fn drop(&mut self) {
+        let _ = move_here(&self.home);
+    }
+}
+
+/// Moves this process to a cgroup.
+fn move_here(cgroup: &Path) -> Result<()> {
+    let file = cgroup.join("cgroup.procs");
+    fs::write(&file, std::process::id().to_string()).with_context(|| format!("writing to {}", file.display()))
+}
+
+/// The processor time of everything on this machine.
+///
+/// # Errors
+/// On a machine without cgroup v2.
+pub fn processor_time_of_all() -> Result<Duration> {
+    processor_time(&root().context("no cgroup v2 hierarchy is mounted")?)
+}
+
+/// From `cpu.stat`, which every cgroup has, also without the controller `cpu`
+/// (`Documentation/admin-guide/cgroup-v2.rst`, "CPU Interface Files").
+fn processor_time(cgroup: &Path) -> Result<Duration> {
+    let file = cgroup.join("cpu.stat");
+    let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+    let time = text.lines().find_map(|line| line.strip_prefix("usage_usec "));
+    let time = time.with_context(|| format!("{} has no usage_usec", file.display()))?;
+    Ok(Duration::from_micros(time.trim().parse()?))
 }
 
 /// A command that runs in a cgroup, and in the network namespace that `namespace` stands for.

@@ -10,8 +10,8 @@ use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use tokio::task::JoinSet;
 
-use super::background::Background;
 use crate::{
+    background::Background,
     lab::{Host, eventually},
     load::{Client, Dialled},
 };
@@ -22,24 +22,29 @@ const START_LIMIT: Duration = Duration::from_secs(20);
 const EVENT_LIMIT: Duration = Duration::from_secs(3);
 
 /// What is known of one watch.
-#[derive(Clone, Debug, Default)]
-struct Seen {
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
     /// The server, once there was an event.
-    server: Option<String>,
-    events: u64,
-    broken: bool,
+    pub server: Option<String>,
+    /// How many have come.
+    pub events: u64,
+    /// It has ended, or an event was missing.
+    pub broken: bool,
 }
 
-/// Watches that are running.
+/// Watches that are running. Dropping it ends them.
 #[derive(Debug)]
-pub(super) struct Watches {
+pub struct Watches {
     seen: Arc<Mutex<Vec<Seen>>>,
     _background: Background,
 }
 
 impl Watches {
     /// Begins `count` watches from a host.
-    pub(super) fn start(host: &Host, client: &Client, count: usize) -> Result<Self> {
+    ///
+    /// # Errors
+    /// When they do not all get an event.
+    pub fn start(host: &Host, client: &Client, count: usize) -> Result<Self> {
         let seen = Arc::new(Mutex::new(vec![Seen::default(); count]));
         let (client, shared) = (client.clone(), Arc::clone(&seen));
         let background = Background::start(host, move |stop| async move {
@@ -62,8 +67,13 @@ impl Watches {
         Ok(watches)
     }
 
+    /// What is known of each by now.
+    pub fn seen(&self) -> Vec<Seen> {
+        look(&self.seen).clone()
+    }
+
     /// Waits for another event on each watch of a server: how many of how many do not get it.
-    pub(super) fn broken_at(&self, server: &str) -> (usize, usize) {
+    pub fn broken_at(&self, server: &str) -> (usize, usize) {
         let before = look(&self.seen).clone();
         let here = || before.iter().enumerate().filter(|(_, seen)| seen.server.as_deref() == Some(server));
         let stuck = || {

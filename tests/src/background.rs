@@ -12,14 +12,14 @@ use crate::{
 
 /// A thread inside a host, with a runtime of its own. Dropping it tells it to stop, and waits until it has.
 #[derive(Debug)]
-pub(super) struct Background {
+pub(crate) struct Background {
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Background {
     /// Runs the future that `work` makes; it is given what tells it to stop.
-    pub(super) fn start<F: Future<Output = ()>>(
+    pub(crate) fn start<F: Future<Output = ()>>(
         host: &Host,
         work: impl FnOnce(oneshot::Receiver<()>) -> F + Send + 'static,
     ) -> Self {
@@ -39,7 +39,7 @@ impl Background {
     }
 
     /// Tells it to stop and waits until it has.
-    pub(super) fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         // It may have come to its end already.
         self.stop.take().map(|stop| stop.send(()));
         if let Some(thread) = self.thread.take() {
