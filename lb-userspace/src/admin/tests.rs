@@ -35,6 +35,7 @@ fn status() -> Status {
             backends: vec![BackendStatus {
                 name: "master-1".to_owned(),
                 address: ([10, 0, 0, 1], 6443).into(),
+                discovered: false,
                 state: BackendState::Ready,
                 weight: 1,
                 active_flows: 2,
@@ -43,6 +44,7 @@ fn status() -> Status {
             }],
             selection: String::new(),
             flags: Vec::new(),
+            discovery: None,
         }],
         ..Status::default()
     }

@@ -74,11 +74,13 @@ impl Orders {
         self.replace(orders)
     }
 
-    /// Forgets the orders about backends that a configuration does not have.
+    /// Forgets the orders about backends that a configuration does not have. The cluster's list drops every apiserver
+    /// that restarts: what was ordered about one stands when it comes back.
     pub(super) fn forget_others(&mut self, config: &Config) -> Result<(), OrdersError> {
         let exists = |order: &Order| {
             config.services.iter().any(|service| {
-                service.name == order.service && service.backends.iter().any(|it| it.address == order.backend)
+                let has_it = || service.backends.iter().any(|it| it.address == order.backend);
+                service.name == order.service && (service.discover.is_some() || has_it())
             })
         };
         let orders: Vec<_> = self.orders.iter().filter(|order| exists(order)).cloned().collect();

@@ -25,9 +25,10 @@ use crate::{
     admin::{Caller, JournalKind, Refusal, RefusalKind, Reloaded},
     config::{Config, Interfaces, VipMode},
     dataplane::{DataplaneError, wait_grace_period},
+    discovery::absent_kubeconfigs,
     health::{Event, State, TargetId},
-    names::Names,
     network::first_ephemeral_port,
+    sources::Sources,
 };
 
 /// How long the first checks of new backends are waited for, before the old ones are let go.
@@ -42,7 +43,7 @@ pub(super) type Answer = Option<oneshot::Sender<Result<Reloaded, Refusal>>>;
 #[derive(Debug)]
 pub(super) struct Pending {
     config: Config,
-    names: Names,
+    sources: Sources,
     roster: Roster,
     steps: Vec<Step>,
     awaited: BTreeSet<TargetId>,
@@ -61,9 +62,9 @@ impl Pending {
 }
 
 /// What a reload has found out, before anything is changed.
-struct Decided {
+pub(super) struct Decided {
     config: Config,
-    names: Names,
+    sources: Sources,
     reloaded: Reloaded,
     roster: Roster,
     steps: Vec<Step>,
@@ -102,19 +103,7 @@ impl Controller {
         self.proceed(decided, by, answer).await;
     }
 
-    /// Uses the addresses that names stand for now. Where that cannot be, a flag says so.
-    pub(super) async fn take_in_names(&mut self) {
-        // A reload that is under way looks at the names again when it is over.
-        let Some(names) = self.names.clone().filter(|_| self.pending.is_none()) else { return };
-        names.remember(&self.config.dataplane.state_dir);
-        let (config, problems) = names.apply(&self.config);
-        if config != self.config {
-            let decided = self.decide(config, names, problems).await;
-            self.proceed(decided, "the names of backends".to_owned(), None).await;
-        }
-    }
-
-    async fn proceed(&mut self, decided: Result<Decided, Refusal>, by: String, answer: Answer) {
+    pub(super) async fn proceed(&mut self, decided: Result<Decided, Refusal>, by: String, answer: Answer) {
         match decided {
             Err(refusal) => self.refuse(&by, answer, refusal),
             Ok(decided) => match self.prepare(decided, by.clone()).await {
@@ -148,18 +137,19 @@ impl Controller {
         let (config, warnings) = Config::load(&self.config_file).map_err(|error| wrong(error.to_string()))?;
         check_files(&config).map_err(|error| wrong(error.to_string()))?;
         // Those that are known already are kept.
-        let mut names = Names::watch(&config, self.names.as_ref());
-        names.first_answers(FIRST_NAMES).await;
-        let (config, problems) = names.apply(&config);
-        let warnings = warnings.iter().map(crate::config::Diagnostic::one_line).chain(problems).collect();
-        self.decide(config, names, warnings).await
+        let mut sources = Sources::watch(&config, self.sources.as_ref());
+        sources.first_answers(FIRST_NAMES).await;
+        let wanted = sources.apply(&self.situation());
+        let warnings = warnings.iter().map(crate::config::Diagnostic::one_line);
+        let warnings = warnings.chain(absent_kubeconfigs(&config)).chain(wanted.sentences()).collect();
+        self.decide(wanted.config, sources, warnings).await
     }
 
     /// Finds out what is to be done, and whether it can be.
-    async fn decide(
+    pub(super) async fn decide(
         &mut self,
         config: Config,
-        names: Names,
+        sources: Sources,
         warnings: Vec<String>,
     ) -> Result<Decided, Refusal> {
         let wrong = |error: String| Refusal::new(RefusalKind::Configuration, error);
@@ -198,7 +188,7 @@ impl Controller {
         let steps = self.roster.steps_to(&roster);
         self.check_listener_ports(&roster, &steps)?;
         let reloaded = Reloaded { changes: difference::changes(&self.config, &config), warnings };
-        Ok(Decided { config, names, reloaded, roster, steps, backends, ports })
+        Ok(Decided { config, sources, reloaded, roster, steps, backends, ports })
     }
 
     /// The flow table is made for its SNAT addresses: they must do for the new configuration as well.
@@ -282,7 +272,7 @@ impl Controller {
 
     /// Adds what is new, so that it can be checked. Nothing of the old is changed.
     async fn prepare(&mut self, decided: Decided, by: String) -> Result<Pending, DataplaneError> {
-        let Decided { config, names, reloaded, roster, steps, backends, ports } = decided;
+        let Decided { config, sources, reloaded, roster, steps, backends, ports } = decided;
         let mut services = Services::of(&config, &roster);
         services.keep(&self.services);
         let before = std::mem::replace(&mut self.services, services);
@@ -299,7 +289,7 @@ impl Controller {
         self.resolve().await;
         Ok(Pending {
             config,
-            names,
+            sources,
             roster,
             steps,
             awaited,
@@ -347,7 +337,7 @@ impl Controller {
     /// Lets the new configuration take over from the old.
     pub(super) fn finish_reload(&mut self) {
         let Some(pending) = self.pending.take() else { return };
-        let Pending { config, names, roster, steps, by, answer, reloaded, .. } = pending;
+        let Pending { config, sources, roster, steps, by, answer, reloaded, .. } = pending;
         let (before, before_config) = (self.services.clone(), self.config.clone());
         let old_listeners = self.roster.listeners().clone();
         let allow: BTreeMap<_, _> =
@@ -367,8 +357,8 @@ impl Controller {
         self.witnesses.retain(|id, _| self.backends.iter().any(|backend| backend.id == *id));
         self.roster = roster;
         self.config = config;
-        names.remember(&self.config.dataplane.state_dir);
-        self.names = Some(names);
+        sources.remember(&self.config);
+        self.sources = Some(sources);
         self.update_checks();
         // Who gets new flows, before listeners are given to other services. Names are part of a selection.
         self.choices.retain(|(number, _), _| !renamed.contains(number));

@@ -1,0 +1,290 @@
+//! One connection to one apiserver: the list where it is needed, then a watch for as long as it lasts.
+
+use std::{fmt, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+
+use futures_util::StreamExt as _;
+use http_body_util::{LengthLimitError, Limited};
+use hyper::{
+    Request, Uri,
+    body::Incoming,
+    client::conn::http1::{self, SendRequest},
+    header::{ACCEPT, AUTHORIZATION, HOST, HeaderValue, USER_AGENT},
+};
+use hyper_util::rt::TokioIo;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::{
+    Client, Resource as _,
+    client::Body,
+    core::params::{ListParams, WatchParams},
+    core::{ObjectList, WatchEvent, request::Request as ApiRequest},
+};
+use tokio::{sync::Mutex, time::timeout};
+use tower::BoxError;
+
+use super::slices::{SERVICE_LABEL, Slices, refusal};
+use crate::{
+    config::Discover,
+    health::{Dialled, printable},
+};
+
+/// A list of apiservers takes a few milliseconds, and this where etcd is slow.
+const LIST_LIMIT: Duration = Duration::from_secs(10);
+/// How long a watch is asked to last: as client-go's shortest. Ends are spread by who began when.
+const WATCH_SECONDS: u32 = 290;
+/// A watch that says nothing for this long is over, whether its connection knows or not.
+const WATCH_LIMIT: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 10);
+/// All that a server may send in one answer, a watch included: a slice of 1,000 endpoints has some 200 kB. Afterwards
+/// there is another visit.
+const BODY_MAX: usize = 8 << 20;
+/// hyper's least, and enough for an answer's head.
+const HEAD_MAX: usize = 16 << 10;
+/// As long as a watch is told that its version is gone, it lists again; but not for ever on one visit.
+const LISTS_MAX: u32 = 3;
+
+const USER_AGENT_VALUE: &str = concat!("sheave/", env!("CARGO_PKG_VERSION"), " (discovery)");
+
+/// What is known of the slices from one visit to the next.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Progress {
+    slices: Slices,
+    /// From where a watch goes on. None: a list is needed.
+    version: Option<String>,
+}
+
+impl Progress {
+    pub(super) fn slices(&self) -> &Slices {
+        &self.slices
+    }
+}
+
+/// Why a visit has ended.
+#[derive(Debug)]
+pub(super) enum End {
+    /// As watches do: the time was over, or the server has closed it.
+    Over,
+    /// Before it told anything.
+    Failed(String),
+    /// In the middle of it, for a reason that the operator should know.
+    Broken(String),
+}
+
+/// What went wrong with one request.
+enum Trouble {
+    /// The version is too old for a watch (410): a list is needed.
+    Gone,
+    Other(String),
+}
+
+impl fmt::Display for Trouble {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Gone => out.write_str("its watches begin with a version that is gone"),
+            Self::Other(text) => out.write_str(text),
+        }
+    }
+}
+
+/// An apiserver that is asked.
+pub(super) struct Visit<'d> {
+    client: Client,
+    discover: &'d Discover,
+}
+
+impl<'d> Visit<'d> {
+    /// Begins to speak HTTP. `host` is what requests name; `prefix` is before every path.
+    pub(super) async fn begin(
+        dialled: Dialled,
+        (host, prefix): (&str, &str),
+        discover: &'d Discover,
+    ) -> Result<Self, String> {
+        let (sender, connection) = http1::Builder::new()
+            .max_buf_size(HEAD_MAX)
+            .handshake::<_, Body>(TokioIo::new(dialled.transport))
+            .await
+            .map_err(|error| printable(&error.to_string()))?;
+        // Ends with its sender. Its errors are seen by whoever waits for an answer.
+        tokio::spawn(async move { drop(connection.await) });
+        let headers = Headers {
+            host: HeaderValue::from_str(host).map_err(|_| "the server's name is no name".to_owned())?,
+            authorization: dialled.authorization,
+            prefix: prefix.to_owned(),
+        };
+        let (sender, headers) = (Arc::new(Mutex::new(sender)), Arc::new(headers));
+        let service = tower::service_fn(move |request: Request<Body>| {
+            send(Arc::clone(&sender), Arc::clone(&headers), request)
+        });
+        Ok(Self { client: Client::new(service, &discover.namespace), discover })
+    }
+
+    /// Lists if it must, then watches, and says so after every change. Ends when the server, time or `overtaken` does.
+    pub(super) async fn follow(&self, progress: &mut Progress, mut changed: impl FnMut(&Progress)) -> End {
+        let mut told = false;
+        for _ in 0..LISTS_MAX {
+            if progress.version.is_none() {
+                match self.list().await {
+                    Ok(listed) => *progress = listed,
+                    Err(trouble) if told => return End::Broken(trouble.to_string()),
+                    Err(trouble) => return End::Failed(trouble.to_string()),
+                }
+                told = true;
+                changed(progress);
+            }
+            match self.watch(progress, &mut told, &mut changed).await {
+                Ok(()) => return End::Over,
+                Err(Trouble::Gone) => progress.version = None,
+                Err(Trouble::Other(text)) if told => {
+                    progress.version = None;
+                    return End::Broken(text);
+                }
+                Err(Trouble::Other(text)) => return End::Failed(text),
+            }
+        }
+        End::Failed(Trouble::Gone.to_string())
+    }
+
+    fn path(&self) -> String {
+        EndpointSlice::url_path(&(), Some(&self.discover.namespace))
+    }
+
+    fn selector(&self) -> String {
+        format!("{SERVICE_LABEL}={}", self.discover.service)
+    }
+
+    async fn list(&self) -> Result<Progress, Trouble> {
+        let parameters = ListParams::default().labels(&self.selector());
+        let request = ApiRequest::new(self.path()).list(&parameters).map_err(not_built)?;
+        let text = match timeout(LIST_LIMIT, self.client.request_text(request)).await {
+            Ok(answer) => answer.map_err(|error| self.trouble(&error))?,
+            Err(_) => return Err(Trouble::Other("no answer in time".to_owned())),
+        };
+        let list: ObjectList<EndpointSlice> = serde_json::from_str(&text)
+            .map_err(|_| Trouble::Other("its answer is no list of EndpointSlices".to_owned()))?;
+        let mut slices = Slices::default();
+        list.items.iter().for_each(|slice| slices.put(slice, &self.discover.service));
+        Ok(Progress { slices, version: Some(list.metadata.resource_version.unwrap_or_default()) })
+    }
+
+    async fn watch(
+        &self,
+        progress: &mut Progress,
+        told: &mut bool,
+        changed: &mut impl FnMut(&Progress),
+    ) -> Result<(), Trouble> {
+        let parameters = WatchParams::default().labels(&self.selector()).timeout(WATCH_SECONDS);
+        let version = progress.version.clone().unwrap_or_default();
+        let request = ApiRequest::new(self.path()).watch(&parameters, &version).map_err(not_built)?;
+        let opening = timeout(LIST_LIMIT, self.client.request_events::<EndpointSlice>(request));
+        let Ok(opened) = opening.await else {
+            return Err(Trouble::Other("no answer in time".to_owned()));
+        };
+        let mut events = pin!(opened.map_err(|error| match &error {
+            // Also a version that is yet to come: etcd was restored from a backup.
+            kube::Error::Api(status) if [400, 410, 504].contains(&status.code) => Trouble::Gone,
+            error => self.trouble(error),
+        })?);
+        *told = true;
+        changed(progress);
+        loop {
+            let event = match timeout(WATCH_LIMIT, events.next()).await {
+                Ok(Some(Ok(event))) => event,
+                // Whoever ends in the middle of a watch is restarted, or gone: no news that another cannot tell.
+                Ok(Some(Err(kube::Error::ReadEvents(error)))) if !is_too_long(&error) => return Ok(()),
+                Ok(Some(Err(error))) => return Err(self.trouble(&error)),
+                Ok(None) => return Ok(()),
+                Err(_) => return Err(Trouble::Other("its watch fell silent".to_owned())),
+            };
+            let version = match event {
+                WatchEvent::Added(slice) | WatchEvent::Modified(slice) => {
+                    progress.slices.put(&slice, &self.discover.service);
+                    slice.metadata.resource_version
+                }
+                WatchEvent::Deleted(slice) => {
+                    progress.slices.remove(&slice);
+                    slice.metadata.resource_version
+                }
+                WatchEvent::Bookmark(bookmark) => Some(bookmark.metadata.resource_version),
+                WatchEvent::Error(status) => return Err(self.refused(status.code)),
+            };
+            if version.is_some() {
+                progress.version = version;
+            }
+            changed(progress);
+        }
+    }
+
+    fn refused(&self, status: u16) -> Trouble {
+        match status {
+            410 => Trouble::Gone,
+            status => Trouble::Other(refusal(status, &self.discover.namespace)),
+        }
+    }
+
+    fn trouble(&self, error: &kube::Error) -> Trouble {
+        match error {
+            kube::Error::Api(status) => self.refused(status.code),
+            kube::Error::SerdeError(_) => Trouble::Other("it sends what is no EndpointSlice".to_owned()),
+            error if is_too_long(error) => {
+                Trouble::Other(format!("it sends more than {} MiB", BODY_MAX >> 20))
+            }
+            error => Trouble::Other(printable(&root(error).to_string())),
+        }
+    }
+}
+
+/// What was wrong in the first place: layers above repeat it.
+fn root<'e>(error: &'e (dyn std::error::Error + 'static)) -> &'e (dyn std::error::Error + 'static) {
+    /// No error is wrapped so often.
+    const DEPTH_MAX: usize = 16;
+    let mut error = error;
+    for _ in 0..DEPTH_MAX {
+        match error.source() {
+            Some(source) => error = source,
+            None => break,
+        }
+    }
+    error
+}
+
+fn is_too_long(error: &(dyn std::error::Error + 'static)) -> bool {
+    root(error).is::<LengthLimitError>()
+}
+
+fn not_built(error: kube::core::request::Error) -> Trouble {
+    Trouble::Other(format!("cannot be asked: {error}"))
+}
+
+/// What every request carries.
+struct Headers {
+    host: HeaderValue,
+    authorization: Option<HeaderValue>,
+    prefix: String,
+}
+
+/// kube's transport: one connection, one request at a time.
+async fn send(
+    sender: Arc<Mutex<SendRequest<Body>>>,
+    headers: Arc<Headers>,
+    mut request: Request<Body>,
+) -> Result<hyper::Response<Limited<Incoming>>, BoxError> {
+    let path = request.uri().path_and_query().map(ToString::to_string).unwrap_or_default();
+    *request.uri_mut() = format!("{}{path}", headers.prefix).parse::<Uri>()?;
+    let all = request.headers_mut();
+    all.insert(HOST, headers.host.clone());
+    all.insert(USER_AGENT, HeaderValue::from_static(USER_AGENT_VALUE));
+    all.insert(ACCEPT, HeaderValue::from_static("application/json"));
+    if let Some(authorization) = &headers.authorization {
+        all.insert(AUTHORIZATION, authorization.clone());
+    }
+    let mut sender = sender.lock().await;
+    sender.ready().await?;
+    let response = sender.send_request(request).await?;
+    Ok(response.map(|body| Limited::new(body, BODY_MAX)))
+}
+
+/// `host:port`, as requests name a server.
+pub(super) fn host_of(host: &str, address: SocketAddr) -> String {
+    match host.contains(':') {
+        true => format!("[{host}]:{}", address.port()),
+        false => format!("{host}:{}", address.port()),
+    }
+}
