@@ -207,7 +207,7 @@ async fn overtaken(
         match was_usable {
             true => !here && others.next().is_some(),
             // One that was usable when this one was chosen has failed before.
-            false => others.any(|other| !before.get(&other).copied().unwrap_or(false)),
+            false => !here && others.any(|other| !before.get(&other).copied().unwrap_or(false)),
         }
     };
     if candidates.wait_for(better).await.is_err() {
@@ -308,7 +308,9 @@ mod tests {
         assert!(!is_over(&mut receiver, (at(2), true)).await, "nobody is better");
         set(&[(2, false), (3, true)]);
         assert!(is_over(&mut receiver, (at(2), true)).await);
-        set(&[(2, false), (4, true)]);
+        set(&[(9, true), (4, true)]);
+        assert!(!is_over(&mut receiver, (at(9), false)).await, "nobody is better than it is now");
+        set(&[(9, false), (4, true)]);
         assert!(is_over(&mut receiver, (at(9), false)).await);
     }
 

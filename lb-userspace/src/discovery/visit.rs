@@ -288,3 +288,174 @@ pub(super) fn host_of(host: &str, address: SocketAddr) -> String {
         false => format!("{host}:{}", address.port()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{convert::Infallible, sync::Mutex as StdMutex};
+
+    use bytes::Bytes;
+    use http_body_util::Full;
+    use hyper::{Response, service::service_fn};
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// Answers each request with the next of some statuses and bodies, and remembers what it was asked.
+    fn server(answers: Vec<(u16, String)>) -> (Dialled, Arc<StdMutex<Vec<String>>>) {
+        let (client, server) = tokio::io::duplex(1 << 16);
+        let asked: Arc<StdMutex<Vec<String>>> = Arc::default();
+        let seen = Arc::clone(&asked);
+        let answers = StdMutex::new(answers.into_iter());
+        let service = service_fn(move |request: Request<Incoming>| {
+            let header =
+                |name| request.headers().get(name).and_then(|value: &HeaderValue| value.to_str().ok());
+            let line = format!("{:?} {:?} {}", header(HOST), header(AUTHORIZATION), request.uri());
+            seen.lock().unwrap().push(line);
+            let (status, body) = answers.lock().unwrap().next().expect("no more questions");
+            let response = Response::builder().status(status).body(Full::new(Bytes::from(body)));
+            async { Ok::<_, Infallible>(response.unwrap()) }
+        });
+        tokio::spawn(async move {
+            let serving =
+                hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(server), service);
+            drop(serving.await);
+        });
+        let authorization = Some(HeaderValue::from_static("Bearer lab"));
+        (Dialled { transport: Box::new(client), authorization }, asked)
+    }
+
+    fn discover() -> Discover {
+        Discover {
+            kubeconfig: "/k".into(),
+            namespace: "default".to_owned(),
+            service: "kubernetes".to_owned(),
+            replace: false,
+        }
+    }
+
+    fn slice(version: u64, address: &str) -> Value {
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": "kubernetes", "resourceVersion": version.to_string(), "managedFields": [{"junk": 1}],
+                         "labels": {SERVICE_LABEL: "kubernetes"}},
+            "endpoints": [{"addresses": [address], "conditions": {}}], "ports": [{"name": "https", "port": 6443}],
+        })
+    }
+
+    fn list(version: u64, address: &str) -> (u16, String) {
+        let items = [slice(version, address)];
+        let kind = "EndpointSliceList";
+        let version = version.to_string();
+        let list = json!({"apiVersion": "discovery.k8s.io/v1", "kind": kind, "metadata": {"resourceVersion": version}, "items": items});
+        (200, list.to_string())
+    }
+
+    fn events(events: &[(&str, Value)]) -> (u16, String) {
+        let line = |(kind, object): &(&str, Value)| format!("{}\n", json!({"type": kind, "object": object}));
+        (200, events.iter().map(line).collect())
+    }
+
+    fn bookmark(version: u64) -> Value {
+        json!({"kind": "EndpointSlice", "apiVersion": "discovery.k8s.io/v1", "metadata": {"resourceVersion": version.to_string()}})
+    }
+
+    fn gone() -> Value {
+        json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": "too old",
+               "reason": "Expired", "code": 410})
+    }
+
+    /// The lists that were told, how it ended, and what was asked for.
+    async fn follow(progress: &mut Progress, answers: Vec<(u16, String)>) -> (Vec<String>, End, Vec<String>) {
+        let (dialled, asked) = server(answers);
+        let discover = discover();
+        let visit = Visit::begin(dialled, ("kubernetes:6443", "/prefix"), &discover).await.unwrap();
+        let mut told: Vec<String> = Vec::new();
+        let end = visit
+            .follow(progress, |progress| {
+                let listed = progress.slices().listed().map(|listed| {
+                    listed.addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+                });
+                let text = listed.unwrap_or_else(|problem| problem);
+                if told.last() != Some(&text) {
+                    told.push(text);
+                }
+            })
+            .await;
+        let asked = asked.lock().unwrap().clone();
+        (told, end, asked)
+    }
+
+    #[tokio::test]
+    async fn a_list_then_a_watch_and_the_next_visit_goes_on_from_there() {
+        let mut progress = Progress::default();
+        let watched = events(&[
+            ("MODIFIED", slice(8, "10.0.0.2")),
+            ("DELETED", slice(9, "10.0.0.2")),
+            ("ADDED", slice(10, "10.0.0.3")),
+            ("BOOKMARK", bookmark(12)),
+        ]);
+        let (told, end, asked) = follow(&mut progress, vec![list(7, "10.0.0.1"), watched]).await;
+        assert_eq!(told, ["10.0.0.1:6443", "10.0.0.2:6443", "", "10.0.0.3:6443"]);
+        assert!(matches!(end, End::Over), "{end:?}");
+        let path = "/prefix/apis/discovery.k8s.io/v1/namespaces/default/endpointslices?";
+        for line in &asked {
+            assert!(
+                line.starts_with(&format!("Some(\"kubernetes:6443\") Some(\"Bearer lab\") {path}")),
+                "{line}"
+            );
+            assert!(line.contains("labelSelector=kubernetes.io%2Fservice-name%3Dkubernetes"), "{line}");
+        }
+        assert!(!asked[0].contains("watch=") && asked[1].contains("watch=true"), "{asked:?}");
+        assert!(
+            asked[1].contains("resourceVersion=7") && asked[1].contains("allowWatchBookmarks=true"),
+            "{asked:?}"
+        );
+        let (_, _, asked) = follow(&mut progress, vec![events(&[])]).await;
+        assert!(asked.len() == 1 && asked[0].contains("resourceVersion=12"), "{asked:?}");
+    }
+
+    #[tokio::test]
+    async fn a_version_that_is_gone_asks_for_a_list_and_not_for_ever() {
+        let answers = || {
+            vec![
+                list(7, "10.0.0.1"),
+                events(&[("ERROR", gone())]),
+                list(20, "10.0.0.2"),
+                (410, gone().to_string()),
+                list(30, "10.0.0.3"),
+                (504, String::new()),
+            ]
+        };
+        let (told, end, asked) = follow(&mut Progress::default(), answers()).await;
+        assert_eq!(told, ["10.0.0.1:6443", "10.0.0.2:6443", "10.0.0.3:6443"]);
+        assert!(matches!(&end, End::Failed(text) if text.contains("gone")), "{end:?}");
+        assert_eq!(asked.len(), 6);
+    }
+
+    #[tokio::test]
+    async fn what_is_no_list_and_what_is_no_event_says_so() {
+        for (answer, said) in [
+            ((403, "{}".to_owned()), "may not list endpointslices in the namespace default (403)"),
+            ((401, String::new()), "has its certificate or token expired?"),
+            ((500, "<html>".to_owned()), "answered 500"),
+            ((200, "<html>".to_owned()), "no list of EndpointSlices"),
+            ((200, "{\"items\": [{\"endpoints\": 3}]}".to_owned()), "no list of EndpointSlices"),
+            ((200, " ".repeat(BODY_MAX + 1)), "more than 8 MiB"),
+        ] {
+            let (told, end, _) = follow(&mut Progress::default(), vec![answer]).await;
+            assert!(matches!(&end, End::Failed(text) if text.contains(said)), "{said}: {end:?}");
+            assert_eq!(told, Vec::<String>::new());
+        }
+        let mut junk = slice(8, "10.0.0.2");
+        junk["ports"] = "https".into();
+        for (lines, said) in [
+            (events(&[("MODIFIED", junk)]), "no EndpointSlice"),
+            ((200, "junk\n".to_owned()), "no EndpointSlice"),
+            ((200, "a".repeat(BODY_MAX + 1)), "more than 8 MiB"),
+        ] {
+            let (told, end, _) = follow(&mut Progress::default(), vec![list(7, "10.0.0.1"), lines]).await;
+            assert!(matches!(&end, End::Broken(text) if text.contains(said)), "{said}: {end:?}");
+            assert_eq!(told, ["10.0.0.1:6443"]);
+        }
+    }
+}
