@@ -313,20 +313,20 @@ fn junk_is_no_list() {
     let many: Vec<_> = (0..3000).map(|n| format!("10.99.{}.{}", n / 250, n % 250 + 1)).collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
     let second = both[1].ip().to_string();
-    let mut broken = answers::slice("kubernetes", &[&second], &https);
+    let mut broken = answers::slice("kubernetes-ipv4", &[&second], &https);
     broken["endpoints"] = "all of them".into();
     for (slice, said) in [
-        (answers::slice("kubernetes", &["master-2", "\u{1b}[2J"], &https), "is no address"),
+        (answers::slice("kubernetes-ipv4", &["master-2", "\u{1b}[2J"], &https), "is no address"),
         (
-            answers::slice("kubernetes", &[&second], &json!([{"name": "metrics", "port": 9}])),
+            answers::slice("kubernetes-ipv4", &[&second], &json!([{"name": "metrics", "port": 9}])),
             "has no TCP port",
         ),
         (
-            answers::slice("kubernetes", &[&second], &json!([{"name": "https", "port": 70_000}])),
+            answers::slice("kubernetes-ipv4", &[&second], &json!([{"name": "https", "port": 70_000}])),
             "has no TCP port",
         ),
-        (answers::slice("kubernetes", &many, &https), "more than 128 addresses"),
-        (broken, "no EndpointSlice"),
+        (answers::slice("kubernetes-ipv4", &many, &https), "more than 128 addresses"),
+        (broken, "EndpointSlice"),
     ] {
         put(&cluster, &[slice]);
         wait_flag(&daemon, said, true);
@@ -336,7 +336,10 @@ fn junk_is_no_list() {
     }
     // Beside what is right, junk costs only itself; and what can be no backend is none.
     let vip = cluster.vip4.to_string();
-    put(&cluster, &[answers::slice("kubernetes", &[&second, "127.0.0.1", &vip, "224.0.0.1", "x"], &https)]);
+    put(
+        &cluster,
+        &[answers::slice("kubernetes-ipv4", &[&second, "127.0.0.1", &vip, "224.0.0.1", "x"], &https)],
+    );
     for said in ["is no address, and is left out", "it is a VIP", "loopback", "not the address of one host"] {
         wait_flag(&daemon, said, true);
     }

@@ -64,7 +64,22 @@ impl Follower {
                     pause
                 }
             };
-            sleep(jittered(pause, &random)).await;
+            self.rest(jittered(pause, &random)).await;
+        }
+    }
+
+    /// Waits, but not as long when somebody has become usable meanwhile: at boot that is the first one.
+    async fn rest(&mut self, pause: Duration) {
+        let least = pause.min(RETRY_MIN);
+        sleep(least).await;
+        let news = async {
+            if self.candidates.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            () = sleep(pause - least) => {}
+            () = news => {}
         }
     }
 
@@ -105,11 +120,11 @@ impl Follower {
     /// apiserver: a list is never the only way to a newer list. Within these anybody before anybody, so that many nodes do
     /// not all ask the same one. Where the server cannot be looked up: why.
     async fn order(
-        &self,
+        &mut self,
         server: &Server,
         random: &RandomState,
     ) -> (Vec<(SocketAddr, bool)>, Option<String>) {
-        let candidates = self.candidates.borrow().get(&self.service).cloned().unwrap_or_default();
+        let candidates = self.candidates.borrow_and_update().get(&self.service).cloned().unwrap_or_default();
         let listed = self.known.borrow().get(&self.service).and_then(|known| known.list.clone());
         let (addresses, problem) = match server.addresses().await {
             Ok(addresses) => (addresses, None),
@@ -275,7 +290,7 @@ mod tests {
 
     #[tokio::test]
     async fn usable_ones_are_asked_then_the_server_then_whoever_was_an_apiserver() {
-        let (follower, _sender) = follower(&[(2, false), (3, true), (4, true)], &[5]);
+        let (mut follower, _sender) = follower(&[(2, false), (3, true), (4, true)], &[5]);
         let (order, problem) = follower.order(&server("https://127.0.0.1:16443"), &RandomState::new()).await;
         assert_eq!(problem, None);
         let part = |range: std::ops::Range<usize>| -> BTreeSet<SocketAddr> {
@@ -312,6 +327,18 @@ mod tests {
         assert!(!is_over(&mut receiver, (at(9), false)).await, "nobody is better than it is now");
         set(&[(9, false), (4, true)]);
         assert!(is_over(&mut receiver, (at(9), false)).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pause_ends_when_somebody_becomes_usable() {
+        let (mut follower, sender) = follower(&[(2, false)], &[]);
+        drop(follower.order(&server("https://10.0.0.4:6443"), &RandomState::new()).await);
+        let start = tokio::time::Instant::now();
+        follower.rest(RETRY_MAX).await;
+        assert_eq!(start.elapsed(), RETRY_MAX);
+        sender.send_replace(BTreeMap::from([("api".to_owned(), BTreeMap::from([(at(2), true)]))]));
+        follower.rest(RETRY_MAX).await;
+        assert_eq!(start.elapsed(), RETRY_MAX + RETRY_MIN, "no sooner than this");
     }
 
     #[test]
