@@ -410,12 +410,12 @@ fn the_clusters_list_replaces_the_files_and_is_held_where_nobody_would_be_left()
     let own = nobody(&cluster, 202);
     list(&cluster, &listed);
     assert!(daemon.reload(&replace(&[("first", own)], false)).unwrap().status.success());
-    let with_own = [&[own], &listed[..]].concat();
+    let with_own = [&[own][..], &listed].concat();
     wait(&daemon, 0, &with_own, &listed);
     for told in [&[][..], &[absent]] {
         list(&cluster, told);
         wait_flag(&daemon, "the cluster's list is held", true);
-        wait(&daemon, 0, &[&with_own, told].concat(), &listed);
+        wait(&daemon, 0, &[&with_own[..], told].concat(), &listed);
         assert_eq!(discovery(&daemon, 0)["held"], json!(listed), "{}", daemon.log());
         require_served(&cluster, &["api-1"]);
     }

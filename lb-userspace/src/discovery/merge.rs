@@ -96,8 +96,8 @@ fn suitable(
     here: &BTreeSet<IpAddr>,
     problems: &mut Vec<String>,
 ) -> BTreeSet<SocketAddr> {
-    let vips: HashSet<IpAddr> =
-        config.services.iter().flat_map(|service| &service.listen).map(SocketAddr::ip).collect();
+    let listeners = config.services.iter().flat_map(|service| &service.listen).map(SocketAddr::ip);
+    let vips: HashSet<IpAddr> = listeners.filter(|ip| !ip.is_loopback()).collect();
     let listens = |address: &&SocketAddr| service.listen.iter().any(|it| it.is_ipv4() == address.is_ipv4());
     let usable = |address: &SocketAddr| {
         let reason = not_a_backend(address.ip(), &vips, &config.dataplane.snat_addresses)
