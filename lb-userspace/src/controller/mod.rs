@@ -730,6 +730,7 @@ impl Controller {
         self.last_turn = Instant::now();
         systemd::turning();
         self.end_drains();
+        self.begin_queued_reload().await;
         self.review_sources().await;
         if self.turns.is_multiple_of(REAP_EVERY) {
             self.reap();

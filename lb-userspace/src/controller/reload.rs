@@ -50,6 +50,8 @@ pub(super) struct Pending {
     /// No longer than this.
     pub(super) deadline: Instant,
     by: String,
+    /// Names or the cluster's list want it, nobody is waiting for it.
+    pub(super) is_ours: bool,
     answer: Answer,
     reloaded: Reloaded,
 }
@@ -95,6 +97,11 @@ fn renamed(before: &Config, services: &Services) -> BTreeSet<usize> {
 impl Controller {
     /// Reads the file again and begins to apply it. Whoever asked is answered here if it is refused, else at the end.
     pub(super) async fn begin_reload(&mut self, by: Option<Caller>, answer: Answer) {
+        // One that nobody asked for is over in a second: the operator does not hear of it.
+        if self.pending.as_ref().is_some_and(|pending| pending.is_ours) && self.taken.queued.is_none() {
+            self.taken.queued = Some((by, answer));
+            return;
+        }
         let by = by.map_or_else(|| "a SIGHUP".to_owned(), |caller| caller.to_string());
         if self.pending.is_some() {
             return self.refuse(&by, answer, conflict("another reload is under way: try again in a second"));
@@ -295,6 +302,7 @@ impl Controller {
             awaited,
             deadline: Instant::now() + FIRST_CHECKS,
             by,
+            is_ours: false,
             answer: None,
             reloaded,
         })

@@ -6,9 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::Controller;
+use super::{Controller, reload::Answer};
 use crate::{
-    admin::JournalKind,
+    admin::{Caller, JournalKind},
     config::Config,
     discovery::{Present, Situation, Wanted},
     health::State,
@@ -27,6 +27,8 @@ pub(super) struct Taken {
     held: BTreeSet<String>,
     /// A configuration that was tried and is not in use, and when: what was in its way may go by itself.
     tried: Option<(Config, Instant)>,
+    /// A reload that an operator wants, and that waits for one of ours.
+    pub(super) queued: Option<(Option<Caller>, Answer)>,
 }
 
 impl Controller {
@@ -70,7 +72,19 @@ impl Controller {
         let decided = self.decide(wanted.config.clone(), sources.clone(), Vec::new()).await;
         self.taken.tried = Some((wanted.config, Instant::now()));
         self.proceed(decided, by, None).await;
+        if let Some(pending) = &mut self.pending {
+            pending.is_ours = true;
+        }
         false
+    }
+
+    /// Begins the reload that has waited, as soon as it may.
+    pub(super) async fn begin_queued_reload(&mut self) {
+        if self.pending.is_none()
+            && let Some((by, answer)) = self.taken.queued.take()
+        {
+            self.begin_reload(by, answer).await;
+        }
     }
 
     fn was_tried(&self, wanted: &Config) -> Option<Instant> {

@@ -125,7 +125,10 @@ impl Follower {
         random: &RandomState,
     ) -> (Vec<(SocketAddr, bool)>, Option<String>) {
         let candidates = self.candidates.borrow_and_update().get(&self.service).cloned().unwrap_or_default();
-        let listed = self.known.borrow().get(&self.service).and_then(|known| known.list.clone());
+        let known = self.known.borrow().get(&self.service).cloned();
+        let listed: BTreeSet<_> = known
+            .map(|known| known.former.into_iter().chain(known.list.into_iter().flatten()).collect())
+            .unwrap_or_default();
         let (addresses, problem) = match server.addresses().await {
             Ok(addresses) => (addresses, None),
             Err(problem) => (Vec::new(), Some(format!("the kubeconfig's server {problem}"))),
@@ -136,8 +139,7 @@ impl Follower {
             addresses
         };
         let usable: BTreeSet<_> = usable(&candidates).collect();
-        let others =
-            candidates.keys().copied().chain(self.own.iter().copied()).chain(listed.unwrap_or_default());
+        let others = candidates.keys().copied().chain(self.own.iter().copied()).chain(listed);
         let others: BTreeSet<_> =
             others.filter(|address| !usable.contains(address) && !addresses.contains(address)).collect();
         let own_server =

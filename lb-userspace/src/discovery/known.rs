@@ -4,13 +4,19 @@ use std::{collections::BTreeSet, net::SocketAddr, time::SystemTime};
 
 use super::slices::Listed;
 
-/// The last good list, and what came after it.
+/// More than the masters that a cluster exchanges in a year.
+const FORMER_MAX: usize = 32;
+
+/// The last good list, and what came before and after it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Known {
     /// `namespace/service`
     pub(super) origin: String,
     /// None: there never was one.
     pub(super) list: Option<BTreeSet<SocketAddr>>,
+    /// Those that lists before it had: asked when nobody else answers. Apiservers that restarted in turn may have left a list
+    /// of one that died after them.
+    pub(super) former: BTreeSet<SocketAddr>,
     /// Somebody was asked, with or without success.
     pub(super) asked: bool,
     /// The apiserver that tells of changes, while one does.
@@ -26,14 +32,23 @@ pub(super) struct Known {
 impl Known {
     /// Nothing yet, but what a daemon before this one knew last.
     pub(super) fn remembered(origin: String, list: Option<BTreeSet<SocketAddr>>) -> Self {
-        Self { origin, list, asked: false, through: None, heard: None, problem: None, junk: None }
+        let former = BTreeSet::new();
+        Self { origin, list, former, asked: false, through: None, heard: None, problem: None, junk: None }
     }
 
     /// The list as `through` tells it. One that is not to be believed leaves the one before.
     pub(super) fn told(&self, through: SocketAddr, told: Result<Listed, String>, now: SystemTime) -> Self {
         let known = Self { asked: true, through: Some(through), heard: Some(now), ..self.clone() };
         match told {
-            Ok(Listed { addresses, junk }) => Self { list: Some(addresses), problem: None, junk, ..known },
+            Ok(Listed { addresses, junk }) => {
+                let mut former: BTreeSet<_> =
+                    self.former.iter().chain(self.list.iter().flatten()).copied().collect();
+                former.retain(|address| !addresses.contains(address));
+                while former.len() > FORMER_MAX {
+                    former.pop_first();
+                }
+                Self { list: Some(addresses), former, problem: None, junk, ..known }
+            }
             Err(problem) => Self { problem: Some(problem), ..known },
         }
     }
@@ -131,6 +146,19 @@ mod tests {
             said[0].ends_with("has: junk; the last list is used: 10.0.0.1:6443, 10.0.0.2:6443"),
             "{said:?}"
         );
+    }
+
+    #[test]
+    fn who_was_listed_is_not_forgotten_for_a_while() {
+        let (now, through) = (SystemTime::now(), ([10, 0, 0, 1], 6443).into());
+        let at = |last: u8| SocketAddr::from(([10, 0, 0, last], 6443));
+        let nothing = Known::remembered("default/kubernetes".to_owned(), None);
+        let known = nothing.told(through, list(&[1, 2, 3]), now).told(through, list(&[1, 2]), now);
+        assert_eq!(known.former, BTreeSet::from([at(3)]));
+        let known = known.told(through, list(&[3]), now);
+        assert_eq!(known.former, BTreeSet::from([at(1), at(2)]));
+        let known = (1..=200).fold(known, |known, last| known.told(through, list(&[last]), now));
+        assert_eq!(known.former.len(), FORMER_MAX);
     }
 
     #[test]

@@ -43,6 +43,9 @@ struct Kept {
     service: String,
     /// Those that are still in use although they are not listed any more, included.
     addresses: BTreeSet<SocketAddr>,
+    /// Those of lists before it, to be asked.
+    #[serde(default)]
+    former: BTreeSet<SocketAddr>,
 }
 
 /// By the service's name in the configuration.
@@ -109,7 +112,7 @@ impl Discovery {
         let candidates = before.map(|it| it.candidates.borrow().clone()).unwrap_or_default();
         Self::begin(config, candidates, |service, origin| {
             let known = before?.known.borrow().get(service).cloned()?;
-            (known.origin == origin).then_some(known.list?)
+            (known.origin == origin).then_some((known.list?, known.former))
         })
     }
 
@@ -122,21 +125,22 @@ impl Discovery {
         });
         Self::begin(config, Candidates::default(), |service, origin| {
             let kept = remembered.get(service).filter(|kept| kept.service == origin)?;
-            Some(kept.addresses.clone())
+            Some((kept.addresses.clone(), kept.former.clone()))
         })
     }
 
     fn begin(
         config: &Config,
         candidates: Candidates,
-        list: impl Fn(&str, &str) -> Option<BTreeSet<SocketAddr>>,
+        before: impl Fn(&str, &str) -> Option<(BTreeSet<SocketAddr>, BTreeSet<SocketAddr>)>,
     ) -> Self {
         let services =
             || config.services.iter().filter_map(|service| Some((service, service.discover.clone()?)));
         let first = services().map(|(service, discover)| {
             let origin = origin(&discover);
-            let list = list(&service.name, &origin);
-            (service.name.clone(), Known::remembered(origin, list))
+            let (list, former) = before(&service.name, &origin).unzip();
+            let former = former.unwrap_or_default();
+            (service.name.clone(), Known { former, ..Known::remembered(origin, list) })
         });
         let (sender, known) = watch::channel(first.collect());
         let sender = Arc::new(sender);
@@ -213,7 +217,8 @@ impl Discovery {
             let mut addresses = known.list.clone()?;
             let service = in_use.services.iter().find(|service| service.name == *name)?;
             addresses.extend(service.backends.iter().filter(|it| it.discovered).map(|it| it.address));
-            Some((name.clone(), Kept { service: known.origin.clone(), addresses }))
+            let former = known.former.clone();
+            Some((name.clone(), Kept { service: known.origin.clone(), addresses, former }))
         });
         let remembered: Remembered = remembered.collect();
         // Unchanged most of the time: a write that is not made cannot fail.

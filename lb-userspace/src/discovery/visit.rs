@@ -435,7 +435,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_no_list_and_what_is_no_event_says_so() {
         for (answer, said) in [
-            ((403, "{}".to_owned()), "may not list endpointslices in the namespace default (403)"),
+            ((403, String::new()), "may not list endpointslices in the namespace default (403)"),
             ((401, String::new()), "has its certificate or token expired?"),
             ((500, "<html>".to_owned()), "answered 500"),
             ((200, "<html>".to_owned()), "no list of EndpointSlices"),
