@@ -36,6 +36,11 @@ impl Known {
         Self { origin, list, former, asked: false, through: None, heard: None, problem: None, junk: None }
     }
 
+    /// Who was listed before that.
+    pub(super) fn after(self, former: BTreeSet<SocketAddr>) -> Self {
+        Self { former, ..self }
+    }
+
     /// The list as `through` tells it. One that is not to be believed leaves the one before.
     pub(super) fn told(&self, through: SocketAddr, told: Result<Listed, String>, now: SystemTime) -> Self {
         let known = Self { asked: true, through: Some(through), heard: Some(now), ..self.clone() };

@@ -140,7 +140,7 @@ impl Discovery {
             let origin = origin(&discover);
             let (list, former) = before(&service.name, &origin).unzip();
             let former = former.unwrap_or_default();
-            (service.name.clone(), Known { former, ..Known::remembered(origin, list) })
+            (service.name.clone(), Known::remembered(origin, list).after(former))
         });
         let (sender, known) = watch::channel(first.collect());
         let sender = Arc::new(sender);
