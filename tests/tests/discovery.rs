@@ -193,7 +193,7 @@ fn who_leaves_the_list_drains_and_comes_back_and_no_watch_breaks() {
     assert!(table.contains("cluster: default/kubernetes: 3 addresses, told by"), "{table}");
     assert!(table.contains("FROM") && table.contains("master-1"), "{table}");
 
-    let watches = Watches::start(&cluster, 12);
+    let watches = Watches::start(&cluster, 30);
     let client = cluster.client_of(cluster.vip4).unwrap();
     let mut crowd = Crowd::open(&cluster.client, &client, 40).unwrap();
     let before = crowd.ask_names();
