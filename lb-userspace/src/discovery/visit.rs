@@ -41,6 +41,7 @@ const HEAD_MAX: usize = 16 << 10;
 /// As long as a watch is told that its version is gone, it lists again; but not for ever on one visit.
 const LISTS_MAX: u32 = 3;
 
+const NO_SLICE: &str = "it sends what is no EndpointSlice";
 const USER_AGENT_VALUE: &str = concat!("sheave/", env!("CARGO_PKG_VERSION"), " (discovery)");
 
 /// What is known of the slices from one visit to the next.
@@ -215,6 +216,8 @@ impl<'d> Visit<'d> {
     fn refused(&self, status: u16) -> Trouble {
         match status {
             410 => Trouble::Gone,
+            // kube takes whatever is an object for a status without a code.
+            0 => Trouble::Other(NO_SLICE.to_owned()),
             status => Trouble::Other(refusal(status, &self.discover.namespace)),
         }
     }
@@ -222,7 +225,7 @@ impl<'d> Visit<'d> {
     fn trouble(&self, error: &kube::Error) -> Trouble {
         match error {
             kube::Error::Api(status) => self.refused(status.code),
-            kube::Error::SerdeError(_) => Trouble::Other("it sends what is no EndpointSlice".to_owned()),
+            kube::Error::SerdeError(_) => Trouble::Other(NO_SLICE.to_owned()),
             error if is_too_long(error) => {
                 Trouble::Other(format!("it sends more than {} MiB", BODY_MAX >> 20))
             }
