@@ -25,11 +25,13 @@ use crate::{
     config::{Config, VipMode},
     controller::{self, Controller, ControllerError, Dismantled, End, Inbox, Plan},
     dataplane::{Dataplane, OBJECT, PacketLog, Pins, PinsError, Previous, Settings},
+    discovery::{Situation, Wanted},
     health::{self, Event},
     lock::{Lock, LockError},
-    names::Names,
     network::{Network, offloads},
-    privileges, systemd, vip,
+    privileges,
+    sources::Sources,
+    systemd, vip,
 };
 
 /// How long to wait for the first result of any check. A server that takes longer is found later.
@@ -208,11 +210,9 @@ async fn start(
     let key_is_given = key_file.is_some();
     let secret = controller::load_hash_key(key_file).map_err(ControllerError::HashKey)?;
     let (network, changes) = Network::open().await?;
-    let mut names = Names::watch_remembered(&config, &config.dataplane.state_dir);
-    names.first_answers(FIRST_NAMES).await;
-    let (config, problems) = names.apply(&config);
-    problems.iter().for_each(|problem| tracing::warn!("{problem}"));
-    let mut plan = Plan::make(&config, &network).await?;
+    let mut sources = Sources::watch_remembered(&config, &config.dataplane.state_dir);
+    sources.first_answers(FIRST_NAMES).await;
+    let (config, mut plan) = plan_with(&sources, &network).await?;
     if let Some(previous) = Previous::read(&pins) {
         plan.keep_source(&previous, &config, &network);
     }
@@ -235,11 +235,29 @@ async fn start(
     let checks = health::resume(targets, |target| plan.state(target), sender);
     let results = first_results(&mut events, count).await;
     let mut controller = Controller::new(config, config_file, network, dataplane, plan, checks).await?;
-    controller.follow_names(names);
+    controller.follow_sources(sources);
     controller.begin(results).await;
     controller.attach().await?;
     controller.place_vips().await?;
     Ok((controller, events, changes))
+}
+
+/// What is to be done, with the backends that the cluster listed last. They may not keep the file's from being served:
+/// where they cannot be used, it begins without them.
+async fn plan_with(sources: &Sources, network: &Network) -> Result<(Config, Plan), ControllerError> {
+    let here = network.local_addresses().iter().map(|local| local.address).collect();
+    let Wanted { config, problems, .. } = sources.apply(&Situation { here, ..Situation::default() });
+    problems.iter().for_each(|problem| tracing::warn!("{problem}"));
+    let file = sources.without_the_cluster();
+    match Plan::make(&config, network).await {
+        Ok(plan) => Ok((config, plan)),
+        Err(error) if file != config => {
+            tracing::warn!("what the cluster listed last cannot be used, and is left out for now: {error}");
+            let plan = Plan::make(&file, network).await?;
+            Ok((file, plan))
+        }
+        Err(error) => Err(error),
+    }
 }
 
 fn load(settings: &Settings, key_is_given: bool, pins: Pins) -> Result<Dataplane, ControllerError> {

@@ -59,6 +59,26 @@ pub struct ServiceStatus {
     /// What the operator should know about this service, in sentences.
     #[serde(default)]
     pub flags: Vec<String>,
+    /// What the cluster lists; null: the file says it all.
+    #[serde(default)]
+    pub discovery: Option<DiscoveryStatus>,
+}
+
+/// A list of backends in the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiscoveryStatus {
+    /// `namespace/service`
+    pub service: String,
+    /// The last good list; null: there never was one.
+    pub addresses: Option<Vec<SocketAddr>>,
+    /// Backends that are used although they are not listed any more.
+    pub held: Vec<SocketAddr>,
+    /// The apiserver that tells of changes now; null: nobody does.
+    pub through: Option<SocketAddr>,
+    /// When the list was last heard of, in seconds since 1970-01-01 UTC.
+    pub heard: Option<u64>,
+    /// Why nobody tells, or why what is told is not believed.
+    pub problem: Option<String>,
 }
 
 impl ServiceStatus {
@@ -74,6 +94,9 @@ pub struct BackendStatus {
     pub name: String,
     /// Where its flows go.
     pub address: SocketAddr,
+    /// The cluster lists it, and the file does not name it.
+    #[serde(default)]
+    pub discovered: bool,
     /// What the checks and the operator say.
     pub state: BackendState,
     /// `weight`

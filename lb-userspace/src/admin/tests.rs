@@ -35,6 +35,7 @@ fn status() -> Status {
             backends: vec![BackendStatus {
                 name: "master-1".to_owned(),
                 address: ([10, 0, 0, 1], 6443).into(),
+                discovered: false,
                 state: BackendState::Ready,
                 weight: 1,
                 active_flows: 2,
@@ -43,6 +44,7 @@ fn status() -> Status {
             }],
             selection: String::new(),
             flags: Vec::new(),
+            discovery: None,
         }],
         ..Status::default()
     }
@@ -292,11 +294,11 @@ async fn the_json_is_the_documented_one() {
         serde_json::json!([{
             "name": "api", "listen": ["192.0.2.1:6443"], "balance": "maglev", "forward": "nat",
             "backends": [{
-                "name": "master-1", "address": "10.0.0.1:6443", "state": "ready", "weight": 1,
+                "name": "master-1", "address": "10.0.0.1:6443", "discovered": false, "state": "ready", "weight": 1,
                 "active_flows": 2, "total_flows": 3,
                 "check": {"code": "L7OK", "http_status": 200, "duration_ms": null, "detail": "", "failed": [], "last_change": null}
             }],
-            "selection": "", "flags": []
+            "selection": "", "flags": [], "discovery": null
         }])
     );
 }

@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use super::output;
-use crate::{config::Config, controller};
+use crate::{config::Config, controller, discovery};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -28,6 +28,9 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     for warning in &warnings {
         output::print(&format!("warning: {warning}\n\n"))?;
     }
+    for warning in discovery::absent_kubeconfigs(&config) {
+        output::print(&format!("warning: {warning}\n\n"))?;
+    }
     output::print(&format!("{} is right: {}\n", file.display(), summary(&config)))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -40,10 +43,12 @@ fn summary(config: &Config) -> String {
     let listeners = config.services.iter().map(|service| service.listen.len()).sum();
     let backends =
         config.services.iter().map(|service| service.backends.len() + service.named_backends.len()).sum();
+    let discovers = config.services.iter().any(|service| service.discover.is_some());
     format!(
-        "{}, {}, {}",
+        "{}, {}, {}{}",
         count(config.services.len(), "service"),
         count(listeners, "listener"),
-        count(backends, "backend")
+        count(backends, "backend"),
+        if discovers { " and those that the cluster lists" } else { "" }
     )
 }

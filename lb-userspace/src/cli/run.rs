@@ -38,7 +38,8 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
-    super::init_logging(arguments.log.as_deref(), "info")?;
+    // kube tells of every watch that ends; what that means is said by who asked for it.
+    super::init_logging(arguments.log.as_deref(), "info,kube_client=error")?;
     let (config, warnings) = Config::load(&arguments.config)?;
     for warning in &warnings {
         tracing::warn!("{}", warning.one_line());

@@ -3,7 +3,7 @@
 use clap::builder::styling::{AnsiColor, Style};
 
 use super::output::{Screen, printable};
-use crate::admin::{BackendState, BackendStatus, ServiceStatus, Status};
+use crate::admin::{BackendState, BackendStatus, DiscoveryStatus, ServiceStatus, Status};
 
 /// Below this a DETAIL column says nothing.
 const DETAIL_MIN: usize = 20;
@@ -71,8 +71,25 @@ fn render_service(service: &ServiceStatus, now: u64, screen: Screen) -> String {
     if !service.selection.is_empty() {
         text.push_str(&format!("  new flows: {}\n", printable(&service.selection)));
     }
+    if let Some(discovery) = &service.discovery {
+        text.push_str(&format!("  cluster: {}\n", printable(&told(discovery, now))));
+    }
     text.push_str(&render_backends(&service.backends, now, screen));
     text
+}
+
+/// What the cluster lists, and who says so.
+fn told(discovery: &DiscoveryStatus, now: u64) -> String {
+    let listed = match &discovery.addresses {
+        None => "no list yet".to_owned(),
+        Some(addresses) if addresses.len() == 1 => "1 address".to_owned(),
+        Some(addresses) => format!("{} addresses", addresses.len()),
+    };
+    let held = (!discovery.held.is_empty()).then(|| format!("{} more held", discovery.held.len()));
+    let who = discovery.through.map_or("nobody tells".to_owned(), |through| format!("told by {through}"));
+    let heard = discovery.heard.map(|heard| format!("heard of {} ago", elapsed(now.saturating_sub(heard))));
+    let parts = [Some(listed), held, Some(who), heard];
+    format!("{}: {}", discovery.service, parts.into_iter().flatten().collect::<Vec<_>>().join(", "))
 }
 
 /// A column: its header, and whether numbers stand at its right.
@@ -143,6 +160,11 @@ fn columns(backends: &[BackendStatus], now: u64) -> Vec<Column> {
     if backends.iter().any(|backend| backend.name != backend.address.to_string()) {
         columns.push(column("ADDRESS", false, &|backend| backend.address.to_string()));
     }
+    if backends.iter().any(|backend| backend.discovered) {
+        columns.push(column("FROM", false, &|backend| {
+            if backend.discovered { "cluster" } else { "file" }.to_owned()
+        }));
+    }
     columns.extend([
         column(STATE, false, &|backend| backend.state.to_string()),
         column("WEIGHT", true, &|backend| backend.weight.to_string()),
@@ -208,6 +230,7 @@ mod tests {
         BackendStatus {
             name: name.to_owned(),
             address: ([192, 168, 2, last], 6443).into(),
+            discovered: false,
             state,
             weight: 1,
             active_flows: 40,
@@ -251,6 +274,7 @@ mod tests {
                 ],
                 selection: "ready backends".to_owned(),
                 flags: vec!["the credential was refused (401)".to_owned()],
+                discovery: None,
             }],
             vip: vec![VipStatus { address: [192, 168, 2, 140].into(), present: false }],
             interfaces: vec![InterfaceStatus { name: "eth0".to_owned(), xdp_mode: "native".to_owned() }],
@@ -295,6 +319,29 @@ warning: kube-apiserver: the credential was refused (401)
         let text = render(&status, NOW, PAPER);
         assert!(!text.contains("ADDRESS"), "{text}");
         assert_eq!(text.matches("192.168.2.151:6443").count(), 1, "{text}");
+    }
+
+    #[test]
+    fn what_the_cluster_lists_is_said_and_marked() {
+        let mut status = three_masters();
+        let service = &mut status.services[0];
+        service.backends[2].discovered = true;
+        service.discovery = Some(DiscoveryStatus {
+            service: "default/kubernetes".to_owned(),
+            addresses: Some(vec![service.backends[0].address, service.backends[1].address]),
+            held: vec![service.backends[2].address],
+            through: Some(service.backends[0].address),
+            heard: Some(NOW - 61),
+            problem: None,
+        });
+        let text = render(&status, NOW, PAPER);
+        let expected = "  cluster: default/kubernetes: 2 addresses, 1 more held, told by 192.168.2.151:6443, heard of 1m01s ago\n";
+        assert!(text.contains(expected), "{text}");
+        assert!(text.contains("192.168.2.152:6443  file     draining"), "{text}");
+        assert!(text.contains("192.168.2.153:6443  cluster  unknown"), "{text}");
+        let discovery = status.services[0].discovery.as_mut().unwrap();
+        (discovery.addresses, discovery.through, discovery.heard) = (None, None, None);
+        assert!(render(&status, NOW, PAPER).contains("no list yet, 1 more held, nobody tells\n"));
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! Addresses: listeners, backends, SNAT addresses, source prefixes.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::{
+    collections::HashSet,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+};
 
 use ipnet::IpNet;
 use rustls_pki_types::ServerName;
@@ -132,8 +135,23 @@ fn unicast(address: IpAddr, written: &Spanned<String>) -> Result<(), Problem> {
     not_unicast(address).map_or(Ok(()), |(message, help)| Err(problem(written, message, &help)))
 }
 
+/// Why an address that was found, not written, can be no backend's. What is checked when literal ones are read is
+/// checked here, where a mistake costs one backend and not the start.
+pub(crate) fn not_a_backend(ip: IpAddr, vips: &HashSet<IpAddr>, snat_addresses: &[IpAddr]) -> Option<String> {
+    if vips.contains(&ip) {
+        return Some("it is a VIP, and flows to a listener would go round for ever".to_owned());
+    }
+    if snat_addresses.contains(&ip) {
+        return Some("it is in dataplane.snat_addresses".to_owned());
+    }
+    if ip.is_loopback() {
+        return Some("packets cannot be forwarded to a loopback address".to_owned());
+    }
+    not_unicast(ip).map(|(message, _)| message)
+}
+
 /// Why an address is not that of one host on the network, and what to write.
-pub(crate) fn not_unicast(address: IpAddr) -> Option<(String, String)> {
+fn not_unicast(address: IpAddr) -> Option<(String, String)> {
     Some(match address {
         _ if address.is_unspecified() => {
             (format!("{address} is no host's address"), "write the address that is meant".to_owned())

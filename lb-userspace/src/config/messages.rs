@@ -230,7 +230,7 @@ fn unknown_keys() {
         (
             &service_with("bind = [\"192.0.2.1:6443\"]"),
             "unknown key \"bind\" in [[service]]\n= help: known here: name, listen, backends, backend, check, \
-             balance, forward, idle_timeout, allow, on_dead, reset_after, reset_rate, drain_timeout, pods",
+             balance, forward, idle_timeout, allow, on_dead, reset_after, reset_rate, drain_timeout, pods, discover",
         ),
         (
             "[[service]]\nname = \"a\"\nlisten = [\"192.0.2.1:1\"]\n[[service.backend]]\nadress = \"10.0.0.1:1\"\n",
@@ -517,6 +517,60 @@ fn a_kubeconfig_says_everything_about_credentials_by_itself() {
     ]);
     let (_, warnings) = right(&with("type = \"tcp\""));
     assert!(warnings[0].contains("\"kubeconfig\" is not used"), "{warnings:?}");
+}
+
+#[test]
+fn the_cluster_may_list_the_backends() {
+    let (config, warnings) = right(&service_with("discover = { kubeconfig = \"discover.conf\" }"));
+    assert!(warnings.is_empty(), "{warnings:?}");
+    let discover = Discover {
+        kubeconfig: "/etc/sheave/discover.conf".into(),
+        namespace: "default".to_owned(),
+        service: "kubernetes".to_owned(),
+        replace: false,
+    };
+    assert_eq!(config.services[0].discover.as_ref(), Some(&discover));
+    let without = RIGHT.replace("backends = [\"10.0.0.1:6443\", \"10.0.0.2:6443\"]", "");
+    let (config, warnings) =
+        right(&format!("{without}[service.discover]\nkubeconfig = \"/k\"\nreplace = true"));
+    assert!(warnings.is_empty() && config.services[0].backends.is_empty(), "{warnings:?}");
+    assert!(config.services[0].discover.as_ref().is_some_and(|discover| discover.replace));
+    let discover = |keys: &str| service_with(&format!("discover = {{ {keys} }}"));
+    assert_messages(&[
+        (
+            &discover(""),
+            "[service.discover] has no \"kubeconfig\"
+             = help: add `kubeconfig = \"/etc/sheave/kubeconfig\"`",
+        ),
+        (
+            &discover("kubeconfig = \"k\", sevice = \"a\""),
+            "unknown key \"sevice\" in [service.discover]
+             = help: did you mean \"service\"?",
+        ),
+        (
+            &discover("kubeconfig = \"k\", colour = \"a\""),
+            "unknown key \"colour\" in [service.discover]
+             = help: known here: kubeconfig, namespace, service, replace",
+        ),
+        (&discover("kubeconfig = \"\""), "\"kubeconfig\" is not the name of a file"),
+        (
+            &discover("kubeconfig = \"k\", service = \"default/kubernetes\""),
+            "\"default/kubernetes\" cannot be the name of a Service in the cluster
+             = help: write `namespace = \"default\", service = \"kubernetes\"`",
+        ),
+        (
+            &discover("kubeconfig = \"k\", namespace = \"Kube System\""),
+            "\"Kube System\" cannot be the name of a namespace in the cluster
+             = help: write lower-case letters, digits and '-', such as \"default\"",
+        ),
+        (
+            &discover("kubeconfig = \"k\", replace = \"yes\""),
+            "\"replace\" must be true or false, not a string
+             = help: write `replace = false`, without quotes",
+        ),
+        (&service_with("discover = \"kubernetes\""), "\"discover\" must be a table, not a string"),
+        (&service_with("[[service.discover]]\nkubeconfig = \"k\""), "there is only one [service.discover]"),
+    ]);
 }
 
 #[test]

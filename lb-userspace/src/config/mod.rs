@@ -7,6 +7,7 @@
 mod address;
 mod check;
 mod diagnostic;
+mod discover;
 mod model;
 mod roles;
 mod section;
@@ -22,7 +23,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub(crate) use address::not_unicast;
+pub(crate) use address::not_a_backend;
 use diagnostic::Problem;
 pub use diagnostic::{Diagnostic, Warning};
 pub use model::*;

@@ -130,10 +130,25 @@ pub struct Service {
     pub pods: bool,
     /// How its backends are checked.
     pub check: Check,
-    /// Names and addresses unique within the service. At least one, unless there are some by name.
+    /// Names and addresses unique within the service. At least one, unless there are some by name, or to be discovered.
     pub backends: Vec<Backend>,
     /// Backends whose addresses must be looked up (`crate::names`), after which they are among `backends`.
     pub named_backends: Vec<NamedBackend>,
+    /// Backends that the cluster lists (`crate::discovery`), after which they are among `backends`.
+    pub discover: Option<Discover>,
+}
+
+/// `service.discover`: the EndpointSlices of a Service in the cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Discover {
+    /// Whom to ask where no backend answers, and how to prove who we are. It may not be there yet.
+    pub kubeconfig: PathBuf,
+    /// Of the Service.
+    pub namespace: String,
+    /// Its name.
+    pub service: String,
+    /// What is listed stands in the place of what the file says, once one of them is ready.
+    pub replace: bool,
 }
 
 /// `service.balance`.
@@ -170,6 +185,8 @@ pub struct Backend {
     pub weight: u16,
     /// The host name that its address was found by, if by one.
     pub host: Option<String>,
+    /// The file does not name it: the cluster lists it.
+    pub discovered: bool,
 }
 
 /// A backend by host name: `master-1:6443`.

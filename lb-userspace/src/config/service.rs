@@ -9,11 +9,12 @@ use super::{
     address::{self, Place, Role},
     check,
     diagnostic::{Problem, Span},
+    discover,
     section::{Document, Section},
     values,
 };
 
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 15] = [
     "name",
     "listen",
     "backends",
@@ -28,6 +29,7 @@ const KEYS: [&str; 14] = [
     "reset_rate",
     "drain_timeout",
     "pods",
+    "discover",
 ];
 
 const IDLE_TIMEOUT_DEFAULT: Duration = Duration::from_secs(3 * 3600);
@@ -71,7 +73,8 @@ fn read(section: &Section, document: &mut Document) -> Result<ReadService, Probl
     let name = section.required_text("name", "\"kube-apiserver\"")?;
     let listen = read_listen(section)?;
     let loopback_only = listen.iter().all(|listener| listener.get_ref().ip().is_loopback());
-    let backends = read_backends(section)?;
+    let discover = discover::read(section, document)?;
+    let backends = read_backends(section, discover.is_some())?;
     let service = Service {
         name: values::name(&name)?,
         listen: listen.iter().map(|listener| *listener.get_ref()).collect(),
@@ -97,6 +100,7 @@ fn read(section: &Section, document: &mut Document) -> Result<ReadService, Probl
         check: check::read(section, loopback_only, document)?,
         backends: backends.by_address.iter().map(|backend| backend.get_ref().clone()).collect(),
         named_backends: backends.by_name.iter().map(|backend| backend.get_ref().clone()).collect(),
+        discover,
     };
     Ok(ReadService {
         service,
@@ -137,7 +141,7 @@ impl Backends {
         match address::place(written)? {
             Place::Address(address) => {
                 let name = name.unwrap_or_else(|| address.to_string());
-                let backend = Backend { name, address, weight, host: None };
+                let backend = Backend { name, address, weight, host: None, discovered: false };
                 self.by_address.push(Spanned::new(written.span(), backend));
             }
             Place::Name(host, port) => {
@@ -150,8 +154,8 @@ impl Backends {
     }
 }
 
-/// From `backends`, the short form, or `[[service.backend]]`, the long one.
-fn read_backends(section: &Section) -> Result<Backends, Problem> {
+/// From `backends`, the short form, or `[[service.backend]]`, the long one. There may be none where the cluster lists them.
+fn read_backends(section: &Section, discovers: bool) -> Result<Backends, Problem> {
     const EXAMPLE: &str = "[\"192.168.2.151:6443\"]";
     let mut backends = Backends::default();
     match (section.value("backends"), section.value("backend")) {
@@ -159,6 +163,7 @@ fn read_backends(section: &Section) -> Result<Backends, Problem> {
             return Err(Problem::at(short.span(), "both \"backends\" and [[service.backend]]")
                 .help("keep one form: the short list, or a table for each backend"));
         }
+        (None, None) if discovers => {}
         (None, None) => return Err(section.missing("backends", EXAMPLE)),
         (Some(_), None) => read_short_form(section, &mut backends)?,
         (None, Some(value)) => {
@@ -169,7 +174,7 @@ fn read_backends(section: &Section) -> Result<Backends, Problem> {
             read_long_form(section, &mut backends)?;
         }
     }
-    if backends.by_address.is_empty() && backends.by_name.is_empty() {
+    if backends.by_address.is_empty() && backends.by_name.is_empty() && !discovers {
         return Err(Problem::at(section.span_of("backends"), "\"backends\" is empty")
             .help(format!("write at least one: `backends = {EXAMPLE}`")));
     }

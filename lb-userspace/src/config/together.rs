@@ -102,8 +102,8 @@ fn families_meet(read: &ReadService, dataplane: &Dataplane) -> Result<(), Proble
     for (listener, span) in service.listen.iter().zip(&read.listen_spans) {
         let family = family(listener.ip());
         let known = service.backends.iter().any(|backend| backend.address.is_ipv4() == listener.is_ipv4());
-        // A name may stand for either family.
-        if !known && service.named_backends.is_empty() {
+        // A name may stand for either family, and the cluster may list both.
+        if !known && service.named_backends.is_empty() && service.discover.is_none() {
             return Err(Problem::at(
                 span.clone(),
                 format!("listener {listener} is {family}, and no backend of {:?} is", service.name),
@@ -146,7 +146,7 @@ fn warn(read: &ReadService, document: &mut Document) {
         let is_family = |address: IpAddr| address.is_ipv4() == listener.is_ipv4();
         let mut backends = service.backends.iter().filter(|backend| is_family(backend.address.ip()));
         let by_name = service.named_backends.iter().any(|backend| backend.weight > 0);
-        if !by_name && backends.all(|backend| backend.weight == 0) {
+        if !by_name && service.discover.is_none() && backends.all(|backend| backend.weight == 0) {
             document.warn(
                 Problem::at(span.clone(), format!("every backend for {listener} has weight 0: no new flows"))
                     .help("give at least one a weight from 1 to 256"),

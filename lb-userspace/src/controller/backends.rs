@@ -25,6 +25,8 @@ pub(super) struct Backend {
     pub(super) address: SocketAddr,
     /// The host name its address was found by, if by one.
     pub(super) host: Option<String>,
+    /// The cluster lists it, and the file does not name it.
+    pub(super) discovered: bool,
     /// Share of new flows.
     pub(super) weight: u16,
     /// The same, as configured: the operator may have ordered another.
@@ -135,6 +137,7 @@ pub(super) fn enumerate(config: &Config, roster: &Roster) -> Result<Vec<Backend>
                 name: backend.name.clone(),
                 address: backend.address,
                 host: backend.host.clone(),
+                discovered: backend.discovered,
                 weight: backend.weight,
                 configured_weight: backend.weight,
                 operator: OperatorState::None,

@@ -81,6 +81,7 @@ fn of_service(old: &Service, new: &Service, lines: &mut Vec<String>) {
         ("drain_timeout", old.drain_timeout != new.drain_timeout),
         ("pods", old.pods != new.pods),
         ("check", old.check != new.check),
+        ("discover", old.discover != new.discover),
     ] {
         if differs {
             lines.push(format!("{name}: {what} is another"));
@@ -98,6 +99,7 @@ fn of_service(old: &Service, new: &Service, lines: &mut Vec<String>) {
         drain_timeout: new.drain_timeout,
         pods: new.pods,
         check: new.check.clone(),
+        discover: new.discover.clone(),
         ..old.clone()
     };
     if known != *new {

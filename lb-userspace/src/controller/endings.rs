@@ -128,10 +128,11 @@ impl Controller {
     }
 
     /// Flows live on when their backend is removed; but nobody would find out any more that it is dead, and nobody would
-    /// remember that its time is over.
+    /// remember that its time is over. Except of one that the cluster lists no more: it comes back, and the order is kept.
     pub(super) fn end_flows_of_the_removed(&mut self, stay: &BTreeSet<TargetId>) {
         let removed = self.backends.iter().filter(|backend| !stay.contains(&backend.target));
-        let doomed = |backend: &&Backend| backend.state == State::Dead || self.reset_in(backend).is_some();
+        let time_is_over = |backend: &Backend| !backend.discovered && self.reset_in(backend).is_some();
+        let doomed = |backend: &&Backend| backend.state == State::Dead || time_is_over(backend);
         let doomed: Vec<_> = removed.filter(doomed).cloned().collect();
         for backend in doomed.iter().filter(|backend| !backend.local) {
             tracing::info!("{} was removed: the flows it still has are reset", backend.name);

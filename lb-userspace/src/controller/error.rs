@@ -25,6 +25,14 @@ pub enum ControllerError {
         /// What is wrong.
         source: HealthError,
     },
+    /// A service's backends cannot be discovered.
+    #[error("service {service:?}: discover: {reason}")]
+    Discover {
+        /// Its name.
+        service: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// There is no key to hash flows with.
     #[error(transparent)]
     HashKey(HashKeyError),
@@ -96,6 +104,7 @@ impl ControllerError {
         matches!(
             self,
             Self::Check { .. }
+                | Self::Discover { .. }
                 | Self::Cgroup(CgroupError::NotACgroup(_))
                 | Self::HashKey(_)
                 | Self::LocalBackend { .. }

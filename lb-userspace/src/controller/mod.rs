@@ -22,6 +22,7 @@ mod resets;
 mod roster;
 mod selection;
 mod services;
+mod sources;
 mod status;
 mod steps;
 mod transitions;
@@ -44,11 +45,12 @@ use tokio::{
 
 use crate::{
     admin::{Events, JournalKind, ProbeTarget, Request, Unloaded},
-    config::{Config, VipMode, XdpMode},
+    config::{Check, Config, VipMode, XdpMode},
     dataplane::{Attached, Dataplane, DataplaneError, Mode, Reaped, Target},
+    discovery,
     health::{self, Event, State, Transition},
-    names::Names,
     network::{Change, Network, XdpAttachMode, offloads, used_tcp_ports},
+    sources::Sources,
     systemd,
     vip::{Follower, Owner, Presence, remove_others},
 };
@@ -69,6 +71,7 @@ pub use roster::NumbersError;
 use roster::{Roster, Step};
 use selection::Choice;
 use services::Services;
+use sources::{Taken, news};
 use witness::Witness;
 
 /// How often the data path is asked what it has noticed.
@@ -94,6 +97,15 @@ pub fn check_files(config: &Config) -> Result<(), ControllerError> {
     for service in &config.services {
         health::validate(&service.check)
             .map_err(|source| ControllerError::Check { service: service.name.clone(), source })?;
+        let kubeconfig = service.discover.as_ref().map(|discover| discover.kubeconfig.clone());
+        if kubeconfig.is_some() {
+            health::validate(&Check { kubeconfig, ..Check::default() }).map_err(|source| {
+                ControllerError::Discover { service: service.name.clone(), reason: source.to_string() }
+            })?;
+        }
+    }
+    if let Some((service, reason)) = discovery::wrong_servers(config).into_iter().next() {
+        return Err(ControllerError::Discover { service, reason });
     }
     load_hash_key(config.dataplane.hash_key_file.as_deref()).map_err(ControllerError::HashKey)?;
     Ok(())
@@ -162,8 +174,9 @@ pub struct Controller {
     started: Instant,
     turns: u64,
     last_turn: Instant,
-    /// What backends by name stand for. None: nobody looks.
-    names: Option<Names>,
+    /// What backends by name stand for, and what the cluster lists. None: nobody looks.
+    sources: Option<Sources>,
+    taken: Taken,
     checks: health::Handle,
     /// By id of the backend.
     witnesses: BTreeMap<u8, Witness>,
@@ -224,7 +237,8 @@ impl Controller {
             started: now,
             turns: 0,
             last_turn: now,
-            names: None,
+            sources: None,
+            taken: Taken::default(),
             probes: watch::Sender::new(Vec::new()),
             config,
             checks,
@@ -239,12 +253,6 @@ impl Controller {
             .map_err(|source| ControllerError::System { doing: "list the sockets of this host", source })?;
         controller.block();
         Ok(controller)
-    }
-
-    /// Hears of names whose addresses change from now on. The configuration is one that [`Names::apply`] made.
-    pub fn follow_names(&mut self, names: Names) {
-        names.remember(&self.config.dataplane.state_dir);
-        self.names = Some(names);
     }
 
     fn fill(&mut self) -> Result<(), DataplaneError> {
@@ -456,14 +464,14 @@ impl Controller {
         let mut sockets = watch_sockets(self.own_addresses());
         let mut servers = self.watch_servers();
         self.look_for_vips();
-        let mut names = self.names.clone();
+        let mut sources = self.sources.clone();
         loop {
             let reset_turn = self.resets.due();
             tokio::select! {
                 Some(event) = inbox.checks.recv() => self.take(&event),
                 () = reload_is_due(self.pending.as_ref()) => self.finish_reload(),
-                names = looked_up(self.naming.as_mut()), if self.pending.is_none() => {
-                    self.go_on_reloading(names).await;
+                sources = looked_up(self.naming.as_mut()), if self.pending.is_none() => {
+                    self.go_on_reloading(sources).await;
                 }
                 Some(()) = inbox.reload.recv() => self.begin_reload(None, None),
                 Some(change) = inbox.network.recv() => {
@@ -492,7 +500,7 @@ impl Controller {
                         drop(answer.send(Events { events: self.journal.events().cloned().collect() }));
                     }
                 },
-                () = names_changed(&mut names) => self.take_in_names().await,
+                () = news(&mut sources) => self.take_in_sources().await,
                 _ = signals.tick() => self.heed_signals(),
                 _ = second.tick() => self.turn().await,
                 () = tokio::time::sleep_until(reset_turn) => self.reset_turn(),
@@ -501,7 +509,7 @@ impl Controller {
             self.reload_again();
             if std::mem::take(&mut self.reloaded) {
                 sockets = watch_sockets(self.own_addresses());
-                names = self.names.clone();
+                sources = self.sources.clone();
             }
         }
     }
@@ -720,27 +728,13 @@ impl Controller {
         }
     }
 
-    /// Backends whose names stand for other addresses than those in use.
-    fn moved_names(&self) -> Vec<String> {
-        let Some(names) = &self.names else { return Vec::new() };
-        let (wanted, _) = names.apply(&self.config);
-        let services = self.config.services.iter().zip(&wanted.services);
-        services
-            .filter(|(is, wanted)| is.backends != wanted.backends)
-            .map(|(is, _)| {
-                format!(
-                    "{}: a backend's name stands for other addresses now, which are not used: `sheave reload` says why",
-                    is.name
-                )
-            })
-            .collect()
-    }
-
     /// What is done every second, and what is done every so many.
     async fn turn(&mut self) {
         self.last_turn = Instant::now();
         systemd::turning();
         self.end_drains();
+        self.begin_queued_reload();
+        self.review_sources().await;
         if self.turns.is_multiple_of(REAP_EVERY) {
             self.reap();
         }
@@ -832,7 +826,7 @@ async fn reload_is_due(pending: Option<&Pending>) {
 }
 
 /// When the names of a new configuration were looked up; never, where there is none.
-async fn looked_up(naming: Option<&mut Naming>) -> Result<Names, JoinError> {
+async fn looked_up(naming: Option<&mut Naming>) -> Result<Sources, JoinError> {
     match naming {
         Some(naming) => naming.looked_up().await,
         None => std::future::pending().await,
@@ -841,13 +835,6 @@ async fn looked_up(naming: Option<&mut Naming>) -> Result<Names, JoinError> {
 
 fn family_name(ipv6: bool) -> &'static str {
     if ipv6 { "IPv6" } else { "IPv4" }
-}
-
-async fn names_changed(names: &mut Option<Names>) {
-    match names {
-        Some(names) => names.changed().await,
-        None => std::future::pending().await,
-    }
 }
 
 /// The ports that sockets of this host hold on these addresses, again and again: a large host takes its time to list

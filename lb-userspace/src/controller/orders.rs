@@ -116,12 +116,14 @@ impl Orders {
     }
 
     /// Forgets the orders about backends that a configuration does not have. A name that stands for nothing, or for other
-    /// addresses, may have its old ones back in a moment.
+    /// addresses, may have its old ones back in a moment; and the cluster's list drops every apiserver that restarts: what was
+    /// ordered about one stands when it comes back.
     pub(super) fn forget_others(&mut self, config: &Config) -> Result<(), OrdersError> {
         let exists = |order: &Order| {
             config.services.iter().filter(|service| service.name == order.service).any(|service| {
                 let mut names = service.named_backends.iter();
-                service.backends.iter().any(|it| it.address == order.backend)
+                service.discover.is_some()
+                    || service.backends.iter().any(|it| it.address == order.backend)
                     || names.any(|named| Some(&named.host) == order.host.as_ref())
             })
         };
@@ -202,6 +204,7 @@ mod tests {
             address: ([10, 0, 0, *octet], 6443).into(),
             weight: 1,
             host: Some("master-1".to_owned()),
+            discovered: false,
         }));
         config
     }

@@ -29,9 +29,10 @@ use crate::{
     admin::{Caller, JournalKind, Refusal, RefusalKind, Reloaded},
     config::{Config, Interfaces, VipMode},
     dataplane::{DataplaneError, wait_grace_period},
+    discovery::absent_kubeconfigs,
     health::{Event, State, TargetId},
-    names::Names,
     network::first_ephemeral_port,
+    sources::Sources,
 };
 
 /// How long the first checks of new backends are waited for, before the old ones are let go.
@@ -46,13 +47,15 @@ pub(super) type Answer = Option<oneshot::Sender<Result<Reloaded, Refusal>>>;
 #[derive(Debug)]
 pub(super) struct Pending {
     config: Config,
-    names: Names,
+    sources: Sources,
     roster: Roster,
     steps: Vec<Step>,
     awaited: BTreeSet<TargetId>,
     /// No longer than this.
     pub(super) deadline: Instant,
     by: String,
+    /// Names or the cluster's list want it, nobody is waiting for it.
+    pub(super) is_ours: bool,
     answer: Answer,
     reloaded: Reloaded,
 }
@@ -67,26 +70,24 @@ impl Pending {
 /// A reload that waits for what new names stand for.
 #[derive(Debug)]
 pub(super) struct Naming {
-    /// As the file says, without the addresses of names.
-    config: Config,
     warnings: Vec<String>,
     /// Comes to its end when every name was looked up, or has had its time.
-    names: JoinHandle<Names>,
+    sources: JoinHandle<Sources>,
     by: String,
     answer: Answer,
 }
 
 impl Naming {
     /// Comes to its end once. May be dropped and called again before.
-    pub(super) async fn looked_up(&mut self) -> Result<Names, JoinError> {
-        (&mut self.names).await
+    pub(super) async fn looked_up(&mut self) -> Result<Sources, JoinError> {
+        (&mut self.sources).await
     }
 }
 
 /// What a reload has found out, before anything is changed.
-struct Decided {
+pub(super) struct Decided {
     config: Config,
-    names: Names,
+    sources: Sources,
     reloaded: Reloaded,
     roster: Roster,
     steps: Vec<Step>,
@@ -118,6 +119,11 @@ impl Controller {
     /// Reads the file again and begins to apply it. Whoever asked is answered here if it is refused, else at the end. A
     /// signal, which has no answer, is never lost: the file is read again when the reload that is under way is over.
     pub(super) fn begin_reload(&mut self, by: Option<Caller>, answer: Answer) {
+        // One that nobody asked for is over in a second: the operator does not hear of it.
+        if self.pending.as_ref().is_some_and(|pending| pending.is_ours) && self.taken.queued.is_none() {
+            self.taken.queued = Some((by, answer));
+            return;
+        }
         let by = by.map_or_else(|| "a SIGHUP".to_owned(), |caller| caller.to_string());
         if self.pending.is_some() || self.naming.is_some() {
             if answer.is_none() {
@@ -130,12 +136,12 @@ impl Controller {
             Err(refusal) => self.refuse(&by, answer, refusal),
             Ok((config, warnings)) => {
                 // Those that are known already are kept.
-                let mut names = Names::watch(&config, self.names.as_ref());
-                let names = tokio::spawn(async move {
-                    names.first_answers(FIRST_NAMES).await;
-                    names
+                let mut sources = Sources::watch(&config, self.sources.as_ref());
+                let sources = tokio::spawn(async move {
+                    sources.first_answers(FIRST_NAMES).await;
+                    sources
                 });
-                self.naming = Some(Naming { config, warnings, names, by, answer });
+                self.naming = Some(Naming { warnings, sources, by, answer });
             }
         }
     }
@@ -149,32 +155,20 @@ impl Controller {
     }
 
     /// Goes on with a reload, now that its names are known as far as they are.
-    pub(super) async fn go_on_reloading(&mut self, names: Result<Names, JoinError>) {
-        let Some(Naming { config, mut warnings, by, answer, .. }) = self.naming.take() else { return };
-        let decided = match names {
-            Ok(names) => {
-                let (config, problems) = names.apply(&config);
-                warnings.extend(problems);
-                self.decide(config, names, warnings).await
+    pub(super) async fn go_on_reloading(&mut self, sources: Result<Sources, JoinError>) {
+        let Some(Naming { mut warnings, by, answer, .. }) = self.naming.take() else { return };
+        let decided = match sources {
+            Ok(sources) => {
+                let wanted = sources.apply(&self.situation());
+                warnings.extend(wanted.sentences());
+                self.decide(wanted.config, sources, warnings).await
             }
             Err(error) => Err(Refusal::new(RefusalKind::Failed, format!("looking up names: {error}"))),
         };
         self.proceed(decided, by, answer).await;
     }
 
-    /// Uses the addresses that names stand for now. Where that cannot be, a flag says so.
-    pub(super) async fn take_in_names(&mut self) {
-        // A reload that is under way looks at the names again when it is over.
-        let Some(names) = self.names.clone().filter(|_| self.pending.is_none()) else { return };
-        names.remember(&self.config.dataplane.state_dir);
-        let (config, problems) = names.apply(&self.config);
-        if config != self.config {
-            let decided = self.decide(config, names, problems).await;
-            self.proceed(decided, "the names of backends".to_owned(), None).await;
-        }
-    }
-
-    async fn proceed(&mut self, decided: Result<Decided, Refusal>, by: String, answer: Answer) {
+    pub(super) async fn proceed(&mut self, decided: Result<Decided, Refusal>, by: String, answer: Answer) {
         match decided {
             Err(refusal) => self.refuse(&by, answer, refusal),
             Ok(decided) => match self.prepare(decided, by.clone()).await {
@@ -207,14 +201,16 @@ impl Controller {
         let wrong = |error: String| Refusal::new(RefusalKind::Configuration, error);
         let (config, warnings) = Config::load(&self.config_file).map_err(|error| wrong(error.to_string()))?;
         check_files(&config).map_err(|error| wrong(error.to_string()))?;
-        Ok((config, warnings.iter().map(crate::config::Diagnostic::one_line).collect()))
+        let warnings = warnings.iter().map(crate::config::Diagnostic::one_line);
+        let warnings = warnings.chain(absent_kubeconfigs(&config)).collect();
+        Ok((config, warnings))
     }
 
     /// Finds out what is to be done, and whether it can be.
-    async fn decide(
+    pub(super) async fn decide(
         &mut self,
         config: Config,
-        names: Names,
+        sources: Sources,
         warnings: Vec<String>,
     ) -> Result<Decided, Refusal> {
         let wrong = |error: String| Refusal::new(RefusalKind::Configuration, error);
@@ -253,7 +249,7 @@ impl Controller {
         let steps = self.roster.steps_to(&roster);
         self.check_listener_ports(&roster, &steps)?;
         let reloaded = Reloaded { changes: difference::changes(&self.config, &config), warnings };
-        Ok(Decided { config, names, reloaded, roster, steps, backends, ports })
+        Ok(Decided { config, sources, reloaded, roster, steps, backends, ports })
     }
 
     /// The flow table is made for its SNAT addresses: they must do for the new configuration as well.
@@ -338,7 +334,7 @@ impl Controller {
     /// Adds what is new, so that it can be checked. Of the old nothing is taken away; services that stay have their new
     /// settings from now on.
     async fn prepare(&mut self, decided: Decided, by: String) -> Result<Pending, DataplaneError> {
-        let Decided { config, names, reloaded, roster, steps, backends, ports } = decided;
+        let Decided { config, sources, reloaded, roster, steps, backends, ports } = decided;
         let mut services = Services::of(&config, &roster);
         services.keep(&self.services);
         let before = std::mem::replace(&mut self.services, services);
@@ -356,12 +352,13 @@ impl Controller {
         self.resolve().await;
         Ok(Pending {
             config,
-            names,
+            sources,
             roster,
             steps,
             awaited,
             deadline: Instant::now() + FIRST_CHECKS,
             by,
+            is_ours: false,
             answer: None,
             reloaded,
         })
@@ -406,7 +403,7 @@ impl Controller {
     /// Lets the new configuration take over from the old.
     pub(super) fn finish_reload(&mut self) {
         let Some(pending) = self.pending.take() else { return };
-        let Pending { config, names, roster, steps, by, answer, reloaded, .. } = pending;
+        let Pending { config, sources, roster, steps, by, answer, reloaded, .. } = pending;
         let (before, before_config) = (self.services.clone(), self.config.clone());
         let old_listeners = self.roster.listeners().clone();
         let allow: BTreeMap<_, _> =
@@ -426,8 +423,8 @@ impl Controller {
         self.witnesses.retain(|id, _| self.backends.iter().any(|backend| backend.id == *id));
         self.roster = roster;
         self.config = config;
-        names.remember(&self.config.dataplane.state_dir);
-        self.names = Some(names);
+        sources.remember(&self.config);
+        self.sources = Some(sources);
         self.update_checks();
         // Who gets new flows, before listeners are given to other services. Names are part of a selection, and a family that
         // a service does not listen on any more has none.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    net::SocketAddr,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -10,7 +11,8 @@ use lb_common::{Outcome, outcome::Counter};
 use super::{Controller, backends::Backend, family_name, flags, liveness, plan, selection::Choice};
 use crate::{
     admin::{
-        Alive, BackendStatus, CheckStatus, DaemonStatus, InterfaceStatus, ServiceStatus, Status, VipStatus,
+        Alive, BackendStatus, CheckStatus, DaemonStatus, DiscoveryStatus, InterfaceStatus, ServiceStatus,
+        Status, VipStatus,
     },
     config::{Balance, Forward, Service},
     health::{CheckCode, SelectionReason},
@@ -77,6 +79,7 @@ impl Controller {
             backends: backends.iter().map(|backend| self.backend_status(backend)).collect(),
             selection: selection(&choices),
             flags: flags::of_service(service, &backends, &only, SystemTime::now()),
+            discovery: self.discovery_status(service),
         }
     }
 
@@ -88,12 +91,29 @@ impl Controller {
         BackendStatus {
             name: backend.name.clone(),
             address: backend.address,
+            discovered: backend.discovered,
             state: backend.shown_state(),
             weight: backend.weight,
             active_flows: self.reaped.active.get(usize::from(backend.id)).copied().unwrap_or_default(),
             total_flows: total,
             check: check_status(backend),
         }
+    }
+
+    fn discovery_status(&self, service: &Service) -> Option<DiscoveryStatus> {
+        let report = self.sources.as_ref()?.discovery().report(&service.name)?;
+        let listed = |address: &SocketAddr| report.addresses.iter().flatten().any(|it| it == address);
+        let in_use = self.config.services.iter().find(|it| it.name == service.name);
+        let held = in_use.into_iter().flat_map(|it| &it.backends).filter(|it| it.discovered);
+        let heard = report.heard.and_then(|heard| heard.duration_since(UNIX_EPOCH).ok());
+        Some(DiscoveryStatus {
+            held: held.map(|it| it.address).filter(|address| !listed(address)).collect(),
+            service: report.service,
+            addresses: report.addresses.map(|addresses| addresses.into_iter().collect()),
+            through: report.through,
+            heard: heard.map(|heard| heard.as_secs()),
+            problem: report.problem,
+        })
     }
 
     fn packets(&self) -> BTreeMap<String, u64> {
@@ -126,11 +146,7 @@ impl Controller {
             flags.push(format!("{} says it has the VIP {} too", display_mac(&rival.mac), rival.vip));
         }
         flags.extend(self.hook_flags());
-        if let Some(names) = &self.names {
-            flags.extend(names.sentences());
-            flags.extend(names.apply(&self.config).1);
-            flags.extend(self.moved_names());
-        }
+        flags.extend(self.source_flags());
         flags
     }
 

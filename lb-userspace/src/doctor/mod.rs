@@ -88,6 +88,8 @@ pub async fn examine(config: Option<&Config>) -> Vec<Finding> {
         Some(config) => {
             let (config, problems) = names::examine(config).await;
             findings.extend(problems);
+            let (config, found) = names::discover(&config).await;
+            findings.extend(found);
             Some(config)
         }
         None => None,

@@ -30,6 +30,7 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
         address: *address,
         weight: 1,
         host: None,
+        discovered: false,
     };
     Config {
         dataplane: Dataplane {
@@ -77,6 +78,7 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
             },
             backends: backends.iter().map(backend).collect(),
             named_backends: vec![],
+            discover: None,
         }],
     }
 }

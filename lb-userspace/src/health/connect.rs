@@ -17,7 +17,7 @@ use super::{
 };
 
 /// A byte stream to a backend, whatever is below it.
-pub(super) trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
+pub(crate) trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
 
 /// Why a check did not pass.
@@ -174,7 +174,7 @@ pub(super) fn io_text(error: &io::Error) -> String {
 }
 
 /// What a backend made us say may not break lines, terminals or quotes, nor be endless.
-pub(super) fn printable(text: &str) -> String {
+pub(crate) fn printable(text: &str) -> String {
     text.chars().take(200).map(|c| if c.is_control() || c == '"' { '.' } else { c }).collect()
 }
 

@@ -250,6 +250,8 @@ pub(super) struct TlsSetup {
     pub(super) trusted_with_token: bool,
     /// Our client certificate.
     pub(super) client_certificate: Option<Arc<CertificateFacts>>,
+    /// Not verifying is what the operator asked for.
+    pub(super) insecure: bool,
     /// The name that the kubeconfig says backends have.
     pub(super) server_name: Option<ServerName<'static>>,
 }
@@ -344,6 +346,7 @@ impl Tls {
             verified: roots.is_some(),
             trusted_with_token: roots.is_some() || self.insecure || self.ca.is_none(),
             client_certificate: identity.and_then(|identity| identity.facts.clone()),
+            insecure: self.insecure,
             server_name: self.server_name.clone(),
         })
     }

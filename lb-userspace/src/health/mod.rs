@@ -11,6 +11,7 @@ mod asker;
 mod certificate;
 mod connect;
 mod credentials;
+mod dialer;
 mod fallback;
 mod files;
 mod http;
@@ -28,6 +29,8 @@ mod tests;
 
 pub use asker::{Answer, Asker};
 pub use certificate::CertificateFacts;
+pub(crate) use connect::printable;
+pub(crate) use dialer::{Dialer, Dialled};
 pub use fallback::{Candidate, OperatorState, Selection, SelectionReason, select};
 pub use report::{CheckCode, CheckReport, Failure, Outcome};
 pub use schedule::{Event, Handle, Target, TargetId, check_once, resume, spawn};

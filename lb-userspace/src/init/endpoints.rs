@@ -1,79 +1,31 @@
 //! Who the apiservers are: the EndpointSlices of the service `default/kubernetes` (`discovery.k8s.io/v1`).
 
-use std::net::{IpAddr, SocketAddr};
+use std::{collections::BTreeSet, net::SocketAddr};
 
-use serde::Deserialize;
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use kube::core::ObjectList;
 
-use crate::health::Answer;
-
-#[derive(Deserialize)]
-struct List {
-    #[serde(default)]
-    items: Vec<Slice>,
-}
-
-/// Lists that are empty are `null` in Go's JSON.
-#[derive(Deserialize)]
-struct Slice {
-    endpoints: Option<Vec<Endpoint>>,
-    ports: Option<Vec<Port>>,
-}
-
-#[derive(Deserialize)]
-struct Endpoint {
-    #[serde(default)]
-    addresses: Vec<String>,
-}
-
-#[derive(Deserialize)]
-struct Port {
-    name: Option<String>,
-    port: Option<u16>,
-}
+use crate::{
+    discovery::{Slice, refusal},
+    health::Answer,
+};
 
 /// Every apiserver's address and port, each once, sorted. Also of those that are not ready: they are backends, and the
 /// checks will see.
 pub(super) fn read(answer: &Answer) -> Result<Vec<SocketAddr>, String> {
-    match answer.status {
-        200 => {}
-        401 => return Err(
-            "the apiserver does not know the kubeconfig's user (401): has its certificate or token expired?"
-                .to_owned(),
-        ),
-        403 => {
-            return Err(
-                "the kubeconfig's user may not list endpointslices in the namespace default (403): use one \
-                        that may, such as kubeadm's /etc/kubernetes/admin.conf"
-                    .to_owned(),
-            );
-        }
-        404 => {
-            return Err("the server has no discovery.k8s.io/v1 (404): is it an apiserver of 1.21 or newer?"
-                .to_owned());
-        }
-        other => return Err(format!("the apiserver answered {other}")),
+    if answer.status != 200 {
+        return Err(refusal(answer.status, "default"));
     }
     if answer.cut {
         return Err("the apiserver's answer is far too long".to_owned());
     }
-    let list: List = serde_json::from_slice(&answer.body)
+    let list: ObjectList<EndpointSlice> = serde_json::from_slice(&answer.body)
         .map_err(|_| "the server's answer is no list of EndpointSlices".to_owned())?;
-    let mut places: Vec<SocketAddr> = list.items.iter().flat_map(places).collect();
-    places.sort_unstable();
-    places.dedup();
+    let places: BTreeSet<SocketAddr> = list.items.iter().flat_map(|slice| Slice::of(slice).places).collect();
     match places.is_empty() {
         true => Err("the service default/kubernetes has no endpoints".to_owned()),
-        false => Ok(places),
+        false => Ok(places.into_iter().collect()),
     }
-}
-
-fn places(slice: &Slice) -> Vec<SocketAddr> {
-    let ports = slice.ports.as_deref().unwrap_or_default();
-    let https = ports.iter().find(|port| port.name.as_deref() == Some("https"));
-    let Some(port) = https.or(ports.first()).and_then(|port| port.port) else { return Vec::new() };
-    let endpoints = slice.endpoints.as_deref().unwrap_or_default();
-    let addresses = endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
-    addresses.filter_map(|text| Some(SocketAddr::new(text.parse::<IpAddr>().ok()?, port))).collect()
 }
 
 #[cfg(test)]

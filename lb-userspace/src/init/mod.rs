@@ -15,13 +15,11 @@ use std::{
 };
 
 use futures_util::future::join_all;
-use hyper::Uri;
-use tokio::net::lookup_host;
 
 use crate::{
     config::{Check, Config, ConfigError},
     health::{Asker, CheckReport, Outcome, check_once},
-    kubeconfig::{Kubeconfig, KubeconfigError, Material},
+    kubeconfig::{self, Kubeconfig, KubeconfigError, Material, Server},
     network::Network,
 };
 use render::{Draft, Seen};
@@ -31,8 +29,6 @@ const ENDPOINT_SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endp
                                ?labelSelector=kubernetes.io%2Fservice-name%3Dkubernetes";
 /// The name that every apiserver's certificate holds.
 const USUAL_NAME: &str = "kubernetes";
-/// Larger than any kubeconfig of a person.
-const KUBECONFIG_MAX: u64 = 4 << 20;
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
@@ -129,10 +125,7 @@ pub async fn run(request: &Request) -> Result<Done, InitError> {
 
 fn read_kubeconfig(file: &Path) -> Result<Kubeconfig, InitError> {
     let failed = |reason| InitError::File { doing: "read", file: file.to_owned(), reason };
-    let mut contents = Vec::new();
-    fs::File::open(file)
-        .and_then(|opened| io::Read::read_to_end(&mut io::Read::take(opened, KUBECONFIG_MAX), &mut contents))
-        .map_err(failed)?;
+    let contents = kubeconfig::read_file(file).map_err(failed)?;
     let directory = file.parent().unwrap_or(Path::new(""));
     Kubeconfig::parse(&contents, directory)
         .map_err(|reason| InitError::Kubeconfig { file: file.to_owned(), reason })
@@ -140,71 +133,23 @@ fn read_kubeconfig(file: &Path) -> Result<Kubeconfig, InitError> {
 
 /// Asks the server of the kubeconfig.
 async fn apiservers(file: &Path, kubeconfig: &Kubeconfig) -> Result<Vec<SocketAddr>, InitError> {
-    let server = Server::of(kubeconfig).await.map_err(|reason| InitError::Server {
+    let failed = |reason| InitError::Server {
         file: file.to_owned(),
-        place: place(&kubeconfig.server),
+        place: kubeconfig::place(&kubeconfig.server),
         reason,
-    })?;
+    };
+    let server = Server::of(kubeconfig).map_err(failed)?;
+    let addresses = server.addresses().await.map_err(failed)?;
     let check = Check { kubeconfig: Some(file.to_owned()), ..Check::default() };
     let mut silence = String::new();
-    for address in &server.addresses {
-        let asker = Asker::new(*address, server.host.as_deref(), &check);
+    for address in &addresses {
+        let asker = Asker::new(*address, server.host_name(), &check);
         match asker.get(&format!("{}{ENDPOINT_SLICES}", server.prefix)).await {
             Ok(answer) => return endpoints::read(&answer).map_err(InitError::Answer),
             Err(report) => silence = format!("{address}: {}", report.detail()),
         }
     }
     Err(InitError::Answer(silence))
-}
-
-/// Where a kubeconfig's server is.
-struct Server {
-    /// At least one.
-    addresses: Vec<SocketAddr>,
-    /// Its name, unless it is given by address.
-    host: Option<String>,
-    /// Before every path, without a slash at its end.
-    prefix: String,
-}
-
-impl Server {
-    async fn of(kubeconfig: &Kubeconfig) -> Result<Self, String> {
-        if kubeconfig.has_proxy {
-            return Err("is behind a proxy (proxy-url): use a kubeconfig without".to_owned());
-        }
-        let uri: Uri = kubeconfig.server.parse().map_err(|_| "is not a URL".to_owned())?;
-        if uri.scheme_str() != Some("https") {
-            return Err("is not an https:// URL".to_owned());
-        }
-        if kubeconfig.server.contains('@') {
-            return Err("is given with a password: use a kubeconfig with a certificate or a token".to_owned());
-        }
-        let written = uri.host().unwrap_or_default();
-        let host = written.trim_matches(['[', ']']).to_owned();
-        let port = uri.port_u16().unwrap_or(443);
-        let prefix = uri.path().trim_end_matches('/').to_owned();
-        if let Ok(ip) = host.parse::<IpAddr>() {
-            return Ok(Self { addresses: vec![SocketAddr::new(ip, port)], host: None, prefix });
-        }
-        let found = lookup_host((host.as_str(), port)).await;
-        let addresses: Vec<_> = found.map_err(|error| format!("cannot be looked up: {error}"))?.collect();
-        match addresses.is_empty() {
-            true => Err("has no address".to_owned()),
-            false => Ok(Self { addresses, host: Some(host), prefix }),
-        }
-    }
-}
-
-/// What may be shown of a server's URL: not `user:password@`, nor a path or a query that may be as secret.
-fn place(server: &str) -> Option<String> {
-    let uri: Uri = server.parse().ok()?;
-    let authority = uri.authority().filter(|_| uri.scheme().is_some())?.as_str();
-    // A password may hold what ends the authority: then what looks like the host is a part of it.
-    let host = uri.host().filter(|_| authority.contains('@') || !server.contains('@'))?;
-    Some(match uri.port_u16() {
-        Some(port) => format!("{host}:{port}"),
-        None => host.to_owned(),
-    })
 }
 
 /// The apiservers of the VIP's family, which must not have the VIP for their own address.
@@ -367,25 +312,6 @@ mod tests {
         assert!(error.contains("--vip 10.0.0.1: it is the address of one of the apiservers"), "{error}");
         let error = suitable(addresses(&["10.0.0.1:6443"]), vip("fd00::1")).unwrap_err().to_string();
         assert!(error.contains("no apiserver has an IPv6 address; they are 10.0.0.1:6443"), "{error}");
-    }
-
-    #[tokio::test]
-    async fn a_server_is_an_https_url() {
-        let of = async |server: &str| {
-            let text = format!(
-                "current-context: c\ncontexts: [{{name: c, context: {{cluster: c}}}}]\n\
-                 clusters: [{{name: c, cluster: {{server: '{server}', insecure-skip-tls-verify: true}}}}]\n"
-            );
-            Server::of(&Kubeconfig::parse(text.as_bytes(), Path::new("/")).unwrap()).await
-        };
-        let server = of("https://[fd00::1]:6443/k8s/clusters/c-1/").await.unwrap();
-        assert_eq!(server.addresses, addresses(&["[fd00::1]:6443"]));
-        assert_eq!((server.prefix.as_str(), server.host), ("/k8s/clusters/c-1", None));
-        assert_eq!(of("https://192.0.2.1").await.unwrap().addresses, addresses(&["192.0.2.1:443"]));
-        assert_eq!(of("https://localhost:1").await.unwrap().host.as_deref(), Some("localhost"));
-        for wrong in ["", "http://192.0.2.1", "192.0.2.1:6443", "https://"] {
-            assert!(of(wrong).await.is_err(), "{wrong}");
-        }
     }
 
     #[tokio::test]

@@ -7,7 +7,7 @@ use std::{
 
 use lb_common::layout;
 
-use crate::config::{self, Backend, Config, NamedBackend};
+use crate::config::{Backend, Config, NamedBackend, not_a_backend};
 
 /// More addresses of one name are a mistake, or somebody else's.
 const ADDRESSES_MAX: usize = 16;
@@ -34,7 +34,7 @@ pub(super) fn expand(config: &Config, addresses: impl Fn(&str) -> BTreeSet<IpAdd
             let mut places = Vec::new();
             for ip in found.into_iter().filter(listens) {
                 let place = SocketAddr::new(ip, named.port);
-                let unusable = why_not(ip, &vips, &config.dataplane.snat_addresses)
+                let unusable = not_a_backend(ip, &vips, &config.dataplane.snat_addresses)
                     .or_else(|| {
                         (!taken.insert(place)).then(|| "another backend has that address too".to_owned())
                     })
@@ -64,20 +64,7 @@ pub(super) fn expand(config: &Config, addresses: impl Fn(&str) -> BTreeSet<IpAdd
 /// A name with several addresses is several backends, which need names of their own.
 fn backend(named: &NamedBackend, address: SocketAddr, several: bool) -> Backend {
     let name = if several { format!("{}@{}", named.name, address.ip()) } else { named.name.clone() };
-    Backend { name, address, weight: named.weight, host: Some(named.host.clone()) }
-}
-
-fn why_not(ip: IpAddr, vips: &HashSet<IpAddr>, snat_addresses: &[IpAddr]) -> Option<String> {
-    if vips.contains(&ip) {
-        return Some("it is a VIP, and flows to a listener would go round for ever".to_owned());
-    }
-    if snat_addresses.contains(&ip) {
-        return Some("it is in dataplane.snat_addresses".to_owned());
-    }
-    if ip.is_loopback() {
-        return Some("packets cannot be forwarded to a loopback address".to_owned());
-    }
-    config::not_unicast(ip).map(|(message, _)| message)
+    Backend { name, address, weight: named.weight, host: Some(named.host.clone()), discovered: false }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, str::FromStr};
 
 use hyper::{Method, StatusCode};
+use serde_json::{Value, json};
 
 /// Who is asking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,31 +155,34 @@ fn failure(message: &str, reason: &str, details: &str, code: StatusCode) -> Stri
 /// The path of the EndpointSlices of the namespace `default`.
 pub const ENDPOINT_SLICES: &str = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices";
 
-/// The slices of the service `default/kubernetes` as the apiservers keep them: one for each family.
-pub fn endpoint_slices(endpoints: &[SocketAddr]) -> String {
-    let slice = |family: &str, addresses: Vec<&SocketAddr>| {
-        let ready = |address: &&SocketAddr| serde_json::json!({"addresses": [address.ip()], "conditions": {"ready": true}});
-        serde_json::json!({
-            "metadata": {
-                "name": format!("kubernetes-{}", family.to_lowercase()),
-                "namespace": "default",
-                "labels": {"kubernetes.io/service-name": "kubernetes"},
-            },
-            "addressType": family,
-            "endpoints": addresses.iter().map(ready).collect::<Vec<_>>(),
-            "ports": [{"name": "https", "protocol": "TCP", "port": addresses.first().map(|it| it.port())}],
-        })
-    };
-    let (v4, v6) = endpoints.iter().partition(|address| address.is_ipv4());
-    let slices = [("IPv4", v4), ("IPv6", v6)].into_iter().filter(|(_, of): &(_, Vec<_>)| !of.is_empty());
-    let items: Vec<_> = slices.map(|(family, of)| slice(family, of)).collect();
-    serde_json::json!({
-        "kind": "EndpointSliceList",
-        "apiVersion": "discovery.k8s.io/v1",
-        "metadata": {"resourceVersion": "1"},
-        "items": items,
+/// A slice of the service `default/kubernetes` with these addresses and ports.
+pub fn slice(name: &str, endpoints: &[&str], ports: &Value) -> Value {
+    let ready = |address: &&str| json!({"addresses": [address], "conditions": {"ready": true}});
+    json!({
+        "metadata": {
+            "name": name,
+            "namespace": "default",
+            "labels": {"kubernetes.io/service-name": "kubernetes"},
+        },
+        "addressType": if endpoints.iter().any(|it| it.contains(':')) { "IPv6" } else { "IPv4" },
+        "endpoints": endpoints.iter().map(ready).collect::<Vec<_>>(),
+        "ports": ports,
     })
-    .to_string()
+}
+
+/// The slices of the service `default/kubernetes` as the apiservers keep them: one for each family.
+pub fn endpoint_slices(endpoints: &[SocketAddr]) -> Vec<Value> {
+    let (v4, v6) = endpoints.iter().partition(|address| address.is_ipv4());
+    let slices =
+        [("ipv4", v4), ("ipv6", v6)].into_iter().filter(|(_, of): &(_, Vec<&SocketAddr>)| !of.is_empty());
+    slices
+        .map(|(family, of)| {
+            let addresses: Vec<_> = of.iter().map(|address| address.ip().to_string()).collect();
+            let addresses: Vec<_> = addresses.iter().map(String::as_str).collect();
+            let ports = json!([{"name": "https", "protocol": "TCP", "port": of[0].port()}]);
+            slice(&format!("kubernetes-{family}"), &addresses, &ports)
+        })
+        .collect()
 }
 
 /// The list of checks, as `?verbose` and every 500 show it.

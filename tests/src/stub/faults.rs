@@ -32,7 +32,7 @@ pub enum Door {
 }
 
 /// One order to a stub, sent over its control socket as a line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Order {
     /// Change how health endpoints answer.
     Health(Health),
@@ -42,6 +42,14 @@ pub enum Order {
     Connections,
     /// Report how many of them there were before the server had started.
     EarlyConnections,
+    /// Have these EndpointSlices, a JSON array on one line.
+    Slices(String),
+    /// Forget old versions of EndpointSlices.
+    Compact,
+    /// Answer lists and watches of EndpointSlices with this status; 200: as it should.
+    ListStatus(u16),
+    /// Report how many lists and watches of EndpointSlices there were, as JSON.
+    Listed,
 }
 
 impl fmt::Display for Order {
@@ -57,6 +65,10 @@ impl fmt::Display for Order {
             Self::Door(Door::Refusing) => write!(formatter, "door refusing"),
             Self::Connections => write!(formatter, "connections"),
             Self::EarlyConnections => write!(formatter, "early-connections"),
+            Self::Slices(json) => write!(formatter, "slices {json}"),
+            Self::Compact => write!(formatter, "compact"),
+            Self::ListStatus(status) => write!(formatter, "list-status {status}"),
+            Self::Listed => write!(formatter, "listed"),
         }
     }
 }
@@ -65,6 +77,9 @@ impl FromStr for Order {
     type Err = String;
 
     fn from_str(line: &str) -> Result<Self, String> {
+        if let Some(json) = line.strip_prefix("slices ") {
+            return Ok(Self::Slices(json.to_owned()));
+        }
         let words: Vec<_> = line.split_whitespace().collect();
         let number = |text: &str| text.parse::<u16>().map_err(|error| format!("{text}: {error}"));
         Ok(match words.as_slice() {
@@ -80,6 +95,9 @@ impl FromStr for Order {
             ["door", "refusing"] => Self::Door(Door::Refusing),
             ["connections"] => Self::Connections,
             ["early-connections"] => Self::EarlyConnections,
+            ["compact"] => Self::Compact,
+            ["list-status", status] => Self::ListStatus(number(status)?),
+            ["listed"] => Self::Listed,
             _ => return Err(format!("{line:?} is no order: {ORDERS}")),
         })
     }
@@ -88,7 +106,7 @@ impl FromStr for Order {
 /// The orders there are, for messages.
 pub const ORDERS: &str = "health normal | health status CODE | health late MILLISECONDS | health never | \
                           health etcd-hang | door open | door tls-silent | door refusing | connections | \
-                          early-connections";
+                          early-connections | slices JSON | compact | list-status CODE | listed";
 
 #[cfg(test)]
 mod tests {
@@ -107,7 +125,15 @@ mod tests {
         ];
         let doors = [Door::Open, Door::TlsSilent, Door::Refusing];
         let orders = health.map(Order::Health).into_iter().chain(doors.map(Order::Door));
-        for order in orders.chain([Order::Connections, Order::EarlyConnections]) {
+        let more = [
+            Order::Connections,
+            Order::EarlyConnections,
+            Order::Slices("[{\"a\": 1}]".to_owned()),
+            Order::Compact,
+            Order::ListStatus(503),
+            Order::Listed,
+        ];
+        for order in orders.chain(more) {
             assert_eq!(order.to_string().parse(), Ok(order));
         }
         assert!("door ajar".parse::<Order>().is_err());

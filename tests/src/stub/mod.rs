@@ -8,6 +8,7 @@ pub mod faults;
 pub mod hostile;
 mod responses;
 mod server;
+mod slices;
 mod startup;
 
 use std::{
@@ -249,6 +250,40 @@ impl Stub {
     /// When it takes no orders (frozen, killed).
     pub fn early_connections(&self) -> Result<u64> {
         Ok(self.order(Order::EarlyConnections)?.parse()?)
+    }
+
+    /// Changes the EndpointSlices of the namespace `default` to these, in the form of [`answers::slice`], while it runs.
+    ///
+    /// # Errors
+    /// When it takes no orders (frozen, killed).
+    pub fn slices(&self, items: &[serde_json::Value]) -> Result<()> {
+        self.order(Order::Slices(serde_json::Value::from(items.to_vec()).to_string())).map(drop)
+    }
+
+    /// Forgets all versions of EndpointSlices but the present one: watches end with 410 Gone.
+    ///
+    /// # Errors
+    /// When it takes no orders (frozen, killed).
+    pub fn compact(&self) -> Result<()> {
+        self.order(Order::Compact).map(drop)
+    }
+
+    /// Answers lists and watches of EndpointSlices with this status; 200: as it should.
+    ///
+    /// # Errors
+    /// When it takes no orders (frozen, killed).
+    pub fn list_status(&self, status: u16) -> Result<()> {
+        self.order(Order::ListStatus(status)).map(drop)
+    }
+
+    /// How many lists and watches of EndpointSlices there were.
+    ///
+    /// # Errors
+    /// When it takes no orders (frozen, killed).
+    pub fn listed(&self) -> Result<(u64, u64)> {
+        let json: serde_json::Value = serde_json::from_str(&self.order(Order::Listed)?)?;
+        let number = |key: &str| json[key].as_u64().with_context(|| format!("no {key} in {json}"));
+        Ok((number("lists")?, number("watches")?))
     }
 
     fn order(&self, order: Order) -> Result<String> {

@@ -100,7 +100,8 @@ pub(super) async fn respond(server: &Server, caller: Caller, request: Request<In
             json(status, r#"{"major":"1","minor":"36","gitVersion":"v1.36.2"}"#.to_owned())
         }
         StatusCode::OK if path == answers::ENDPOINT_SLICES => {
-            json(status, answers::endpoint_slices(&server.options.endpoints))
+            let query = request.uri().query().unwrap_or_default();
+            server.slices.answer(query).unwrap_or_else(|status| failure(status, caller, &path))
         }
         StatusCode::OK => text(status, "ok".to_owned()),
         _ => failure(status, caller, &path),

@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use hyper::{Request, Response, body::Incoming, service::service_fn};
+use hyper::{Request, Response, StatusCode, body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
@@ -31,10 +31,11 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{
-    answers::AnonymousMode,
+    answers::{self, AnonymousMode},
     credentials,
     faults::{Door, Health, Order},
     responses::{self, Body, Caller},
+    slices::Slices,
     startup::{Stage, Startup},
 };
 
@@ -101,6 +102,8 @@ pub(super) struct Server {
     pub(super) phase: watch::Sender<Phase>,
     /// Counts health requests while etcd hangs.
     pub(super) etcd_checks: AtomicU64,
+    /// Of the namespace `default`.
+    pub(super) slices: Slices,
     client_verifier: Arc<dyn ClientCertVerifier>,
     /// Connections that carried anything but health checks, by source.
     connections: Mutex<BTreeMap<IpAddr, u64>>,
@@ -124,10 +127,12 @@ pub async fn serve(options: Options) -> Result<()> {
         stage: watch::Sender::new(Stage::TlsSilent),
         phase: watch::Sender::new(Phase::Serving),
         etcd_checks: AtomicU64::new(0),
+        slices: Slices::default(),
         client_verifier,
         connections: Mutex::default(),
         early_connections: AtomicU64::new(0),
     });
+    server.slices.replace(answers::endpoint_slices(&server.options.endpoints));
     tokio::spawn(take_orders(Arc::clone(&server), control));
     let mut connections = JoinSet::new();
     let mut terminate = signal(SignalKind::terminate())?;
@@ -316,6 +321,16 @@ impl Server {
                 let connections = self.connections.lock().unwrap_or_else(PoisonError::into_inner);
                 return serde_json::json!(*connections).to_string();
             }
+            Order::Slices(json) => match serde_json::from_str(&json) {
+                Ok(items) => self.slices.replace(items),
+                Err(error) => return format!("error: {error}"),
+            },
+            Order::Compact => self.slices.compact(),
+            Order::ListStatus(status) => match StatusCode::from_u16(status) {
+                Ok(status) => self.slices.refuse_with(status),
+                Err(error) => return format!("error: {error}"),
+            },
+            Order::Listed => return self.slices.asked().to_string(),
             Order::EarlyConnections => return self.early_connections.load(Ordering::Relaxed).to_string(),
         }
         "ok".to_owned()

@@ -3,6 +3,8 @@
 //! The format is `k8s.io/client-go/tools/clientcmd/api/v1`. Whatever would make us somebody else than the file says
 //! (a plugin, a password, impersonation) is refused rather than left out. No message quotes the file: it holds keys.
 
+mod server;
+
 use std::{
     fmt,
     path::{Path, PathBuf},
@@ -10,6 +12,8 @@ use std::{
 
 use data_encoding::BASE64;
 use serde::{Deserialize, Deserializer, de::IgnoredAny};
+
+pub(crate) use server::{Server, place, read_file};
 
 /// What the current context leads to.
 #[derive(Clone, Debug, PartialEq, Eq)]
