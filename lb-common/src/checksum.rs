@@ -50,11 +50,11 @@ pub const fn fold32(sum: u64) -> u32 {
     sum as u32
 }
 
-/// A sum brought down to 16 bits.
+/// A sum of some ten thousand words at most, brought down to 16 bits.
 #[inline(always)]
 #[must_use]
 pub const fn fold(sum: u64) -> u16 {
-    let sum = (sum & 0xffff_ffff) + (sum >> 32);
+    // Below 2⁴⁷ at first, 2³¹ + 2¹⁶ and 2¹⁵ + 2¹⁶ after each step.
     let sum = (sum & 0xffff) + (sum >> 16);
     let sum = (sum & 0xffff) + (sum >> 16);
     let sum = (sum & 0xffff) + (sum >> 16);
@@ -98,6 +98,11 @@ mod tests {
             let total: u64 = words.iter().map(|word| u64::from(*word)).sum();
             prop_assert_eq!(u64::from(sum64(low, high)) % 0xffff, total % 0xffff);
             prop_assert_eq!(u64::from(fold(total)) % 0xffff, total % 0xffff);
+        }
+
+        #[test]
+        fn folding_keeps_the_residue_of_any_sum_it_is_given(sum in 0..1u64 << 47) {
+            prop_assert_eq!(u64::from(fold(sum)) % 0xffff, sum % 0xffff);
         }
     }
 
