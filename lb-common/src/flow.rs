@@ -455,49 +455,77 @@ impl<T: Copy> Query<T> {
     }
 }
 
+/// A slot as it was found, with its set at hand. Without one: it was not.
+///
+/// No `Option`, for the reason that [`Found`] is none.
+pub struct Hit<'a, F: Family> {
+    /// Where.
+    pub slot: Slot,
+    /// What its word was.
+    pub meta: Meta,
+    /// Its set.
+    pub ways: Option<&'a F::Set>,
+}
+
+impl<F: Family> Hit<'_, F> {
+    const NONE: Self = Self { slot: Slot::NONE, meta: Meta::FREE, ways: None };
+
+    /// The same in one word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn found(&self) -> Found {
+        if self.ways.is_some() { Found::new(self.slot, self.meta) } else { Found::NONE }
+    }
+}
+
 /// The live slot of a tuple.
 #[inline(always)]
-pub fn find<F: Family, M: Maps>(maps: &M, config: &Config, query: &Query<F::Tuple>) -> Found {
-    // Asked for before the first set is looked at: both lines may be far away, and so they come together.
-    if let Some(second) = F::set(maps, query.second) {
-        F::meta(second, 0).load();
-    }
-    let mut found = find_first::<F, M>(maps, query, Slot::NONE);
-    if !found.is_some()
+pub fn find<'a, F: Family, M: Maps>(maps: &'a M, config: &Config, query: &Query<F::Tuple>) -> Hit<'a, F> {
+    let mut hit = find_first::<F, M>(maps, query);
+    if hit.ways.is_none()
         && let Some(mark) = F::overflow(maps, query.home)
         && mark.load() != 0
     {
-        found = maps.find_in::<F>(query, CANDIDATES, Slot::NONE);
+        let found = maps.find_in::<F>(query, CANDIDATES, Slot::NONE);
+        if found.is_some() {
+            let slot = found.slot();
+            hit = Hit { slot, meta: found.meta(), ways: F::set(maps, slot.set) };
+        }
     }
-    Found(config.blur(found.0))
+    hit.slot.way = config.blur(hit.slot.way.into()) as u32;
+    hit
 }
 
 /// The live slot of a tuple in the candidates that are always looked at.
 #[inline(always)]
-fn find_first<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, except: Slot) -> Found {
-    for number in 0..FIRST_CANDIDATES {
-        let set = query.candidate(number);
-        let Some(ways) = F::set(maps, set) else {
-            return Found::NONE;
-        };
-        for way in 0..WAYS as u32 {
-            if F::load(ways, way) == query.tuple
-                && (Slot { set, way }) != except
-                && let Some(meta) = live::<F>(ways, way, query.tuple)
-            {
-                return Found::new(Slot { set, way }, meta);
-            }
+fn find_first<'a, F: Family, M: Maps>(maps: &'a M, query: &Query<F::Tuple>) -> Hit<'a, F> {
+    let (Some(home), Some(second)) = (F::set(maps, query.home), F::set(maps, query.second)) else {
+        return Hit::NONE;
+    };
+    // Asked for before the first set is looked at: both lines may be far away, and so they come together.
+    F::meta(second, 0).load();
+    for (set, ways) in [(query.home, home), (query.second, second)] {
+        if let Some((way, meta)) = find_way::<F>(ways, query.tuple, WAYS as u32) {
+            return Hit { slot: Slot { set, way }, meta, ways: Some(ways) };
         }
     }
-    Found::NONE
+    Hit::NONE
 }
 
-/// The word of a way that had the tuple a moment ago, if it is live and still has it.
+/// The live way of a set that has the tuple, other than `except`, and its word.
 #[inline(always)]
-fn live<F: Family>(ways: &F::Set, way: u32, tuple: F::Tuple) -> Option<Meta> {
-    let meta = Meta(F::meta(ways, way).load());
-    // A claimer writes the tuple only while the word says so; the second look catches one that came between.
-    (meta.is_live() && F::load(ways, way) == tuple).then_some(meta)
+fn find_way<F: Family>(ways: &F::Set, tuple: F::Tuple, except: u32) -> Option<(u32, Meta)> {
+    for way in 0..WAYS as u32 {
+        if F::load(ways, way) != tuple || way == except {
+            continue;
+        }
+        let meta = Meta(F::meta(ways, way).load());
+        // A claimer writes the tuple only while the word says so; the second look catches one that came between.
+        if meta.is_live() && F::load(ways, way) == tuple {
+            return Some((way, meta));
+        }
+    }
+    None
 }
 
 /// The live slot of a tuple in its first `candidates`, other than `except`.
@@ -528,15 +556,10 @@ impl<F: Family, M: Maps> Step for Search<'_, F, M> {
         let Some(ways) = F::set(&self.maps, set) else {
             return true;
         };
-        for way in 0..WAYS as u32 {
-            let slot = Slot { set, way };
-            if F::load(ways, way) == self.query.tuple
-                && slot != self.except
-                && let Some(meta) = live::<F>(ways, way, self.query.tuple)
-            {
-                self.found = Found::new(slot, meta);
-                return true;
-            }
+        let except = if set == self.except.set { self.except.way } else { WAYS as u32 };
+        if let Some((way, meta)) = find_way::<F>(ways, self.query.tuple, except) {
+            self.found = Found::new(Slot { set, way }, meta);
+            return true;
         }
         false
     }
@@ -937,12 +960,8 @@ pub fn take<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &Cla
     }
     // A rival may be beyond the second candidate only if it marked the first, and it marked before it published.
     let beyond = mark.is_none_or(|mark| mark.load() != 0);
-    let other = if beyond {
-        maps.find_in::<F>(query, CANDIDATES, slot)
-    } else {
-        find_first::<F, M>(maps, query, slot)
-    };
-    if other.is_some() {
+    let candidates = if beyond { CANDIDATES } else { FIRST_CANDIDATES };
+    if maps.find_in::<F>(query, candidates, slot).is_some() {
         give_back(F::meta(ways, slot.way), half_open(claimer));
         return Claim::RACED;
     }

@@ -83,7 +83,7 @@ fn fill_to_four_fifths<F: Family>(name: &str) {
     let mut at_candidate = [0u32; CANDIDATES as usize];
     for (tuple, slot) in &flows {
         let query = query::<F>(&memory, *tuple);
-        assert_eq!(find::<F, _>(&&memory, &memory.config, &query).slot(), *slot, "every flow is found");
+        assert_eq!(find::<F, _>(&&memory, &memory.config, &query).slot, *slot, "every flow is found");
         at_candidate[candidate_of::<F>(&query, *slot) as usize] += 1;
     }
     let share = |count: u32| f64::from(count) / flows.len() as f64;

@@ -3,7 +3,7 @@
 use crate::{
     black_box::{Happening, Note, Refusal, mapped, state},
     checksum::{Delta, sum64},
-    flow::{self, Claimer, Clock, Family, Found, Query, Slot},
+    flow::{self, Claimer, Clock, Family, Found, Hit, Query, Slot},
     frame::Frame,
     hash::FlowHash,
     headers::{Be16, tcp_flag},
@@ -30,12 +30,12 @@ pub fn forward<A: Family, F: Frame, M: Maps>(
     context: &Context<'_>,
     listener: &Listener,
     query: &Query<A::Tuple>,
-    found: Found,
+    hit: Hit<'_, A>,
 ) -> Done {
     if listener.ports & 1 << (context.port & 31) == 0 {
         return Done::NOT_OURS;
     }
-    match step::<A, F, M>(frame, maps, context, listener, query, found) {
+    match step::<A, F, M>(frame, maps, context, listener, query, hit) {
         Ok(done) => done,
         Err(outcome) => {
             let refusal = Refusal::of(outcome);
@@ -60,20 +60,19 @@ fn step<A: Family, F: Frame, M: Maps>(
     context: &Context<'_>,
     listener: &Listener,
     query: &Query<A::Tuple>,
-    found: Found,
+    hit: Hit<'_, A>,
 ) -> Result<Done, Outcome> {
     let segment = parse::segment(frame, &context.packet);
-    if !found.is_some() && !segment.opens() {
+    if !segment.valid {
+        return Err(if hit.ways.is_some() { Outcome::Malformed } else { Outcome::NoFlow });
+    }
+    if hit.ways.is_none() && !segment.opens() {
         return Err(Outcome::NoFlow);
     }
-    if !segment.valid {
-        return Err(Outcome::Malformed);
-    }
     process::check::<A, F>(frame, &context.packet)?;
-    let flow = if found.is_some() {
-        known::<A, M>(maps, context, listener, query, found, &segment)?
-    } else {
-        begin::<A, M>(maps, context, listener, query)?
+    let flow = match hit.ways {
+        Some(ways) => known::<A, M>(maps, context, listener, query, &hit, ways, &segment)?,
+        None => begin::<A, M>(maps, context, listener, query)?,
     };
     transmit::<A, F, M>(frame, maps, context, listener, query, flow, &segment)
 }
@@ -88,11 +87,11 @@ fn known<A: Family, M: Maps>(
     context: &Context<'_>,
     listener: &Listener,
     query: &Query<A::Tuple>,
-    found: Found,
+    hit: &Hit<'_, A>,
+    ways: &A::Set,
     segment: &Segment,
 ) -> Result<Flow, Outcome> {
-    let (slot, mut meta) = (found.slot(), found.meta());
-    let ways = A::set(maps, slot.set).ok_or(Outcome::Malformed)?;
+    let (slot, mut meta) = (hit.slot, hit.meta);
     let word = A::meta(ways, slot.way);
     let clock = Clock::read(maps, context.config);
     match transition::client(meta, segment, clock.seen) {
@@ -100,22 +99,22 @@ fn known<A: Family, M: Maps>(
             let before = Meta(word.fetch_or(flags));
             // Of two that see it at the same time one notes it.
             if segment.has(tcp_flag::RST) && !before.has(flags) {
-                end::<A, M>(maps, Happening::ResetByClient, query, found);
+                end::<A, M>(maps, Happening::ResetByClient, query, hit.found());
             }
             meta = before.with(flags);
         }
         Step::Finish { flag, other, closed } => {
             let before = Meta(word.fetch_or(flag));
             if !before.has(other) && !before.has(flag) {
-                end::<A, M>(maps, Happening::ClosedByClient, query, found);
+                end::<A, M>(maps, Happening::ClosedByClient, query, hit.found());
             }
             meta = close(word, before.with(flag), other, closed);
         }
-        Step::Reopen => return reopen::<A, M>(maps, context, listener, query, found, clock),
+        Step::Reopen => return reopen::<A, M>(maps, context, listener, query, hit.found(), clock),
         Step::Return if !accepts(maps, meta) => {
-            return reopen::<A, M>(maps, context, listener, query, found, clock);
+            return reopen::<A, M>(maps, context, listener, query, hit.found(), clock);
         }
-        Step::Retry => return Ok((slot, retry::<A, M>(maps, listener, query, found)?)),
+        Step::Retry => return Ok((slot, retry::<A, M>(maps, listener, query, hit.found())?)),
         Step::Answer => {
             // What a RST that the daemon repeats must carry.
             if segment.has(tcp_flag::ACK) {

@@ -73,9 +73,9 @@ pub trait Frame {
     /// Bytes that can be reached from the Ethernet header on: of a frame longer than a page only the first piece.
     fn length(&self) -> usize;
 
-    /// Is the frame, all its pieces together, at least `end` bytes long?
-    fn reaches(&self, end: usize) -> bool {
-        end <= self.length()
+    /// Bytes of the frame, all its pieces together, behind `end`; negative: it ends before.
+    fn behind(&self, end: usize) -> i64 {
+        self.length() as i64 - end as i64
     }
 
     /// Grows (or with a negative number shrinks) the packet at the front. False: there is no room.

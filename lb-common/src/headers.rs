@@ -86,60 +86,68 @@ impl Be64 {
     }
 }
 
-/// A MAC address, as the lower 48 bits of a word whose first byte in memory order is the address's first.
-#[repr(C)]
+/// A MAC address.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Mac {
-    // Two pieces, each of which is one load.
-    first: [u8; 4],
-    last: [u8; 2],
-}
+pub struct Mac([u8; 6]);
 
 impl Mac {
     /// From six bytes.
-    #[inline(always)]
-    pub const fn new([a, b, c, d, e, f]: [u8; 6]) -> Self {
-        Self { first: [a, b, c, d], last: [e, f] }
+    pub const fn new(bytes: [u8; 6]) -> Self {
+        Self(bytes)
     }
 
-    /// As a number below 2⁴⁸.
-    #[inline(always)]
+    /// As the lower 48 bits of a word whose first byte in memory order is the address's first.
     pub const fn number(self) -> u64 {
-        u32::from_le_bytes(self.first) as u64 | (u16::from_le_bytes(self.last) as u64) << 32
+        let [a, b, c, d, e, f] = self.0;
+        u64::from_le_bytes([a, b, c, d, e, f, 0, 0])
     }
 
     /// From the lower 48 bits of a number.
-    #[inline(always)]
     pub const fn from_number(number: u64) -> Self {
-        Self { first: (number as u32).to_le_bytes(), last: ((number >> 32) as u16).to_le_bytes() }
+        let [a, b, c, d, e, f, _, _] = number.to_le_bytes();
+        Self([a, b, c, d, e, f])
     }
 
     /// The six bytes.
-    #[inline(always)]
     pub const fn bytes(self) -> [u8; 6] {
-        let ([a, b, c, d], [e, f]) = (self.first, self.last);
-        [a, b, c, d, e, f]
+        self.0
     }
 }
 
-/// Destination and source of a frame: the part of its header that a router changes.
+/// Destination and source of a frame: the part of its header that a router changes. Both as [`Mac::number`].
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct MacPair {
-    /// To whom.
-    pub destination: Mac,
-    /// From whom.
-    pub source: Mac,
+    // The destination and the source's first two bytes: each piece is one load, or one store.
+    first: [u8; 8],
+    last: [u8; 4],
 }
+
+impl MacPair {
+    /// To and from these.
+    #[inline(always)]
+    pub const fn new(destination: u64, source: u64) -> Self {
+        let first = (destination & MAC) | source << 48;
+        Self { first: first.to_le_bytes(), last: ((source >> 16) as u32).to_le_bytes() }
+    }
+
+    /// Destination and source.
+    #[inline(always)]
+    pub const fn numbers(self) -> (u64, u64) {
+        let (first, last) = (u64::from_le_bytes(self.first), u32::from_le_bytes(self.last));
+        (first & MAC, first >> 48 | (last as u64) << 16)
+    }
+}
+
+/// The bits of a [`Mac::number`].
+const MAC: u64 = 0xffff_ffff_ffff;
 
 /// An Ethernet II header.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Ethernet {
-    /// To whom.
-    pub destination: Mac,
-    /// From whom.
-    pub source: Mac,
+    /// To whom, and from whom.
+    pub macs: MacPair,
     /// What follows, or the first tag's protocol.
     pub kind: Be16,
 }

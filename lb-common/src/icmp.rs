@@ -116,7 +116,7 @@ fn quoted<A: Family, F: Frame>(frame: &mut F, packet: &Packet) -> Option<Quoted>
     // The verifier's comparison first: after ours, LLVM would leave it out.
     let ports = crate::parse::ports(frame, transport)?;
     // What is read must be the packet's, not padding behind it, and all of the packet must be there.
-    if transport + size_of::<TcpStart>() > packet.end || !frame.reaches(packet.end) {
+    if transport + size_of::<TcpStart>() > packet.end || frame.behind(packet.end) < 0 {
         return None;
     }
     Some(Quoted { source, destination, ports, network, transport })
@@ -133,20 +133,18 @@ fn to_backend<A: Family, M: Maps>(
     let listener = maps.listener(id)?;
     let tuple = A::tuple(quoted.destination, quoted.ports.destination, id);
     let query = Query::new::<A>(config, tuple);
-    let found = flow::find::<A, M>(maps, config, &query);
-    if !found.is_some() {
-        return None;
-    }
-    let backend = maps.backend(found.meta().backend())?;
+    let hit = flow::find::<A, M>(maps, config, &query);
+    hit.ways?;
+    let backend = maps.backend(hit.meta.backend())?;
     if backend.flags.load() & backend_flag::LOCAL != 0 {
         return None;
     }
-    let snat = A::snat(config, found.slot().address());
+    let snat = A::snat(config, hit.slot.address());
     Some(Target {
         service: listener.service,
         source: backend.address,
         destination: snat,
-        ports: Ports { source: backend.port, destination: reply::port_word(found.slot()) },
+        ports: Ports { source: backend.port, destination: reply::port_word(hit.slot) },
         from: snat,
         hop: NextHop(backend.next_hop.load()),
     })

@@ -238,7 +238,7 @@ fn a_refreshed_slot_is_given_back_all_the_same() {
         let (rival, packet) = (memory.clone(), memory.clone());
         let packet = thread::spawn(move || {
             let maps = &*packet;
-            let found = find::<V4, _>(&maps, &packet.config, &query);
+            let found = find::<V4, _>(&maps, &packet.config, &query).found();
             if found.is_some() {
                 let slot = found.slot();
                 V4::meta(V4::set(&maps, slot.set).unwrap(), slot.way).store_high(NOW + 1);
@@ -303,7 +303,7 @@ fn nobody_finds_a_slot_under_a_mixed_tuple() {
         let writer = memory.clone();
         let (_, found) = race(
             move || take::<V6, _>(&&*writer, &new, &claimer(&writer, 2), Found::new(slot, meta)),
-            || [old, new, mixed].map(|query| find::<V6, _>(&&*memory, &memory.config, &query)),
+            || [old, new, mixed].map(|query| find::<V6, _>(&&*memory, &memory.config, &query).found()),
         );
         assert!(!found[2].is_some(), "found under a tuple that nobody has");
         assert!(!found[0].is_some() || found[0].meta() == meta, "the old flow in the new one's slot");
@@ -347,7 +347,7 @@ fn late_packet(change: fn(&crate::cell::Cell32)) {
         let (found, claim) = race(
             move || {
                 let maps = &*packet;
-                let found = find::<V4, _>(&maps, &packet.config, &old);
+                let found = find::<V4, _>(&maps, &packet.config, &old).found();
                 if found.is_some() {
                     change(V4::meta(V4::set(&maps, slot.set).unwrap(), slot.way));
                 }
@@ -394,7 +394,7 @@ fn what_is_written_to_a_freed_slot_leaves_it_free() {
         let (found, ()) = race(
             move || {
                 let maps = &*packet;
-                let found = find::<V4, _>(&maps, &packet.config, &old);
+                let found = find::<V4, _>(&maps, &packet.config, &old).found();
                 if found.is_some() {
                     let word = V4::meta(V4::set(&maps, slot.set).unwrap(), slot.way);
                     word.fetch_or(SYN_ACK);

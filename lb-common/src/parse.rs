@@ -4,7 +4,9 @@ use crate::{
     checksum::fold,
     flow::Family,
     frame::Frame,
-    headers::{Ethernet, IPV4, IPV6, Ipv4, Ipv6, SERVICE_VLAN, TcpStart, VLAN, VlanTag, protocol, tcp_flag},
+    headers::{
+        Ethernet, IPV4, IPV6, Ipv4, Ipv6, SERVICE_VLAN, Tcp, TcpStart, VLAN, VlanTag, protocol, tcp_flag,
+    },
     layout::family,
 };
 
@@ -22,7 +24,7 @@ const FRAGMENT_OFFSET: u16 = 0x1fff;
 /// The Ethernet header and its VLAN tags.
 #[derive(Clone, Copy)]
 pub struct Link {
-    /// To whom: see [`Mac::number`].
+    /// To whom: see [`crate::headers::Mac::number`].
     pub destination: u64,
     /// From whom.
     pub source: u64,
@@ -38,15 +40,10 @@ pub struct Link {
 #[inline(always)]
 pub fn link<F: Frame>(frame: &mut F) -> Option<Link> {
     let ethernet = *frame.at::<Ethernet>(0)?;
+    let (destination, source) = ethernet.macs.numbers();
     let untagged = Tags { kind: ethernet.kind.get(), network: size_of::<Ethernet>(), vlan: 0 };
     let tags = if is_tag(untagged.kind) { Tags::unpack(frame.tags())? } else { untagged };
-    Some(Link {
-        destination: ethernet.destination.number(),
-        source: ethernet.source.number(),
-        vlan: tags.vlan,
-        kind: tags.kind,
-        network: tags.network,
-    })
+    Some(Link { destination, source, vlan: tags.vlan, kind: tags.kind, network: tags.network })
 }
 
 /// The VLAN tags of a frame that has some.
@@ -320,13 +317,15 @@ impl Segment {
 /// (Not an Option: for None LLVM would copy registers that were never set, which the verifier does not allow.)
 #[inline(always)]
 pub fn segment<F: Frame>(frame: &mut F, packet: &Packet) -> Segment {
-    let reaches = frame.reaches(packet.end);
-    let Some(tcp) = frame.at::<crate::headers::Tcp>(packet.transport) else {
+    let behind = frame.behind(packet.end);
+    let Some(tcp) = frame.at::<Tcp>(packet.transport) else {
         return Segment::NONE;
     };
-    let header_length = usize::from(tcp.data_offset >> 4) * 4;
-    let payload_start = packet.transport + header_length;
-    if header_length < size_of::<crate::headers::Tcp>() || packet.end < payload_start || !reaches {
+    let header_length = i64::from(tcp.data_offset >> 4) * 4;
+    let options = header_length - size_of::<Tcp>() as i64;
+    let payload = packet.end as i64 - packet.transport as i64 - header_length;
+    // One comparison for all: which of them is negative does not matter.
+    if options | payload | behind < 0 {
         return Segment::NONE;
     }
     Segment {
@@ -334,7 +333,7 @@ pub fn segment<F: Frame>(frame: &mut F, packet: &Packet) -> Segment {
         flags: tcp.flags,
         sequence: tcp.sequence.get(),
         acknowledgement: tcp.acknowledgement.get(),
-        payload: packet.end - payload_start,
+        payload: payload as usize,
     }
 }
 

@@ -263,9 +263,9 @@ pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, glance: G
         };
         // Before all that can be done without it: the flow's sets may be far away.
         let query = Query::new::<A>(config, A::tuple(packet.source, ports.source, id));
-        let found = flow::find::<A, M>(maps, config, &query);
+        let hit = flow::find::<A, M>(maps, config, &query);
         return match enter(frame, maps, config, &link, packet, ports) {
-            Some(context) => forward::forward::<A, F, M>(frame, maps, &context, listener, &query, found),
+            Some(context) => forward::forward::<A, F, M>(frame, maps, &context, listener, &query, hit),
             None => Done::NOT_OURS,
         };
     }

@@ -3,7 +3,7 @@
 use crate::{
     checksum::{Delta, sum64},
     frame::Frame,
-    headers::{Be16, Be32, Be64, Ethernet, Ipv4, Ipv6, Mac, MacPair, Tcp},
+    headers::{Be16, Be32, Be64, Ethernet, Ipv4, Ipv6, MacPair, Tcp},
     layout::{Config, NextHop, PORTS, family},
     outcome::Outcome,
     parse::{Link, Packet, Ports},
@@ -96,8 +96,7 @@ pub fn deliver<F: Frame>(frame: &mut F, config: &Config, link: &Link, hop: NextH
 /// Writes destination and source of a frame.
 #[inline(always)]
 pub fn write_macs<F: Frame>(frame: &mut F, destination: u64, source: u64) -> Option<()> {
-    *frame.at::<MacPair>(0)? =
-        MacPair { destination: Mac::from_number(destination), source: Mac::from_number(source) };
+    *frame.at::<MacPair>(0)? = MacPair::new(destination, source);
     Some(())
 }
 

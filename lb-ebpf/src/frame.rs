@@ -134,8 +134,9 @@ impl Frame for XdpFrame<'_> {
     }
 
     #[inline(always)]
-    fn reaches(&self, end: usize) -> bool {
-        end <= self.length() || end <= self.whole_length()
+    fn behind(&self, end: usize) -> i64 {
+        let behind = self.length() as i64 - end as i64;
+        if behind < 0 { self.whole_length() as i64 - end as i64 } else { behind }
     }
 
     #[inline(always)]

@@ -188,12 +188,14 @@ impl Lab {
                 config,
                 &Query::new::<V4>(config, V4::tuple(address, port, id)),
             )
+            .found()
         } else {
             flow::find::<V6, _>(
                 &&self.memory,
                 config,
                 &Query::new::<V6>(config, V6::tuple(address, port, id)),
             )
+            .found()
         }
     }
 
