@@ -66,13 +66,18 @@ fn step<A: Family, F: Frame, M: Maps>(
     if !segment.valid {
         return Err(if hit.ways.is_some() { Outcome::Malformed } else { Outcome::NoFlow });
     }
-    if hit.ways.is_none() && !segment.opens() {
-        return Err(Outcome::NoFlow);
+    if hit.ways.is_none() {
+        // Opaque, or LLVM puts both conditions together by arithmetic, which takes four times as long.
+        let flags = maps.opaque(segment.flags.into()) as u8;
+        if !(Segment { flags, ..segment }).opens() {
+            return Err(Outcome::NoFlow);
+        }
     }
     process::check::<A, F>(frame, &context.packet)?;
-    let flow = match hit.ways {
-        Some(ways) => known::<A, M>(maps, context, listener, query, &hit, ways, &segment)?,
-        None => begin::<A, M>(maps, context, listener, query)?,
+    let flow = if hit.ways.is_some() {
+        known::<A, F, M>(frame, maps, context, listener, query, &hit, &segment)?
+    } else {
+        begin::<A, F, M>(frame, maps, context, listener, query)?
     };
     transmit::<A, F, M>(frame, maps, context, listener, query, flow, &segment)
 }
@@ -82,16 +87,17 @@ type Flow = (Slot, Meta);
 
 /// A packet of a flow that has a slot.
 #[inline(always)]
-fn known<A: Family, M: Maps>(
+fn known<A: Family, F: Frame, M: Maps>(
+    frame: &mut F,
     maps: &M,
     context: &Context<'_>,
     listener: &Listener,
     query: &Query<A::Tuple>,
     hit: &Hit<'_, A>,
-    ways: &A::Set,
     segment: &Segment,
 ) -> Result<Flow, Outcome> {
     let (slot, mut meta) = (hit.slot, hit.meta);
+    let ways = hit.ways.ok_or(Outcome::Malformed)?;
     let word = A::meta(ways, slot.way);
     let clock = Clock::read(maps, context.config);
     match transition::client(meta, segment, clock.seen) {
@@ -110,9 +116,9 @@ fn known<A: Family, M: Maps>(
             }
             meta = close(word, before.with(flag), other, closed);
         }
-        Step::Reopen => return reopen::<A, M>(maps, context, listener, query, hit.found(), clock),
+        Step::Reopen => return reopen::<A, F, M>(frame, maps, context, listener, query, hit.found(), clock),
         Step::Return if !accepts(maps, meta) => {
-            return reopen::<A, M>(maps, context, listener, query, hit.found(), clock);
+            return reopen::<A, F, M>(frame, maps, context, listener, query, hit.found(), clock);
         }
         Step::Retry => return Ok((slot, retry::<A, M>(maps, listener, query, hit.found())?)),
         Step::Answer => {
@@ -128,7 +134,7 @@ fn known<A: Family, M: Maps>(
         // Once a second is enough to follow a client to another router: on every packet it cost 8 of 80 ns.
         if meta.seen() != clock.seen {
             word.store_high(clock.seen);
-            next_hop::remember::<A, M>(maps, listener.service, slot, arrived_from(context));
+            next_hop::remember::<A, M>(maps, listener.service, slot, arrived_from(frame, context));
         }
         // Until the backend has answered, the field holds the time of the claim.
         if segment.has(tcp_flag::ACK) && (meta.has(SYN_ACK) || !meta.is(Kind::HalfOpen)) {
@@ -164,7 +170,8 @@ pub fn close(word: &crate::cell::Cell32, mut meta: Meta, other: u32, closed: Kin
 
 /// A SYN on a slot that its own tuple has closed, or that was reset on purpose: a new flow, in the same slot.
 #[inline(always)]
-fn reopen<A: Family, M: Maps>(
+fn reopen<A: Family, F: Frame, M: Maps>(
+    frame: &mut F,
     maps: &M,
     context: &Context<'_>,
     listener: &Listener,
@@ -196,7 +203,7 @@ fn reopen<A: Family, M: Maps>(
     if claim.failure().is_some() {
         return Err(Outcome::SynRace);
     }
-    Ok(won::<A, M>(maps, context, query, &claimer, claim.slot()))
+    Ok(won::<A, F, M>(frame, maps, context, query, &claimer, claim.slot()))
 }
 
 /// Does the slot's backend take new flows? One that is this host always keeps its own: whether such a flow is
@@ -252,7 +259,8 @@ pub fn another<A: Family, M: Maps>(maps: &M, service: u16, hash: FlowHash, refus
 
 /// A SYN of a tuple that has no slot.
 #[inline(always)]
-fn begin<A: Family, M: Maps>(
+fn begin<A: Family, F: Frame, M: Maps>(
+    frame: &mut F,
     maps: &M,
     context: &Context<'_>,
     listener: &Listener,
@@ -275,7 +283,7 @@ fn begin<A: Family, M: Maps>(
     if let Some(outcome) = claim.failure() {
         return Err(outcome);
     }
-    Ok(won::<A, M>(maps, context, query, &claimer, claim.slot()))
+    Ok(won::<A, F, M>(frame, maps, context, query, &claimer, claim.slot()))
 }
 
 /// May the client use the service?
@@ -286,7 +294,8 @@ fn admits<A: Family, M: Maps>(maps: &M, id: u16, service: &Service, context: &Co
 
 /// Counts a flow that was given a slot, and remembers the way back to its client.
 #[inline(always)]
-fn won<A: Family, M: Maps>(
+fn won<A: Family, F: Frame, M: Maps>(
+    frame: &mut F,
     maps: &M,
     context: &Context<'_>,
     query: &Query<A::Tuple>,
@@ -297,14 +306,14 @@ fn won<A: Family, M: Maps>(
     maps.note(note::<A>(Happening::Claimed, query).of(backend).at(slot));
     maps.count_event(service, Event::FlowClaimed);
     maps.count_flow(backend);
-    next_hop::remember::<A, M>(maps, service, slot, arrived_from(context));
+    next_hop::remember::<A, M>(maps, service, slot, arrived_from(frame, context));
     (slot, Meta::new(Kind::HalfOpen, backend, claimer.clock.seen))
 }
 
 /// The neighbour that sent the packet.
 #[inline(always)]
-fn arrived_from(context: &Context<'_>) -> NextHop {
-    NextHop::new(context.link.source, context.port)
+fn arrived_from<F: Frame>(frame: &mut F, context: &Context<'_>) -> NextHop {
+    NextHop::new(parse::sender(frame), context.port)
 }
 
 /// Sends a flow's packet to its backend.

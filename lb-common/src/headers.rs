@@ -131,11 +131,16 @@ impl MacPair {
         Self { first: first.to_le_bytes(), last: ((source >> 16) as u32).to_le_bytes() }
     }
 
-    /// Destination and source.
+    /// To whom.
     #[inline(always)]
-    pub const fn numbers(self) -> (u64, u64) {
-        let (first, last) = (u64::from_le_bytes(self.first), u32::from_le_bytes(self.last));
-        (first & MAC, first >> 48 | (last as u64) << 16)
+    pub const fn destination(self) -> u64 {
+        u64::from_le_bytes(self.first) & MAC
+    }
+
+    /// From whom.
+    #[inline(always)]
+    pub const fn source(self) -> u64 {
+        u64::from_le_bytes(self.first) >> 48 | (u32::from_le_bytes(self.last) as u64) << 16
     }
 }
 

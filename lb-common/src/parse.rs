@@ -26,8 +26,6 @@ const FRAGMENT_OFFSET: u16 = 0x1fff;
 pub struct Link {
     /// To whom: see [`crate::headers::Mac::number`].
     pub destination: u64,
-    /// From whom.
-    pub source: u64,
     /// VLAN ids, as in [`crate::layout::Port::vlan`].
     pub vlan: u32,
     /// What follows, as a number.
@@ -40,10 +38,16 @@ pub struct Link {
 #[inline(always)]
 pub fn link<F: Frame>(frame: &mut F) -> Option<Link> {
     let ethernet = *frame.at::<Ethernet>(0)?;
-    let (destination, source) = ethernet.macs.numbers();
     let untagged = Tags { kind: ethernet.kind.get(), network: size_of::<Ethernet>(), vlan: 0 };
     let tags = if is_tag(untagged.kind) { Tags::unpack(frame.tags())? } else { untagged };
-    Some(Link { destination, source, vlan: tags.vlan, kind: tags.kind, network: tags.network })
+    let destination = ethernet.macs.destination();
+    Some(Link { destination, vlan: tags.vlan, kind: tags.kind, network: tags.network })
+}
+
+/// Who sent the frame: see [`crate::headers::Mac::number`]. Seldom asked for.
+#[inline(always)]
+pub fn sender<F: Frame>(frame: &mut F) -> u64 {
+    frame.at::<Ethernet>(0).map_or(0, |ethernet| ethernet.macs.source())
 }
 
 /// The VLAN tags of a frame that has some.

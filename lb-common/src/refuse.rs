@@ -61,7 +61,8 @@ fn build<F: Frame>(
     ports: Ports,
     segment: &Segment,
 ) -> Result<(), Outcome> {
-    write_macs(frame, link.source, link.destination).ok_or(Outcome::NoRoom)?;
+    let client = parse::sender(frame);
+    write_macs(frame, client, link.destination).ok_or(Outcome::NoRoom)?;
     let transport = if packet.family == family::IPV4 {
         ipv4_header(frame, packet).ok_or(Outcome::NoRoom)?
     } else {
