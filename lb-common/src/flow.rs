@@ -24,7 +24,7 @@ use crate::{
     hash::{FlowHash, Key},
     headers::protocol,
     kill::KILLED_REST,
-    layout::{Config, SETS_PER_ADDRESS, Set4, Set6, WAYS, Way4, Way6, family, snat_place},
+    layout::{Classifier, Config, SETS_PER_ADDRESS, Set4, Set6, WAYS, Way4, Way6, family, snat_place},
     maps::{Maps, Step},
     meta::{Kind, Meta, RESET, SYN_ACK},
     outcome::{Event, Outcome},
@@ -167,7 +167,7 @@ pub trait Family: Copy + 'static {
     /// Where an SNAT address is looked up: see [`snat_place`].
     fn snat_place(address: [u64; 2]) -> usize;
     /// What is looked up there.
-    fn snat_at(config: &Config, address: [u64; 2]) -> u8;
+    fn snat_at(classifier: &Classifier, address: [u64; 2]) -> u8;
     /// Which SNAT address a bucket belongs to.
     fn bucket(config: &Config, bucket: usize) -> u32;
     /// The half of the selection table in use, plus one; 0: none.
@@ -255,8 +255,8 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn snat_at(config: &Config, address: [u64; 2]) -> u8 {
-        config.place4[Self::snat_place(address)]
+    fn snat_at(classifier: &Classifier, address: [u64; 2]) -> u8 {
+        classifier.snat4[Self::snat_place(address)].load()
     }
 
     #[inline(always)]
@@ -379,8 +379,8 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn snat_at(config: &Config, address: [u64; 2]) -> u8 {
-        config.place6[Self::snat_place(address)]
+    fn snat_at(classifier: &Classifier, address: [u64; 2]) -> u8 {
+        classifier.snat6[Self::snat_place(address)].load()
     }
 
     #[inline(always)]

@@ -104,7 +104,7 @@ pub struct OverflowMarks {
     pub sets: [Cell8; 8],
 }
 
-/// The one entry of the configuration map.
+/// What is the same for all packets.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
@@ -143,10 +143,33 @@ pub struct Config {
     pub bucket4: [u8; BUCKETS],
     /// Which IPv6 SNAT address a bucket belongs to.
     pub bucket6: [u8; BUCKETS],
+}
+
+/// What says of most packets that they are not ours.
+#[repr(C)]
+pub struct Classifier {
     /// For each [`snat_place`] the IPv4 SNAT address that is there, plus one; 0: none; or [`SNAT_SHARED`].
-    pub place4: [u8; SNAT_PLACES],
+    pub snat4: [Cell8; SNAT_PLACES],
     /// The same for IPv6.
-    pub place6: [u8; SNAT_PLACES],
+    pub snat6: [Cell8; SNAT_PLACES],
+    /// For each port number the id of the first listener on it; 0: none.
+    pub listeners: [Cell16; 65_536],
+}
+
+/// The one entry of the control map: all that the daemon says and that is looked at for every packet, so that a program
+/// looks it up once. Large, so in this order: a load reaches 32,767 bytes.
+#[repr(C)]
+pub struct Control {
+    /// What is the same for all packets.
+    pub config: Config,
+    /// Services, by id.
+    pub services: [Service; SERVICES as usize],
+    /// Listeners, by id.
+    pub listeners: [Listener; LISTENERS as usize],
+    /// Backends, by id.
+    pub backends: [Backend; BACKENDS as usize],
+    /// Whose a packet may be.
+    pub classifier: Classifier,
 }
 
 /// Where an SNAT address (its last four or eight bytes as a word) is looked up. Of neighbouring addresses no two share
@@ -159,9 +182,9 @@ pub const fn snat_place(word: u64, bytes: u32) -> usize {
 }
 
 /// Enters SNAT address `index`, whose place is `place`.
-pub fn enter_snat(places: &mut [u8; SNAT_PLACES], place: usize, index: usize) {
-    let entry = &mut places[place % SNAT_PLACES];
-    *entry = if *entry == 0 { index as u8 + 1 } else { SNAT_SHARED };
+pub fn enter_snat(places: &[Cell8; SNAT_PLACES], place: usize, index: usize) {
+    let entry = &places[place % SNAT_PLACES];
+    entry.store(if entry.load() == 0 { index as u8 + 1 } else { SNAT_SHARED });
 }
 
 impl Config {
@@ -373,8 +396,17 @@ mod tests {
                 + PORTS * size_of::<Port>()
                 + SNAT_ADDRESSES * (4 + 16)
                 + 2 * BUCKETS
-                + 2 * SNAT_PLACES
         );
+        assert_eq!(size_of::<Classifier>(), 2 * SNAT_PLACES + 2 * 65_536);
+        assert_eq!(
+            size_of::<Control>(),
+            size_of::<Config>()
+                + SERVICES as usize * size_of::<Service>()
+                + LISTENERS as usize * size_of::<Listener>()
+                + BACKENDS as usize * size_of::<Backend>()
+                + size_of::<Classifier>()
+        );
+        assert!(offset_of!(Control, classifier) + offset_of!(Classifier, listeners) < 32_768);
         assert_eq!(offset_of!(Config, ports), 80);
     }
 

@@ -14,10 +14,11 @@ use crate::{
     flow::{Family as _, V4, V6},
     hash::Key,
     layout::{
-        ALLOW_SERVICE_BITS, BACKENDS, BUCKETS, Backend, Config, Dialled, Hook, LISTENERS, LISTENERS_PER_PORT,
-        Listener, NEXT_HOPS, NextHop, OverflowMarks, PARTNERS, PORTS, Port, ReturnHops, SELECTION_HALVES,
-        SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, SNAT_PLACES, SNAT_SHARED, Service, Set4,
-        Set6, WAYS, Way4, Way6, allow_key, backend_flag, family, snat_place,
+        ALLOW_SERVICE_BITS, BACKENDS, BUCKETS, Backend, Classifier, Config, Control, Dialled, Hook,
+        LISTENERS, LISTENERS_PER_PORT, Listener, NEXT_HOPS, NextHop, OverflowMarks, PARTNERS, PORTS, Port,
+        ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES,
+        SNAT_PLACES, SNAT_SHARED, Service, Set4, Set6, WAYS, Way4, Way6, allow_key, backend_flag, family,
+        snat_place,
     },
     maglev::TABLE_SIZE,
     meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
@@ -101,10 +102,10 @@ fn structures(digest: Digest) -> Digest {
             snat6,
             bucket4,
             bucket6,
-            place4,
-            place6,
         }
     );
+    let digest = structure!(digest, Classifier { snat4, snat6, listeners });
+    let digest = structure!(digest, Control { config, services, listeners, backends, classifier });
     let digest = structure!(digest, Port { interface, vlan, mac, tags, tag_count, reserved });
     let digest = structure!(digest, Listener { address, port, family, reserved, service, next, ports, sum });
     let digest = structure!(digest, Service { selection4, selection6, restricted, pods });

@@ -12,12 +12,12 @@ use std::{
 use crate::{
     black_box::Note,
     cell::{Cell8, Cell16, Cell32, Cell64},
-    flow::{Family as _, V4, V6},
+    flow::{Family, V4, V6},
     hash::Key,
     headers::Be16,
     layout::{
         BUCKETS, Backend, Config, LISTENERS, Listener, NextHop, PARTNERS, PORTS, Port, ReturnHops, SERVICES,
-        SNAT_ADDRESSES, SNAT_PLACES, Service, Set4, Set6, backend_flag, enter_snat, family,
+        SNAT_ADDRESSES, Service, Set4, Set6, backend_flag, family,
     },
     maglev::TABLE_SIZE,
     maps::Maps,
@@ -59,6 +59,7 @@ pub(crate) struct Memory {
     pub(crate) allowed: BTreeSet<(u16, [u64; 2])>,
     pub(crate) learned_hops: Vec<Cell64>,
     first_listeners: BTreeMap<u16, u16>,
+    snat_places: BTreeSet<(u8, usize)>,
     selection: Vec<Vec<u8>>,
     sets4: Vec<Set4>,
     sets6: Vec<Set6>,
@@ -97,8 +98,6 @@ impl Memory {
             snat6: [[0; 2]; SNAT_ADDRESSES],
             bucket4: [0; BUCKETS],
             bucket6: [0; BUCKETS],
-            place4: [0; SNAT_PLACES],
-            place6: [0; SNAT_PLACES],
         };
         let all = first_set + sets;
         Self {
@@ -110,6 +109,7 @@ impl Memory {
             allowed: BTreeSet::new(),
             learned_hops: zeroed(hops),
             first_listeners: BTreeMap::new(),
+            snat_places: BTreeSet::new(),
             selection: Vec::new(),
             sets4: zeroed(all),
             sets6: zeroed(all),
@@ -136,11 +136,11 @@ impl Memory {
         match address {
             IpAddr::V4(_) => {
                 self.config.snat4[0] = words(address)[0] as u32;
-                enter_snat(&mut self.config.place4, V4::snat_place(words(address)), 0);
+                self.snat_places.insert((V4::NUMBER, V4::snat_place(words(address))));
             }
             IpAddr::V6(_) => {
                 self.config.snat6[0] = words(address);
-                enter_snat(&mut self.config.place6, V6::snat_place(words(address)), 0);
+                self.snat_places.insert((V6::NUMBER, V6::snat_place(words(address))));
             }
         }
     }
@@ -239,6 +239,11 @@ impl Maps for &Memory {
 
     fn first_listener(&self, port: u16) -> u16 {
         self.first_listeners.get(&port).copied().unwrap_or(0)
+    }
+
+    fn snat_at<F: Family>(&self, address: [u64; 2]) -> u8 {
+        // The only one of its family.
+        self.snat_places.contains(&(F::NUMBER, F::snat_place(address))).into()
     }
 
     fn listener(&self, id: u16) -> Option<&Listener> {

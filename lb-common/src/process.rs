@@ -140,22 +140,37 @@ pub fn process<F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
 
 #[inline(always)]
 fn finish<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
-    match segments::<A, F, M>(frame, maps, Glance::UNSURE) {
+    match segments::<A, F, M>(frame, maps, Class::UNSURE) {
         Done::ICMP => icmp::translate::<A, F, M>(frame, maps),
         done if done.is_refused() => refuse::answer::<A, F>(frame, done),
         done => done,
     }
 }
 
-/// What a quick look at a packet has found.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Glance(u64);
+/// For whom a segment may be, as far as its destination tells: in one word the first listener on its port (bits 0-15) or
+/// what is at its address's [place](crate::layout::snat_place) (bits 16-23).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Class(u64);
 
-impl Glance {
-    /// Not ours: for most packets of a host that does other things as well, this is the end.
-    pub const NOT_OURS: Self = Self(u64::MAX);
+impl Class {
+    /// Nobody: for most packets of a host that does other things as well, this is the end.
+    pub const NOT_OURS: Self = Self(0);
     /// To be looked at again.
-    pub const UNSURE: Self = Self(u64::MAX - 1);
+    pub const UNSURE: Self = Self(u64::MAX);
+
+    /// A listener, if any.
+    #[inline(always)]
+    #[must_use]
+    pub const fn listener(first: u16) -> Self {
+        Self(first as u64)
+    }
+
+    /// A flow's backend, if anything is at the place.
+    #[inline(always)]
+    #[must_use]
+    pub const fn snat(place: u8) -> Self {
+        Self((place as u64) << 16)
+    }
 
     /// As one word.
     #[inline(always)]
@@ -171,30 +186,30 @@ impl Glance {
         Self(word)
     }
 
-    /// The first listener on the segment's port, 0 for none.
     #[inline(always)]
-    fn first_listener<M: Maps>(self, maps: &M, ports: Ports) -> u16 {
-        if self == Self::UNSURE {
-            maps.first_listener(u16::from_be(ports.destination))
-        } else {
-            self.0 as u16
-        }
+    const fn first_listener(self) -> u16 {
+        self.0 as u16
+    }
+
+    #[inline(always)]
+    const fn place(self) -> u8 {
+        (self.0 >> 16) as u8
     }
 }
 
 /// Could this be ours: is its port a listener's, or its address one of ours?
 #[inline(always)]
-pub fn glance<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, link: &Link) -> Glance {
+pub fn classify<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, link: &Link) -> Class {
     let (transport, protocol, destination) = if A::NUMBER == family::IPV4 {
         let Some(header) = frame.at::<Ipv4>(link.network) else {
-            return Glance::NOT_OURS;
+            return Class::NOT_OURS;
         };
         let length = usize::from(header.version_length & 0x0f) * 4;
         let [_, protocol] = header.ttl_protocol.get().to_be_bytes();
         (link.network + length, protocol, [u64::from(header.destination.word()), 0])
     } else {
         let Some(header) = frame.at::<Ipv6>(link.network) else {
-            return Glance::NOT_OURS;
+            return Class::NOT_OURS;
         };
         let destination = [header.destination[0].word(), header.destination[1].word()];
         (link.network + size_of::<Ipv6>(), header.next_header, destination)
@@ -202,25 +217,18 @@ pub fn glance<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, link: &Link
     if protocol != protocol::TCP {
         // An error about a flow, or TCP behind extension headers.
         let hidden = A::NUMBER == family::IPV6 && parse::is_extension(protocol);
-        return if protocol == A::ICMP || hidden { Glance::UNSURE } else { Glance::NOT_OURS };
+        return if protocol == A::ICMP || hidden { Class::UNSURE } else { Class::NOT_OURS };
     }
     let Some(ports) = parse::ports(frame, transport) else {
-        return Glance::NOT_OURS;
+        return Class::NOT_OURS;
     };
-    let first = maps.first_listener(u16::from_be(ports.destination));
-    if first != 0 {
-        return Glance(first.into());
-    }
-    match maps.config() {
-        Some(config) if snat::<A, M>(maps, config, destination).is_some() => Glance(0),
-        _ => Glance::NOT_OURS,
-    }
+    maps.classify::<A>(destination, u16::from_be(ports.destination))
 }
 
-/// Which SNAT address this is; None for all others, nearly always after one look.
+/// Which SNAT address this is, at whose place `place` was found.
 #[inline(always)]
-fn snat<A: Family, M: Maps>(maps: &M, config: &Config, address: [u64; 2]) -> Option<u32> {
-    match A::snat_at(config, address) {
+fn snat<A: Family, M: Maps>(maps: &M, config: &Config, place: u8, address: [u64; 2]) -> Option<u32> {
+    match place {
         0 => None,
         SNAT_SHARED => maps.snat_index::<A>(address),
         number => {
@@ -235,7 +243,7 @@ fn snat<A: Family, M: Maps>(maps: &M, config: &Config, address: [u64; 2]) -> Opt
 ///
 /// They are apart because together they need more stack than the kernel gives.
 #[inline(always)]
-pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, glance: Glance) -> Done {
+pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, class: Class) -> Done {
     let Some(link) = parse::link(frame) else {
         return Done::NOT_OURS;
     };
@@ -254,7 +262,12 @@ pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, glance: G
     let Some(config) = maps.config() else {
         return Done::NOT_OURS;
     };
-    let first = glance.first_listener(maps, ports);
+    let class = if class == Class::UNSURE {
+        maps.classify::<A>(packet.destination, u16::from_be(ports.destination))
+    } else {
+        class
+    };
+    let first = class.first_listener();
     if first != 0 {
         // A listener's port is never a slot, at any address: whoever is not for a listener here is not ours.
         let Some((id, listener)) = listener_from::<A, M>(maps, first, packet.destination, ports.destination)
@@ -269,7 +282,7 @@ pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, glance: G
             None => Done::NOT_OURS,
         };
     }
-    if let Some(slot) = slot::<A, M>(maps, config, packet.destination, ports.destination) {
+    if let Some(slot) = slot_of::<A, M>(maps, config, class.place(), packet.destination, ports.destination) {
         return match enter(frame, maps, config, &link, packet, ports) {
             Some(context) => reply::reply::<A, F, M>(frame, maps, &context, slot),
             None => Done::NOT_OURS,
@@ -325,12 +338,24 @@ pub fn listener<M: Maps>(maps: &M, family: u8, address: [u64; 2], port: u16) -> 
 /// The slot whose SNAT address (words) and port (word) these are, be it anybody's or not.
 #[inline(always)]
 pub fn slot<A: Family, M: Maps>(maps: &M, config: &Config, address: [u64; 2], port: u16) -> Option<Slot> {
+    slot_of::<A, M>(maps, config, maps.snat_at::<A>(address), address, port)
+}
+
+/// The same, where it is known what is at the address's place.
+#[inline(always)]
+fn slot_of<A: Family, M: Maps>(
+    maps: &M,
+    config: &Config,
+    place: u8,
+    address: [u64; 2],
+    port: u16,
+) -> Option<Slot> {
     let port = u32::from(u16::from_be(port));
     let set = port / WAYS as u32;
     if set.wrapping_sub(config.first_set) >= config.sets {
         return None;
     }
-    let index = snat::<A, M>(maps, config, address)?;
+    let index = snat::<A, M>(maps, config, place, address)?;
     Some(Slot { set: index * SETS_PER_ADDRESS + set, way: port % WAYS as u32 })
 }
 

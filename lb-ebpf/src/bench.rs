@@ -145,7 +145,7 @@ mod programs {
     /// a slot of the packet's destination.
     #[inline(always)]
     fn free(context: &XdpContext, ipv6: bool, chosen: bool) -> Option<()> {
-        let maps = KernelMaps;
+        let maps = KernelMaps::new()?;
         let frame = &mut XdpFrame::new(context);
         let config = maps.config()?;
         let word = if ipv6 {

@@ -121,18 +121,21 @@ impl Address {
 #[inline(always)]
 pub fn connect4(context: &SockAddrContext) -> i32 {
     let address = Address::new(context);
-    if KernelMaps.first_listener(u16::from_be(address.port())) == 0 {
+    let Some(maps) = KernelMaps::new() else {
+        return PROCEED;
+    };
+    if maps.first_listener(u16::from_be(address.port())) == 0 {
         return PROCEED;
     }
     let dialled = address.v4();
-    let verdict = decide(context, family::IPV4, [dialled.into(), 0]);
+    let verdict = decide(context, &maps, family::IPV4, [dialled.into(), 0]);
     if verdict == Verdict::NOT_OURS {
         return PROCEED;
     }
     if verdict.is_refused() {
         return refuse(address, |address| address.set_v4(u32::from_ne_bytes([127, 0, 0, 1])));
     }
-    let Some(backend) = KernelMaps.backend(verdict.backend()) else {
+    let Some(backend) = maps.backend(verdict.backend()) else {
         return PROCEED;
     };
     remember(context, verdict, [dialled.into(), 0], backend.address, backend.port);
@@ -145,16 +148,19 @@ pub fn connect4(context: &SockAddrContext) -> i32 {
 #[inline(always)]
 pub fn connect6(context: &SockAddrContext) -> i32 {
     let address = Address::new(context);
-    if KernelMaps.first_listener(u16::from_be(address.port())) == 0 {
+    let Some(maps) = KernelMaps::new() else {
+        return PROCEED;
+    };
+    if maps.first_listener(u16::from_be(address.port())) == 0 {
         return PROCEED;
     }
     let dialled = joined(address.v6());
     let [.., ipv4] = split(dialled);
     let is_mapped = dialled == mapped(ipv4);
     let verdict = if is_mapped {
-        decide(context, family::IPV4, [ipv4.into(), 0])
+        decide(context, &maps, family::IPV4, [ipv4.into(), 0])
     } else {
-        decide(context, family::IPV6, dialled)
+        decide(context, &maps, family::IPV6, dialled)
     };
     if verdict == Verdict::NOT_OURS {
         return PROCEED;
@@ -162,7 +168,7 @@ pub fn connect6(context: &SockAddrContext) -> i32 {
     if verdict.is_refused() {
         return refuse(address, |address| address.set_v6([0, 0, 0, 1u32.to_be()]));
     }
-    let Some(backend) = KernelMaps.backend(verdict.backend()) else {
+    let Some(backend) = maps.backend(verdict.backend()) else {
         return PROCEED;
     };
     let chosen = if is_mapped { mapped(backend.address[0] as u32) } else { backend.address };
@@ -202,12 +208,12 @@ pub fn getpeername6(context: &SockAddrContext) -> i32 {
 
 /// What becomes of a connection to this address, which may be a listener's.
 #[inline(always)]
-fn decide(context: &SockAddrContext, family: u8, to: [u64; 2]) -> Verdict {
+fn decide(context: &SockAddrContext, maps: &KernelMaps, family: u8, to: [u64; 2]) -> Verdict {
     let address = Address::new(context);
     if !address.is_tcp() {
         return Verdict::NOT_OURS;
     }
-    let listener = KernelMaps.find_listener(family, to, address.port());
+    let listener = maps.find_listener(family, to, address.port());
     let Some(hook) = HOOK.get(0) else {
         return Verdict::NOT_OURS;
     };
@@ -220,10 +226,10 @@ fn decide(context: &SockAddrContext, family: u8, to: [u64; 2]) -> Verdict {
     let verdict = laundered(subprograms::map_connect(listener.into(), own.into(), random.into()));
     let verdict = Verdict::from_word(verdict as u32);
     if verdict.is_refused() {
-        KernelMaps.count_connect(verdict.service(), Event::ConnectRefused);
+        maps.count_connect(verdict.service(), Event::ConnectRefused);
     } else if verdict != Verdict::NOT_OURS {
-        KernelMaps.count_connect(verdict.service(), Event::ConnectRedirected);
-        KernelMaps.count_connect_to(verdict.backend());
+        maps.count_connect(verdict.service(), Event::ConnectRedirected);
+        maps.count_connect_to(verdict.backend());
     }
     verdict
 }
@@ -272,5 +278,5 @@ fn dialled(context: &SockAddrContext) -> Option<&Dialled> {
 /// See [`connect::verdict`].
 #[inline(always)]
 pub(crate) fn verdict(listener: u16, own_network: bool, random: u32) -> Verdict {
-    connect::verdict(&KernelMaps, listener, own_network, random)
+    KernelMaps::new().map_or(Verdict::NOT_OURS, |maps| connect::verdict(&maps, listener, own_network, random))
 }

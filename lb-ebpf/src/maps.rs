@@ -18,9 +18,9 @@ use lb_common::{
     flow::{Choice, Claim, Claimer, Family, Found, Query, Slot},
     hash::FlowHash,
     layout::{
-        AllowKey, BACKENDS, Backend, Config, LISTENERS, Listener, NEXT_HOPS, OverflowMarks, PORTS,
-        ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Service,
-        Set4, Set6, WAYS, allow_key, family,
+        AllowKey, BACKENDS, Backend, Config, Control, Listener, NEXT_HOPS, OverflowMarks, PORTS, ReturnHops,
+        SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Service, Set4, Set6,
+        WAYS, allow_key, family,
     },
     maps::{Maps, Step},
     meta::Meta,
@@ -34,16 +34,7 @@ const MAPPED: usize = BPF_F_MMAPABLE as usize;
 const SETS: usize = SETS_PER_ADDRESS as usize;
 
 #[btf_map]
-static CONFIG: Array<Config, 1, MAPPED> = Array::new();
-/// For each port number the first listener, four to a word.
-#[btf_map]
-static LISTENER_PORTS: Array<u64, { 65_536 / 4 }, MAPPED> = Array::new();
-#[btf_map]
-static LISTENER: Array<Listener, { LISTENERS as usize }, MAPPED> = Array::new();
-#[btf_map]
-static SERVICE: Array<Service, { SERVICES as usize }, MAPPED> = Array::new();
-#[btf_map]
-static BACKEND: Array<Backend, { BACKENDS as usize }, MAPPED> = Array::new();
+static CONTROL: Array<Control, 1, MAPPED> = Array::new();
 /// Selection tables, two halves for each service and family, eight entries to a word.
 #[btf_map]
 static SELECTION: Array<u64, { (SELECTION_HALVES * SELECTION_WORDS) as usize }, MAPPED> = Array::new();
@@ -83,9 +74,20 @@ static BLACK_BOX: Array<Record, { RECORDS_MIN as usize }, MAPPED> = Array::new()
 #[unsafe(no_mangle)]
 static BLACK_BOX_BITS: Global<u32> = Global::new(RECORDS_MIN.trailing_zeros());
 
-/// The maps.
+/// The maps, with what is in all programs looked up.
 #[derive(Clone, Copy)]
-pub struct KernelMaps;
+pub struct KernelMaps {
+    control: &'static Control,
+}
+
+impl KernelMaps {
+    /// The maps. None never comes, but the verifier does not know.
+    #[inline(always)]
+    #[must_use]
+    pub fn new() -> Option<Self> {
+        Some(Self { control: CONTROL.get(0)? })
+    }
+}
 
 impl Maps for KernelMaps {
     #[inline(always)]
@@ -181,30 +183,33 @@ impl Maps for KernelMaps {
 
     #[inline(always)]
     fn config(&self) -> Option<&Config> {
-        CONFIG.get(0)
+        Some(&self.control.config)
     }
 
     #[inline(always)]
     fn first_listener(&self, port: u16) -> u16 {
-        match LISTENER_PORTS.get(u32::from(port) / 4) {
-            Some(word) => (*word >> (u32::from(port) % 4 * 16)) as u16,
-            None => 0,
-        }
+        // The verifier knows nothing of a number whose bytes were swapped.
+        self.control.classifier.listeners[(checked(port.into()) & 0xffff) as usize].load()
+    }
+
+    #[inline(always)]
+    fn snat_at<F: Family>(&self, address: [u64; 2]) -> u8 {
+        F::snat_at(&self.control.classifier, address)
     }
 
     #[inline(always)]
     fn listener(&self, id: u16) -> Option<&Listener> {
-        LISTENER.get(u32::from(id))
+        entry(&self.control.listeners, id)
     }
 
     #[inline(always)]
     fn service(&self, id: u16) -> Option<&Service> {
-        SERVICE.get(u32::from(id))
+        entry(&self.control.services, id)
     }
 
     #[inline(always)]
     fn backend(&self, id: u8) -> Option<&Backend> {
-        BACKEND.get(u32::from(id))
+        self.control.backends.get(usize::from(id))
     }
 
     #[inline(always)]
@@ -239,17 +244,12 @@ impl Maps for KernelMaps {
 
     #[inline(always)]
     fn jiffies(&self) -> u64 {
-        // SAFETY: takes nothing; inlined by the kernel's JIT.
-        unsafe { bpf_jiffies64() }
+        jiffies()
     }
 
     #[inline(always)]
     fn count_place(&self, service: u16, place: u16) {
-        let index = u32::from(service) * COUNTERS as u32 + u32::from(place);
-        if let Some(count) = COUNTER.get_ptr_mut(index) {
-            // SAFETY: this CPU's own copy; programs on one CPU do not interrupt each other.
-            unsafe { *count += 1 };
-        }
+        count(service, place);
     }
 
     #[inline(always)]
@@ -301,6 +301,23 @@ impl Maps for KernelMaps {
     }
 }
 
+/// Counts one, for the counter at `place`: see [`Counter::index`].
+#[inline(always)]
+pub fn count(service: u16, place: u16) {
+    let index = u32::from(service) * COUNTERS as u32 + u32::from(place);
+    if let Some(count) = COUNTER.get_ptr_mut(index) {
+        // SAFETY: this CPU's own copy; programs on one CPU do not interrupt each other.
+        unsafe { *count += 1 };
+    }
+}
+
+/// The tick counter.
+#[inline(always)]
+fn jiffies() -> u64 {
+    // SAFETY: takes nothing; inlined by the kernel's JIT.
+    unsafe { bpf_jiffies64() }
+}
+
 /// Counts of the connect hook. Its programs run in system calls, and may be interrupted on their CPU by their like and
 /// by the XDP program: so they add by one instruction.
 impl KernelMaps {
@@ -328,6 +345,13 @@ fn increment(count: *mut u64) {
     unsafe {
         core::arch::asm!("lock *(u64 *)({count} + 0) += {one}", count = in(reg) count, one = in(reg) 1u64);
     }
+}
+
+/// An entry by id. LLVM must not know where the id comes from, or it compares one copy and uses another, of which the
+/// verifier knows nothing.
+#[inline(always)]
+fn entry<T, const COUNT: usize>(entries: &[T; COUNT], id: u16) -> Option<&T> {
+    entries.get(laundered(id.into()) as usize)
 }
 
 /// What `bpf_loop` calls.
@@ -360,7 +384,7 @@ pub fn note(note: &Note) {
     let bits = BLACK_BOX_BITS.load() & 31;
     // SAFETY: takes nothing; inlined by the kernel.
     let ring = unsafe { bpf_get_smp_processor_id() } << bits;
-    black_box::append(|place| BLACK_BOX.get(ring + place), bits, note, KernelMaps.jiffies());
+    black_box::append(|place| BLACK_BOX.get(ring + place), bits, note, jiffies());
 }
 
 /// Leaves the tick counter where the daemon can read it.

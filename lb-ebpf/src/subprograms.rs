@@ -15,7 +15,7 @@ use lb_common::{
     layout::{PORTS, SNAT_ADDRESSES, family},
     maps::Maps as _,
     next_hop, parse,
-    process::{self, Done, Glance, segments},
+    process::{self, Class, Done, segments},
     refuse, reply, rewrite,
 };
 
@@ -62,7 +62,7 @@ pub(crate) extern "C" fn frame_option_sum(context: *mut xdp_md, offset: u64, end
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn frame_routed(context: *mut xdp_md, family: u64, high: u64, low: u64) -> u64 {
-    match KernelMaps.config() {
+    match KernelMaps::new().as_ref().and_then(KernelMaps::config) {
         Some(config) => {
             let context = XdpContext::new(context);
             reply::routed(&mut XdpFrame::new(&context), config, family as u8, [high, low])
@@ -75,7 +75,7 @@ pub(crate) extern "C" fn frame_routed(context: *mut xdp_md, family: u64, high: u
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn frame_retag(context: *mut xdp_md, network: u64, kind: u64, port: u64) -> u64 {
-    match KernelMaps.config() {
+    match KernelMaps::new().as_ref().and_then(KernelMaps::config) {
         Some(config) => {
             let context = XdpContext::new(context);
             let frame = &mut XdpFrame::new(&context);
@@ -89,17 +89,22 @@ pub(crate) extern "C" fn frame_retag(context: *mut xdp_md, network: u64, kind: u
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn map_listener(family: u64, high: u64, low: u64, port: u64) -> u64 {
-    process::listener(&KernelMaps, family as u8, [high, low], port as u16).into()
+    KernelMaps::new()
+        .map_or(0, |maps| process::listener(&maps, family as u8, [high, low], port as u16))
+        .into()
 }
 
 /// See [`process::snat_index`]; [`SNAT_ADDRESSES`] for none.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn map_snat_index(family_number: u64, high: u64, low: u64) -> u64 {
+    let Some(maps) = KernelMaps::new() else {
+        return SNAT_ADDRESSES as u64;
+    };
     let index = if family_number == u64::from(family::IPV4) {
-        process::snat_index::<V4, _>(&KernelMaps, [high, low])
+        process::snat_index::<V4, _>(&maps, [high, low])
     } else {
-        process::snat_index::<V6, _>(&KernelMaps, [high, low])
+        process::snat_index::<V6, _>(&maps, [high, low])
     };
     index.map_or(SNAT_ADDRESSES as u64, u64::from)
 }
@@ -108,7 +113,9 @@ pub(crate) extern "C" fn map_snat_index(family_number: u64, high: u64, low: u64)
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn map_arrival(interface: u64, vlan: u64, mac: u64) -> u64 {
-    process::arrival(&KernelMaps, interface as u32, vlan as u32, mac).map_or(PORTS as u64, u64::from)
+    KernelMaps::new()
+        .and_then(|maps| process::arrival(&maps, interface as u32, vlan as u32, mac))
+        .map_or(PORTS as u64, u64::from)
 }
 
 /// See [`maps::allows`]: 1 or 0.
@@ -123,10 +130,13 @@ pub(crate) extern "C" fn map_allows(service: u64, high: u64, low: u64) -> u64 {
 #[inline(never)]
 pub(crate) extern "C" fn map_another(family_number: u64, service: u64, hash: u64, refused: u64) -> u64 {
     let (service, hash, refused) = (service as u16, FlowHash(hash), refused as u8);
+    let Some(maps) = KernelMaps::new() else {
+        return 0;
+    };
     if family_number == u64::from(family::IPV4) {
-        forward::another::<V4, _>(&KernelMaps, service, hash, refused).into()
+        forward::another::<V4, _>(&maps, service, hash, refused).into()
     } else {
-        forward::another::<V6, _>(&KernelMaps, service, hash, refused).into()
+        forward::another::<V6, _>(&maps, service, hash, refused).into()
     }
 }
 
@@ -134,14 +144,16 @@ pub(crate) extern "C" fn map_another(family_number: u64, service: u64, hash: u64
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn map_learn(hop: u64) -> u64 {
-    next_hop::learn(&KernelMaps, hop).into()
+    KernelMaps::new().map_or(0, |maps| next_hop::learn(&maps, hop)).into()
 }
 
 /// See [`reply::is_backend`]: 1 or 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn map_is_backend(family: u64, high: u64, low: u64, port: u64) -> u64 {
-    reply::is_backend(&KernelMaps, family as u8, [high, low], port as u16).into()
+    KernelMaps::new()
+        .is_some_and(|maps| reply::is_backend(&maps, family as u8, [high, low], port as u16))
+        .into()
 }
 
 /// See [`lb_common::connect::verdict`].
@@ -164,10 +176,13 @@ macro_rules! subprograms {
         /// See [`segments`].
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub(crate) extern "C" fn $segments(context: *mut xdp_md, glance: u64) -> u64 {
+        pub(crate) extern "C" fn $segments(context: *mut xdp_md, class: u64) -> u64 {
             let context = XdpContext::new(context);
-            let glance = Glance::from_word(glance);
-            segments::<$family, _, _>(&mut XdpFrame::new(&context), &KernelMaps, glance).word()
+            let Some(maps) = KernelMaps::new() else {
+                return Done::NOT_OURS.word();
+            };
+            let class = Class::from_word(class);
+            segments::<$family, _, _>(&mut XdpFrame::new(&context), &maps, class).word()
         }
 
         /// See [`icmp::translate`].
@@ -175,7 +190,10 @@ macro_rules! subprograms {
         #[inline(never)]
         pub(crate) extern "C" fn $icmp(context: *mut xdp_md) -> u64 {
             let context = XdpContext::new(context);
-            icmp::translate::<$family, _, _>(&mut XdpFrame::new(&context), &KernelMaps).word()
+            let Some(maps) = KernelMaps::new() else {
+                return Done::NOT_OURS.word();
+            };
+            icmp::translate::<$family, _, _>(&mut XdpFrame::new(&context), &maps).word()
         }
 
         /// See [`refuse::answer`].
@@ -195,11 +213,11 @@ macro_rules! subprograms {
             except: u64,
         ) -> u64 {
             // SAFETY: null, or the caller's structure.
-            let Some(query) = (unsafe { query.as_ref() }) else {
+            let (Some(query), Some(maps)) = (unsafe { query.as_ref() }, KernelMaps::new()) else {
                 return 0;
             };
             let except = Found::from_word(except).slot();
-            find_in::<$family, _>(&KernelMaps, query, candidates, except).word()
+            find_in::<$family, _>(&maps, query, candidates, except).word()
         }
 
         /// See [`claim_free`]; the result is packed.
@@ -213,7 +231,10 @@ macro_rules! subprograms {
             let (Some(query), Some(claimer)) = (unsafe { (query.as_ref(), claimer.as_ref()) }) else {
                 return Claim::UNDECIDED.word();
             };
-            claim_free::<$family, _>(&KernelMaps, query, claimer).word()
+            let Some(maps) = KernelMaps::new() else {
+                return Claim::UNDECIDED.word();
+            };
+            claim_free::<$family, _>(&maps, query, claimer).word()
         }
 
         /// See [`choose`]; the result is packed.
@@ -227,7 +248,10 @@ macro_rules! subprograms {
             let (Some(query), Some(claimer)) = (unsafe { (query.as_ref(), claimer.as_ref()) }) else {
                 return Choice::NONE.word();
             };
-            choose::<$family, _>(&KernelMaps, query, claimer).word()
+            let Some(maps) = KernelMaps::new() else {
+                return Choice::NONE.word();
+            };
+            choose::<$family, _>(&maps, query, claimer).word()
         }
 
         /// See [`take`]; `found` and the result are packed.
@@ -242,7 +266,10 @@ macro_rules! subprograms {
             let (Some(query), Some(claimer)) = (unsafe { (query.as_ref(), claimer.as_ref()) }) else {
                 return Claim::FULL.word();
             };
-            take::<$family, _>(&KernelMaps, query, claimer, Found::from_word(found)).word()
+            let Some(maps) = KernelMaps::new() else {
+                return Claim::FULL.word();
+            };
+            take::<$family, _>(&maps, query, claimer, Found::from_word(found)).word()
         }
     };
 }

@@ -8,16 +8,15 @@ use aya_ebpf::{
 use lb_common::{
     flow::{V4, V6},
     headers::{IPV4, IPV6},
-    maps::Maps as _,
     outcome::Action,
     parse,
-    process::{Done, Glance, glance},
+    process::{Class, Done, classify},
 };
 
 use crate::{
     frame::XdpFrame,
     log,
-    maps::KernelMaps,
+    maps::{self, KernelMaps},
     subprograms::{self, laundered},
 };
 
@@ -27,7 +26,7 @@ pub fn handle(context: &XdpContext) -> u32 {
     let done = process(context);
     // What is not ours costs as little as possible: not even a count.
     if done != Done::NOT_OURS {
-        KernelMaps.count_place(done.service(), done.outcome_index());
+        maps::count(done.service(), done.outcome_index());
         log::sample(context, done);
     }
     action(context, done)
@@ -39,30 +38,47 @@ fn process(context: &XdpContext) -> Done {
     let Some(link) = parse::link(&mut XdpFrame::new(context)) else {
         return Done::NOT_OURS;
     };
-    let frame = &mut XdpFrame::new(context);
-    let ipv4 = link.kind == IPV4;
-    let glance = match link.kind {
-        IPV4 => glance::<V4, _, _>(frame, &KernelMaps, &link),
-        IPV6 => glance::<V6, _, _>(frame, &KernelMaps, &link),
-        _ => Glance::NOT_OURS,
-    };
-    if glance == Glance::NOT_OURS {
+    let Some(maps) = KernelMaps::new() else {
         return Done::NOT_OURS;
+    };
+    let frame = &mut XdpFrame::new(context);
+    match link.kind {
+        IPV4 => match classify::<V4, _, _>(frame, &maps, &link) {
+            Class::NOT_OURS => Done::NOT_OURS,
+            class => finish4(context, done(subprograms::frame4_segments(context.ctx, class.word()))),
+        },
+        IPV6 => match classify::<V6, _, _>(frame, &maps, &link) {
+            Class::NOT_OURS => Done::NOT_OURS,
+            class => finish6(context, done(subprograms::frame6_segments(context.ctx, class.word()))),
+        },
+        _ => Done::NOT_OURS,
     }
-    let done = if ipv4 {
-        subprograms::frame4_segments(context.ctx, glance.word())
-    } else {
-        subprograms::frame6_segments(context.ctx, glance.word())
-    };
-    let done = Done::from_word(laundered(done));
-    let done = match done {
-        Done::ICMP if ipv4 => subprograms::frame4_icmp(context.ctx),
-        Done::ICMP => subprograms::frame6_icmp(context.ctx),
-        done if done.is_refused() && ipv4 => subprograms::frame4_refuse(context.ctx, done.word()),
-        done if done.is_refused() => subprograms::frame6_refuse(context.ctx, done.word()),
-        done => return done,
-    };
-    Done::from_word(laundered(done))
+}
+
+/// What [`lb_common::process::segments`] has left to others.
+#[inline(always)]
+fn finish4(context: &XdpContext, segment: Done) -> Done {
+    match segment {
+        Done::ICMP => done(subprograms::frame4_icmp(context.ctx)),
+        refused if refused.is_refused() => done(subprograms::frame4_refuse(context.ctx, refused.word())),
+        segment => segment,
+    }
+}
+
+/// The same for IPv6.
+#[inline(always)]
+fn finish6(context: &XdpContext, segment: Done) -> Done {
+    match segment {
+        Done::ICMP => done(subprograms::frame6_icmp(context.ctx)),
+        refused if refused.is_refused() => done(subprograms::frame6_refuse(context.ctx, refused.word())),
+        segment => segment,
+    }
+}
+
+/// A subprogram's result.
+#[inline(always)]
+fn done(word: u64) -> Done {
+    Done::from_word(laundered(word))
 }
 
 #[inline(always)]

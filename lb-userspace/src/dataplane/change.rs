@@ -96,14 +96,13 @@ impl Dataplane {
 
     /// The number of the first listener on a port; 0: none.
     fn first_listener(&self, port: u16) -> u16 {
-        let (word, shift) = place_of(port);
-        (self.listener_ports.read(word).unwrap_or_default() >> shift) as u16
+        self.classifier.get(0).map_or(0, |classifier| classifier.listeners[usize::from(port)].load())
     }
 
     fn set_first_listener(&self, port: u16, id: u16) {
-        let (word, shift) = place_of(port);
-        let others = self.listener_ports.read(word).unwrap_or_default() & !(0xffff << shift);
-        self.listener_ports.write(word, others | u64::from(id) << shift);
+        if let Some(classifier) = self.classifier.get(0) {
+            classifier.listeners[usize::from(port)].store(id);
+        }
     }
 
     /// Restricts a service to clients in `prefixes`; none: everyone. A client that is allowed before and after is
@@ -181,10 +180,6 @@ impl Dataplane {
     pub fn clear_total_flows(&mut self, id: u8) -> Result<(), DataplaneError> {
         clear(&mut self.backend_flows, "BACKEND_FLOWS", id.into())
     }
-}
-
-fn place_of(port: u16) -> (usize, u32) {
-    (usize::from(port) / 4, u32::from(port) % 4 * 16)
 }
 
 fn raw_key(service: u16, prefix: &IpNet) -> (u32, AllowKey) {

@@ -14,7 +14,7 @@ use lb_common::{
     meta::{Kind, Meta},
 };
 
-use super::{Dataplane, Mapped, Port, Settings, address_of, pins::Pins, sets};
+use super::{CONTROL, Dataplane, Mapped, Port, Settings, address_of, pins::Pins, sets};
 
 /// Everything that has a number.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -113,13 +113,11 @@ impl Dataplane {
     /// The listeners that lists of ports lead to.
     fn open_listeners(&self) -> BTreeSet<u16> {
         let mut open = BTreeSet::new();
-        for word in (0..self.listener_ports.len()).filter_map(|index| self.listener_ports.read(index)) {
-            for first in [word, word >> 16, word >> 32, word >> 48] {
-                let mut next = first as u16;
-                // An id that is there already ends it, also in a list that bites its tail.
-                while next != 0 && open.insert(next) {
-                    next = self.listeners.read(usize::from(next)).map_or(0, |entry| entry.next);
-                }
+        for first in self.classifier.get(0).into_iter().flat_map(|classifier| &classifier.listeners) {
+            let mut next = first.load();
+            // An id that is there already ends it, also in a list that bites its tail.
+            while next != 0 && open.insert(next) {
+                next = self.listeners.read(usize::from(next)).map_or(0, |entry| entry.next);
             }
         }
         open
@@ -193,8 +191,8 @@ pub struct Previous {
 impl Previous {
     /// Reads it; None where there are no such maps, or where they are not this build's.
     pub fn read(pins: &Pins) -> Option<Self> {
-        let map = MapData::from_pin(pins.map("CONFIG")?).and_then(Map::from_map_data).ok()?;
-        let config = Mapped::<layout::Config>::new("CONFIG", &map).ok()?.read(0)?;
+        let map = MapData::from_pin(pins.map(CONTROL)?).and_then(Map::from_map_data).ok()?;
+        let config = Mapped::<layout::Control>::new(CONTROL, &map).ok()?.config().read(0)?;
         // Nothing was ever configured.
         (config.sets != 0).then_some(Self { config })
     }

@@ -1,15 +1,16 @@
 //! An array map in this process's memory: the boundary behind which the rest of the daemon sees plain values.
 
-use std::{fs::File, os::fd::AsFd, ptr::NonNull};
+use std::{fs::File, mem::offset_of, os::fd::AsFd, ptr::NonNull, sync::Arc};
 
 use aya::maps::{Map, MapData};
+use lb_common::layout::{Backend, Classifier, Config, Control, Listener, Service};
 use memmap2::{MmapOptions, MmapRaw};
 
 use super::DataplaneError;
 
 /// The values of a `BPF_F_MMAPABLE` array map. The kernel programs read and write them at the same time.
 pub struct Mapped<T> {
-    memory: MmapRaw,
+    memory: Arc<MmapRaw>,
     values: NonNull<T>,
     length: usize,
 }
@@ -37,6 +38,7 @@ impl<T> Mapped<T> {
         let length = info.max_entries() as usize;
         let file = File::from(data.fd().as_fd().try_clone_to_owned().map_err(error)?);
         let memory = MmapOptions::new().len(length * size_of::<T>()).map_raw(&file).map_err(error)?;
+        let memory = Arc::new(memory);
         let values = NonNull::new(memory.as_mut_ptr().cast::<T>())
             .ok_or_else(|| error(std::io::Error::other("mapped at zero")))?;
         Ok(Self { memory, values, length })
@@ -54,7 +56,7 @@ impl<T> Mapped<T> {
 
     /// Bytes of map memory.
     pub fn bytes(&self) -> usize {
-        self.memory.len()
+        self.length * size_of::<T>()
     }
 
     /// A value made of cells, to be read and changed word by word.
@@ -65,9 +67,44 @@ impl<T> Mapped<T> {
     }
 }
 
-impl Mapped<lb_common::layout::Backend> {
+/// The parts of the control map.
+impl Mapped<Control> {
+    /// What is the same for all packets.
+    pub fn config(&self) -> Mapped<Config> {
+        self.part(offset_of!(Control, config), 1)
+    }
+
+    /// Services, by id.
+    pub fn services(&self) -> Mapped<Service> {
+        self.part(offset_of!(Control, services), lb_common::layout::SERVICES as usize)
+    }
+
+    /// Listeners, by id.
+    pub fn listeners(&self) -> Mapped<Listener> {
+        self.part(offset_of!(Control, listeners), lb_common::layout::LISTENERS as usize)
+    }
+
+    /// Backends, by id.
+    pub fn backends(&self) -> Mapped<Backend> {
+        self.part(offset_of!(Control, backends), lb_common::layout::BACKENDS as usize)
+    }
+
+    /// Whose a packet may be.
+    pub fn classifier(&self) -> Mapped<Classifier> {
+        self.part(offset_of!(Control, classifier), 1)
+    }
+
+    fn part<T>(&self, offset: usize, length: usize) -> Mapped<T> {
+        assert!(offset + length * size_of::<T>() <= size_of::<Control>(), "a part is within the whole");
+        // SAFETY: within the first value, as just compared, at a field of this type.
+        let values = unsafe { self.values.byte_add(offset) }.cast();
+        Mapped { memory: self.memory.clone(), values, length }
+    }
+}
+
+impl Mapped<Backend> {
     /// Writes an entry that nobody refers to yet.
-    pub fn place(&self, index: usize, entry: lb_common::layout::Backend) {
+    pub fn place(&self, index: usize, entry: Backend) {
         assert!(index < self.length, "index {index} of {}", self.length);
         // SAFETY: in range; the id is new, so no program and no slot looks at the entry.
         unsafe { self.values.as_ptr().add(index).write(entry) }

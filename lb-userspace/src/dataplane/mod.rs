@@ -74,6 +74,9 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 #[cfg(feature = "bench-object")]
 pub static BENCH_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-ebpf-bench"));
 
+/// The map of what is looked at for every packet: see [`layout::Control`].
+const CONTROL: &str = "CONTROL";
+
 /// Reads what the program logs about packets, and hands it to the logger of this process.
 pub type PacketLog = aya_log::EbpfLogger<&'static dyn log::Log>;
 
@@ -116,7 +119,7 @@ pub struct Listener {
 pub struct Dataplane {
     ebpf: Ebpf,
     config: Mapped<layout::Config>,
-    listener_ports: Mapped<u64>,
+    classifier: Mapped<layout::Classifier>,
     listeners: Mapped<layout::Listener>,
     services: Mapped<layout::Service>,
     backends: Mapped<layout::Backend>,
@@ -226,12 +229,13 @@ impl Dataplane {
     }
 
     fn over_maps(mut ebpf: Ebpf) -> Result<Self, DataplaneError> {
+        let control: Mapped<layout::Control> = mapped(&mut ebpf, CONTROL)?;
         Ok(Self {
-            config: mapped(&mut ebpf, "CONFIG")?,
-            listener_ports: mapped(&mut ebpf, "LISTENER_PORTS")?,
-            listeners: mapped(&mut ebpf, "LISTENER")?,
-            services: mapped(&mut ebpf, "SERVICE")?,
-            backends: mapped(&mut ebpf, "BACKEND")?,
+            config: control.config(),
+            classifier: control.classifier(),
+            listeners: control.listeners(),
+            services: control.services(),
+            backends: control.backends(),
             selection: mapped(&mut ebpf, "SELECTION")?,
             flows4: mapped(&mut ebpf, "FLOW4")?,
             flows6: mapped(&mut ebpf, "FLOW6")?,
@@ -261,6 +265,7 @@ impl Dataplane {
     }
 
     fn configure(&self, settings: &Settings) {
+        let Some(classifier) = self.classifier.get(0) else { return };
         let mut config = layout::Config { key: hash::Key::new(settings.secret), epoch: 1, ..self.settings() };
         (config.first_set, config.sets, config.partners) = sets(&settings.snat_ports);
         for address in &settings.snat_addresses {
@@ -268,13 +273,13 @@ impl Dataplane {
                 IpAddr::V4(_) => {
                     let index = config.snat4_count as usize;
                     config.snat4[index] = words(*address)[0] as u32;
-                    enter_snat(&mut config.place4, V4::snat_place(words(*address)), index);
+                    enter_snat(&classifier.snat4, V4::snat_place(words(*address)), index);
                     config.snat4_count += 1;
                 }
                 IpAddr::V6(_) => {
                     let index = config.snat6_count as usize;
                     config.snat6[index] = words(*address);
-                    enter_snat(&mut config.place6, V6::snat_place(words(*address)), index);
+                    enter_snat(&classifier.snat6, V6::snat_place(words(*address)), index);
                     config.snat6_count += 1;
                 }
             }

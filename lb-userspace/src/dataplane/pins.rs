@@ -3,7 +3,7 @@
 //! ```text
 //! /sys/fs/bpf/sheave                    `dataplane.pin_dir`: a daemon holds a lock on it
 //! └── layout_8c0f5a27d1e94b36           named by `lb_common::layout_hash`
-//!     ├── map_FLOW4, map_CONFIG, ...    every map
+//!     ├── map_FLOW4, map_CONTROL, ...   every map
 //!     ├── program                       the XDP program that is attached
 //!     ├── link_2                        one for each interface, by index: while it is there, packets are forwarded
 //!     └── hook_connect4, ...            one for each program of the connect hook: while they are there, so is it
@@ -31,6 +31,8 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
+use super::CONTROL;
+
 /// Where the BPF file system belongs.
 const BPF_FILE_SYSTEM: &str = "/sys/fs/bpf";
 const LAYOUT: &str = "layout_";
@@ -45,20 +47,16 @@ const PROGRAM: &str = "program";
 const NEXT_PROGRAM: &str = "program_new";
 
 /// The maps without which flows are lost. The others can be made anew and filled from the configuration.
-const ESSENTIAL: [&str; 13] = [
-    "BACKEND",
-    "CONFIG",
+const ESSENTIAL: [&str; 9] = [
+    CONTROL,
     "FLOW4",
     "FLOW6",
-    "LISTENER",
-    "LISTENER_PORTS",
     "NEXT_HOP",
     "OVERFLOW4",
     "OVERFLOW6",
     "RETURN_HOP4",
     "RETURN_HOP6",
     "SELECTION",
-    "SERVICE",
 ];
 
 /// Why what is pinned cannot be used.

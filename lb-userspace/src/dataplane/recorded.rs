@@ -10,7 +10,7 @@ use aya::maps::{Map, MapData};
 use lb_common::layout;
 
 use super::{
-    BlackBox, DataplaneError, Mapped,
+    BlackBox, CONTROL, DataplaneError, Mapped,
     known::{Previous, endpoint},
     pins,
 };
@@ -70,9 +70,8 @@ impl Recorded {
         if let Err(reason) = directory.metadata() {
             return Err(missing(root, reason));
         }
-        let backends = open::<layout::Backend>(&directory, "BACKEND")?;
-        let listeners = open::<layout::Listener>(&directory, "LISTENER")?;
-        let config = open::<layout::Config>(&directory, "CONFIG")?;
+        let control = open::<layout::Control>(&directory, CONTROL)?;
+        let (backends, listeners, config) = (control.backends(), control.listeners(), control.config());
         let backend = |id| {
             let entry = backends.get(id).filter(|entry| entry.family != 0)?;
             Some((u8::try_from(id).ok()?, endpoint(entry.family, entry.address, entry.port)))
