@@ -14,7 +14,7 @@ use crate::{
     flow::{Family as _, V4, V6},
     hash::Key,
     layout::{
-        ALLOW_SERVICE_BITS, BACKENDS, BUCKETS, Backend, Config, Dialled, Hook, LISTENERS, LISTENERS_PER_PORT,
+        ALLOW_SERVICE_BITS, BACKENDS, BUCKETS, Backend, Config, Dialled, FOLLOWED, Followed, Hook, LISTENERS, LISTENERS_PER_PORT,
         Listener, NEXT_HOPS, NextHop, OverflowMarks, PARTNERS, PORTS, Port, ReturnHops, SELECTION_HALVES,
         SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, SNAT_PLACES, SNAT_SHARED, Service, Set4,
         Set6, WAYS, Way4, Way6, allow_key, backend_flag, family, snat_place,
@@ -108,8 +108,26 @@ fn structures(digest: Digest) -> Digest {
     let digest = structure!(digest, Port { interface, vlan, mac, tags, tag_count, reserved });
     let digest = structure!(digest, Listener { address, port, family, reserved, service, next, ports, sum });
     let digest = structure!(digest, Service { selection4, selection6, restricted, pods });
-    let digest = structure!(digest, Hook { network });
-    let digest = structure!(digest, Dialled { address, chosen, port, chosen_port, service, backend });
+    let digest = structure!(digest, Hook { network, epoch, reserved });
+    let digest = structure!(
+        digest,
+        Dialled { address, chosen, port, chosen_port, service, backend, followed, reserved }
+    );
+    let digest = structure!(
+        digest,
+        Followed {
+            network,
+            local,
+            remote,
+            local_port,
+            remote_port,
+            interface,
+            service,
+            backend,
+            family,
+            reserved,
+        }
+    );
     structure!(
         digest,
         Backend { address, port, family, reserved, flags, sum, heard, next_hop, asked, refused }
@@ -130,6 +148,7 @@ fn limits(digest: Digest) -> Digest {
         ("services", SERVICES.into()),
         ("backends", BACKENDS.into()),
         ("ports", PORTS as u64),
+        ("followed sockets", FOLLOWED.into()),
         ("next hops", NEXT_HOPS.into()),
         ("selection words", SELECTION_WORDS.into()),
         ("selection halves", SELECTION_HALVES.into()),

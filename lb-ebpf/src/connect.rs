@@ -37,10 +37,10 @@ const ECONNREFUSED: i32 = 111;
 const STREAM: u32 = 1;
 
 #[btf_map]
-static HOOK: Array<Hook, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+pub(crate) static HOOK: Array<Hook, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
 /// What each redirected socket asked for. Goes with the socket.
 #[btf_map]
-static DIALLED: SkStorage<Dialled> = SkStorage::new();
+pub(crate) static DIALLED: SkStorage<Dialled> = SkStorage::new();
 
 /// Not 0: the kernel lets a program choose the error (`bpf_set_retval`, for these programs since Linux 6.0). Else a
 /// connection is refused by sending it to a port where nobody can listen.
@@ -223,7 +223,6 @@ fn decide(context: &SockAddrContext, family: u8, to: [u64; 2]) -> Verdict {
         KernelMaps.count_connect(verdict.service(), Event::ConnectRefused);
     } else if verdict != Verdict::NOT_OURS {
         KernelMaps.count_connect(verdict.service(), Event::ConnectRedirected);
-        KernelMaps.count_connect_to(verdict.backend());
     }
     verdict
 }
@@ -252,6 +251,8 @@ fn remember(context: &SockAddrContext, verdict: Verdict, from: [u64; 2], to: [u6
         chosen_port,
         service: verdict.service(),
         backend: verdict.backend().into(),
+        followed: 0,
+        reserved: 0,
     };
     // SAFETY: the socket is the context's own; the kernel copies the value.
     let stored = unsafe { DIALLED.get_or_insert_ptr_mut(context, Some(&mut dialled)) };

@@ -8,15 +8,17 @@ use std::{
 };
 
 use aya::programs::{
-    CgroupAttachMode, CgroupSockAddr, ProgramType,
+    CgroupAttachMode, CgroupSockAddr, Program, ProgramError, ProgramFd, ProgramType, SockOps,
     links::{FdLink, LinkError},
 };
 use lb_common::layout;
 
 use super::{Dataplane, DataplaneError, Pins, attach::errno, link::RawLink, mapped, service_id};
 
-/// Those that show the address that was dialled come first: a connection is not redirected before it can be shown.
-const PROGRAMS: [&str; 4] = ["getpeername4", "getpeername6", "connect4", "connect6"];
+/// Those that show the address that was dialled come first, and the one that follows sockets: a connection is not
+/// redirected before it can be shown, and counted.
+const PROGRAMS: [&str; 5] = [FOLLOW, "getpeername4", "getpeername6", "connect4", "connect6"];
+const FOLLOW: &str = "follow_sockets";
 
 /// Whether the kernel lets the connect hook choose the error of a connection that it refuses (Linux 6.0). Else such a
 /// connection is sent to a port where nobody can listen.
@@ -31,7 +33,9 @@ impl Dataplane {
     /// connection meets the old ones or the new.
     pub fn attach_hook(&mut self, cgroup: &File, network: u64) -> Result<(), DataplaneError> {
         let id = cgroup.metadata().map_err(|source| DataplaneError::System { call: "fstat", source })?.ino();
-        mapped::<layout::Hook>(&mut self.ebpf, "HOOK")?.write(0, layout::Hook { network });
+        let entry = mapped::<layout::Hook>(&mut self.ebpf, "HOOK")?;
+        let before = entry.read(0).unwrap_or_default();
+        entry.write(0, layout::Hook { network, ..before });
         for name in PROGRAMS {
             self.hook_program(name)?.load().map_err(|source| DataplaneError::not_loaded(name, source))?;
         }
@@ -45,7 +49,12 @@ impl Dataplane {
             let link = match before {
                 Some(link) => link,
                 // One that is on another cgroup goes when this one is there.
-                None => self.attach_hook_program(name, cgroup)?,
+                None => {
+                    if name == FOLLOW {
+                        self.follow_anew()?;
+                    }
+                    self.attach_hook_program(name, cgroup)?
+                }
             };
             let link = match &pins {
                 Some(pins) => pins.pin_hook(name, link)?,
@@ -64,18 +73,25 @@ impl Dataplane {
                 pins.unpin_hook(name)?;
             }
         }
-        Ok(())
+        self.follow_anew()
+    }
+
+    /// Counts sockets from nothing: nobody has followed those that there are without a break.
+    fn follow_anew(&mut self) -> Result<(), DataplaneError> {
+        let entry = mapped::<layout::Hook>(&mut self.ebpf, "HOOK")?;
+        let before = entry.read(0).unwrap_or_default();
+        entry.write(0, layout::Hook { epoch: before.epoch.wrapping_add(1).max(1), ..before });
+        self.forget_sockets()
     }
 
     fn attach_hook_program(&mut self, name: &'static str, cgroup: &File) -> Result<FdLink, DataplaneError> {
-        let program = self.hook_program(name)?;
+        let mut program = self.hook_program(name)?;
         // A link is always one of several, whatever the mode is called (`cgroup_bpf_link_attach` in the kernel).
-        let attached = program.attach(cgroup, CgroupAttachMode::Single);
-        let link = attached.and_then(|id| program.take_link(id)).map_err(|source| match errno(&source) {
+        program.attach(cgroup, CgroupAttachMode::Single).map_err(|source| match errno(&source) {
             Some(libc::EPERM) => DataplaneError::HookRefused { name, source: Box::new(source) },
             _ => DataplaneError::Program { name, source: Box::new(source) },
-        })?;
-        link.try_into().map_err(|error: LinkError| DataplaneError::System {
+        })?
+        .map_err(|error| DataplaneError::System {
             call: "bpf(BPF_LINK_CREATE)",
             source: io::Error::other(error),
         })
@@ -94,17 +110,18 @@ impl Dataplane {
             return Ok(None);
         }
         let error = |source| DataplaneError::Program { name, source: Box::new(source) };
-        let program = self.hook_program(name)?.fd().map_err(error)?.as_fd();
+        let program = self.hook_program(name)?;
+        let program = program.fd().map_err(error)?.as_fd();
         link.update(program).map_err(failed("bpf(BPF_LINK_UPDATE)"))?;
         Ok(Some(Pins::open_link(path)?))
     }
 
-    fn hook_program(&mut self, name: &'static str) -> Result<&mut CgroupSockAddr, DataplaneError> {
-        self.ebpf
-            .program_mut(name)
-            .ok_or(DataplaneError::Missing(name))?
-            .try_into()
-            .map_err(|source| DataplaneError::Program { name, source: Box::new(source) })
+    fn hook_program(&mut self, name: &'static str) -> Result<HookProgram<'_>, DataplaneError> {
+        match self.ebpf.program_mut(name) {
+            Some(Program::CgroupSockAddr(program)) => Ok(HookProgram::Address(program)),
+            Some(Program::SockOps(program)) => Ok(HookProgram::Sockets(program)),
+            _ => Err(DataplaneError::Missing(name)),
+        }
     }
 
     /// Whether the connect hook is on a cgroup.
@@ -118,5 +135,46 @@ impl Dataplane {
         let mut entry = self.services.read(id).unwrap_or_default();
         entry.pods = pods.into();
         self.services.write(id, entry);
+    }
+}
+
+/// One of the hook's programs: both types are loaded and attached in the same way.
+enum HookProgram<'a> {
+    /// Of a system call that names an address.
+    Address(&'a mut CgroupSockAddr),
+    /// Of what happens to sockets.
+    Sockets(&'a mut SockOps),
+}
+
+impl HookProgram<'_> {
+    fn load(&mut self) -> Result<(), ProgramError> {
+        match self {
+            Self::Address(program) => program.load(),
+            Self::Sockets(program) => program.load(),
+        }
+    }
+
+    fn fd(&self) -> Result<&ProgramFd, ProgramError> {
+        match self {
+            Self::Address(program) => program.fd(),
+            Self::Sockets(program) => program.fd(),
+        }
+    }
+
+    fn attach(
+        &mut self,
+        cgroup: &File,
+        mode: CgroupAttachMode,
+    ) -> Result<Result<FdLink, LinkError>, ProgramError> {
+        match self {
+            Self::Address(program) => {
+                let id = program.attach(cgroup, mode)?;
+                Ok(program.take_link(id)?.try_into())
+            }
+            Self::Sockets(program) => {
+                let id = program.attach(cgroup, mode)?;
+                Ok(program.take_link(id)?.try_into())
+            }
+        }
     }
 }

@@ -1,0 +1,255 @@
+//! What becomes of the sockets that the connect hook has redirected: they are counted from their SYN until they are closed.
+//!
+//! A program that the kernel runs at certain moments in the life of every TCP socket of the cgroup (`struct bpf_sock_ops`
+//! in the kernel's `include/uapi/linux/bpf.h`). Of sockets that are not ours it sees the moment when they connect, and a few
+//! beside it, and leaves them as they are; of ours it asks to hear of every change of their state.
+//!
+//! It always answers 1, and never writes `reply`: what another program on the cgroup has answered stands.
+
+use aya_ebpf::{
+    bindings::{
+        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
+        bpf_sock, bpf_sock_ops,
+    },
+    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sk_storage_get, bpf_sock_ops_cb_flags_set},
+    programs::SockOpsContext,
+};
+use lb_common::{
+    connect::{joined, mapped, split},
+    layout::{Backend, Dialled, Followed, family},
+    maps::Maps as _,
+    outcome::Event,
+};
+
+use crate::{
+    connect::{DIALLED, HOOK},
+    maps::KernelMaps,
+};
+
+/// Whatever others have answered.
+const NOTHING_TO_SAY: u32 = 1;
+/// `AF_INET`.
+const AF_INET: u32 = 2;
+
+/// A socket in the middle of an event.
+#[derive(Clone, Copy)]
+struct Socket(*mut bpf_sock_ops);
+
+/// As for the connect hook, the fields may only be read one by one: so all of it is volatile.
+impl Socket {
+    #[inline(always)]
+    fn event(self) -> u32 {
+        // SAFETY: the kernel's context, readable here.
+        unsafe { (&raw const (*self.0).op).read_volatile() }
+    }
+
+    /// The state that a change of state leads to.
+    #[inline(always)]
+    fn next_state(self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.0).__bindgen_anon_1.args[1]).read_volatile() }
+    }
+
+    /// Null, or the kernel's socket.
+    #[inline(always)]
+    fn kernel_socket(self) -> *mut bpf_sock {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.0).__bindgen_anon_2.sk).read_volatile() }
+    }
+
+    /// What the connect hook has written down; None: it is not ours.
+    #[inline(always)]
+    fn dialled(self) -> Option<&'static mut Dialled> {
+        let socket = self.kernel_socket();
+        if socket.is_null() {
+            return None;
+        }
+        let map = (&raw const DIALLED).cast_mut().cast();
+        // SAFETY: null, or the socket's own storage, which lives as long as the socket, which is locked.
+        unsafe { bpf_sk_storage_get(map, socket.cast(), core::ptr::null_mut(), 0).cast::<Dialled>().as_mut() }
+    }
+
+    #[inline(always)]
+    fn is_ipv4(self) -> bool {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.0).family).read_volatile() == AF_INET }
+    }
+
+    #[inline(always)]
+    fn local_ip4(self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.0).local_ip4).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn remote_ip4(self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.0).remote_ip4).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn local_ip6(self) -> [u64; 2] {
+        // SAFETY: as above.
+        unsafe {
+            joined([
+                (&raw const (*self.0).local_ip6[0]).read_volatile(),
+                (&raw const (*self.0).local_ip6[1]).read_volatile(),
+                (&raw const (*self.0).local_ip6[2]).read_volatile(),
+                (&raw const (*self.0).local_ip6[3]).read_volatile(),
+            ])
+        }
+    }
+
+    #[inline(always)]
+    fn remote_ip6(self) -> [u64; 2] {
+        // SAFETY: as above.
+        unsafe {
+            joined([
+                (&raw const (*self.0).remote_ip6[0]).read_volatile(),
+                (&raw const (*self.0).remote_ip6[1]).read_volatile(),
+                (&raw const (*self.0).remote_ip6[2]).read_volatile(),
+                (&raw const (*self.0).remote_ip6[3]).read_volatile(),
+            ])
+        }
+    }
+
+    /// The port of its own, as a word. (The kernel shows this one as a number.)
+    #[inline(always)]
+    fn local_port(self) -> u16 {
+        // SAFETY: as above.
+        unsafe { ((&raw const (*self.0).local_port).read_volatile() as u16).to_be() }
+    }
+
+    /// The other end's port, as a word: in the upper half of what the kernel shows, in network byte order.
+    #[inline(always)]
+    fn remote_port(self) -> u16 {
+        // SAFETY: as above.
+        let shown = unsafe { (&raw const (*self.0).remote_port).read_volatile() };
+        (u32::from_be(shown) as u16).to_be()
+    }
+
+    /// The interface it is bound to, or 0.
+    #[inline(always)]
+    fn interface(self) -> u32 {
+        let socket = self.kernel_socket();
+        if socket.is_null() {
+            return 0;
+        }
+        // SAFETY: the kernel's socket, readable here.
+        unsafe { (&raw const (*socket).bound_dev_if).read_volatile() }
+    }
+
+    #[inline(always)]
+    fn cookie(self) -> u64 {
+        // SAFETY: the helper takes the kernel's context.
+        unsafe { bpf_get_socket_cookie(self.0.cast()) }
+    }
+
+    #[inline(always)]
+    fn network(self) -> u64 {
+        // SAFETY: as above.
+        unsafe { bpf_get_netns_cookie(self.0.cast()) }
+    }
+
+    /// Asks the kernel to tell of these moments as well, beside those that other programs have asked for.
+    #[inline(always)]
+    fn listen_to(self, flags: u32) -> bool {
+        // SAFETY: as above.
+        unsafe {
+            let others = (&raw const (*self.0).bpf_sock_ops_cb_flags).read_volatile();
+            bpf_sock_ops_cb_flags_set(self.0, (others | flags) as i32) == 0
+        }
+    }
+
+    /// Both ends, as they are on the wire.
+    #[inline(always)]
+    fn ends(self) -> Ends {
+        let remote = self.remote_ip6();
+        let [.., last] = split(remote);
+        if self.is_ipv4() || remote == mapped(last) {
+            return Ends {
+                family: family::IPV4,
+                local: [self.local_ip4().into(), 0],
+                remote: [self.remote_ip4().into(), 0],
+            };
+        }
+        Ends { family: family::IPV6, local: self.local_ip6(), remote }
+    }
+}
+
+/// A socket's addresses, as words.
+struct Ends {
+    family: u8,
+    local: [u64; 2],
+    remote: [u64; 2],
+}
+
+/// An event in the life of a socket of this cgroup.
+#[inline(always)]
+pub fn socket_event(context: &SockOpsContext) -> u32 {
+    let socket = Socket(context.ops);
+    match socket.event() {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => begin(socket),
+        BPF_SOCK_OPS_STATE_CB => change(socket),
+        _ => {}
+    }
+    NOTHING_TO_SAY
+}
+
+/// Its SYN is about to be sent: its address and ports are chosen.
+#[inline(always)]
+fn begin(socket: Socket) {
+    let Some(dialled) = socket.dialled() else {
+        return;
+    };
+    let (Some(hook), Some(backend)) = (HOOK.get(0), KernelMaps.backend(dialled.backend as u8)) else {
+        return;
+    };
+    let ends = socket.ends();
+    if !goes_to(&ends, socket.remote_port(), backend) || !socket.listen_to(BPF_SOCK_OPS_STATE_CB_FLAG) {
+        return;
+    }
+    dialled.followed = hook.epoch;
+    let id = dialled.backend as u8;
+    KernelMaps.count_opened(id);
+    let followed = Followed {
+        network: socket.network(),
+        local: ends.local,
+        remote: ends.remote,
+        local_port: socket.local_port(),
+        remote_port: backend.port,
+        interface: socket.interface(),
+        service: dialled.service,
+        backend: id,
+        family: ends.family,
+        reserved: 0,
+    };
+    if !KernelMaps.name_socket(socket.cookie(), &followed) {
+        KernelMaps.count_connect(dialled.service, Event::ConnectUnnamed);
+    }
+}
+
+/// Its state changes.
+#[inline(always)]
+fn change(socket: Socket) {
+    if socket.next_state() != BPF_TCP_CLOSE {
+        return;
+    }
+    let (Some(dialled), Some(hook)) = (socket.dialled(), HOOK.get(0)) else {
+        return;
+    };
+    // A socket can be closed, connected again, and is then followed again.
+    let followed = dialled.followed;
+    dialled.followed = 0;
+    if followed != 0 && followed == hook.epoch {
+        KernelMaps.count_closed(dialled.backend as u8);
+        KernelMaps.forget_socket(socket.cookie());
+    }
+}
+
+/// A socket that was redirected once may have been connected elsewhere since; and a process may have been held up for so
+/// long between the two that the backend's number is another's.
+#[inline(always)]
+fn goes_to(ends: &Ends, port: u16, backend: &Backend) -> bool {
+    ends.family == backend.family && ends.remote == backend.address && port == backend.port
+}

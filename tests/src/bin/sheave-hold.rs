@@ -1,0 +1,109 @@
+//! Holds connections open, as told on its standard input, and says what becomes of them: see `lb_tests::hold`.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+use lb_tests::{
+    hold::{Order, Said},
+    load::{Client, raise_descriptor_limit},
+};
+use tokio::{io::AsyncReadExt as _, net::TcpStream, sync::mpsc, task::JoinHandle};
+
+/// Holds connections open, as told on its standard input.
+#[derive(Parser)]
+struct Arguments {
+    /// PEM certificates that servers must chain to.
+    #[arg(long)]
+    ca: PathBuf,
+    /// Where to.
+    address: SocketAddr,
+}
+
+/// An answer that has taken this long is lost.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<()> {
+    let Arguments { ca, address } = Arguments::parse();
+    raise_descriptor_limit()?;
+    let client = Client::new(&ca, address, PATIENCE)?.expecting("localhost")?;
+    let (sender, mut orders) = mpsc::unbounded_channel();
+    std::thread::spawn(move || std::io::stdin().lines().map_while(Result::ok).try_for_each(|it| sender.send(it)));
+    let mut held = Vec::new();
+    // Whoever started us has gone when there is nothing to read any more.
+    while let Some(order) = orders.recv().await {
+        match serde_json::from_str(&order).with_context(|| format!("no order: {order:?}"))? {
+            Order::OpenPlain(count) => {
+                for _ in 0..count {
+                    match TcpStream::connect(client.target()).await {
+                        Ok(tcp) => held.push(tokio::spawn(hold_plain(tcp))),
+                        Err(error) => say(&Said::Failed(error.to_string()))?,
+                    }
+                }
+            }
+            Order::Open(count) => {
+                for _ in 0..count {
+                    match open(&client).await {
+                        Ok(holding) => held.push(holding),
+                        Err(error) => say(&Said::Failed(format!("{error:#}")))?,
+                    }
+                }
+            }
+            Order::Close(count) => {
+                for holding in held.drain(..count.min(held.len())) {
+                    holding.abort();
+                    // It is closed when the task is gone.
+                    let _ = holding.await;
+                }
+            }
+        }
+        say(&Said::Done)?;
+    }
+    Ok(())
+}
+
+/// A connection that says nothing.
+async fn hold_plain(mut tcp: TcpStream) {
+    let ended = match tcp.read_u8().await {
+        Ok(_) => "it spoke".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    let _ = say(&Said::Ended { server: None, error: ended });
+}
+
+/// A connection that has asked once, and waits from then on, as a watch does.
+async fn open(client: &Client) -> Result<JoinHandle<()>> {
+    let dialled = client.dial().await?;
+    let (mut connection, driver) = (dialled.connection, dialled.driver);
+    let driver = tokio::spawn(driver);
+    let server = connection.name().await?;
+    say(&Said::Opened(server.clone()))?;
+    Ok(tokio::spawn(async move {
+        let driver = AbortOnDrop(driver);
+        let ended = hold(driver).await;
+        let _ = say(&Said::Ended { server: Some(server), error: ended });
+        drop(connection);
+    }))
+}
+
+struct AbortOnDrop<T>(JoinHandle<T>);
+
+impl<T> Drop for AbortOnDrop<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+async fn hold<T>(mut driver: AbortOnDrop<Result<T, hyper::Error>>) -> String {
+    match (&mut driver.0).await {
+        Ok(Ok(_)) => "closed".to_owned(),
+        Ok(Err(error)) => format!("{:#}", anyhow::Error::from(error)),
+        Err(error) => error.to_string(),
+    }
+}
+
+fn say(said: &Said) -> Result<()> {
+    println!("{}", serde_json::to_string(said)?);
+    Ok(())
+}

@@ -1,0 +1,183 @@
+//! What becomes of the sockets of this host's processes that the connect hook has redirected.
+
+#![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
+
+use std::{net::SocketAddr, time::Duration};
+
+use anyhow::ensure;
+use lb_tests::{
+    cluster::{Cluster, Shape},
+    daemon::{BackendStatus, Daemon, Settings},
+    hold::{Holder, Order},
+    lab::{cgroup_of, eventually},
+    stub::PORT,
+};
+
+/// A verdict takes a few checks and `reset_after`, with room for a busy machine.
+const VERDICT: Duration = Duration::from_secs(30);
+const LOCAL4: &str = "127.0.0.1:16443";
+const LOCAL6: &str = "[::1]:16443";
+const MAPPED: &str = "[::ffff:127.0.0.1]:16443";
+
+fn at(address: &str) -> SocketAddr {
+    address.parse().unwrap()
+}
+
+/// A node: its processes reach the apiservers by its loopback addresses. Nobody has a VIP.
+fn node(apiservers: u8) -> Cluster {
+    let mut cluster = Cluster::without_vips(Shape::OneArm, apiservers).unwrap();
+    cluster.apiservers.iter_mut().for_each(|apiserver| apiserver.start().unwrap());
+    cluster
+}
+
+fn settings(cluster: &Cluster) -> Settings {
+    let mut settings = cluster.settings().unwrap();
+    settings.listen = vec![at(LOCAL4), at(LOCAL6)];
+    settings.check = ["interval = \"1s\"", "fast_interval = \"100ms\"", "connect_timeout = \"500ms\""]
+        .map(str::to_owned)
+        .to_vec();
+    settings
+}
+
+fn start(cluster: &Cluster, settings: &Settings, ready: usize) -> Daemon {
+    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), settings).unwrap();
+    daemon.wait_ready(ready).unwrap();
+    daemon
+}
+
+fn holder(cluster: &Cluster, to: &str) -> Holder {
+    Holder::start(&cluster.lb, true, &cluster.ca_file(), at(to)).unwrap()
+}
+
+/// A server by its name, added up over the families: each has an address in both.
+fn counts(daemon: &Daemon, server: &str) -> (u64, u64) {
+    let status = daemon.status().unwrap();
+    let of_server = |it: &&BackendStatus| it.name == server;
+    let backends = status.services.iter().flat_map(|service| &service.backends);
+    backends.filter(of_server).fold((0, 0), |(active, total), it| (active + it.active_flows, total + it.total_flows))
+}
+
+/// Waits until a server has so many connections, and had so many.
+fn wait_counts(daemon: &Daemon, server: &str, active: usize, total: usize) {
+    eventually(VERDICT, &format!("{server} has {active} of {total} connections"), || {
+        let found = counts(daemon, server);
+        ensure!(found == (active as u64, total as u64), "{found:?}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn open_and_total_connections_are_right_also_over_a_restart() {
+    let cluster = node(2);
+    let settings = settings(&cluster);
+    let mut daemon = start(&cluster, &settings, 2);
+    let mut holders: Vec<_> = [LOCAL4, LOCAL6, MAPPED].map(|to| holder(&cluster, to)).into();
+    let opened = |holders: &[Holder], server: &str| holders.iter().map(|it| it.opened_to(server)).sum::<usize>();
+    for holder in &mut holders {
+        holder.order(Order::Open(10)).unwrap();
+    }
+    // Somebody who dials a server by its own address is nobody we count.
+    let direct = SocketAddr::new(cluster.apiservers[0].host.link().unwrap().v4.into(), PORT);
+    let mut other = holder(&cluster, &direct.to_string());
+    other.order(Order::OpenPlain(3)).unwrap();
+    for server in ["api-1", "api-2"] {
+        let opened = opened(&holders, server);
+        wait_counts(&daemon, server, opened, opened);
+    }
+    // Nobody is there to see these.
+    daemon.process().kill().unwrap();
+    holders[0].order(Order::Open(5)).unwrap();
+    drop(holders.remove(1));
+    drop(other);
+    let of_both: usize = ["api-1", "api-2"].iter().map(|server| opened(&holders, server)).sum();
+    assert_eq!(of_both, 25);
+    let daemon = start(&cluster, &settings, 2);
+    eventually(VERDICT, "25 connections are open", || {
+        let (one, two) = (counts(&daemon, "api-1"), counts(&daemon, "api-2"));
+        ensure!((one.0 + two.0, one.1 + two.1) == (25, 35), "{one:?}, {two:?}");
+        Ok(())
+    })
+    .unwrap();
+    for server in ["api-1", "api-2"] {
+        assert_eq!(counts(&daemon, server).0, opened(&holders, server) as u64);
+    }
+    holders[1].order(Order::Close(10)).unwrap();
+    let total = |server: &str| counts(&daemon, server).1 as usize;
+    for server in ["api-1", "api-2"] {
+        wait_counts(&daemon, server, holders[0].opened_to(server), total(server));
+    }
+    drop(holders);
+    for server in ["api-1", "api-2"] {
+        wait_counts(&daemon, server, 0, total(server));
+    }
+}
+
+#[test]
+fn a_backend_that_was_removed_keeps_its_number_until_its_last_connection_is_closed() {
+    let cluster = node(4);
+    let mut settings = settings(&cluster);
+    settings.listen = vec![at(LOCAL4)];
+    let all = settings.backends.clone();
+    let only = |wanted: &[&str]| {
+        let wanted = |(name, _): &&(String, SocketAddr)| wanted.contains(&name.as_str());
+        all.iter().filter(wanted).cloned().collect::<Vec<_>>()
+    };
+    settings.backends = only(&["api-1", "api-2"]);
+    let mut daemon = start(&cluster, &settings, 2);
+    let mut old = holder(&cluster, LOCAL4);
+    old.order(Order::Open(20)).unwrap();
+    assert!(old.opened_to("api-1") > 0);
+    settings.backends = only(&["api-2", "api-3"]);
+    assert!(daemon.reload(&settings).unwrap().status.success());
+    // Also for a daemon that knows of it only by the maps.
+    daemon.process().kill().unwrap();
+    let mut daemon = start(&cluster, &settings, 2);
+    let mut new = holder(&cluster, LOCAL4);
+    new.order(Order::Open(20)).unwrap();
+    let opened = new.opened_to("api-3");
+    wait_counts(&daemon, "api-3", opened, opened);
+    drop(old);
+    eventually(VERDICT, "what is left at api-2 is counted", || {
+        let (active, _) = counts(&daemon, "api-2");
+        ensure!(active == new.opened_to("api-2") as u64, "{active}");
+        Ok(())
+    })
+    .unwrap();
+    // Whoever gets a number that was another's begins with nothing.
+    settings.backends = only(&["api-2", "api-3", "api-4"]);
+    assert!(daemon.reload(&settings).unwrap().status.success());
+    daemon.wait_ready(3).unwrap();
+    let mut newest = holder(&cluster, LOCAL4);
+    newest.order(Order::Open(20)).unwrap();
+    let opened = newest.opened_to("api-4");
+    assert!(opened > 0);
+    wait_counts(&daemon, "api-4", opened, opened);
+}
+
+#[test]
+fn sockets_that_another_cgroup_has_left_behind_are_not_counted() {
+    let cluster = node(1);
+    let mut settings = settings(&cluster);
+    let mut daemon = start(&cluster, &settings, 1);
+    let mut before = holder(&cluster, LOCAL4);
+    before.order(Order::OpenPlain(5)).unwrap();
+    wait_counts(&daemon, "api-1", 5, 5);
+    daemon.process().kill().unwrap();
+    let other = cgroup_of(cluster.lab.directory()).unwrap().join("other");
+    std::fs::create_dir(&other).unwrap();
+    let place = settings.dataplane.len();
+    settings.dataplane.push(format!("cgroup = {other:?}"));
+    let mut daemon = start(&cluster, &settings, 1);
+    wait_counts(&daemon, "api-1", 0, 5);
+    daemon.process().kill().unwrap();
+    // Back again, and now the program hears of their end.
+    settings.dataplane.truncate(place);
+    let daemon = start(&cluster, &settings, 1);
+    let mut after = holder(&cluster, LOCAL4);
+    after.order(Order::OpenPlain(3)).unwrap();
+    drop(before);
+    wait_counts(&daemon, "api-1", 3, 8);
+    drop(after);
+    wait_counts(&daemon, "api-1", 0, 8);
+}
