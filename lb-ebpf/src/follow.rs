@@ -8,8 +8,8 @@
 
 use aya_ebpf::{
     bindings::{
-        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
-        bpf_sock, bpf_sock_ops,
+        BPF_SOCK_OPS_RTO_CB, BPF_SOCK_OPS_RTO_CB_FLAG, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_SYN_SENT, bpf_sock, bpf_sock_ops,
     },
     helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sk_storage_get, bpf_sock_ops_cb_flags_set},
     programs::SockOpsContext,
@@ -28,6 +28,8 @@ use crate::{
 
 /// Whatever others have answered.
 const NOTHING_TO_SAY: u32 = 1;
+/// Of a socket of ours: each change of its state, and each time that nothing it has sent was acknowledged for a while.
+const MOMENTS: u32 = BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG;
 /// `AF_INET`.
 const AF_INET: u32 = 2;
 
@@ -41,6 +43,13 @@ impl Socket {
     fn event(self) -> u32 {
         // SAFETY: the kernel's context, readable here.
         unsafe { (&raw const (*self.0).op).read_volatile() }
+    }
+
+    /// The state that a change of state begins in.
+    #[inline(always)]
+    fn state_before(self) -> u32 {
+        // SAFETY: as above.
+        unsafe { (&raw const (*self.0).__bindgen_anon_1.args[0]).read_volatile() }
     }
 
     /// The state that a change of state leads to.
@@ -191,6 +200,7 @@ pub fn socket_event(context: &SockOpsContext) -> u32 {
     match socket.event() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => begin(socket),
         BPF_SOCK_OPS_STATE_CB => change(socket),
+        BPF_SOCK_OPS_RTO_CB => unanswered(socket),
         _ => {}
     }
     NOTHING_TO_SAY
@@ -206,7 +216,7 @@ fn begin(socket: Socket) {
         return;
     };
     let ends = socket.ends();
-    if !goes_to(&ends, socket.remote_port(), backend) || !socket.listen_to(BPF_SOCK_OPS_STATE_CB_FLAG) {
+    if !goes_to(&ends, socket.remote_port(), backend) || !socket.listen_to(MOMENTS) {
         return;
     }
     dialled.followed = hook.epoch;
@@ -244,6 +254,31 @@ fn change(socket: Socket) {
     if followed != 0 && followed == hook.epoch {
         KernelMaps.count_closed(dialled.backend as u8);
         KernelMaps.forget_socket(socket.cookie());
+        // It was refused, has waited too long, or the process has given it up.
+        if socket.state_before() == BPF_TCP_SYN_SENT {
+            accuse(dialled.backend as u8);
+        }
+    }
+}
+
+/// A SYN, or data, was not acknowledged in time, and is sent again. (In the kernel: `tcp_write_timeout`.)
+#[inline(always)]
+fn unanswered(socket: Socket) {
+    let (Some(dialled), Some(hook)) = (socket.dialled(), HOOK.get(0)) else {
+        return;
+    };
+    if dialled.followed != 0 && dialled.followed == hook.epoch {
+        accuse(dialled.backend as u8);
+    }
+}
+
+/// Leaves word that a connection to a backend has failed, as the XDP program does of a SYN that is refused. The daemon then
+/// checks it at once; nothing is decided here.
+#[inline(always)]
+fn accuse(backend: u8) {
+    if let Some(backend) = KernelMaps.backend(backend) {
+        // 0 would say: never.
+        backend.refused.store((KernelMaps.jiffies() as u32).max(1));
     }
 }
 

@@ -181,3 +181,40 @@ fn sockets_that_another_cgroup_has_left_behind_are_not_counted() {
     drop(after);
     wait_counts(&daemon, "api-1", 0, 8);
 }
+
+/// With checks so far apart that only connections can hurry them.
+fn seldom(cluster: &Cluster) -> Settings {
+    let mut settings = settings(cluster);
+    settings.check = ["interval = \"10m\"", "fast_interval = \"9m\"", "connect_timeout = \"500ms\""]
+        .map(str::to_owned)
+        .to_vec();
+    settings
+}
+
+#[test]
+fn a_connection_that_fails_has_its_backend_checked_at_once() {
+    for cut in [false, true] {
+        let mut cluster = node(3);
+        let mut daemon = start(&cluster, &seldom(&cluster), 3);
+        if cut {
+            cluster.apiservers[0].host.cut_off().unwrap();
+        } else {
+            cluster.apiservers[0].stub.kill().unwrap();
+        }
+        // Each of them may be the one that meets it: nobody else notices.
+        let mut command = cluster.lb.hooked_command("sh").unwrap();
+        let script = r#"while :; do curl -4 --silent --max-time 3 --cacert "$0" https://localhost:16443/name; done"#;
+        command.args(["-c", script]).arg(cluster.ca_file());
+        let asker = cluster.lb.start("asker", command).unwrap();
+        let state = if cut { "silent" } else { "draining" };
+        eventually(VERDICT, "the server of IPv4 is found", || {
+            let status = daemon.status()?;
+            let found = status.states("api-1").contains(&state);
+            ensure!(found, "{:?}", status.states("api-1"));
+            Ok(())
+        })
+        .unwrap();
+        drop(asker);
+        daemon.process().kill().unwrap();
+    }
+}

@@ -555,7 +555,7 @@ impl Controller {
         if event.report.outcome == health::Outcome::Pass
             && let Some(witness) = self.witnesses.get_mut(&backend.id)
         {
-            witness.passed();
+            witness.passed(Instant::now());
         }
         self.consider_asking(event, &before);
         if let Some(transition) = &event.transition {

@@ -13,6 +13,10 @@ const PATIENCE: Duration = Duration::from_millis(300);
 /// How long a refusal is evidence.
 const FRESH: Duration = Duration::from_secs(1);
 
+/// How long nobody who is refused is news after a check has passed: whoever checks what, the two see different things, and
+/// one check a second says so often enough.
+const EXPLAINED: Duration = Duration::from_secs(1);
+
 /// What is remembered about one backend.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Witness {
@@ -21,6 +25,10 @@ pub(super) struct Witness {
     /// The wait that a check has explained, or that a check was made for.
     explained: Option<u32>,
     checked_for: Option<u32>,
+    /// When a check passed that was made for a refusal.
+    acquitted: Option<Instant>,
+    /// A refusal that is yet to be checked.
+    unheard: bool,
 }
 
 /// What is to be done.
@@ -44,6 +52,12 @@ impl Witness {
         if refusal {
             self.refused = signal.refused;
             self.refused_at = Some(now);
+            self.unheard = true;
+        }
+        let acquitted = self.acquitted.is_some_and(|at| now.saturating_duration_since(at) < EXPLAINED);
+        let refusal = self.unheard && !acquitted;
+        if refusal {
+            self.unheard = false;
         }
         let waited =
             signal.waiting.is_some_and(|waiting| waiting >= PATIENCE) && self.explained != Some(signal.asked);
@@ -56,8 +70,10 @@ impl Witness {
     }
 
     /// A check has passed.
-    pub(super) fn passed(&mut self) {
-        self.refused_at = None;
+    pub(super) fn passed(&mut self, now: Instant) {
+        if self.refused_at.take().is_some() {
+            self.acquitted = Some(now);
+        }
         self.explained = self.checked_for;
     }
 }
@@ -106,12 +122,33 @@ mod tests {
         let mut witness = Witness::new(QUIET);
         witness.hear(waiting(5, 300), now);
         witness.hear(Signal { refused: 1, ..waiting(5, 300) }, now);
-        witness.passed();
+        witness.passed(now);
         assert_eq!(
             witness.hear(Signal { refused: 1, ..waiting(5, 60_000) }, now),
             says(false, false),
             "slow, not gone"
         );
         assert_eq!(witness.hear(Signal { refused: 1, ..waiting(6, 300) }, now), says(true, true));
+    }
+
+    #[test]
+    fn refusals_that_checks_do_not_see_cost_one_check_a_second() {
+        let start = Instant::now();
+        let mut witness = Witness::new(QUIET);
+        let mut checks = 0;
+        for tick in 1..=400_u32 {
+            let now = start + Duration::from_millis(25) * tick;
+            let testimony = witness.hear(Signal { refused: tick, ..QUIET }, now);
+            assert!(testimony.against, "evidence all the same");
+            if testimony.news {
+                checks += 1;
+                witness.passed(now);
+            }
+        }
+        assert_eq!(checks, 10, "in ten seconds");
+        // The last of them is checked when its time has come.
+        let quiet = Signal { refused: 400, ..QUIET };
+        assert!(witness.hear(quiet, start + Duration::from_millis(11_100)).news);
+        assert!(!witness.hear(quiet, start + Duration::from_millis(11_125)).news);
     }
 }
