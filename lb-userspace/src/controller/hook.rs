@@ -64,6 +64,10 @@ impl Controller {
             source,
         })?;
         self.dataplane.attach_hook(place.directory(), network)?;
+        self.attend_sockets(network).map_err(|source| ControllerError::System {
+            doing: "start the thread that looks after sockets",
+            source,
+        })?;
         Ok(Some(place))
     }
 
@@ -71,6 +75,9 @@ impl Controller {
     pub(super) fn set_pods(&mut self) {
         for (number, service) in self.services.iter() {
             self.dataplane.set_pods(number, service.pods);
+        }
+        if let Some(flag) = self.pods_flag() {
+            tracing::warn!("{flag}");
         }
     }
 
@@ -124,7 +131,8 @@ impl Controller {
     }
 
     pub(super) fn hook_flags(&self) -> impl Iterator<Item = String> {
-        self.hook.flags.iter().cloned().chain(self.hook.shadows.iter().map(Shadow::sentence))
+        let shadows = self.hook.shadows.iter().map(Shadow::sentence);
+        self.hook.flags.iter().cloned().chain(shadows).chain(self.pods_flag())
     }
 
     /// Where it is, in words.

@@ -22,6 +22,7 @@ mod resets;
 mod roster;
 mod selection;
 mod services;
+mod sockets;
 mod sources;
 mod status;
 mod steps;
@@ -71,6 +72,7 @@ pub use roster::NumbersError;
 use roster::{Roster, Step};
 use selection::Choice;
 use services::Services;
+use sockets::{Sockets, reported};
 use sources::{Taken, news};
 use witness::Witness;
 
@@ -184,6 +186,8 @@ pub struct Controller {
     /// Tells those who ask in a backend's name that there are other backends.
     probes: watch::Sender<Vec<Arc<ProbeTarget>>>,
     hook: Hook,
+    /// Of the hook.
+    sockets: Sockets,
 }
 
 impl Controller {
@@ -245,6 +249,7 @@ impl Controller {
             witnesses: BTreeMap::new(),
             resets,
             hook: Hook::default(),
+            sockets: Sockets::default(),
         };
         controller.obey_orders();
         controller.fill()?;
@@ -465,6 +470,7 @@ impl Controller {
         let mut servers = self.watch_servers();
         self.look_for_vips();
         let mut sources = self.sources.clone();
+        let mut reports = self.sockets.take_reports();
         loop {
             let reset_turn = self.resets.due();
             tokio::select! {
@@ -486,6 +492,7 @@ impl Controller {
                     self.block();
                 }
                 Some(found) = servers.recv() => self.note_shadows(&found),
+                report = reported(&mut reports) => self.heed_sockets(report),
                 Some(request) = inbox.requests.recv() => match request {
                     // Whoever asked may have gone meanwhile.
                     Request::Status(answer) => drop(answer.send(self.status())),

@@ -270,6 +270,7 @@ impl Controller {
     /// Resets the flows that a backend has now, at the service's rate, and tells both of their ends.
     pub(super) fn end_flows_of(&mut self, backend: &Backend, verdict: Verdict) {
         self.resets.begin(Work::End, Account::Killed(verdict), backend, Instant::now());
+        self.end_sockets_of(backend.id);
     }
 
     /// Whether there is anybody who may die soon.
@@ -281,6 +282,7 @@ impl Controller {
             }
             return false;
         }
+        self.ask_sockets(now);
         let heard = match self.dataplane.heard() {
             Ok(heard) => heard,
             Err(error) => {
@@ -300,6 +302,7 @@ impl Controller {
             }
             self.look_elsewhere(service, now);
         }
+        self.bury_sockets(now);
         self.backends.iter().any(|backend| backend.state == State::Silent)
     }
 
@@ -312,7 +315,9 @@ impl Controller {
             .iter()
             .map(|index| {
                 let backend = &self.backends[*index];
-                backend.sighting(heard.get(usize::from(backend.id)).copied().flatten(), now)
+                let passing = heard.get(usize::from(backend.id)).copied().flatten();
+                let passing = passing.and_then(|ago| now.checked_sub(ago));
+                backend.sighting(passing.max(self.sockets.heard(backend.id)))
             })
             .collect();
         let Some(watch) = self.resets.watches.get_mut(&service) else { return Vec::new() };
@@ -547,8 +552,8 @@ impl Backend {
         Account::Dead(silence, since.min(u8::MAX.into()) as u8)
     }
 
-    /// What the vigil over its service looks at; `heard` is how long ago it sent payload to a client.
-    fn sighting(&self, heard: Option<Duration>, now: Instant) -> Sighting {
+    /// What the vigil over its service looks at; `heard` is when it last sent payload to a client.
+    fn sighting(&self, heard: Option<Instant>) -> Sighting {
         let answers = !matches!(self.report.outcome, Outcome::Local | Outcome::Fail(Failure::Silent));
         // Whoever is this very host answers through no link, and proves nothing about ours.
         let is_proof = answers && !self.local && self.since.is_some();
@@ -556,7 +561,7 @@ impl Backend {
             id: self.id.into(),
             silent_since: self.silent_since,
             answered: is_proof.then_some(self.checked),
-            heard: heard.and_then(|ago| now.checked_sub(ago)),
+            heard,
         }
     }
 }
