@@ -18,9 +18,9 @@ use lb_common::{
     flow::{Choice, Claim, Claimer, Family, Found, Query, Slot},
     hash::FlowHash,
     layout::{
-        AllowKey, BACKENDS, Backend, Config, FOLLOWED, Followed, LISTENERS, Listener, NEXT_HOPS, OverflowMarks, PORTS,
-        ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Service,
-        Set4, Set6, WAYS, allow_key, family,
+        AllowKey, BACKENDS, Backend, Config, FOLLOWED, Followed, LISTENERS, Listener, NEXT_HOPS,
+        OverflowMarks, PORTS, ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS,
+        SNAT_ADDRESSES, Service, Set4, Set6, WAYS, allow_key, family,
     },
     maps::{Maps, Step},
     meta::Meta,

@@ -23,6 +23,8 @@ const ORDER: Duration = Duration::from_secs(30);
 pub enum Order {
     /// To open so many connections over TLS, and ask each server for its name.
     Open(usize),
+    /// The same, and to ask again and again.
+    OpenPolling(usize),
     /// To open so many connections and say nothing on them.
     OpenPlain(usize),
     /// To close the oldest so many.

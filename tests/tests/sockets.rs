@@ -8,9 +8,9 @@ use anyhow::ensure;
 use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{BackendStatus, Daemon, Settings},
-    hold::{Holder, Order},
+    hold::{Holder, Order, Said},
     lab::{cgroup_of, eventually},
-    stub::PORT,
+    stub::{Health, PORT},
 };
 
 /// A verdict takes a few checks and `reset_after`, with room for a busy machine.
@@ -54,7 +54,9 @@ fn counts(daemon: &Daemon, server: &str) -> (u64, u64) {
     let status = daemon.status().unwrap();
     let of_server = |it: &&BackendStatus| it.name == server;
     let backends = status.services.iter().flat_map(|service| &service.backends);
-    backends.filter(of_server).fold((0, 0), |(active, total), it| (active + it.active_flows, total + it.total_flows))
+    backends
+        .filter(of_server)
+        .fold((0, 0), |(active, total), it| (active + it.active_flows, total + it.total_flows))
 }
 
 /// Waits until a server has so many connections, and had so many.
@@ -73,7 +75,8 @@ fn open_and_total_connections_are_right_also_over_a_restart() {
     let settings = settings(&cluster);
     let mut daemon = start(&cluster, &settings, 2);
     let mut holders: Vec<_> = [LOCAL4, LOCAL6, MAPPED].map(|to| holder(&cluster, to)).into();
-    let opened = |holders: &[Holder], server: &str| holders.iter().map(|it| it.opened_to(server)).sum::<usize>();
+    let opened =
+        |holders: &[Holder], server: &str| holders.iter().map(|it| it.opened_to(server)).sum::<usize>();
     for holder in &mut holders {
         holder.order(Order::Open(10)).unwrap();
     }
@@ -203,7 +206,8 @@ fn a_connection_that_fails_has_its_backend_checked_at_once() {
         }
         // Each of them may be the one that meets it: nobody else notices.
         let mut command = cluster.lb.hooked_command("sh").unwrap();
-        let script = r#"while :; do curl -4 --silent --max-time 3 --cacert "$0" https://localhost:16443/name; done"#;
+        let script =
+            r#"while :; do curl -4 --silent --max-time 3 --cacert "$0" https://localhost:16443/name; done"#;
         command.args(["-c", script]).arg(cluster.ca_file());
         let asker = cluster.lb.start("asker", command).unwrap();
         let state = if cut { "silent" } else { "draining" };
@@ -217,4 +221,216 @@ fn a_connection_that_fails_has_its_backend_checked_at_once() {
         drop(asker);
         daemon.process().kill().unwrap();
     }
+}
+
+/// As [`settings`], with somebody dead after a short time.
+fn mortal(cluster: &Cluster) -> Settings {
+    let mut settings = settings(cluster);
+    settings.service = vec!["reset_after = \"1500ms\"".to_owned()];
+    settings
+}
+
+fn all_ended(holder: &Holder, server: &str) -> usize {
+    holder.ended().iter().filter(|(of, _)| of.as_deref() == Some(server)).count()
+}
+
+/// Waits until a server's connections were ended, and nobody else's.
+fn wait_ended(holder: &Holder, server: &str) {
+    eventually(VERDICT, &format!("the connections to {server} are ended"), || {
+        let (ended, opened) = (all_ended(holder, server), holder.opened_to(server));
+        ensure!(ended == opened, "{ended} of {opened}");
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(holder.ended().len(), holder.opened_to(server), "{:?}", holder.ended());
+}
+
+/// What is asserted not to happen is watched for so long: more than `reset_after` and the repetition after it.
+const WATCHED: Duration = Duration::from_secs(4);
+
+fn require_none_ended(holders: &[&Holder]) {
+    let begin = std::time::Instant::now();
+    while begin.elapsed() < WATCHED {
+        holders.iter().for_each(|holder| assert_eq!(holder.ended(), []));
+        std::thread::yield_now();
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn idle_connections_to_a_dead_server_are_ended_and_nobody_elses() {
+    for frozen in [false, true] {
+        let mut cluster = node(3);
+        let mut daemon = start(&cluster, &mortal(&cluster), 3);
+        let mut holders: Vec<_> = [LOCAL4, LOCAL6, MAPPED].map(|to| holder(&cluster, to)).into();
+        for holder in &mut holders {
+            holder.order(Order::Open(12)).unwrap();
+            assert!(holder.opened_to("api-1") > 0);
+        }
+        // The same server by its own address, in the same cgroup, and from outside of it.
+        let direct = SocketAddr::new(cluster.apiservers[0].host.link().unwrap().v4.into(), PORT);
+        let mut other = holder(&cluster, &direct.to_string());
+        other.order(Order::OpenPlain(5)).unwrap();
+        let mut outside = Holder::start(&cluster.lb, false, &cluster.ca_file(), direct).unwrap();
+        outside.order(Order::OpenPlain(5)).unwrap();
+        if frozen {
+            cluster.apiservers[0].stub.freeze().unwrap();
+        } else {
+            cluster.apiservers[0].host.cut_off().unwrap();
+        }
+        daemon.wait_state("api-1", "dead", VERDICT).unwrap();
+        for holder in &holders {
+            wait_ended(holder, "api-1");
+        }
+        require_none_ended(&[&other, &outside]);
+        let (active, _) = counts(&daemon, "api-1");
+        assert_eq!(active, 0);
+        daemon.process().kill().unwrap();
+    }
+}
+
+#[test]
+fn sockets_in_the_network_namespaces_of_pods_are_ended_where_pods_are_served() {
+    let cluster = node(3);
+    // The client's namespace stands for a pod's.
+    let mut settings = mortal(&cluster);
+    let vip = SocketAddr::new(cluster.vip4, PORT);
+    settings.listen = vec![at(LOCAL4), vip];
+    settings.dataplane.push("interfaces = []".to_owned());
+    settings.service.push("pods = true".to_owned());
+    let mut daemon = start(&cluster, &settings, 3);
+    let mut pod = Holder::start(&cluster.client, true, &cluster.ca_file(), vip).unwrap();
+    let mut host = holder(&cluster, LOCAL4);
+    for holder in [&mut pod, &mut host] {
+        holder.order(Order::Open(12)).unwrap();
+    }
+    // A pod that dials the server itself is none of ours, and neither is anybody when pods are not served.
+    let direct = SocketAddr::new(cluster.apiservers[0].host.link().unwrap().v4.into(), PORT);
+    let mut other = Holder::start(&cluster.client, true, &cluster.ca_file(), direct).unwrap();
+    other.order(Order::OpenPlain(5)).unwrap();
+    cluster.apiservers[0].host.cut_off().unwrap();
+    daemon.wait_state("api-1", "dead", VERDICT).unwrap();
+    for holder in [&pod, &host] {
+        wait_ended(holder, "api-1");
+    }
+    require_none_ended(&[&other]);
+}
+
+#[test]
+fn sockets_in_the_network_namespaces_of_pods_are_left_alone_where_pods_are_not_served() {
+    let cluster = node(2);
+    let mut settings = mortal(&cluster);
+    let vip = SocketAddr::new(cluster.vip4, PORT);
+    settings.listen = vec![at(LOCAL4), vip];
+    settings.dataplane.push("interfaces = []".to_owned());
+    let mut daemon = start(&cluster, &settings, 2);
+    // They get to the server without us.
+    let direct = SocketAddr::new(cluster.apiservers[0].host.link().unwrap().v4.into(), PORT);
+    let mut pod = Holder::start(&cluster.client, true, &cluster.ca_file(), direct).unwrap();
+    pod.order(Order::OpenPlain(5)).unwrap();
+    cluster.apiservers[0].host.cut_off().unwrap();
+    daemon.wait_state("api-1", "dead", VERDICT).unwrap();
+    require_none_ended(&[&pod]);
+}
+
+#[test]
+fn a_thousand_sockets_are_ended_at_once() {
+    const SOCKETS: usize = 1000;
+    let cluster = node(2);
+    let mut settings = mortal(&cluster);
+    settings.listen = vec![at(LOCAL4)];
+    let mut daemon = start(&cluster, &settings, 2);
+    let mut holder = holder(&cluster, LOCAL4);
+    // Each server has about half of them.
+    holder.order(Order::OpenPlain(2 * SOCKETS)).unwrap();
+    let (active, _) = counts(&daemon, "api-1");
+    assert!(active > SOCKETS as u64 * 8 / 10, "{active}");
+    cluster.apiservers[0].host.cut_off().unwrap();
+    daemon.wait_state("api-1", "dead", VERDICT).unwrap();
+    eventually(VERDICT, "all of them are ended", || {
+        let ended = holder.ended().len();
+        ensure!(ended as u64 == active, "{ended} of {active}");
+        Ok(())
+    })
+    .unwrap();
+    let times: Vec<_> =
+        holder.timed().into_iter().filter(|(_, it)| matches!(it, Said::Ended { .. })).collect();
+    let (first, last) = (times.first().unwrap().0, times.last().unwrap().0);
+    println!("{active} sockets: from the first to the last {} ms", (last - first).as_millis());
+    let log = daemon.log();
+    log.lines()
+        .filter(|line| line.contains("dead") || line.contains("were ended"))
+        .for_each(|line| println!("{line}"));
+}
+
+#[test]
+fn connections_are_kept_where_on_dead_says_so_and_while_a_server_drains() {
+    for keep in [true, false] {
+        let cluster = node(2);
+        let mut settings = mortal(&cluster);
+        if keep {
+            settings.service.push("on_dead = \"keep\"".to_owned());
+        }
+        let mut daemon = start(&cluster, &settings, 2);
+        let mut holder = holder(&cluster, LOCAL4);
+        holder.order(Order::Open(10)).unwrap();
+        if keep {
+            cluster.apiservers[0].host.cut_off().unwrap();
+            daemon.wait_state("api-1", "dead", VERDICT).unwrap();
+        } else {
+            cluster.apiservers[0].stub.health(Health::Status(500)).unwrap();
+            daemon.wait_state("api-1", "draining", VERDICT).unwrap();
+        }
+        require_none_ended(&[&holder]);
+    }
+}
+
+#[test]
+fn payload_to_a_process_of_this_host_is_a_veto() {
+    let cluster = node(2);
+    let mut settings = mortal(&cluster);
+    settings.listen = vec![at(LOCAL4)];
+    let mut daemon = start(&cluster, &settings, 2);
+    let mut holder = holder(&cluster, LOCAL4);
+    holder.order(Order::OpenPolling(8)).unwrap();
+    assert!(holder.opened_to("api-1") > 0);
+    // New connections do not get through, checks among them; those that stand go on.
+    cluster.apiservers[0]
+        .host
+        .nft(
+            "add table inet deaf; add chain inet deaf in { type filter hook prerouting priority -400; }; \
+             add rule inet deaf in tcp flags & (syn | ack) == syn drop",
+        )
+        .unwrap();
+    daemon.wait_state("api-1", "silent", VERDICT).unwrap();
+    require_none_ended(&[&holder]);
+    assert!(!daemon.log().contains("-> dead"), "{}", daemon.log());
+    assert!(!daemon.status().unwrap().states("api-1").contains(&"dead"));
+    // Until they have nothing to say any more.
+    cluster.apiservers[0].host.cut_off().unwrap();
+    daemon.wait_state("api-1", "dead", VERDICT).unwrap();
+    wait_ended(&holder, "api-1");
+}
+
+#[test]
+fn an_operator_ends_sockets_by_backend_and_when_the_time_to_drain_is_over() {
+    let cluster = node(2);
+    let mut settings = settings(&cluster);
+    settings.listen = vec![at(LOCAL4)];
+    let daemon = start(&cluster, &settings, 2);
+    let mut holder = holder(&cluster, LOCAL4);
+    holder.order(Order::Open(10)).unwrap();
+    let opened = holder.opened_to("api-1");
+    let killed = daemon.command("kill").unwrap().arg("api-1").output().unwrap();
+    let said = String::from_utf8_lossy(&killed.stdout).into_owned();
+    assert!(killed.status.success() && said.contains(&format!("{opened} flow")), "{killed:?}");
+    wait_ended(&holder, "api-1");
+    let drained = daemon.command("drain").unwrap().args(["api-2", "--timeout", "1s"]).output().unwrap();
+    assert!(drained.status.success(), "{drained:?}");
+    eventually(VERDICT, "those of the other are ended", || {
+        let ended = all_ended(&holder, "api-2");
+        ensure!(ended == holder.opened_to("api-2"), "{ended}");
+        Ok(())
+    })
+    .unwrap();
 }

@@ -211,6 +211,8 @@ enum SocketsError {
          daemon CAP_NET_ADMIN"
     )]
     Destroy(#[source] io::Error),
-    #[error("cannot enter the network namespaces of pods: {0}\n   = help: the daemon needs CAP_SYS_ADMIN and CAP_SYS_PTRACE")]
+    #[error(
+        "cannot enter the network namespaces of pods: {0}\n   = help: the daemon needs CAP_SYS_ADMIN and CAP_SYS_PTRACE"
+    )]
     Enter(#[source] io::Error),
 }

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 use clap::Parser;
 use lb_tests::{
     hold::{Order, Said},
-    load::{Client, raise_descriptor_limit},
+    load::{Client, Connection, raise_descriptor_limit},
 };
 use tokio::{io::AsyncReadExt as _, net::TcpStream, sync::mpsc, task::JoinHandle};
 
@@ -23,13 +23,18 @@ struct Arguments {
 /// An answer that has taken this long is lost.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Between questions on a connection.
+const PAUSE: Duration = Duration::from_millis(200);
+
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     let Arguments { ca, address } = Arguments::parse();
     raise_descriptor_limit()?;
     let client = Client::new(&ca, address, PATIENCE)?.expecting("localhost")?;
     let (sender, mut orders) = mpsc::unbounded_channel();
-    std::thread::spawn(move || std::io::stdin().lines().map_while(Result::ok).try_for_each(|it| sender.send(it)));
+    std::thread::spawn(move || {
+        std::io::stdin().lines().map_while(Result::ok).try_for_each(|it| sender.send(it))
+    });
     let mut held = Vec::new();
     // Whoever started us has gone when there is nothing to read any more.
     while let Some(order) = orders.recv().await {
@@ -42,9 +47,9 @@ async fn main() -> Result<()> {
                     }
                 }
             }
-            Order::Open(count) => {
+            order @ (Order::Open(count) | Order::OpenPolling(count)) => {
                 for _ in 0..count {
-                    match open(&client).await {
+                    match open(&client, matches!(order, Order::OpenPolling(_))).await {
                         Ok(holding) => held.push(holding),
                         Err(error) => say(&Said::Failed(format!("{error:#}")))?,
                     }
@@ -72,8 +77,8 @@ async fn hold_plain(mut tcp: TcpStream) {
     let _ = say(&Said::Ended { server: None, error: ended });
 }
 
-/// A connection that has asked once, and waits from then on, as a watch does.
-async fn open(client: &Client) -> Result<JoinHandle<()>> {
+/// A connection that has asked once, and waits from then on, as a watch does; or asks again and again.
+async fn open(client: &Client, polling: bool) -> Result<JoinHandle<()>> {
     let dialled = client.dial().await?;
     let (mut connection, driver) = (dialled.connection, dialled.driver);
     let driver = tokio::spawn(driver);
@@ -81,7 +86,7 @@ async fn open(client: &Client) -> Result<JoinHandle<()>> {
     say(&Said::Opened(server.clone()))?;
     Ok(tokio::spawn(async move {
         let driver = AbortOnDrop(driver);
-        let ended = hold(driver).await;
+        let ended = if polling { poll(&mut connection, driver).await } else { hold(driver).await };
         let _ = say(&Said::Ended { server: Some(server), error: ended });
         drop(connection);
     }))
@@ -93,6 +98,17 @@ impl<T> Drop for AbortOnDrop<T> {
     fn drop(&mut self) {
         self.0.abort();
     }
+}
+
+async fn poll<T>(connection: &mut Connection, driver: AbortOnDrop<T>) -> String {
+    let error = loop {
+        tokio::time::sleep(PAUSE).await;
+        if let Err(error) = connection.name().await {
+            break error;
+        }
+    };
+    drop(driver);
+    format!("{error:#}")
 }
 
 async fn hold<T>(mut driver: AbortOnDrop<Result<T, hyper::Error>>) -> String {
