@@ -508,7 +508,10 @@ impl Controller {
                     }
                 },
                 () = news(&mut sources) => self.take_in_sources().await,
-                _ = signals.tick() => self.heed_signals(),
+                _ = signals.tick() => {
+                    self.heed_signals();
+                    self.glance_at_sockets();
+                }
                 _ = second.tick() => self.turn().await,
                 () = tokio::time::sleep_until(reset_turn) => self.reset_turn(),
                 _ = inbox.stop.recv() => return End::Stop,

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{Controller, backends::Backend};
 use crate::{
     admin::JournalKind,
-    config::OnDead,
+    config::{OnDead, Service},
     dataplane::FlowFilter,
     health::State,
     sockets::{Order, Report, Undertaker},
@@ -19,6 +19,10 @@ use crate::{
 
 /// Between looks at what sockets have heard while somebody is silent.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// The same while everybody is well, where checks may be left out for it: so often in an interval, and not more often than
+/// this.
+const GLANCES: u32 = 4;
+const GLANCE_EVERY: Duration = Duration::from_millis(250);
 /// Between looks for sockets of a dead backend that were missed: they were opened just then.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -58,7 +62,8 @@ impl Sockets {
     }
 
     fn look(&mut self, backends: BTreeSet<u8>, now: Instant) {
-        let Some(undertaker) = self.undertaker.as_ref().filter(|_| !self.waiting && !backends.is_empty()) else {
+        let Some(undertaker) = self.undertaker.as_ref().filter(|_| !self.waiting && !backends.is_empty())
+        else {
             return;
         };
         undertaker.order(Order::Look(backends));
@@ -98,12 +103,33 @@ impl Controller {
 
     /// While somebody is silent: whether sockets have heard of them.
     pub(super) fn ask_sockets(&mut self, now: Instant) {
-        if self.sockets.looked_within(LOOK_EVERY, now) {
-            return;
+        if !self.sockets.looked_within(LOOK_EVERY, now) {
+            self.sockets.look(self.those_to_look_at(), now);
         }
-        let silent = |backend: &&Backend| matches!(backend.state, State::Silent | State::Dead);
-        let silent = self.backends.iter().filter(silent).map(|backend| backend.id).collect();
-        self.sockets.look(silent, now);
+    }
+
+    /// Whoever may die, and whoever may be vouched for.
+    fn those_to_look_at(&self) -> BTreeSet<u8> {
+        let counts = |backend: &&Backend| match backend.state {
+            State::Silent | State::Dead => true,
+            State::Ready => self.may_vouch_for(backend),
+            State::Unknown | State::Draining => false,
+        };
+        self.backends.iter().filter(counts).map(|backend| backend.id).collect()
+    }
+
+    /// Where every client is on this host: whether sockets hear of backends that are ready, so that fewer checks will do.
+    pub(super) fn glance_at_sockets(&mut self) {
+        let now = Instant::now();
+        let here = self.services.iter().filter(|(_, service)| service.is_loopback_only());
+        let Some(shortest) = here.map(|(_, service)| service.check.interval).min() else { return };
+        if !self.sockets.looked_within((shortest / GLANCES).max(GLANCE_EVERY), now) {
+            self.sockets.look(self.those_to_look_at(), now);
+        }
+    }
+
+    fn may_vouch_for(&self, backend: &Backend) -> bool {
+        self.services.get(backend.target.service).is_some_and(Service::is_loopback_only)
     }
 
     /// Ends the sockets of those who are dead, as long as they are, where their service says so.
@@ -114,7 +140,8 @@ impl Controller {
         for backend in self.backends.iter().filter(|backend| backend.state == State::Dead) {
             let Some(service) = self.services.get(backend.target.service) else { continue };
             let recently = |at: &Instant| now.saturating_duration_since(*at) < AGAIN;
-            if service.on_dead != OnDead::Reset || self.sockets.buried.get(&backend.id).is_some_and(recently) {
+            if service.on_dead != OnDead::Reset || self.sockets.buried.get(&backend.id).is_some_and(recently)
+            {
                 continue;
             }
             undertaker.order(Order::Bury(backend.id, service.reset_after));
@@ -149,7 +176,9 @@ impl Controller {
             Report::Buried { backend, sockets, heard } => {
                 let name = self.name_of(backend);
                 if let Some(at) = heard {
-                    tracing::warn!("{name}: a process of this host has heard of it: its sockets are kept for now");
+                    tracing::warn!(
+                        "{name}: a process of this host has heard of it: its sockets are kept for now"
+                    );
                     self.note_heard(backend, at);
                 } else if sockets > 0 {
                     let line = format!("{name}: {sockets} sockets of this host's processes were ended");
@@ -167,6 +196,11 @@ impl Controller {
     fn note_heard(&mut self, backend: u8, at: Instant) {
         let latest = self.sockets.heard.entry(backend).or_insert(at);
         *latest = at.max(*latest);
+        let heard = *latest;
+        let of_it = self.backends.iter().find(|it| it.id == backend);
+        if let Some(backend) = of_it.filter(|backend| self.may_vouch_for(backend)) {
+            self.checks.vouch(backend.target, heard);
+        }
     }
 
     fn name_of(&self, id: u8) -> String {

@@ -87,14 +87,16 @@ impl Dataplane {
     fn attach_hook_program(&mut self, name: &'static str, cgroup: &File) -> Result<FdLink, DataplaneError> {
         let mut program = self.hook_program(name)?;
         // A link is always one of several, whatever the mode is called (`cgroup_bpf_link_attach` in the kernel).
-        program.attach(cgroup, CgroupAttachMode::Single).map_err(|source| match errno(&source) {
-            Some(libc::EPERM) => DataplaneError::HookRefused { name, source: Box::new(source) },
-            _ => DataplaneError::Program { name, source: Box::new(source) },
-        })?
-        .map_err(|error| DataplaneError::System {
-            call: "bpf(BPF_LINK_CREATE)",
-            source: io::Error::other(error),
-        })
+        program
+            .attach(cgroup, CgroupAttachMode::Single)
+            .map_err(|source| match errno(&source) {
+                Some(libc::EPERM) => DataplaneError::HookRefused { name, source: Box::new(source) },
+                _ => DataplaneError::Program { name, source: Box::new(source) },
+            })?
+            .map_err(|error| DataplaneError::System {
+                call: "bpf(BPF_LINK_CREATE)",
+                source: io::Error::other(error),
+            })
     }
 
     /// Puts a program in the place of the one of a pinned link, if that is on this cgroup.

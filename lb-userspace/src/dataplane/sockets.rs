@@ -86,7 +86,8 @@ fn failed(source: MapError) -> DataplaneError {
 impl Dataplane {
     /// How many sockets of this host's processes are connected to each backend by the connect hook, by id.
     pub fn open_sockets(&self) -> Result<Vec<u64>, DataplaneError> {
-        let count = |id: u8| super::sum(&self.backend_sockets, "BACKEND_SOCKETS", id.into()).map(at_least_none);
+        let count =
+            |id: u8| super::sum(&self.backend_sockets, "BACKEND_SOCKETS", id.into()).map(at_least_none);
         (0..=u8::MAX).map(count).collect()
     }
 

@@ -117,6 +117,39 @@ async fn an_accusation_is_settled_on_a_fresh_connection_at_once() {
 }
 
 #[tokio::test]
+async fn a_check_is_left_out_while_somebody_vouches_for_the_backend() {
+    const INTERVAL: Duration = Duration::from_millis(200);
+    let cluster = Cluster::new();
+    let server = cluster.apiserver(|_| Answer::ok()).await;
+    let (sender, mut events) = mpsc::channel(16);
+    let check = Check { interval: INTERVAL, fast_interval: INTERVAL / 2, ..cluster.check() };
+    let handle = spawn(vec![target(0, server.address, check)], sender);
+    until(&mut events, State::Ready).await;
+    let id = TargetId { service: 0, backend: 0 };
+    let mut vouching = tokio::time::interval(INTERVAL / 20);
+    let mut at = Vec::new();
+    while at.len() < 4 {
+        tokio::select! {
+            _ = vouching.tick() => handle.vouch(id, std::time::Instant::now()),
+            event = receive(&mut events) => {
+                assert_eq!(event.state, State::Ready);
+                at.push(tokio::time::Instant::now());
+            }
+        }
+    }
+    // Of three that are due two are left out; a busy machine only makes it longer.
+    let three = at[3] - at[0];
+    assert!(three > INTERVAL * 5, "{three:?}");
+    // Nobody vouches any more, or something is odd: a check comes, whoever vouched before.
+    handle.vouch(id, std::time::Instant::now());
+    handle.check_now(id);
+    receive(&mut events).await;
+    handle.vouch(id, std::time::Instant::now());
+    handle.accuse(id, true);
+    receive(&mut events).await;
+}
+
+#[tokio::test]
 async fn a_backend_without_checks_is_ready_and_left_alone() {
     let (sender, mut events) = mpsc::channel(1);
     let nowhere = "192.0.2.1:6443".parse().unwrap();
