@@ -39,6 +39,8 @@ pub(super) struct Sockets {
     /// When they were last asked about; no answer yet: `waiting`.
     looked: Option<Instant>,
     waiting: bool,
+    /// What went wrong last: said once.
+    failure: Option<String>,
     /// When the sockets of the dead were last ended, by id.
     buried: BTreeMap<u8, Instant>,
 }
@@ -168,7 +170,7 @@ impl Controller {
     pub(super) fn heed_sockets(&mut self, report: Report) {
         match report {
             Report::Heard(heard) => {
-                self.sockets.waiting = false;
+                (self.sockets.waiting, self.sockets.failure) = (false, None);
                 for (id, at) in heard {
                     self.note_heard(id, at);
                 }
@@ -188,7 +190,10 @@ impl Controller {
             }
             Report::Failed(why) => {
                 self.sockets.waiting = false;
-                tracing::warn!("{why}");
+                if self.sockets.failure.as_ref() != Some(&why) {
+                    tracing::warn!("{why}");
+                }
+                self.sockets.failure = Some(why);
             }
         }
     }

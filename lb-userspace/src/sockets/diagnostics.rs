@@ -13,6 +13,9 @@ use netlink_sys::{Socket, SocketAddr as NetlinkAddress, protocols::NETLINK_SOCK_
 use super::SocketsError;
 use crate::dataplane::FollowedSocket;
 
+/// `TCP_TIME_WAIT` (`include/net/tcp_states.h`).
+const TIME_WAIT: u8 = 6;
+
 /// What is seen of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Seen {
@@ -36,6 +39,8 @@ impl Diagnostics {
     /// Looks at a socket.
     pub(super) fn look(&self, socket: &FollowedSocket) -> Result<Seen, SocketsError> {
         match self.ask(&request(socket, NLM_F_REQUEST)) {
+            // What is left of it for a minute is no process's any more.
+            Ok(Some(response)) if response.header.state == TIME_WAIT => Ok(Seen::Gone),
             Ok(Some(response)) => Ok(Seen::Open(last_payload(&response))),
             Ok(None) => Ok(Seen::Gone),
             Err(error) if is_gone(&error) => Ok(Seen::Gone),

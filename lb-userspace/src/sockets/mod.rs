@@ -12,6 +12,7 @@ mod diagnostics;
 mod namespaces;
 
 use std::{
+    cell::Cell,
     collections::{BTreeMap, BTreeSet},
     io,
     sync::mpsc as blocking,
@@ -78,7 +79,7 @@ impl Undertaker {
         let own = Diagnostics::open()?;
         let (orders, given) = blocking::channel();
         let (reports, heard) = mpsc::unbounded_channel();
-        let yard = Yard { table, network, own, pods };
+        let yard = Yard { table, network, own, pods, told: Cell::new(false) };
         std::thread::Builder::new().name("sockets".to_owned()).spawn(move || {
             if let Err(error) = privileges::keep_for_sockets(pods) {
                 tracing::warn!("the thread for sockets keeps capabilities that it does not need: {error}");
@@ -101,6 +102,8 @@ struct Yard {
     network: u64,
     own: Diagnostics,
     pods: bool,
+    /// That others cannot be entered: said once.
+    told: Cell<bool>,
 }
 
 /// Sockets, and the way to each.
@@ -139,7 +142,13 @@ impl Yard {
         let others = if networks.is_empty() || !self.pods {
             BTreeMap::new()
         } else {
-            namespaces::open_each(&networks, Diagnostics::open)?
+            // This host's own do not wait for whatever is wrong there.
+            namespaces::open_each(&networks, Diagnostics::open).unwrap_or_else(|error| {
+                if !self.told.replace(true) {
+                    tracing::warn!("{error}");
+                }
+                BTreeMap::new()
+            })
         };
         sockets.retain(|socket| !elsewhere(socket) || others.contains_key(&socket.network));
         Ok(Found { sockets, others })
