@@ -25,9 +25,7 @@ fn at(address: &str) -> SocketAddr {
 
 /// A node: its processes reach the apiservers by its loopback addresses. Nobody has a VIP.
 fn node(apiservers: u8) -> Cluster {
-    let mut cluster = Cluster::without_vips(Shape::OneArm, apiservers).unwrap();
-    cluster.apiservers.iter_mut().for_each(|apiserver| apiserver.start().unwrap());
-    cluster
+    Cluster::start_without_vips(Shape::OneArm, apiservers).unwrap()
 }
 
 fn settings(cluster: &Cluster) -> Settings {
