@@ -327,7 +327,14 @@ fn what_a_connect_to_another_address_costs() {
         let programs = aya::programs::loaded_programs().map(Result::unwrap);
         programs.filter(|it| it.name_as_str() == Some(name)).max_by_key(|it| it.id()).unwrap()
     };
-    for (name, to) in [("connect4", "127.0.0.1:9"), ("connect6", "[::1]:9"), ("connect4", LOCAL4)] {
+    let measured = [
+        ("connect4", "127.0.0.1:9"),
+        ("connect6", "[::1]:9"),
+        ("connect4", LOCAL4),
+        ("follow_sockets", "127.0.0.1:9"),
+        ("follow_sockets", LOCAL4),
+    ];
+    for (name, to) in measured {
         let before = ours(name);
         let (time, count) = (before.run_time(), before.run_count());
         for _ in 0..20 {
