@@ -582,7 +582,7 @@ mod tests {
             for backend in backends.iter_mut().filter(|backend| backend.since.is_some()) {
                 backend.checked = now;
             }
-            let seen: Vec<_> = backends.iter().map(|backend| backend.sighting(None, now)).collect();
+            let seen: Vec<_> = backends.iter().map(|backend| backend.sighting(None)).collect();
             deaths.extend(vigil.judge(&seen, now));
         }
         deaths
