@@ -403,8 +403,6 @@ mod tests {
         let service = &config.services[0];
         let target = |(backend, it): (usize, &crate::config::Backend)| Target {
             id: TargetId { service: 0, backend },
-            service: service.name.clone(),
-            backend: it.name.clone(),
             address: it.address,
             host: None,
             check: service.check.clone(),
@@ -415,14 +413,15 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn nobody_waits_for_a_backend_that_does_not_answer() {
         let (sender, mut events) = mpsc::channel(8);
-        let _checks = health::spawn(targets(&["10.0.0.1:6443", "10.0.0.2:6443"]), sender);
+        let _checks =
+            health::resume(targets(&["10.0.0.1:6443", "10.0.0.2:6443"]), |_| State::Unknown, sender);
         let begin = tokio::time::Instant::now();
         let results = first_results(&mut events, 2).await;
         assert_eq!(results.len(), 2);
         assert!(results.iter().all(|event| event.state == State::Ready));
         assert_eq!(begin.elapsed(), Duration::ZERO, "all have answered");
         let (sender, mut events) = mpsc::channel(8);
-        let _checks = health::spawn(targets(&["10.0.0.1:6443"]), sender);
+        let _checks = health::resume(targets(&["10.0.0.1:6443"]), |_| State::Unknown, sender);
         assert_eq!(first_results(&mut events, 2).await.len(), 1);
         assert_eq!(begin.elapsed(), OTHER_RESULTS, "the other has had its time");
         let (_sender, mut events) = mpsc::channel(8);

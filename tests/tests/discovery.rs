@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, ensure};
 use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{Daemon, Settings, program},
@@ -80,15 +80,16 @@ fn edge(cluster: &Cluster, own: &[(&str, SocketAddr)], discover: &str) -> Settin
     settings
 }
 
-fn start(cluster: &Cluster, settings: &Settings) -> Daemon {
-    Daemon::start(&cluster.lb, cluster.lab.directory(), settings).unwrap()
+/// The file names the first apiserver, the cluster lists the others. With the kubeconfig's path.
+fn one_named(cluster: &Cluster) -> (PathBuf, Settings) {
+    let first = address(cluster, 1);
+    let conf = kubeconfig(cluster, &first.to_string());
+    let settings = edge(cluster, &[("master-1", first)], &format!("kubeconfig = {conf:?}"));
+    (conf, settings)
 }
 
-/// `sheave status --json`.
-fn status(daemon: &Daemon) -> Result<Value> {
-    let output = daemon.command("status")?.arg("--json").output()?;
-    serde_json::from_slice(&output.stdout)
-        .with_context(|| format!("{}\n{}", String::from_utf8_lossy(&output.stderr), daemon.log()))
+fn start(cluster: &Cluster, settings: &Settings) -> Daemon {
+    Daemon::start(&cluster.lb, cluster.lab.directory(), settings).unwrap()
 }
 
 /// The addresses of a service's backends that are in a state; `""`: in any.
@@ -102,7 +103,7 @@ fn backends(status: &Value, service: usize, state: &str) -> BTreeSet<SocketAddr>
 fn wait(daemon: &Daemon, service: usize, all: &[SocketAddr], ready: &[SocketAddr]) {
     let set = |addresses: &[SocketAddr]| addresses.iter().copied().collect::<BTreeSet<_>>();
     eventually(MOMENT, &format!("the backends are {all:?}, and {ready:?} are ready"), || {
-        let status = status(daemon)?;
+        let status = daemon.status_json()?;
         let (now, now_ready) = (backends(&status, service, ""), backends(&status, service, "ready"));
         ensure!(now == set(all) && now_ready == set(ready), "{:#}", status["services"][service]);
         Ok(())
@@ -113,7 +114,7 @@ fn wait(daemon: &Daemon, service: usize, all: &[SocketAddr], ready: &[SocketAddr
 /// Waits until a flag says this, or none does.
 fn wait_flag(daemon: &Daemon, words: &str, there: bool) {
     eventually(MOMENT, &format!("{words:?} is said: {there}"), || {
-        let flags = status(daemon)?["flags"].to_string();
+        let flags = daemon.flags()?;
         ensure!(flags.contains(words) == there, "{flags}");
         Ok(())
     })
@@ -121,7 +122,7 @@ fn wait_flag(daemon: &Daemon, words: &str, there: bool) {
 }
 
 fn discovery(daemon: &Daemon, service: usize) -> Value {
-    status(daemon).unwrap()["services"][service]["discovery"].clone()
+    daemon.status_json().unwrap()["services"][service]["discovery"].clone()
 }
 
 /// Waits until an apiserver tells of changes; returns its number.
@@ -184,9 +185,7 @@ impl Watches {
 fn who_leaves_the_list_drains_and_comes_back_and_no_watch_breaks() {
     let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
     list(&cluster, &numbered(&cluster, &[1, 2, 3]));
-    let conf = kubeconfig(&cluster, &address(&cluster, 1).to_string());
-    let settings = edge(&cluster, &[("master-1", address(&cluster, 1))], &format!("kubeconfig = {conf:?}"));
-    let daemon = start(&cluster, &settings);
+    let daemon = start(&cluster, &one_named(&cluster).1);
     let all = numbered(&cluster, &[1, 2, 3]);
     wait(&daemon, 0, &all, &all);
     let table = daemon.status_table().unwrap();
@@ -222,16 +221,14 @@ fn who_leaves_the_list_drains_and_comes_back_and_no_watch_breaks() {
     wait(&daemon, 0, &two, &two);
     list(&cluster, &all);
     wait(&daemon, 0, &all, &two);
-    assert_eq!(self::status(&daemon).unwrap()["services"][0]["backends"][2]["state"], "drain");
+    assert_eq!(daemon.status_json().unwrap()["services"][0]["backends"][2]["state"], "drain");
 }
 
 #[test]
 fn watches_that_end_versions_that_are_gone_and_servers_that_fail_or_freeze() {
     let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
     list(&cluster, &numbered(&cluster, &[1, 2, 3]));
-    let conf = kubeconfig(&cluster, &address(&cluster, 1).to_string());
-    let settings = edge(&cluster, &[("master-1", address(&cluster, 1))], &format!("kubeconfig = {conf:?}"));
-    let daemon = start(&cluster, &settings);
+    let daemon = start(&cluster, &one_named(&cluster).1);
     let all = numbered(&cluster, &[1, 2, 3]);
     wait(&daemon, 0, &all, &all);
 
@@ -282,7 +279,7 @@ fn watches_that_end_versions_that_are_gone_and_servers_that_fail_or_freeze() {
     others.iter().for_each(|it| cluster.apiservers[it - 1].stub.slices(&slices).unwrap());
     let expected: BTreeSet<_> = [address(&cluster, 1), address(&cluster, stays)].into();
     eventually(MOMENT, "the list is followed", || {
-        let now = backends(&status(&daemon)?, 0, "");
+        let now = backends(&daemon.status_json()?, 0, "");
         ensure!(now == expected, "{now:?}");
         Ok(())
     })
@@ -305,9 +302,7 @@ fn junk_is_no_list() {
     let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
     let both = numbered(&cluster, &[1, 2]);
     list(&cluster, &both);
-    let conf = kubeconfig(&cluster, &address(&cluster, 1).to_string());
-    let settings = edge(&cluster, &[("master-1", address(&cluster, 1))], &format!("kubeconfig = {conf:?}"));
-    let daemon = start(&cluster, &settings);
+    let daemon = start(&cluster, &one_named(&cluster).1);
     wait(&daemon, 0, &both, &both);
     let https = json!([{"name": "https", "protocol": "TCP", "port": PORT}]);
     let many: Vec<_> = (0..3000).map(|n| format!("10.99.{}.{}", n / 250, n % 250 + 1)).collect();
@@ -352,11 +347,10 @@ fn the_last_list_serves_at_boot_when_nobody_tells_and_the_kubeconfig_may_come_la
     let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
     let all = numbered(&cluster, &[1, 2, 3]);
     list(&cluster, &all);
-    let conf = kubeconfig(&cluster, &address(&cluster, 1).to_string());
-    let settings = edge(&cluster, &[("master-1", address(&cluster, 1))], &format!("kubeconfig = {conf:?}"));
+    let (conf, settings) = one_named(&cluster);
     let mut daemon = start(&cluster, &settings);
     wait(&daemon, 0, &all, &all);
-    let kept = cluster.lab.directory().join("lb-sheave/state/discovered.json");
+    let kept = cluster.daemon_directory().join("state/discovered.json");
     let text = fs::read_to_string(&kept).unwrap();
     assert!(all.iter().all(|address| text.contains(&address.to_string())), "{text}");
     daemon.process().kill().unwrap();
@@ -374,7 +368,7 @@ fn the_last_list_serves_at_boot_when_nobody_tells_and_the_kubeconfig_may_come_la
     let elsewhere = conf.with_extension("later");
     fs::rename(&conf, &elsewhere).unwrap();
     cluster.apiservers[1..].iter().for_each(|apiserver| apiserver.stub.list_status(200).unwrap());
-    let file = cluster.lab.directory().join("lb-sheave/sheave.toml");
+    let file = cluster.daemon_directory().join("sheave.toml");
     let checked = run(cluster.lb.command(program().unwrap()).arg("check-config").arg(file)).unwrap();
     assert!(checked.contains("discover.conf does not exist"), "{checked}");
     assert!(checked.contains("1 backend and those that the cluster lists"), "{checked}");

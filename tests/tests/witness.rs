@@ -108,10 +108,11 @@ fn flows_have_a_backend_checked_and_never_decide_by_themselves() {
         let load = Asker::start(&cluster.client, &client, 8, Duration::from_millis(20));
         // Some flows meet it, and for each check that they bring about it passes.
         for round in 1..=3 {
-            let (met, checks) = (counted(ill, "met").unwrap(), counted(ill, "checks").unwrap());
+            let met = counted(ill, "met").unwrap();
             eventually(VERDICT, "flows meet it, and it is checked for that", || {
                 let now = (counted(ill, "met")?, counted(ill, "checks")?);
-                ensure!(now.0 > met && (now.1 > checks || round > 1), "{now:?}, {met} and {checks} before");
+                // A wait is checked for once, perhaps before this test looks for the first time.
+                ensure!(now.0 > met && now.1 > 0, "{now:?}, {met} before in round {round}");
                 Ok(())
             })
             .unwrap();

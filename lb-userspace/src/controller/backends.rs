@@ -159,16 +159,11 @@ pub(super) fn enumerate(config: &Config, roster: &Roster) -> Result<Vec<Backend>
 pub(super) fn targets(services: &Services, backends: &[Backend]) -> Vec<Target> {
     backends
         .iter()
-        .map(|backend| {
-            let service = &services[backend.target.service];
-            Target {
-                id: backend.target,
-                service: service.name.clone(),
-                backend: backend.name.clone(),
-                address: backend.address,
-                host: backend.host.clone(),
-                check: service.check.clone(),
-            }
+        .map(|backend| Target {
+            id: backend.target,
+            address: backend.address,
+            host: backend.host.clone(),
+            check: services[backend.target.service].check.clone(),
         })
         .collect()
 }

@@ -91,6 +91,8 @@ fn of_service(old: &Service, new: &Service, lines: &mut Vec<String>) {
     let known = Service {
         listen: new.listen.clone(),
         backends: new.backends.clone(),
+        // What they stand for is among the backends.
+        named_backends: new.named_backends.clone(),
         idle_timeout: new.idle_timeout,
         allow: new.allow.clone(),
         on_dead: new.on_dead,
@@ -156,6 +158,14 @@ mod tests {
     #[test]
     fn the_same_is_no_change() {
         assert_eq!(said(FIRST), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_name_is_told_by_the_addresses_it_stands_for() {
+        assert_eq!(
+            said(&FIRST.replace("\"10.0.0.2:6443\"", "\"10.0.0.2:6443\", \"master-3:6443\"")),
+            [""; 0]
+        );
     }
 
     #[test]

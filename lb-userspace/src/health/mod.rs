@@ -1,6 +1,6 @@
 //! Health: asks every backend whether it is ready, and draws the conclusions.
 //!
-//! [`spawn`] checks backends on a schedule and sends an [`Event`] for every finished check. A
+//! [`resume`] checks backends on a schedule and sends an [`Event`] for every finished check. A
 //! [`Machine`] turns results into a [`State`]; [`select`] says who gets new flows, also when nobody is ready. Both
 //! are pure. Nothing here knows of maps, of configuration files or of who listens.
 //!
@@ -33,7 +33,7 @@ pub(crate) use connect::printable;
 pub(crate) use dialer::{Dialer, Dialled};
 pub use fallback::{Candidate, OperatorState, Selection, SelectionReason, select};
 pub use report::{CheckCode, CheckReport, Failure, Outcome};
-pub use schedule::{Event, Handle, STRETCH, Target, TargetId, check_once, resume, spawn};
+pub use schedule::{Event, Handle, STRETCH, Target, TargetId, check_once, resume};
 pub use state::{Change, Machine, State, Thresholds};
 pub use transition::{Fate, Transition, transition_line};
 pub use validate::{HealthError, validate};

@@ -42,12 +42,8 @@ pub struct TargetId {
 /// One backend to be checked.
 #[derive(Clone, Debug)]
 pub struct Target {
-    /// Whose results these are. Unique among the targets of one [`spawn`].
+    /// Whose results these are. Unique among the targets of one [`Handle`].
     pub id: TargetId,
-    /// The service's name, for messages.
-    pub service: String,
-    /// The backend's name, for messages.
-    pub backend: String,
     /// The backend's address. The check may name another address or port.
     pub address: SocketAddr,
     /// The host name its address was found by, if by one: what its certificate is for.
@@ -176,16 +172,11 @@ impl Handle {
     }
 }
 
-/// Checks every target until the handle is dropped, each in a task of its own. The first checks start at once;
-/// later ones are spread over the interval. Every finished check is sent to `events`: whoever does not receive
-/// them delays the checks.
+/// Checks every target until the handle is dropped, each in a task of its own, with verdicts of earlier checks, which
+/// stand until enough new ones say otherwise. The first checks start at once; later ones are spread over the interval.
+/// Every finished check is sent to `events`: whoever does not receive them delays the checks.
 ///
 /// Must be called within a tokio runtime that has I/O and time enabled.
-pub fn spawn(targets: Vec<Target>, events: mpsc::Sender<Event>) -> Handle {
-    resume(targets, |_| State::Unknown, events)
-}
-
-/// As [`spawn`], with verdicts of earlier checks, which stand until enough new ones say otherwise.
 pub fn resume(
     targets: Vec<Target>,
     state: impl Fn(TargetId) -> State,
@@ -196,7 +187,7 @@ pub fn resume(
     handle
 }
 
-/// Checks one backend once, as [`spawn`] would the first time.
+/// Checks one backend once, as [`resume`] would the first time.
 pub async fn check_once(address: SocketAddr, check: &Check) -> CheckReport {
     Prober::new(address, check, Store::default().credentials(check)).check().await
 }

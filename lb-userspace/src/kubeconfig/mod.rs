@@ -71,11 +71,11 @@ impl Kubeconfig {
     pub fn parse(contents: &[u8], directory: &Path) -> Result<Self, KubeconfigError> {
         let file = read(contents)?;
         let context = current_context(&file)?;
-        let cluster: &Cluster = named(&file.clusters, &context.cluster, "cluster")?;
+        let cluster = &named(&file.clusters, &context.cluster, "cluster")?.cluster;
         let nobody = User::default();
         let user = match context.user.as_str() {
             "" => &nobody,
-            name => named::<User>(&file.users, name, "user")?,
+            name => &named(&file.users, name, "user")?.user,
         };
         refuse_unsupported(user)?;
         let paths = Paths(directory);
@@ -204,26 +204,9 @@ fn current_context(file: &File) -> Result<&Context, KubeconfigError> {
     }
 }
 
-/// The body of an entry.
-trait Body: Sized {
-    fn of(entry: &Entry) -> &Self;
-}
-
-impl Body for Cluster {
-    fn of(entry: &Entry) -> &Self {
-        &entry.cluster
-    }
-}
-
-impl Body for User {
-    fn of(entry: &Entry) -> &Self {
-        &entry.user
-    }
-}
-
-fn named<'f, T: Body>(entries: &'f [Entry], name: &str, what: &str) -> Result<&'f T, KubeconfigError> {
+fn named<'f>(entries: &'f [Entry], name: &str, what: &str) -> Result<&'f Entry, KubeconfigError> {
     match entries.iter().find(|entry| entry.name == name) {
-        Some(entry) => Ok(T::of(entry)),
+        Some(entry) => Ok(entry),
         None => wrong(format!("the {what} of its current context is not among its {what}s")),
     }
 }

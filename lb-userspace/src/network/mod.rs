@@ -25,6 +25,7 @@ use tokio::{
 mod address;
 mod ethtool;
 mod interface;
+mod link;
 mod neighbour;
 pub mod offloads;
 mod route;
@@ -34,6 +35,7 @@ pub(crate) mod testing;
 
 pub use address::LocalAddress;
 pub use interface::{AttachedXdp, Interface, Kind, Port, Tag, TagProtocol, XdpAttachMode};
+pub(crate) use link::link_address;
 pub use neighbour::Neighbour;
 pub use route::{NextHop, Route};
 pub use sockets::{

@@ -4,7 +4,7 @@
 //! that waits for events) is told by a RST in the listener's name, sent here; again after 100 ms and after a second, for a
 //! frame may be lost. A backend that may have forgotten its flows is asked by a bare ACK in the client's name: a kernel
 //! that has answers with a RST that is exact for the client, one that has not with an acknowledgement that changes nothing.
-//! Nothing here knows of maps, checks or configuration.
+//! Of the dataplane it knows what a flow is; nothing of maps, checks or configuration.
 
 mod frame;
 mod pace;

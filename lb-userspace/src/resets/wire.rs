@@ -62,7 +62,7 @@ impl Wire {
         let address = match self.addresses.get(&hop.interface) {
             Some(address) => address,
             None => {
-                let address = crate::vip::link_address(hop.interface, 0)?;
+                let address = crate::network::link_address(hop.interface, 0)?;
                 self.addresses.entry(hop.interface).or_insert(address)
             }
         };
@@ -115,7 +115,9 @@ mod tests {
         peer.run(|| {
             let every = u16::try_from(libc::ETH_P_ALL).unwrap();
             let socket = Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(0))).unwrap();
-            socket.bind(&crate::vip::link_address(if_nametoindex("far").unwrap(), every).unwrap()).unwrap();
+            socket
+                .bind(&crate::network::link_address(if_nametoindex("far").unwrap(), every).unwrap())
+                .unwrap();
             socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
             socket
         })

@@ -5,11 +5,11 @@ use std::{
     net::{IpAddr, Ipv6Addr},
 };
 
-use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockFilter, Socket, Type};
+use socket2::{Domain, Protocol, SockFilter, Socket, Type};
 use tokio::io::unix::AsyncFd;
 
 use super::frame::{self, ETHERTYPE_ARP, ETHERTYPE_IPV6, Heard};
-use crate::network::Mac;
+use crate::network::{Mac, link_address};
 
 /// Says and hears who has `address` on one interface.
 pub(super) struct Link {
@@ -72,31 +72,6 @@ fn join(interface: u32, address: Ipv6Addr) -> io::Result<Socket> {
     let socket = Socket::new(Domain::IPV6, Type::DGRAM, None)?;
     socket.join_multicast_v6(&frame::solicited_node(address), interface)?;
     Ok(socket)
-}
-
-/// Where frames of a packet socket come from or go to. `ethertype` 0: for sending only, the frame itself says.
-pub(crate) fn link_address(interface: u32, ethertype: u16) -> io::Result<SockAddr> {
-    let address = libc::sockaddr_ll {
-        sll_family: libc::AF_PACKET as u16,
-        sll_protocol: ethertype.to_be(),
-        sll_ifindex: i32::try_from(interface).map_err(io::Error::other)?,
-        sll_hatype: 0,
-        sll_pkttype: 0,
-        sll_halen: 0,
-        sll_addr: [0; 8],
-    };
-    let init = |storage: *mut SockAddrStorage, length: *mut libc::socklen_t| {
-        // SAFETY: socket2 hands out valid pointers, its storage is a `sockaddr_storage`, larger than and aligned for
-        // every socket address, and the length is that of what is written.
-        unsafe {
-            storage.cast::<libc::sockaddr_ll>().write(address);
-            length.write(size_of::<libc::sockaddr_ll>() as libc::socklen_t);
-        }
-        Ok(())
-    };
-    // SAFETY: `init` leaves a whole `sockaddr_ll` of the family AF_PACKET and its length.
-    let ((), address) = unsafe { SockAddr::try_init(init)? };
-    Ok(address)
 }
 
 /// Lets through ICMPv6 neighbour solicitations and advertisements: a load balancer's link carries a lot else, and waking

@@ -11,7 +11,6 @@ mod own;
 mod record;
 
 pub use follow::{Follower, Presence};
-pub(crate) use link::link_address;
 pub use own::{Owner, Rival, holder};
 pub use record::{Placed, leftovers, remove_leftovers, remove_others};
 

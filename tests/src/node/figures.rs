@@ -18,6 +18,17 @@ pub(super) struct Measured {
     limits: &'static [(Contender, Limit)],
 }
 
+/// Of the node's processor time.
+const BALANCER: Measured =
+    Measured { name: "... the balancer's part", unit: "us", of: |window| window.balancer_time, limits: &[] };
+/// Not of the node's.
+const SERVERS: Measured = Measured {
+    name: "... and the servers' beside",
+    unit: "us",
+    of: |window| window.server_time,
+    limits: &[],
+};
+
 /// Of kept-alive requests.
 pub(super) const REQUESTS: [Measured; 6] = [
     Measured {
@@ -39,13 +50,8 @@ pub(super) const REQUESTS: [Measured; 6] = [
         of: |window| window.node_time,
         limits: &[(Contender::Direct, Limit::AtMost(1.03))],
     },
-    Measured { name: "... the balancer's part", unit: "us", of: |window| window.balancer_time, limits: &[] },
-    Measured {
-        name: "... and the servers' beside",
-        unit: "us",
-        of: |window| window.server_time,
-        limits: &[],
-    },
+    BALANCER,
+    SERVERS,
 ];
 
 /// Of new connections.
@@ -63,13 +69,8 @@ pub(super) const CONNECTIONS: [Measured; 5] = [
         of: |window| window.node_time,
         limits: &[(Contender::Direct, Limit::AtMost(1.03))],
     },
-    Measured { name: "... the balancer's part", unit: "us", of: |window| window.balancer_time, limits: &[] },
-    Measured {
-        name: "... and the servers' beside",
-        unit: "us",
-        of: |window| window.server_time,
-        limits: &[],
-    },
+    BALANCER,
+    SERVERS,
 ];
 
 /// What a ratio may be.

@@ -4,7 +4,7 @@
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::health::{Event, State, check_once, spawn};
+use crate::health::{Event, State, check_once};
 
 /// A reply of 10 MB that claims to be as long.
 const HUGE: &str = "Content-Length: 10485760\r\n\r\n";

@@ -8,8 +8,13 @@ mod server;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
+use tokio::sync::mpsc;
+
 use self::server::{Answer, Asked, Ca, Layer, Pair, Server};
-use super::{CheckCode, CheckReport, Failure, Outcome, Target, TargetId, credentials::Store, probe::Prober};
+use super::{
+    CheckCode, CheckReport, Event, Failure, Handle, Outcome, State, Target, TargetId, credentials::Store,
+    probe::Prober, resume,
+};
 use crate::config::{Check, CheckKind, ClientCertificate};
 
 /// Long enough to be met on a busy machine.
@@ -47,7 +52,12 @@ fn prober(address: SocketAddr, check: &Check) -> Prober {
 /// The backend of this number of the only service.
 fn target(backend: usize, address: SocketAddr, check: Check) -> Target {
     let id = TargetId { service: 0, backend };
-    Target { id, service: "api".to_owned(), backend: format!("master-{backend}"), address, host: None, check }
+    Target { id, address, host: None, check }
+}
+
+/// Checks of backends that nobody has asked yet.
+fn spawn(targets: Vec<Target>, events: mpsc::Sender<Event>) -> Handle {
+    resume(targets, |_| State::Unknown, events)
 }
 
 /// Outcome, code and status: what most tests are about.

@@ -8,7 +8,7 @@ use std::sync::{
 use tokio::{sync::mpsc, time::timeout};
 
 use super::*;
-use crate::health::{Event, State, TargetId, spawn};
+use crate::health::{Event, State, TargetId};
 
 async fn receive(events: &mut mpsc::Receiver<Event>) -> Event {
     timeout(AMPLE, events.recv()).await.expect("an event in time").expect("running checks")
