@@ -12,7 +12,7 @@
 //!
 //! The thread that ends sockets (`crate::sockets`) keeps CAP_BPF, to read which they are, and CAP_NET_ADMIN, to end them. Where
 //! a service has `pods = true`, it keeps CAP_SYS_ADMIN as well, to enter network namespaces, and CAP_SYS_PTRACE, to find those
-//! of other users' processes.
+//! of other users' processes. The unit does not give these two: `packaging/sheave.service.d/pods.conf` does.
 
 use std::collections::HashSet;
 
@@ -25,16 +25,22 @@ const KEPT: [Capability; 4] = [
     Capability::CAP_NET_RAW,
 ];
 
+const FOR_PODS: [Capability; 2] = [Capability::CAP_SYS_ADMIN, Capability::CAP_SYS_PTRACE];
+
 /// Gives up the others, for this thread and those that it starts from now on. Cannot be undone.
 pub(crate) fn drop_unneeded() -> Result<(), CapsError> {
     keep(&KEPT)
 }
 
-/// The same for the thread that ends sockets. `pods`: also in the network namespaces of others.
+/// Whether this thread may enter the network namespaces of pods, and find them.
+pub(crate) fn reach_pods() -> bool {
+    FOR_PODS.iter().all(|capability| caps::has_cap(None, CapSet::Effective, *capability).unwrap_or(false))
+}
+
+/// As [`drop_unneeded`], for the thread that ends sockets. `pods`: also in the network namespaces of others.
 pub(crate) fn keep_for_sockets(pods: bool) -> Result<(), CapsError> {
-    let everywhere = [Capability::CAP_SYS_ADMIN, Capability::CAP_SYS_PTRACE];
     let here = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN];
-    keep(&if pods { [here, everywhere].concat() } else { here.to_vec() })
+    keep(&if pods { [here, FOR_PODS].concat() } else { here.to_vec() })
 }
 
 fn keep(wanted: &[Capability]) -> Result<(), CapsError> {

@@ -14,6 +14,7 @@ use crate::{
     config::{OnDead, Service},
     dataplane::FlowFilter,
     health::State,
+    privileges,
     sockets::{Order, Report, Undertaker},
 };
 
@@ -80,12 +81,15 @@ impl Sockets {
 impl Controller {
     /// Begins to look after the sockets of the hook that was just put on its cgroup.
     pub(super) fn attend_sockets(&mut self, network: u64) -> std::io::Result<()> {
-        let pods = self.serves_pods();
+        let pods = self.serves_pods() && privileges::reach_pods();
         let Some(table) = self.dataplane.take_sockets() else { return Ok(()) };
         let (undertaker, reports) = Undertaker::start(table, network, pods)?;
         self.sockets.undertaker = Some(undertaker);
         self.sockets.reports = Some(reports);
         self.sockets.reaches_pods = pods;
+        if let Some(flag) = self.pods_flag() {
+            tracing::warn!("{flag}");
+        }
         Ok(())
     }
 
@@ -93,12 +97,13 @@ impl Controller {
         self.services.iter().any(|(_, service)| service.pods)
     }
 
-    /// What pods' sockets lack, where a reload let pods in: capabilities cannot be had back.
+    /// What is missing to end pods' sockets. Where a reload let pods in it was given up: capabilities cannot be had back.
     pub(super) fn pods_flag(&self) -> Option<String> {
         let lacks = self.sockets.undertaker.is_some() && self.serves_pods() && !self.sockets.reaches_pods;
         lacks.then(|| {
-            "pods = true came by a reload, after the capabilities for their network namespaces were given up: their \
-             sockets at a dead backend are not ended until sheave is restarted"
+            "pods = true, but connections of pods to a dead backend are left to their own timeouts: sheave was not \
+             started with CAP_SYS_ADMIN and CAP_SYS_PTRACE for it. Install sheave.service.d/pods.conf (a static pod: see \
+             its manifest), and restart sheave"
                 .to_owned()
         })
     }

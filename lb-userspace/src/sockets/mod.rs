@@ -221,7 +221,13 @@ enum SocketsError {
     )]
     Destroy(#[source] io::Error),
     #[error(
-        "cannot enter the network namespaces of pods: {0}\n   = help: the daemon needs CAP_SYS_ADMIN and CAP_SYS_PTRACE"
+        "cannot enter the network namespaces of pods: their connections to a dead backend are left to their own timeouts: \
+         {0}\n   = help: sheave.service.d/pods.conf lets the daemon do it; a static pod's manifest says what it needs"
     )]
     Enter(#[source] io::Error),
+    #[error(
+        "cannot find the network namespaces of pods: their connections to a dead backend are left to their own timeouts\n   \
+         = help: in a container sheave needs hostPID, to see the host's processes; nothing is wrong if the pods have just ended"
+    )]
+    Hidden,
 }

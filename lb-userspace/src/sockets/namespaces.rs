@@ -37,10 +37,11 @@ pub(super) fn open_each<T>(
         }
     }
     setns(&own, CloneFlags::CLONE_NEWNET).map_err(|errno| SocketsError::Enter(errno.into()))?;
-    match refused {
-        // Nobody's that are wanted are those of a process that has ended meanwhile.
-        Some(error) if opened.is_empty() => Err(SocketsError::Enter(error)),
-        _ => Ok(opened),
+    // Where some are found, the others are those of processes that have ended meanwhile.
+    if opened.is_empty() {
+        Err(refused.map_or(SocketsError::Hidden, SocketsError::Enter))
+    } else {
+        Ok(opened)
     }
 }
 
