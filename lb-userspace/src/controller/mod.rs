@@ -536,7 +536,8 @@ impl Controller {
         };
         for (backend, signal) in self.backends.iter().zip(signals) {
             let witness = self.witnesses.entry(backend.id).or_insert_with(|| Witness::new(signal));
-            let testimony = witness.hear(signal, now);
+            let interval = self.services[backend.target.service].check.interval;
+            let testimony = witness.hear(signal, interval, now);
             self.checks.accuse(backend.target, testimony.against);
             if testimony.news {
                 tracing::debug!("flows say that {} does not answer: checking it", backend.name);
@@ -562,10 +563,9 @@ impl Controller {
         let before = backend.clone();
         backend.observe(event, Instant::now());
         let ipv6 = backend.address.is_ipv6();
-        if event.report.outcome == health::Outcome::Pass
-            && let Some(witness) = self.witnesses.get_mut(&backend.id)
-        {
-            witness.passed(Instant::now());
+        if let Some(witness) = self.witnesses.get_mut(&backend.id) {
+            let interval = self.services[backend.target.service].check.interval;
+            witness.heed(event, interval, Instant::now());
         }
         self.consider_asking(event, &before);
         if let Some(transition) = &event.transition {
