@@ -300,10 +300,21 @@ impl Controller {
             for died in self.judge(service, &heard, now) {
                 self.bury(died, now);
             }
-            self.look_elsewhere(service, now);
+            self.look_elsewhere(service, &self.sightings(service, &heard, now), now);
         }
         self.bury_sockets(now);
         self.backends.iter().any(|backend| backend.state == State::Silent)
+    }
+
+    /// What is known of the backends of a service; `heard`: how long ago each was heard in the data path, by id.
+    fn sightings(&self, service: usize, heard: &[Option<Duration>], now: Instant) -> Vec<Sighting> {
+        let of_service = self.backends.iter().filter(|backend| backend.target.service == service);
+        let sighting = |backend: &Backend| {
+            let passing = heard.get(usize::from(backend.id)).copied().flatten();
+            let passing = passing.and_then(|ago| now.checked_sub(ago));
+            backend.sighting(passing.max(self.sockets.heard(backend.id)))
+        };
+        of_service.map(sighting).collect()
     }
 
     /// Who of a service has died just now. Whoever has come back to life is silent again.
@@ -311,15 +322,7 @@ impl Controller {
         let of_service: Vec<_> = (0..self.backends.len())
             .filter(|index| self.backends[*index].target.service == service)
             .collect();
-        let sightings: Vec<_> = of_service
-            .iter()
-            .map(|index| {
-                let backend = &self.backends[*index];
-                let passing = heard.get(usize::from(backend.id)).copied().flatten();
-                let passing = passing.and_then(|ago| now.checked_sub(ago));
-                backend.sighting(passing.max(self.sockets.heard(backend.id)))
-            })
-            .collect();
+        let sightings = self.sightings(service, heard, now);
         let Some(watch) = self.resets.watches.get_mut(&service) else { return Vec::new() };
         let died = watch.vigil.judge(&sightings, now);
         let is_alive = |backend: &Backend| !watch.vigil.is_dead(backend.id.into());
@@ -373,19 +376,19 @@ impl Controller {
         vips.peek().is_none() || vips.any(|vip| self.network.interface_carrying(vip).is_some())
     }
 
-    /// While somebody is silent, the others are asked whether it is us.
-    fn look_elsewhere(&mut self, service: usize, now: Instant) {
+    /// While somebody who is silent may die, the others are asked whether it is us, and they whether they are back: from one
+    /// check to the next is longer than `reset_after` where checks are seldom.
+    fn look_elsewhere(&mut self, service: usize, sightings: &[Sighting], now: Instant) {
         let of_service = || self.backends.iter().filter(|backend| backend.target.service == service);
+        let interval = self.services[service].check.interval;
         let Some(watch) = self.resets.watches.get_mut(&service) else { return };
-        let sight = watch.vigil.sight();
-        if !of_service().any(|backend| backend.state == State::Silent)
-            || now.saturating_duration_since(watch.looked) < sight
-        {
+        let pace = watch.vigil.pace(interval);
+        let recently = |at: Instant, time| now.saturating_duration_since(at) < time;
+        if recently(watch.looked, watch.vigil.sight()) || !watch.vigil.is_pressing(sightings, now) {
             return;
         }
         watch.looked = now;
-        let stale = |backend: &&Backend| now.saturating_duration_since(backend.checked) > sight;
-        for backend in of_service().filter(stale).filter(|it| it.silent_since.is_none()) {
+        for backend in of_service().filter(|it| it.state != State::Dead && !recently(it.checked, pace)) {
             self.checks.check_now(backend.target);
         }
     }
