@@ -175,26 +175,40 @@ impl Controller {
     }
 
     /// Begins to reset what is left where the time of an order is over. A backend that gets new flows all the same, because
-    /// there is nobody else, keeps them until there is; those whose VIP is on another host are not ours to end.
+    /// there is nobody else, keeps them until there is. Flows whose VIP is on another host are not ours to end, until it
+    /// comes here; sockets of this host's own processes are, wherever it is.
     pub(super) fn end_drains(&mut self) {
+        let backends = &self.backends;
+        let over = |id: u8| backends.iter().any(|backend| backend.id == id && is_over(backend.reset_at));
+        self.resets.retain_half_ended(over);
         for index in 0..self.backends.len() {
             let backend = &self.backends[index];
-            let waits = self.is_chosen(backend.id) || !self.has_vip_of(backend);
-            if !is_over(backend.reset_at) || waits || self.resets.is_ending(backend.id) {
+            let waits = self.is_chosen(backend.id) || self.resets.is_ending(backend.id);
+            if !is_over(backend.reset_at) || waits {
                 continue;
             }
             let backend = backend.clone();
-            let service = self.services[backend.target.service].name.clone();
-            let end = if backend.local {
-                "it is this host, whose own kernel has the flows of others"
-            } else {
-                "the flows it still has are reset"
-            };
-            let line = format!("{service}/{}: the time to drain is over; {end}", backend.name);
-            tracing::info!("{line}");
-            self.journal.note(JournalKind::Operator, Some((&service, &backend.name)), line);
-            self.end_flows_of(&backend, Verdict::Drained);
+            if !self.is_elsewhere(&backend) {
+                let end = if backend.local {
+                    "the flows of this host's processes are reset, those of others left to its kernel"
+                } else {
+                    "the flows it still has are reset"
+                };
+                self.tell_end_of_drain(&backend, end);
+                self.end_flows_of(&backend, Verdict::Drained);
+            } else if self.resets.half_ends(backend.id) {
+                let end = "the flows of this host's processes are reset, those of others left to the host that has the VIP";
+                self.tell_end_of_drain(&backend, end);
+                self.end_sockets_of(backend.id);
+            }
         }
+    }
+
+    fn tell_end_of_drain(&mut self, backend: &Backend, end: &str) {
+        let service = &self.services[backend.target.service].name;
+        let line = format!("{service}/{}: the time to drain is over; {end}", backend.name);
+        tracing::info!("{line}");
+        self.journal.note(JournalKind::Operator, Some((service, &backend.name)), line);
     }
 
     /// All flows that a backend had were reset: where an order was the reason it is carried out. Not before: a daemon that

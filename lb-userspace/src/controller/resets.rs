@@ -53,6 +53,9 @@ pub(super) struct Resets {
     voice: Voice,
     /// When backends were heard could not be read: said once.
     deaf: bool,
+    /// Whose time to drain is over and whose flows wait for a VIP that is elsewhere: the sockets of this host's processes were
+    /// ended.
+    half_ended: BTreeSet<u8>,
 }
 
 /// Whether segments can be sent: what goes wrong with the first of thousands is said, and not again before all is well.
@@ -131,6 +134,7 @@ impl Resets {
             due: now,
             voice: Voice::default(),
             deaf: false,
+            half_ended: BTreeSet::new(),
         };
         resets.watch_over(services, now);
         Ok(resets)
@@ -200,6 +204,16 @@ impl Resets {
     /// Whether the flows of a backend are being reset although it lives.
     pub(super) fn is_ending(&self, backend: u8) -> bool {
         self.jobs.iter().any(|job| (job.work, job.backend) == (Work::End, backend))
+    }
+
+    /// Only the sockets of this host's processes are to be ended. `false`: they were.
+    pub(super) fn half_ends(&mut self, backend: u8) -> bool {
+        self.half_ended.insert(backend)
+    }
+
+    /// Forgets all others whose sockets were ended.
+    pub(super) fn retain_half_ended(&mut self, stays: impl Fn(u8) -> bool) {
+        self.half_ended.retain(|id| stays(*id));
     }
 
     /// What was sent, or why not, once.
@@ -368,12 +382,15 @@ impl Controller {
         vips.into_iter().filter(is_here).collect()
     }
 
-    /// Whether a VIP that leads to a backend is on this host; also where only the connect hook leads to it.
-    pub(super) fn has_vip_of(&self, backend: &Backend) -> bool {
+    /// Whether flows that pass the data path on their way to a backend are another host's: none of the VIPs that lead to it is
+    /// here. Where no packets are forwarded there are no such flows, and the VIP is never here.
+    pub(super) fn is_elsewhere(&self, backend: &Backend) -> bool {
         let leads_there = |vip: &IpAddr| !vip.is_loopback() && vip.is_ipv4() == backend.address.is_ipv4();
         let listen = self.services[backend.target.service].listen.iter().map(SocketAddr::ip);
         let mut vips = listen.filter(leads_there).peekable();
-        vips.peek().is_none() || vips.any(|vip| self.network.interface_carrying(vip).is_some())
+        self.config.forwards_packets()
+            && vips.peek().is_some()
+            && !vips.any(|vip| self.network.interface_carrying(vip).is_some())
     }
 
     /// While somebody who is silent may die, the others are asked whether it is us, and they whether they are back: from one
