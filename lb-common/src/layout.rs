@@ -240,10 +240,18 @@ pub struct Service {
 pub struct Hook {
     /// The cookie of the network namespace whose processes are served (`SO_NETNS_COOKIE`, `socket(7)`).
     pub network: u64,
-    /// Which time it is that sockets are followed, from 1: see [`Dialled::followed`].
+    /// Odd: which time it is that sockets are followed, see [`Dialled::followed`]. Even: they are not, and none is counted.
     pub epoch: u32,
     /// Zero.
     pub reserved: u32,
+}
+
+impl Hook {
+    /// Whether sockets are followed now.
+    #[must_use]
+    pub const fn is_following(self) -> bool {
+        self.epoch % 2 == 1
+    }
 }
 
 /// What the connect hook remembers of a connection, for as long as the socket lives.

@@ -216,10 +216,14 @@ fn begin(socket: Socket) {
         return;
     };
     let ends = socket.ends();
-    if !goes_to(&ends, socket.remote_port(), backend) || !socket.listen_to(MOMENTS) {
+    let epoch = hook.epoch;
+    if epoch.is_multiple_of(2)
+        || !goes_to(&ends, socket.remote_port(), backend)
+        || !socket.listen_to(MOMENTS)
+    {
         return;
     }
-    dialled.followed = hook.epoch;
+    dialled.followed = epoch;
     let id = dialled.backend as u8;
     KernelMaps.count_opened(id);
     let followed = Followed {

@@ -13,7 +13,7 @@ use aya::programs::{
 };
 use lb_common::layout;
 
-use super::{Dataplane, DataplaneError, Pins, attach::errno, link::RawLink, mapped, service_id};
+use super::{Dataplane, DataplaneError, Pins, attach::errno, grace, link::RawLink, mapped, service_id};
 
 /// Those that show the address that was dialled come first, and the one that follows sockets: a connection is not
 /// redirected before it can be shown, and counted.
@@ -33,9 +33,7 @@ impl Dataplane {
     /// connection meets the old ones or the new.
     pub fn attach_hook(&mut self, cgroup: &File, network: u64) -> Result<(), DataplaneError> {
         let id = cgroup.metadata().map_err(|source| DataplaneError::System { call: "fstat", source })?.ino();
-        let entry = mapped::<layout::Hook>(&mut self.ebpf, "HOOK")?;
-        let before = entry.read(0).unwrap_or_default();
-        entry.write(0, layout::Hook { network, ..before });
+        self.change_hook(|before| layout::Hook { network, ..before })?;
         for name in PROGRAMS {
             self.hook_program(name)?.load().map_err(|source| DataplaneError::not_loaded(name, source))?;
         }
@@ -44,23 +42,30 @@ impl Dataplane {
         for name in PROGRAMS {
             let before = match pinned.get(name) {
                 Some(path) => self.replace_hook_program(name, path, id)?,
-                None => None,
+                None => Before::Nowhere,
             };
-            let link = match before {
-                Some(link) => link,
-                // One that is on another cgroup goes when this one is there.
-                None => {
-                    if name == FOLLOW {
-                        self.follow_anew()?;
-                    }
-                    self.attach_hook_program(name, cgroup)?
-                }
+            let is_kept = matches!(before, Before::Here(_));
+            let (link, elsewhere) = match before {
+                Before::Here(link) => (link, None),
+                Before::Elsewhere(link) => (self.attach_hook_program(name, cgroup)?, Some(link)),
+                Before::Nowhere => (self.attach_hook_program(name, cgroup)?, None),
             };
             let link = match &pins {
                 Some(pins) => pins.pin_hook(name, link)?,
                 None => link,
             };
             self.hook_links.insert(name, link);
+            // Now that this one is there.
+            if let Some(elsewhere) = elsewhere {
+                elsewhere
+                    .detach()
+                    .map_err(|source| DataplaneError::System { call: "bpf(BPF_LINK_DETACH)", source })?;
+            }
+            // Not before the program is gone from the cgroup that it was on, whose sockets it would count now, and of whose
+            // end it would never hear; and before the first connection is redirected by maps that were never followed.
+            if name == FOLLOW && !(is_kept && self.change_hook(|same| same)?.is_following()) {
+                self.follow_anew()?;
+            }
         }
         Ok(())
     }
@@ -73,15 +78,33 @@ impl Dataplane {
                 pins.unpin_hook(name)?;
             }
         }
-        self.follow_anew()
+        self.follow_none()
     }
 
     /// Counts sockets from nothing: nobody has followed those that there are without a break.
     fn follow_anew(&mut self) -> Result<(), DataplaneError> {
-        let entry = mapped::<layout::Hook>(&mut self.ebpf, "HOOK")?;
-        let before = entry.read(0).unwrap_or_default();
-        entry.write(0, layout::Hook { epoch: before.epoch.wrapping_add(1).max(1), ..before });
+        self.follow_none()?;
+        self.change_hook(|before| layout::Hook { epoch: before.epoch.wrapping_add(1), ..before }).map(drop)
+    }
+
+    /// Counts no sockets, and forgets those that there are.
+    fn follow_none(&mut self) -> Result<(), DataplaneError> {
+        let even = |epoch: u32| epoch.wrapping_add(epoch % 2);
+        self.change_hook(|before| layout::Hook { epoch: even(before.epoch), ..before })?;
+        // A program that runs just now may count one more.
+        grace::wait().map_err(|source| DataplaneError::System { call: "membarrier", source })?;
         self.forget_sockets()
+    }
+
+    /// Returns the hook's entry as it is then.
+    fn change_hook(
+        &mut self,
+        change: impl FnOnce(layout::Hook) -> layout::Hook,
+    ) -> Result<layout::Hook, DataplaneError> {
+        let entry = mapped::<layout::Hook>(&mut self.ebpf, "HOOK")?;
+        let changed = change(entry.read(0).unwrap_or_default());
+        entry.write(0, changed);
+        Ok(changed)
     }
 
     fn attach_hook_program(&mut self, name: &'static str, cgroup: &File) -> Result<FdLink, DataplaneError> {
@@ -105,17 +128,17 @@ impl Dataplane {
         name: &'static str,
         path: &Path,
         cgroup: u64,
-    ) -> Result<Option<FdLink>, DataplaneError> {
+    ) -> Result<Before, DataplaneError> {
         let failed = |call| move |source| DataplaneError::System { call, source };
         let link = RawLink::open(path).map_err(failed("bpf(BPF_OBJ_GET)"))?;
         if link.cgroup().map_err(failed("bpf(BPF_OBJ_GET_INFO_BY_FD)"))? != cgroup {
-            return Ok(None);
+            return Ok(Before::Elsewhere(link));
         }
         let error = |source| DataplaneError::Program { name, source: Box::new(source) };
         let program = self.hook_program(name)?;
         let program = program.fd().map_err(error)?.as_fd();
         link.update(program).map_err(failed("bpf(BPF_LINK_UPDATE)"))?;
-        Ok(Some(Pins::open_link(path)?))
+        Ok(Before::Here(Pins::open_link(path)?))
     }
 
     fn hook_program(&mut self, name: &'static str) -> Result<HookProgram<'_>, DataplaneError> {
@@ -138,6 +161,15 @@ impl Dataplane {
         entry.pods = pods.into();
         self.services.write(id, entry);
     }
+}
+
+/// Where a program of the hook was before.
+enum Before {
+    Nowhere,
+    /// On another cgroup.
+    Elsewhere(RawLink),
+    /// On this one, and another program is in its place now.
+    Here(FdLink),
 }
 
 /// One of the hook's programs: both types are loaded and attached in the same way.
