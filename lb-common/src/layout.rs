@@ -254,7 +254,7 @@ impl Hook {
     }
 }
 
-/// What the connect hook remembers of a connection, for as long as the socket lives.
+/// What the connect hook remembers of a connection, until it is closed.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Dialled {

@@ -38,7 +38,7 @@ const STREAM: u32 = 1;
 
 #[btf_map]
 pub(crate) static HOOK: Array<Hook, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
-/// What each redirected socket asked for. Goes with the socket.
+/// What each redirected socket asked for. Goes when it is closed: it may be connected elsewhere then, which is not ours.
 #[btf_map]
 pub(crate) static DIALLED: SkStorage<Dialled> = SkStorage::new();
 

@@ -78,6 +78,16 @@ impl Socket {
         unsafe { bpf_sk_storage_get(map, socket.cast(), core::ptr::null_mut(), 0).cast::<Dialled>().as_mut() }
     }
 
+    /// What it dialled is over. What [`Socket::dialled`] has returned is gone with it.
+    #[inline(always)]
+    fn forget_dialled(self) {
+        let socket = self.kernel_socket();
+        if !socket.is_null() {
+            // SAFETY: the kernel's socket, which is locked. There may be nothing to forget.
+            let _ = unsafe { DIALLED.delete(socket) };
+        }
+    }
+
     #[inline(always)]
     fn is_ipv4(self) -> bool {
         // SAFETY: as above.
@@ -216,11 +226,11 @@ fn begin(socket: Socket) {
         return;
     };
     let ends = socket.ends();
+    if !goes_to(&ends, socket.remote_port(), backend) {
+        return socket.forget_dialled();
+    }
     let epoch = hook.epoch;
-    if epoch.is_multiple_of(2)
-        || !goes_to(&ends, socket.remote_port(), backend)
-        || !socket.listen_to(MOMENTS)
-    {
+    if epoch.is_multiple_of(2) || !socket.listen_to(MOMENTS) {
         return;
     }
     dialled.followed = epoch;
@@ -252,16 +262,18 @@ fn change(socket: Socket) {
     let (Some(dialled), Some(hook)) = (socket.dialled(), HOOK.get(0)) else {
         return;
     };
-    // A socket can be closed, connected again, and is then followed again.
-    let followed = dialled.followed;
-    dialled.followed = 0;
-    if followed != 0 && followed == hook.epoch {
-        KernelMaps.count_closed(dialled.backend as u8);
-        KernelMaps.forget_socket(socket.cookie());
-        // It was refused, has waited too long, or the process has given it up.
-        if socket.state_before() == BPF_TCP_SYN_SENT {
-            accuse(dialled.backend as u8);
-        }
+    let (backend, followed) = (dialled.backend as u8, dialled.followed);
+    // A socket that was refused, or closed, can be connected again. Where to a listener it is ours again; else it must be
+    // nobody's, also where it goes to the very backend that it was sent to before.
+    socket.forget_dialled();
+    if followed == 0 || followed != hook.epoch {
+        return;
+    }
+    KernelMaps.count_closed(backend);
+    KernelMaps.forget_socket(socket.cookie());
+    // It was refused, has waited too long, or the process has given it up.
+    if socket.state_before() == BPF_TCP_SYN_SENT {
+        accuse(backend);
     }
 }
 
@@ -286,8 +298,10 @@ fn accuse(backend: u8) {
     }
 }
 
-/// A socket that was redirected once may have been connected elsewhere since; and a process may have been held up for so
-/// long between the two that the backend's number is another's.
+/// A process may have been held up for so long between the two that the backend's number is another's. And the connection
+/// that was redirected may have failed before its SYN, for want of a route or a port, so that nobody has heard of its end: then
+/// this one goes elsewhere. (If it goes to that same backend by its own address, it is taken for ours. To find that out each
+/// connect to an address that is no listener's would pay for a look at its socket.)
 #[inline(always)]
 fn goes_to(ends: &Ends, port: u16, backend: &Backend) -> bool {
     ends.family == backend.family && ends.remote == backend.address && port == backend.port
