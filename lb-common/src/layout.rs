@@ -274,8 +274,8 @@ pub struct Dialled {
     /// While the socket is counted as the backend's: the [`Hook::epoch`] in which that began. Else 0. Sockets that were left
     /// behind when the hook went to another cgroup are of another epoch than those that are counted now.
     pub followed: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Not 0: its cookie is in the table of [`Followed`] sockets. Whoever takes it out there counts its end, and nobody else.
+    pub named: u32,
 }
 
 /// A socket that the connect hook has redirected, by its cookie, for as long as it is not closed: all that it takes to ask

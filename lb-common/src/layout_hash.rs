@@ -109,10 +109,8 @@ fn structures(digest: Digest) -> Digest {
     let digest = structure!(digest, Listener { address, port, family, reserved, service, next, ports, sum });
     let digest = structure!(digest, Service { selection4, selection6, restricted, pods });
     let digest = structure!(digest, Hook { network, epoch, reserved });
-    let digest = structure!(
-        digest,
-        Dialled { address, chosen, port, chosen_port, service, backend, followed, reserved }
-    );
+    let digest =
+        structure!(digest, Dialled { address, chosen, port, chosen_port, service, backend, followed, named });
     let digest = structure!(
         digest,
         Followed {

@@ -252,7 +252,7 @@ fn remember(context: &SockAddrContext, verdict: Verdict, from: [u64; 2], to: [u6
         service: verdict.service(),
         backend: verdict.backend().into(),
         followed: 0,
-        reserved: 0,
+        named: 0,
     };
     // SAFETY: the socket is the context's own; the kernel copies the value.
     let stored = unsafe { DIALLED.get_or_insert_ptr_mut(context, Some(&mut dialled)) };

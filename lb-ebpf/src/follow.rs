@@ -248,7 +248,9 @@ fn begin(socket: Socket) {
         family: ends.family,
         reserved: 0,
     };
-    if !KernelMaps.name_socket(socket.cookie(), &followed) {
+    if KernelMaps.name_socket(socket.cookie(), &followed) {
+        dialled.named = 1;
+    } else {
         KernelMaps.count_connect(dialled.service, Event::ConnectUnnamed);
     }
 }
@@ -262,15 +264,17 @@ fn change(socket: Socket) {
     let (Some(dialled), Some(hook)) = (socket.dialled(), HOOK.get(0)) else {
         return;
     };
-    let (backend, followed) = (dialled.backend as u8, dialled.followed);
+    let (backend, followed, named) = (dialled.backend as u8, dialled.followed, dialled.named);
     // A socket that was refused, or closed, can be connected again. Where to a listener it is ours again; else it must be
     // nobody's, also where it goes to the very backend that it was sent to before.
     socket.forget_dialled();
     if followed == 0 || followed != hook.epoch {
         return;
     }
-    KernelMaps.count_closed(backend);
-    KernelMaps.forget_socket(socket.cookie());
+    // The daemon has counted the end of those that it has taken out.
+    if named == 0 || KernelMaps.forget_socket(socket.cookie()) {
+        KernelMaps.count_closed(backend);
+    }
     // It was refused, has waited too long, or the process has given it up.
     if socket.state_before() == BPF_TCP_SYN_SENT {
         accuse(backend);

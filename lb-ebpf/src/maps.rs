@@ -76,6 +76,9 @@ static BACKEND_FLOWS: PerCpuArray<u64, { BACKENDS as usize }> = PerCpuArray::new
 /// another CPU than it was opened on: only the sum over all CPUs means something, modulo 2^64.
 #[btf_map]
 static BACKEND_SOCKETS: PerCpuArray<u64, { BACKENDS as usize }> = PerCpuArray::new();
+/// Of these, those that were closed without a program having heard of it. Only the daemon writes here.
+#[btf_map]
+static SOCKETS_MISSED: Array<u64, { BACKENDS as usize }, MAPPED> = Array::new();
 /// The same sockets, by cookie. Memory is taken for those that there are.
 #[btf_map]
 static FOLLOWED_SOCKETS: HashMap<u64, Followed, { FOLLOWED as usize }, { BPF_F_NO_PREALLOC as usize }> =
@@ -346,11 +349,10 @@ impl KernelMaps {
         FOLLOWED_SOCKETS.insert(cookie, socket, 0).is_ok()
     }
 
-    /// Knows the socket with this cookie no longer.
+    /// Knows the socket with this cookie no longer. `false`: somebody else has taken it out before.
     #[inline(always)]
-    pub fn forget_socket(&self, cookie: u64) {
-        // It may never have been known.
-        let _ = FOLLOWED_SOCKETS.remove(cookie);
+    pub fn forget_socket(&self, cookie: u64) -> bool {
+        FOLLOWED_SOCKETS.remove(cookie).is_ok()
     }
 }
 

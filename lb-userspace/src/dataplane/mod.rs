@@ -137,6 +137,7 @@ pub struct Dataplane {
     counters: PerCpuArray<MapData, u64>,
     backend_flows: PerCpuArray<MapData, u64>,
     backend_sockets: PerCpuArray<MapData, u64>,
+    sockets_missed: Mapped<u64>,
     /// The sockets that the connect hook has redirected. None: somebody else looks after them.
     sockets: Option<SocketTable>,
     ticks: Ticks,
@@ -252,6 +253,7 @@ impl Dataplane {
             counters: typed(&mut ebpf, "COUNTER")?,
             backend_flows: typed(&mut ebpf, "BACKEND_FLOWS")?,
             backend_sockets: typed(&mut ebpf, "BACKEND_SOCKETS")?,
+            sockets_missed: mapped(&mut ebpf, "SOCKETS_MISSED")?,
             sockets: Some(SocketTable::of(&mut ebpf)?),
             ticks: Ticks { frequency: 250 },
             loaded: (0, Instant::now()),

@@ -8,9 +8,10 @@ use aya::{
 };
 use lb_common::layout::{FOLLOWED, Followed};
 
-use super::{Dataplane, DataplaneError, change::clear, known::endpoint, typed};
+use super::{Dataplane, DataplaneError, Mapped, change::clear, known::endpoint, mapped, typed};
 
 const SOCKETS: &str = "FOLLOWED_SOCKETS";
+const MISSED: &str = "SOCKETS_MISSED";
 
 /// A socket that the connect hook has redirected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,19 +47,22 @@ impl FollowedSocket {
 }
 
 /// The sockets that the connect hook has redirected and that are not closed, at most [`FOLLOWED`].
-#[derive(Debug)]
-pub struct SocketTable(HashMap<MapData, u64, [u64; 7]>);
+pub struct SocketTable {
+    sockets: HashMap<MapData, u64, [u64; 7]>,
+    /// By id of the backend: those that were taken out here.
+    missed: Mapped<u64>,
+}
 
 impl SocketTable {
     pub(super) fn of(ebpf: &mut Ebpf) -> Result<Self, DataplaneError> {
-        typed(ebpf, SOCKETS).map(Self)
+        Ok(Self { missed: mapped(ebpf, MISSED)?, sockets: typed(ebpf, SOCKETS)? })
     }
 
     /// All of them. One that is opened or closed meanwhile may be among them or not.
     pub fn all(&self) -> Result<Vec<FollowedSocket>, DataplaneError> {
         let mut sockets = Vec::new();
         // While entries are removed the kernel may begin anew: that must end some time.
-        for entry in self.0.iter().take(2 * FOLLOWED as usize) {
+        for entry in self.sockets.iter().take(2 * FOLLOWED as usize) {
             let (cookie, words) = entry.map_err(failed)?;
             sockets.extend(FollowedSocket::new(cookie, &Followed::from_words(words)));
         }
@@ -67,13 +71,34 @@ impl SocketTable {
         Ok(sockets)
     }
 
+    /// Takes a socket out that is closed, as the kernel says, without any program having heard of it (another one on the
+    /// cgroup can turn that off), and counts its end. Where a program hears of it meanwhile, only one of the two counts.
+    pub fn forget(&mut self, socket: &FollowedSocket) -> Result<(), DataplaneError> {
+        let there = match self.sockets.get(&socket.cookie, 0) {
+            Ok(words) => FollowedSocket::new(socket.cookie, &Followed::from_words(words)),
+            Err(MapError::KeyNotFound) => None,
+            Err(error) => return Err(failed(error)),
+        };
+        // It may have been connected anew.
+        if there == Some(*socket) && self.remove(socket.cookie)? {
+            let id = usize::from(socket.backend);
+            self.missed.write(id, self.missed.read(id).unwrap_or_default().wrapping_add(1));
+        }
+        Ok(())
+    }
+
+    /// `false`: it was closed meanwhile.
+    fn remove(&mut self, cookie: u64) -> Result<bool, DataplaneError> {
+        match self.sockets.remove(&cookie) {
+            Ok(()) => Ok(true),
+            Err(MapError::KeyNotFound) => Ok(false),
+            Err(error) => Err(failed(error)),
+        }
+    }
+
     fn clear(&mut self) -> Result<(), DataplaneError> {
         for socket in self.all()? {
-            match self.0.remove(&socket.cookie) {
-                // Closed meanwhile.
-                Ok(()) | Err(MapError::KeyNotFound) => {}
-                Err(error) => return Err(failed(error)),
-            }
+            self.remove(socket.cookie)?;
         }
         Ok(())
     }
@@ -86,8 +111,11 @@ fn failed(source: MapError) -> DataplaneError {
 impl Dataplane {
     /// How many sockets of this host's processes are connected to each backend by the connect hook, by id.
     pub fn open_sockets(&self) -> Result<Vec<u64>, DataplaneError> {
-        let count =
-            |id: u8| super::sum(&self.backend_sockets, "BACKEND_SOCKETS", id.into()).map(at_least_none);
+        let count = |id: u8| {
+            let missed = self.sockets_missed.read(id.into()).unwrap_or_default();
+            let counted = super::sum(&self.backend_sockets, "BACKEND_SOCKETS", id.into())?;
+            Ok(at_least_none(counted.wrapping_sub(missed)))
+        };
         (0..=u8::MAX).map(count).collect()
     }
 
@@ -100,6 +128,7 @@ impl Dataplane {
     pub(super) fn forget_sockets(&mut self) -> Result<(), DataplaneError> {
         for id in 0..=u8::MAX {
             clear(&mut self.backend_sockets, "BACKEND_SOCKETS", id.into())?;
+            self.sockets_missed.write(id.into(), 0);
         }
         self.sockets.as_mut().map_or(Ok(()), SocketTable::clear)
     }
