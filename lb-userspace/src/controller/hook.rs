@@ -64,10 +64,8 @@ impl Controller {
             source,
         })?;
         self.dataplane.attach_hook(place.directory(), network)?;
-        self.attend_sockets(network).map_err(|source| ControllerError::System {
-            doing: "start the thread that looks after sockets",
-            source,
-        })?;
+        self.start_socket_thread(network)
+            .map_err(|source| ControllerError::System { doing: "start the thread for sockets", source })?;
         Ok(Some(place))
     }
 

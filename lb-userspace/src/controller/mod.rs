@@ -510,7 +510,7 @@ impl Controller {
                 () = news(&mut sources) => self.take_in_sources().await,
                 _ = signals.tick() => {
                     self.heed_signals();
-                    self.glance_at_sockets();
+                    self.look_at_sockets(Instant::now());
                 }
                 _ = second.tick() => self.turn().await,
                 () = tokio::time::sleep_until(reset_turn) => self.reset_turn(),

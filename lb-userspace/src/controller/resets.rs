@@ -250,6 +250,7 @@ impl Controller {
     pub(super) fn reset_turn(&mut self) {
         let now = Instant::now();
         let watching = self.look_for_the_dead(now);
+        self.end_sockets_of_the_dead(now);
         if let Err(error) = self.work(now) {
             tracing::warn!("cannot look through the flow table: {error}");
         }
@@ -296,7 +297,7 @@ impl Controller {
             }
             return false;
         }
-        self.ask_sockets(now);
+        self.look_at_sockets(now);
         let heard = match self.dataplane.heard() {
             Ok(heard) => heard,
             Err(error) => {
@@ -316,7 +317,6 @@ impl Controller {
             }
             self.look_elsewhere(service, &self.sightings(service, &heard, now), now);
         }
-        self.bury_sockets(now);
         self.backends.iter().any(|backend| backend.state == State::Silent)
     }
 

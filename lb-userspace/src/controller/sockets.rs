@@ -15,15 +15,17 @@ use crate::{
     dataplane::FlowFilter,
     health::State,
     privileges,
-    sockets::{Order, Report, Undertaker},
+    sockets::{Dead, Order, Report, SocketThread},
 };
 
-/// Between looks at what sockets have heard while somebody is silent.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
-/// The same while everybody is well, where checks may be left out for it: so often in an interval, and not more often than
+/// Between looks at what the sockets of somebody have heard who is silent.
+const SILENT_EVERY: Duration = Duration::from_millis(250);
+/// The same of somebody who is dead: nothing is urgent any more.
+const DEAD_EVERY: Duration = Duration::from_secs(2);
+/// The same of somebody who is ready, where checks may be left out for it: so often in an interval, and not more often than
 /// this.
-const GLANCES: u32 = 4;
-const GLANCE_EVERY: Duration = Duration::from_millis(250);
+const READY_LOOKS: u32 = 4;
+const READY_EVERY: Duration = Duration::from_millis(250);
 /// Between looks for sockets of a dead backend that were missed: they were opened just then.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -31,19 +33,17 @@ const AGAIN: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 pub(super) struct Sockets {
     /// None: there is no hook, and no socket of it.
-    undertaker: Option<Undertaker>,
+    thread: Option<SocketThread>,
     reports: Option<mpsc::UnboundedReceiver<Report>>,
     /// Whether it may enter the network namespaces of pods.
     reaches_pods: bool,
     /// When the sockets of a backend last received payload, by id.
     heard: BTreeMap<u8, Instant>,
     /// When they were last asked about; no answer yet: `waiting`.
-    looked: Option<Instant>,
+    looked: BTreeMap<u8, Instant>,
     waiting: bool,
-    /// What went wrong last: said once.
-    failure: Option<String>,
-    /// When the sockets of the dead were last ended, by id.
-    buried: BTreeMap<u8, Instant>,
+    /// When the sockets of the dead were last to be ended, by id.
+    ended: BTreeMap<u8, Instant>,
 }
 
 impl Sockets {
@@ -61,30 +61,18 @@ impl Sockets {
     pub(super) fn forget_others(&mut self, backends: &[Backend]) {
         let stays = |id: &u8| backends.iter().any(|backend| backend.id == *id);
         self.heard.retain(|id, _| stays(id));
-        self.buried.retain(|id, _| stays(id));
-    }
-
-    fn look(&mut self, backends: BTreeSet<u8>, now: Instant) {
-        let Some(undertaker) = self.undertaker.as_ref().filter(|_| !self.waiting && !backends.is_empty())
-        else {
-            return;
-        };
-        undertaker.order(Order::Look(backends));
-        (self.looked, self.waiting) = (Some(now), true);
-    }
-
-    fn looked_within(&self, time: Duration, now: Instant) -> bool {
-        self.looked.is_some_and(|looked| now.saturating_duration_since(looked) < time)
+        self.looked.retain(|id, _| stays(id));
+        self.ended.retain(|id, _| stays(id));
     }
 }
 
 impl Controller {
-    /// Begins to look after the sockets of the hook that was just put on its cgroup.
-    pub(super) fn attend_sockets(&mut self, network: u64) -> std::io::Result<()> {
+    /// Starts the thread for the sockets of the hook that was just put on its cgroup.
+    pub(super) fn start_socket_thread(&mut self, network: u64) -> std::io::Result<()> {
         let pods = self.serves_pods() && privileges::reach_pods();
         let Some(table) = self.dataplane.take_sockets() else { return Ok(()) };
-        let (undertaker, reports) = Undertaker::start(table, network, pods)?;
-        self.sockets.undertaker = Some(undertaker);
+        let (thread, reports) = SocketThread::start(table, network, pods)?;
+        self.sockets.thread = Some(thread);
         self.sockets.reports = Some(reports);
         self.sockets.reaches_pods = pods;
         if let Some(flag) = self.pods_flag() {
@@ -99,7 +87,7 @@ impl Controller {
 
     /// What is missing to end pods' sockets. Where a reload let pods in it was given up: capabilities cannot be had back.
     pub(super) fn pods_flag(&self) -> Option<String> {
-        let lacks = self.sockets.undertaker.is_some() && self.serves_pods() && !self.sockets.reaches_pods;
+        let lacks = self.sockets.thread.is_some() && self.serves_pods() && !self.sockets.reaches_pods;
         lacks.then(|| {
             "pods = true, but connections of pods to a dead backend are left to their own timeouts: sheave was not \
              started with CAP_SYS_ADMIN and CAP_SYS_PTRACE for it. Install sheave.service.d/pods.conf (a static pod: see \
@@ -108,30 +96,35 @@ impl Controller {
         })
     }
 
-    /// While somebody is silent: whether sockets have heard of them.
-    pub(super) fn ask_sockets(&mut self, now: Instant) {
-        if !self.sockets.looked_within(LOOK_EVERY, now) {
-            self.sockets.look(self.those_to_look_at(), now);
-        }
-    }
-
-    /// Whoever may die, and whoever may be vouched for.
-    fn those_to_look_at(&self) -> BTreeSet<u8> {
-        let counts = |backend: &&Backend| match backend.state {
-            State::Silent | State::Dead => true,
-            State::Ready => self.may_vouch_for(backend),
-            State::Unknown | State::Draining => false,
+    /// Finds out whether sockets have heard of those who may die; and, where every client is on this host, of those who are
+    /// ready, so that fewer checks will do. As often as it matters.
+    pub(super) fn look_at_sockets(&mut self, now: Instant) {
+        let Some(thread) = self.sockets.thread.as_ref().filter(|_| !self.sockets.waiting) else { return };
+        let is_due = |backend: &&Backend| {
+            let looked = self.sockets.looked.get(&backend.id);
+            self.look_every(backend).is_some_and(|pause| {
+                looked.is_none_or(|looked| now.saturating_duration_since(*looked) >= pause)
+            })
         };
-        self.backends.iter().filter(counts).map(|backend| backend.id).collect()
+        let due: BTreeSet<_> = self.backends.iter().filter(is_due).map(|backend| backend.id).collect();
+        if due.is_empty() {
+            return;
+        }
+        self.sockets.looked.extend(due.iter().map(|id| (*id, now)));
+        thread.order(Order::Look(due));
+        self.sockets.waiting = true;
     }
 
-    /// Where every client is on this host: whether sockets hear of backends that are ready, so that fewer checks will do.
-    pub(super) fn glance_at_sockets(&mut self) {
-        let now = Instant::now();
-        let here = self.services.iter().filter(|(_, service)| service.is_loopback_only());
-        let Some(shortest) = here.map(|(_, service)| service.check.interval).min() else { return };
-        if !self.sockets.looked_within((shortest / GLANCES).max(GLANCE_EVERY), now) {
-            self.sockets.look(self.those_to_look_at(), now);
+    /// Between looks at a backend's sockets. None: nothing depends on them.
+    fn look_every(&self, backend: &Backend) -> Option<Duration> {
+        match backend.state {
+            State::Silent => Some(SILENT_EVERY),
+            State::Dead => Some(DEAD_EVERY),
+            State::Ready if self.may_vouch_for(backend) => {
+                let interval = self.services.get(backend.target.service)?.check.interval;
+                Some((interval / READY_LOOKS).max(READY_EVERY))
+            }
+            State::Ready | State::Unknown | State::Draining => None,
         }
     }
 
@@ -140,34 +133,40 @@ impl Controller {
     }
 
     /// Ends the sockets of those who are dead, as long as they are, where their service says so.
-    pub(super) fn bury_sockets(&mut self, now: Instant) {
-        let is_dead = |id: &u8| self.backends.iter().any(|it| it.id == *id && it.state == State::Dead);
-        self.sockets.buried.retain(|id, _| is_dead(id));
-        let Some(undertaker) = &self.sockets.undertaker else { return };
+    pub(super) fn end_sockets_of_the_dead(&mut self, now: Instant) {
+        let Some(thread) = &self.sockets.thread else { return };
+        let mut dead = BTreeMap::new();
         for backend in self.backends.iter().filter(|backend| backend.state == State::Dead) {
             let Some(service) = self.services.get(backend.target.service) else { continue };
-            let recently = |at: &Instant| now.saturating_duration_since(*at) < AGAIN;
-            if service.on_dead != OnDead::Reset || self.sockets.buried.get(&backend.id).is_some_and(recently)
-            {
-                continue;
+            if service.on_dead == OnDead::Reset {
+                dead.insert(backend.id, Dead { address: backend.address, quiet: service.reset_after });
             }
-            undertaker.order(Order::Bury(backend.id, service.reset_after));
-            self.sockets.buried.insert(backend.id, now);
+        }
+        self.sockets.ended.retain(|id, _| dead.contains_key(id));
+        let ids: Vec<_> = dead.keys().copied().collect();
+        // Also when it is nobody any more.
+        thread.set_dead(dead);
+        for id in ids {
+            let recently = |at: &Instant| now.saturating_duration_since(*at) < AGAIN;
+            if !self.sockets.ended.get(&id).is_some_and(recently) {
+                thread.order(Order::EndDead(id));
+                self.sockets.ended.insert(id, now);
+            }
         }
     }
 
     /// Ends the sockets of a backend that lives.
     pub(super) fn end_sockets_of(&self, backend: u8) {
-        if let Some(undertaker) = &self.sockets.undertaker {
-            undertaker.order(Order::End(FlowFilter::of_backend(backend), None));
+        if let Some(thread) = &self.sockets.thread {
+            thread.order(Order::End(FlowFilter::of_backend(backend), None));
         }
     }
 
     /// Ends the sockets that a filter wants. How many it were will be said; None: there is no hook.
     pub(super) fn end_sockets(&self, filter: &FlowFilter) -> Option<oneshot::Receiver<usize>> {
-        let undertaker = self.sockets.undertaker.as_ref()?;
+        let thread = self.sockets.thread.as_ref()?;
         let (answer, answered) = oneshot::channel();
-        undertaker.order(Order::End(filter.clone(), Some(answer)));
+        thread.order(Order::End(filter.clone(), Some(answer)));
         Some(answered)
     }
 
@@ -175,12 +174,12 @@ impl Controller {
     pub(super) fn heed_sockets(&mut self, report: Report) {
         match report {
             Report::Heard(heard) => {
-                (self.sockets.waiting, self.sockets.failure) = (false, None);
+                self.sockets.waiting = false;
                 for (id, at) in heard {
                     self.note_heard(id, at);
                 }
             }
-            Report::Buried { backend, sockets, heard } => {
+            Report::EndedDead { backend, sockets, heard } => {
                 let name = self.name_of(backend);
                 if let Some(at) = heard {
                     tracing::warn!(
@@ -192,13 +191,6 @@ impl Controller {
                     tracing::info!("{line}");
                     self.journal.note(JournalKind::Check, None, line);
                 }
-            }
-            Report::Failed(why) => {
-                self.sockets.waiting = false;
-                if self.sockets.failure.as_ref() != Some(&why) {
-                    tracing::warn!("{why}");
-                }
-                self.sockets.failure = Some(why);
             }
         }
     }

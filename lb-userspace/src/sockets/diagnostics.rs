@@ -1,6 +1,6 @@
 //! Questions about single TCP sockets, and their end, by socket diagnostics (`sock_diag(7)`).
 
-use std::{io, time::Duration};
+use std::{cell::Cell, io, time::Duration};
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::{
@@ -8,10 +8,13 @@ use netlink_packet_sock_diag::{
     constants::{AF_INET, AF_INET6, IPPROTO_TCP, SOCK_DESTROY},
     inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags, nlas::Nla},
 };
-use netlink_sys::{Socket, SocketAddr as NetlinkAddress, protocols::NETLINK_SOCK_DIAG};
+use netlink_sys::Socket;
 
 use super::SocketsError;
-use crate::dataplane::FollowedSocket;
+use crate::{
+    dataplane::FollowedSocket,
+    network::{open_diagnostics, request_bytes},
+};
 
 /// `TCP_TIME_WAIT` (`include/net/tcp_states.h`).
 const TIME_WAIT: u8 = 6;
@@ -26,19 +29,20 @@ pub(super) enum Seen {
 }
 
 /// A way to the sockets of the network namespace that it was opened in; any thread may use it.
-pub(super) struct Diagnostics(Socket);
+pub(super) struct Diagnostics {
+    socket: Socket,
+    /// Of the last question.
+    number: Cell<u32>,
+}
 
 impl Diagnostics {
     pub(super) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
-        socket.bind_auto()?;
-        socket.connect(&NetlinkAddress::new(0, 0))?;
-        Ok(Self(socket))
+        Ok(Self { socket: open_diagnostics()?, number: Cell::new(0) })
     }
 
     /// Looks at a socket.
     pub(super) fn look(&self, socket: &FollowedSocket) -> Result<Seen, SocketsError> {
-        match self.ask(&request(socket, NLM_F_REQUEST)) {
+        match self.ask(request(socket, self.header(NLM_F_REQUEST))) {
             // What is left of it for a minute is no process's any more.
             Ok(Some(response)) if response.header.state == TIME_WAIT => Ok(Seen::Gone),
             Ok(Some(response)) => Ok(Seen::Open(last_payload(&response))),
@@ -52,23 +56,37 @@ impl Diagnostics {
     pub(super) fn destroy(&self, socket: &FollowedSocket) -> Result<bool, SocketsError> {
         /// The place of the type in a message's header (`struct nlmsghdr`, `netlink(7)`).
         const TYPE: std::ops::Range<usize> = 4..6;
-        let mut bytes = request(socket, NLM_F_REQUEST | NLM_F_ACK);
+        let mut bytes = request(socket, self.header(NLM_F_REQUEST | NLM_F_ACK));
         // The library only writes questions, whose form is the same.
         bytes[TYPE].copy_from_slice(&SOCK_DESTROY.to_ne_bytes());
-        match self.ask(&bytes) {
+        match self.ask(bytes) {
             Ok(_) => Ok(true),
             Err(error) if is_gone(&error) => Ok(false),
             Err(error) => Err(SocketsError::Destroy(error)),
         }
     }
 
-    /// Sends a request and takes the one message that answers it. None: it was acknowledged.
-    fn ask(&self, request: &[u8]) -> io::Result<Option<InetResponse>> {
-        self.0.send(request, 0)?;
+    fn header(&self, flags: u16) -> NetlinkHeader {
+        self.number.set(self.number.get().wrapping_add(1));
+        let mut header = NetlinkHeader::default();
+        (header.flags, header.sequence_number) = (flags, self.number.get());
+        header
+    }
+
+    /// Sends the request that has the last number, and takes the one message that answers it. None: it was acknowledged.
+    fn ask(&self, request: Vec<u8>) -> io::Result<Option<InetResponse>> {
+        self.socket.send(&request, 0)?;
         let mut buffer = Vec::with_capacity(1 << 13);
-        let length = self.0.recv(&mut buffer, 0)?;
-        let bytes = buffer.get(..length).unwrap_or_default();
-        let message = NetlinkMessage::<SockDiagMessage>::deserialize(bytes).map_err(io::Error::other)?;
+        let message = loop {
+            buffer.clear();
+            let length = self.socket.recv(&mut buffer, 0)?;
+            let bytes = buffer.get(..length).unwrap_or_default();
+            let message = NetlinkMessage::<SockDiagMessage>::deserialize(bytes).map_err(io::Error::other)?;
+            // The answer to a question that failed half-way is about another socket.
+            if message.header.sequence_number == self.number.get() {
+                break message;
+            }
+        };
         match message.payload {
             NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(response)) => Ok(Some(*response)),
             NetlinkPayload::Error(error) if error.code.is_none() => Ok(None),
@@ -83,10 +101,8 @@ fn is_gone(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESTALE))
 }
 
-fn request(socket: &FollowedSocket, flags: u16) -> Vec<u8> {
-    let mut header = NetlinkHeader::default();
-    header.flags = flags;
-    let request = SockDiagMessage::InetRequest(InetRequest {
+fn request(socket: &FollowedSocket, header: NetlinkHeader) -> Vec<u8> {
+    let request = InetRequest {
         family: if socket.local.is_ipv6() { AF_INET6 } else { AF_INET },
         protocol: IPPROTO_TCP,
         extensions: ExtensionFlags::INFO,
@@ -99,12 +115,8 @@ fn request(socket: &FollowedSocket, flags: u16) -> Vec<u8> {
             interface_id: socket.interface,
             cookie: cookie(socket.cookie),
         },
-    });
-    let mut message = NetlinkMessage::new(header, NetlinkPayload::from(request));
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
-    bytes
+    };
+    request_bytes(header, request)
 }
 
 /// Two words, the lower first (`sock_diag_save_cookie` in the kernel).
@@ -131,46 +143,9 @@ fn last_payload(response: &InetResponse) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        io::{Read as _, Write as _},
-        net::{TcpListener, TcpStream},
-        os::fd::AsRawFd as _,
-    };
+    use std::io::{Read as _, Write as _};
 
-    use super::*;
-
-    fn cookie_of(stream: &TcpStream) -> u64 {
-        let mut cookie = 0u64;
-        let mut length = size_of::<u64>() as libc::socklen_t;
-        // SAFETY: the kernel writes at most `length` bytes to `cookie`, and the length to `length`.
-        let result = unsafe {
-            libc::getsockopt(
-                stream.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_COOKIE,
-                (&raw mut cookie).cast(),
-                &raw mut length,
-            )
-        };
-        assert_eq!(result, 0);
-        cookie
-    }
-
-    /// The client's and the server's end of a connection.
-    fn connection(to: &str) -> (TcpStream, TcpStream, FollowedSocket) {
-        let listener = TcpListener::bind(to).unwrap();
-        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let socket = FollowedSocket {
-            cookie: cookie_of(&client),
-            network: 0,
-            local: client.local_addr().unwrap(),
-            remote: client.peer_addr().unwrap(),
-            interface: 0,
-            service: 0,
-            backend: 1,
-        };
-        (client, listener.accept().unwrap().0, socket)
-    }
+    use super::{super::tests::connection, *};
 
     #[test]
     fn a_socket_is_seen_with_its_payload_and_when_it_is_gone() {
