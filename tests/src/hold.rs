@@ -5,7 +5,7 @@ use std::{
     io::{BufRead as _, BufReader, Write as _},
     net::SocketAddr,
     path::Path,
-    process::{Child, ChildStdin, Stdio},
+    process::{Child, ChildStdin, Command, Stdio},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -27,8 +27,14 @@ pub enum Order {
     OpenPolling(usize),
     /// To open so many connections and say nothing on them.
     OpenPlain(usize),
+    /// To open connections from now on, one after the other, whether that succeeds or not; the last few hundred stay open.
+    KeepOpening,
     /// To close the oldest so many.
     Close(usize),
+    /// To dial with a socket that is kept, and to be refused.
+    BeRefused,
+    /// To dial this address with the socket that was refused, and to say as the server's name whom it is connected to.
+    DialAgain(SocketAddr),
 }
 
 /// What it says.
@@ -66,7 +72,15 @@ impl Holder {
     /// When it cannot be started.
     pub fn start(host: &Host, hooked: bool, ca_file: &Path, address: SocketAddr) -> Result<Self> {
         let program = sibling_program("sheave-hold")?;
-        let mut command = if hooked { host.hooked_command(program)? } else { host.command(program) };
+        let command = if hooked { host.hooked_command(program)? } else { host.command(program) };
+        Self::start_with(command, ca_file, address)
+    }
+
+    /// As [`Holder::start`], with a command that runs the program wherever it is to run.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_with(mut command: Command, ca_file: &Path, address: SocketAddr) -> Result<Self> {
         command.arg("--ca").arg(ca_file).arg(address.to_string());
         let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let orders = process.stdin.take().context("its standard input")?;
@@ -98,6 +112,15 @@ impl Holder {
             ensure!(failed.is_empty(), "{failed:?}");
             Ok(())
         })
+    }
+
+    /// Waits until it has said what it has seen until now.
+    ///
+    /// # Errors
+    /// As [`Holder::order`].
+    pub fn catch_up(&mut self) -> Result<()> {
+        // What it sees together with the first is dealt with before the second.
+        (0..2).try_for_each(|_| self.order(Order::Close(0)))
     }
 
     /// Everything it has said.

@@ -1,6 +1,6 @@
 //! Holds connections open, as told on its standard input, and says what becomes of them: see `lb_tests::hold`.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::VecDeque, io::ErrorKind, net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
@@ -8,6 +8,7 @@ use lb_tests::{
     hold::{Order, Said},
     load::{Client, Connection, raise_descriptor_limit},
 };
+use socket2::{Domain, Socket, Type};
 use tokio::{io::AsyncReadExt as _, net::TcpStream, sync::mpsc, task::JoinHandle};
 
 /// Holds connections open, as told on its standard input.
@@ -26,6 +27,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Between questions on a connection.
 const PAUSE: Duration = Duration::from_millis(200);
 
+/// Connections of [`Order::KeepOpening`] that are open at once.
+const KEPT_OPEN: usize = 300;
+
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     let Arguments { ca, address } = Arguments::parse();
@@ -36,6 +40,7 @@ async fn main() -> Result<()> {
         std::io::stdin().lines().map_while(Result::ok).try_for_each(|it| sender.send(it))
     });
     let mut held = Vec::new();
+    let mut refused = None;
     // Whoever started us has gone when there is nothing to read any more.
     while let Some(order) = orders.recv().await {
         match serde_json::from_str(&order).with_context(|| format!("no order: {order:?}"))? {
@@ -55,6 +60,21 @@ async fn main() -> Result<()> {
                     }
                 }
             }
+            Order::KeepOpening => held.push(tokio::spawn(keep_opening(client.target()))),
+            Order::BeRefused => {
+                let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+                match socket.connect(&address.into()) {
+                    Err(error) if error.kind() == ErrorKind::ConnectionRefused => refused = Some(socket),
+                    other => say(&Said::Failed(format!("not refused: {other:?}")))?,
+                }
+            }
+            Order::DialAgain(other) => match dial_again(refused.take(), other) {
+                Ok(tcp) => {
+                    say(&Said::Opened(tcp.peer_addr()?.to_string()))?;
+                    held.push(tokio::spawn(hold_plain(tcp)));
+                }
+                Err(error) => say(&Said::Failed(error.to_string()))?,
+            },
             Order::Close(count) => {
                 for holding in held.drain(..count.min(held.len())) {
                     holding.abort();
@@ -66,6 +86,25 @@ async fn main() -> Result<()> {
         say(&Said::Done)?;
     }
     Ok(())
+}
+
+fn dial_again(socket: Option<Socket>, address: SocketAddr) -> Result<TcpStream> {
+    let socket = socket.context("no socket was refused")?;
+    socket.connect(&address.into())?;
+    socket.set_nonblocking(true)?;
+    Ok(TcpStream::from_std(socket.into())?)
+}
+
+/// Opens connections again and again.
+async fn keep_opening(target: SocketAddr) {
+    let mut open = VecDeque::new();
+    loop {
+        open.extend(TcpStream::connect(target).await);
+        if open.len() > KEPT_OPEN {
+            open.pop_front();
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 }
 
 /// A connection that says nothing.
