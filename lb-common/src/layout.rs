@@ -350,7 +350,8 @@ pub struct Backend {
     pub next_hop: Cell64,
     /// Since when clients wait for it, in jiffies like `heard`: see [`crate::witness`].
     pub asked: Cell32,
-    /// When it last refused a SYN, or a process of this host saw a connection to it fail, in jiffies like `heard`; 0: never.
+    /// When it last refused a SYN, or a process of this host saw a connection to it fail or had to send something again that
+    /// it had not acknowledged, in jiffies like `heard`; 0: never.
     pub refused: Cell32,
 }
 
