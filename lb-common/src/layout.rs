@@ -29,6 +29,8 @@ pub const SERVICES: u32 = 65;
 pub const BACKENDS: u32 = 256;
 /// Interface and VLAN pairs that packets come from and go to.
 pub const PORTS: usize = 32;
+/// Sockets of the connect hook that are known by cookie, at most. More than these are counted, and no more.
+pub const FOLLOWED: u32 = 65_536;
 /// Learned next hops, 0 included, which says "not known".
 pub const NEXT_HOPS: u32 = 4096;
 /// Words of one half of a selection table: one byte an entry.
@@ -261,9 +263,21 @@ pub struct Service {
 pub struct Hook {
     /// The cookie of the network namespace whose processes are served (`SO_NETNS_COOKIE`, `socket(7)`).
     pub network: u64,
+    /// Odd: which time it is that sockets are followed, see [`Dialled::followed`]. Even: they are not, and none is counted.
+    pub epoch: u32,
+    /// Zero.
+    pub reserved: u32,
 }
 
-/// What the connect hook remembers of a connection, for as long as the socket lives.
+impl Hook {
+    /// Whether sockets are followed now.
+    #[must_use]
+    pub const fn is_following(self) -> bool {
+        self.epoch % 2 == 1
+    }
+}
+
+/// What the connect hook remembers of a connection, until it is closed.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Dialled {
@@ -280,6 +294,60 @@ pub struct Dialled {
     pub service: u16,
     /// Backend id.
     pub backend: u16,
+    /// While the socket is counted as the backend's: the [`Hook::epoch`] in which that began. Else 0. Sockets that were left
+    /// behind when the hook went to another cgroup are of another epoch than those that are counted now.
+    pub followed: u32,
+    /// Not 0: its cookie is in the table of [`Followed`] sockets. Whoever takes it out there counts its end, and nobody else.
+    pub named: u32,
+}
+
+/// A socket that the connect hook has redirected, by its cookie, for as long as it is not closed: all that it takes to ask
+/// the kernel for it (`sock_diag(7)`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Followed {
+    /// The cookie of the network namespace it is in.
+    pub network: u64,
+    /// Its own address, as words; IPv4 in the lower half of the first.
+    pub local: [u64; 2],
+    /// The backend's address, in the same form.
+    pub remote: [u64; 2],
+    /// Its own port, as a word.
+    pub local_port: u16,
+    /// The backend's port, as a word.
+    pub remote_port: u16,
+    /// The interface it is bound to, or 0.
+    pub interface: u32,
+    /// Service id.
+    pub service: u16,
+    /// Backend id.
+    pub backend: u8,
+    /// See [`family`]: of what is on the wire.
+    pub family: u8,
+    /// Zero.
+    pub reserved: u32,
+}
+
+impl Followed {
+    /// From its bytes in the map, eight to a word.
+    #[must_use]
+    pub const fn from_words(words: [u64; 7]) -> Self {
+        let [network, local0, local1, remote0, remote1, ports, ids] = words;
+        let [p0, p1, p2, p3, p4, p5, p6, p7] = ports.to_ne_bytes();
+        let [s0, s1, backend, family, ..] = ids.to_ne_bytes();
+        Self {
+            network,
+            local: [local0, local1],
+            remote: [remote0, remote1],
+            local_port: u16::from_ne_bytes([p0, p1]),
+            remote_port: u16::from_ne_bytes([p2, p3]),
+            interface: u32::from_ne_bytes([p4, p5, p6, p7]),
+            service: u16::from_ne_bytes([s0, s1]),
+            backend,
+            family,
+            reserved: 0,
+        }
+    }
 }
 
 /// Where flows go. All but the cells stay as they are while a slot names the id.
@@ -305,7 +373,8 @@ pub struct Backend {
     pub next_hop: Cell64,
     /// Since when clients wait for it, in jiffies like `heard`: see [`crate::witness`].
     pub asked: Cell32,
-    /// When it last refused a SYN, in jiffies like `heard`; 0: never.
+    /// When it last refused a SYN, or a process of this host saw a connection to it fail or had to send something again that
+    /// it had not acknowledged, in jiffies like `heard`; 0: never.
     pub refused: Cell32,
 }
 
@@ -385,7 +454,8 @@ mod tests {
         assert_eq!(size_of::<Port>(), 4 + 4 + 8 + 8 + 4 + 4);
         assert_eq!(size_of::<Listener>(), 16 + 2 + 1 + 1 + 2 + 2 + 4 + 4);
         assert_eq!(size_of::<Service>(), 16);
-        assert_eq!((size_of::<Hook>(), size_of::<Dialled>(), align_of::<Dialled>()), (8, 40, 8));
+        assert_eq!((size_of::<Hook>(), size_of::<Dialled>(), align_of::<Dialled>()), (16, 48, 8));
+        assert_eq!((size_of::<Followed>(), align_of::<Followed>()), (56, 8));
         assert_eq!(size_of::<Backend>(), 16 + 4 + 4 + 4 + 4 + 8 + 4 + 4);
         assert_eq!((offset_of!(Backend, heard), offset_of!(Backend, next_hop)), (28, 32));
         assert_eq!(
@@ -408,6 +478,25 @@ mod tests {
         );
         assert!(offset_of!(Control, classifier) + offset_of!(Classifier, listeners) < 32_768);
         assert_eq!(offset_of!(Config, ports), 80);
+    }
+
+    #[test]
+    fn a_followed_socket_is_read_as_it_was_written() {
+        let written = Followed {
+            network: 0x0102_0304_0506_0708,
+            local: [0x11, 0x12],
+            remote: [0x21, 0x22],
+            local_port: 0x3132,
+            remote_port: 0x3334,
+            interface: 0x4142_4344,
+            service: 0x5152,
+            backend: 0x61,
+            family: family::IPV6,
+            reserved: 0,
+        };
+        // SAFETY: seven words without padding, any of which may have any value.
+        let words = unsafe { core::mem::transmute::<Followed, [u64; 7]>(written) };
+        assert_eq!(Followed::from_words(words), written);
     }
 
     #[test]

@@ -14,11 +14,11 @@ use crate::{
     flow::{Family as _, V4, V6},
     hash::Key,
     layout::{
-        ALLOW_SERVICE_BITS, BACKENDS, BUCKETS, Backend, Classifier, Config, Control, Dialled, Hook,
-        LISTENERS, LISTENERS_PER_PORT, Listener, NEXT_HOPS, NextHop, OverflowMarks, PARTNERS, PORTS, Port,
-        ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES,
-        SNAT_PLACES, SNAT_SHARED, Service, Set4, Set6, WAYS, Way4, Way6, allow_key, backend_flag, family,
-        snat_place,
+        ALLOW_SERVICE_BITS, BACKENDS, BUCKETS, Backend, Classifier, Config, Control, Dialled, FOLLOWED,
+        Followed, Hook, LISTENERS, LISTENERS_PER_PORT, Listener, NEXT_HOPS, NextHop, OverflowMarks, PARTNERS,
+        PORTS, Port, ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS,
+        SNAT_ADDRESSES, SNAT_PLACES, SNAT_SHARED, Service, Set4, Set6, WAYS, Way4, Way6, allow_key,
+        backend_flag, family, snat_place,
     },
     maglev::TABLE_SIZE,
     meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
@@ -109,8 +109,24 @@ fn structures(digest: Digest) -> Digest {
     let digest = structure!(digest, Port { interface, vlan, mac, tags, tag_count, reserved });
     let digest = structure!(digest, Listener { address, port, family, reserved, service, next, ports, sum });
     let digest = structure!(digest, Service { selection4, selection6, restricted, pods });
-    let digest = structure!(digest, Hook { network });
-    let digest = structure!(digest, Dialled { address, chosen, port, chosen_port, service, backend });
+    let digest = structure!(digest, Hook { network, epoch, reserved });
+    let digest =
+        structure!(digest, Dialled { address, chosen, port, chosen_port, service, backend, followed, named });
+    let digest = structure!(
+        digest,
+        Followed {
+            network,
+            local,
+            remote,
+            local_port,
+            remote_port,
+            interface,
+            service,
+            backend,
+            family,
+            reserved,
+        }
+    );
     structure!(
         digest,
         Backend { address, port, family, reserved, flags, sum, heard, next_hop, asked, refused }
@@ -131,6 +147,7 @@ fn limits(digest: Digest) -> Digest {
         ("services", SERVICES.into()),
         ("backends", BACKENDS.into()),
         ("ports", PORTS as u64),
+        ("followed sockets", FOLLOWED.into()),
         ("next hops", NEXT_HOPS.into()),
         ("selection words", SELECTION_WORDS.into()),
         ("selection halves", SELECTION_HALVES.into()),

@@ -157,6 +157,8 @@ events! {
     ConnectRedirected, "connects_redirected";
     /// A connection that a process of this host opened was refused by the connect hook: the service has no usable backend.
     ConnectRefused, "connects_refused";
+    /// A connection that the connect hook redirected is counted, but cannot be ended: no more sockets are known by name than there is room for.
+    ConnectUnnamed, "connects_unnamed";
 }
 
 /// Counters of one service: outcomes, then events.

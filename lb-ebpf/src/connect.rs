@@ -24,7 +24,7 @@ use lb_common::{
 };
 
 use crate::{
-    maps::KernelMaps,
+    maps::{KernelMaps, count_connect},
     subprograms::{self, laundered},
 };
 
@@ -37,10 +37,10 @@ const ECONNREFUSED: i32 = 111;
 const STREAM: u32 = 1;
 
 #[btf_map]
-static HOOK: Array<Hook, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
-/// What each redirected socket asked for. Goes with the socket.
+pub(crate) static HOOK: Array<Hook, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+/// What each redirected socket asked for. Goes when it is closed: it may be connected elsewhere then, which is not ours.
 #[btf_map]
-static DIALLED: SkStorage<Dialled> = SkStorage::new();
+pub(crate) static DIALLED: SkStorage<Dialled> = SkStorage::new();
 
 /// Not 0: the kernel lets a program choose the error (`bpf_set_retval`, for these programs since Linux 6.0). Else a
 /// connection is refused by sending it to a port where nobody can listen.
@@ -226,10 +226,9 @@ fn decide(context: &SockAddrContext, maps: &KernelMaps, family: u8, to: [u64; 2]
     let verdict = laundered(subprograms::map_connect(listener.into(), own.into(), random.into()));
     let verdict = Verdict::from_word(verdict as u32);
     if verdict.is_refused() {
-        maps.count_connect(verdict.service(), Event::ConnectRefused);
+        count_connect(verdict.service(), Event::ConnectRefused);
     } else if verdict != Verdict::NOT_OURS {
-        maps.count_connect(verdict.service(), Event::ConnectRedirected);
-        maps.count_connect_to(verdict.backend());
+        count_connect(verdict.service(), Event::ConnectRedirected);
     }
     verdict
 }
@@ -258,6 +257,8 @@ fn remember(context: &SockAddrContext, verdict: Verdict, from: [u64; 2], to: [u6
         chosen_port,
         service: verdict.service(),
         backend: verdict.backend().into(),
+        followed: 0,
+        named: 0,
     };
     // SAFETY: the socket is the context's own; the kernel copies the value.
     let stored = unsafe { DIALLED.get_or_insert_ptr_mut(context, Some(&mut dialled)) };

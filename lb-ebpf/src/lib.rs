@@ -6,6 +6,8 @@
 #[cfg(target_arch = "bpf")]
 pub mod connect;
 #[cfg(target_arch = "bpf")]
+pub mod follow;
+#[cfg(target_arch = "bpf")]
 pub mod frame;
 #[cfg(target_arch = "bpf")]
 pub mod log;

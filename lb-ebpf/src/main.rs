@@ -5,10 +5,10 @@
 mod programs {
     use aya_ebpf::{
         bindings::xdp_action::XDP_PASS,
-        macros::{cgroup_sock_addr, xdp},
-        programs::{SockAddrContext, XdpContext},
+        macros::{cgroup_sock_addr, sock_ops, xdp},
+        programs::{SockAddrContext, SockOpsContext, XdpContext},
     };
-    use lb_ebpf::connect;
+    use lb_ebpf::{connect, follow};
 
     /// The load balancer, on every interface that clients or backends are reached by.
     #[xdp(frags)]
@@ -47,6 +47,12 @@ mod programs {
     #[cgroup_sock_addr(getpeername6)]
     fn getpeername6(context: SockAddrContext) -> i32 {
         connect::getpeername6(&context)
+    }
+
+    /// Follows the sockets that were redirected until they are closed.
+    #[sock_ops]
+    fn follow_sockets(context: SockOpsContext) -> u32 {
+        follow::socket_event(&context)
     }
 
     #[unsafe(link_section = "license")]

@@ -7,8 +7,8 @@ use core::ffi::c_void;
 
 use aya_ebpf::{
     Global,
-    bindings::BPF_F_MMAPABLE,
-    btf_maps::{Array, LpmTrie, PerCpuArray, lpm_trie::Key},
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
+    btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie::Key},
     helpers::{bpf_get_smp_processor_id, bpf_jiffies64, bpf_loop},
     macros::btf_map,
 };
@@ -18,9 +18,9 @@ use lb_common::{
     flow::{Choice, Claim, Claimer, Family, Found, Query, Slot},
     hash::FlowHash,
     layout::{
-        AllowKey, BACKENDS, Backend, Config, Control, Listener, NEXT_HOPS, OverflowMarks, PORTS, ReturnHops,
-        SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Service, Set4, Set6,
-        WAYS, allow_key, family,
+        AllowKey, BACKENDS, Backend, Config, Control, FOLLOWED, Followed, Listener, NEXT_HOPS, OverflowMarks,
+        PORTS, ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES,
+        Service, Set4, Set6, WAYS, allow_key, family,
     },
     maps::{Maps, Step},
     meta::Meta,
@@ -63,6 +63,17 @@ static COUNTER: PerCpuArray<u64, { SERVICES as usize * COUNTERS }> = PerCpuArray
 /// New flows of each backend.
 #[btf_map]
 static BACKEND_FLOWS: PerCpuArray<u64, { BACKENDS as usize }> = PerCpuArray::new();
+/// Sockets of this host that the connect hook has sent to each backend and that are not closed. A socket may be closed on
+/// another CPU than it was opened on: only the sum over all CPUs means something, modulo 2^64.
+#[btf_map]
+static BACKEND_SOCKETS: PerCpuArray<u64, { BACKENDS as usize }> = PerCpuArray::new();
+/// Of these, those that were closed without a program having heard of it. Only the daemon writes here.
+#[btf_map]
+static SOCKETS_MISSED: Array<u64, { BACKENDS as usize }, MAPPED> = Array::new();
+/// The same sockets, by cookie. Memory is taken for those that there are.
+#[btf_map]
+static FOLLOWED_SOCKETS: HashMap<u64, Followed, { FOLLOWED as usize }, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
 /// The tick counter, for the daemon: see `read_clock`.
 #[btf_map]
 static CLOCK: Array<u64, 1, MAPPED> = Array::new();
@@ -313,37 +324,65 @@ pub fn count(service: u16, place: u16) {
 
 /// The tick counter.
 #[inline(always)]
-fn jiffies() -> u64 {
+pub fn jiffies() -> u64 {
     // SAFETY: takes nothing; inlined by the kernel's JIT.
     unsafe { bpf_jiffies64() }
 }
 
-/// Counts of the connect hook. Its programs run in system calls, and may be interrupted on their CPU by their like and
-/// by the XDP program: so they add by one instruction.
-impl KernelMaps {
-    /// Counts what became of a service's connection.
-    #[inline(always)]
-    pub fn count_connect(&self, service: u16, event: Event) {
-        let index = u32::from(service) * COUNTERS as u32 + Counter::Event(event).index() as u32;
-        if let Some(count) = COUNTER.get_ptr_mut(index) {
-            increment(count);
-        }
-    }
+// Counts of the connect hook. Its programs run in system calls, and may be interrupted on their CPU by their like and by the
+// XDP program: so they add by one instruction.
 
-    /// Counts a connection to a backend.
-    #[inline(always)]
-    pub fn count_connect_to(&self, backend: u8) {
-        if let Some(count) = BACKEND_FLOWS.get_ptr_mut(u32::from(backend)) {
-            increment(count);
-        }
+/// Counts what became of a service's connection.
+#[inline(always)]
+pub fn count_connect(service: u16, event: Event) {
+    let index = u32::from(service) * COUNTERS as u32 + Counter::Event(event).index() as u32;
+    if let Some(count) = COUNTER.get_ptr_mut(index) {
+        increment(count);
     }
+}
+
+/// Counts a connection to a backend, which is open from now on.
+#[inline(always)]
+pub fn count_opened(backend: u8) {
+    if let Some(count) = BACKEND_FLOWS.get_ptr_mut(u32::from(backend)) {
+        increment(count);
+    }
+    if let Some(count) = BACKEND_SOCKETS.get_ptr_mut(u32::from(backend)) {
+        increment(count);
+    }
+}
+
+/// Counts the end of a connection to a backend.
+#[inline(always)]
+pub fn count_closed(backend: u8) {
+    if let Some(count) = BACKEND_SOCKETS.get_ptr_mut(u32::from(backend)) {
+        add(count, u64::MAX);
+    }
+}
+
+/// Knows a socket by its cookie from now on. `false`: there is no room.
+#[inline(always)]
+pub fn name_socket(cookie: u64, socket: &Followed) -> bool {
+    FOLLOWED_SOCKETS.insert(cookie, socket, 0).is_ok()
+}
+
+/// Knows the socket with this cookie no longer. `false`: somebody else has taken it out before.
+#[inline(always)]
+pub fn forget_socket(cookie: u64) -> bool {
+    FOLLOWED_SOCKETS.remove(cookie).is_ok()
 }
 
 #[inline(always)]
 fn increment(count: *mut u64) {
+    add(count, 1);
+}
+
+/// Adds modulo 2^64.
+#[inline(always)]
+fn add(count: *mut u64, number: u64) {
     // SAFETY: one atomic instruction on an aligned word of map memory.
     unsafe {
-        core::arch::asm!("lock *(u64 *)({count} + 0) += {one}", count = in(reg) count, one = in(reg) 1u64);
+        core::arch::asm!("lock *(u64 *)({count} + 0) += {number}", count = in(reg) count, number = in(reg) number);
     }
 }
 

@@ -17,6 +17,7 @@ pub mod names;
 pub mod network;
 mod privileges;
 pub mod resets;
+pub mod sockets;
 pub mod sources;
 mod state;
 mod systemd;

@@ -39,9 +39,18 @@ const LIFE: [&str; 7] = [
     "WatchdogSec=10",
 ];
 
-fn unit() -> String {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("packaging/sheave.service");
+fn packaged(file: &str) -> String {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("packaging").join(file);
     fs::read_to_string(path).unwrap()
+}
+
+fn unit() -> String {
+    packaged("sheave.service")
+}
+
+/// The lines that mean something.
+fn settings(file: &str) -> Vec<&str> {
+    file.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).collect()
 }
 
 #[test]
@@ -56,6 +65,19 @@ fn the_unit_is_as_closed_as_it_is_meant_to_be() {
     let keys: Vec<_> = service.lines().filter_map(|line| line.split_once('=')).map(|(key, _)| key).collect();
     let once: BTreeSet<_> = keys.iter().filter(|key| !key.starts_with('#')).collect();
     assert_eq!(once.len(), keys.iter().filter(|key| !key.starts_with('#')).count(), "{keys:?}");
+}
+
+#[test]
+fn only_who_serves_pods_gives_it_what_pods_take() {
+    for capability in ["CAP_SYS_ADMIN", "CAP_SYS_PTRACE"] {
+        assert!(settings(&unit()).iter().all(|line| !line.contains(capability)), "{capability}");
+    }
+    // Where a list is there twice systemd allows what is in either, and after `yes` that is what is in the other
+    // (systemd.exec(5)).
+    assert_eq!(
+        settings(&packaged("sheave.service.d/pods.conf")),
+        ["[Service]", "CapabilityBoundingSet=CAP_SYS_ADMIN CAP_SYS_PTRACE", "RestrictNamespaces=net"]
+    );
 }
 
 #[test]

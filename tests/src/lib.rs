@@ -10,6 +10,7 @@ pub mod daemon;
 pub mod dial;
 pub mod etcd;
 pub mod failover;
+pub mod hold;
 pub mod idle;
 pub mod lab;
 pub mod load;

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -29,7 +29,23 @@ pub struct Seen {
     /// How many have come.
     pub events: u64,
     /// It has ended, or an event was missing.
-    pub broken: bool,
+    pub end: Option<End>,
+}
+
+/// How a watch was broken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct End {
+    /// When its client heard of it.
+    pub at: SystemTime,
+    /// What its client was told.
+    pub why: String,
+}
+
+impl End {
+    fn now(result: Result<()>) -> Self {
+        let why = result.map_or_else(|error| format!("{error:#}"), |()| "the response ended".to_owned());
+        Self { at: SystemTime::now(), why }
+    }
 }
 
 /// Watches that are running. Dropping it ends them.
@@ -53,15 +69,15 @@ impl Watches {
                 let (client, seen) = (client.clone(), Arc::clone(&shared));
                 watches.spawn(async move {
                     // It goes on for ever: whatever ends it, it is broken.
-                    let _ = watch(&client, number, &seen).await;
-                    look(&seen)[number].broken = true;
+                    let end = End::now(watch(&client, number, &seen).await);
+                    look(&seen)[number].end = Some(end);
                 });
             }
             let _ = stop.await;
         });
         let watches = Self { seen, _background: background };
         eventually(START_LIMIT, "all watches have events", || {
-            ensure!(look(&watches.seen).iter().all(|seen| seen.events > 0 && !seen.broken));
+            ensure!(look(&watches.seen).iter().all(|seen| seen.events > 0 && seen.end.is_none()));
             Ok(())
         })?;
         Ok(watches)
@@ -78,7 +94,9 @@ impl Watches {
         let here = || before.iter().enumerate().filter(|(_, seen)| seen.server.as_deref() == Some(server));
         let stuck = || {
             let now = look(&self.seen);
-            here().filter(|(number, seen)| now[*number].broken || now[*number].events == seen.events).count()
+            here()
+                .filter(|(number, seen)| now[*number].end.is_some() || now[*number].events == seen.events)
+                .count()
         };
         let _ = eventually(EVENT_LIMIT, "another event", || {
             ensure!(stuck() == 0);

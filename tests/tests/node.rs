@@ -216,7 +216,7 @@ fn the_hook_outlives_the_daemon_and_the_next_one_takes_over() {
     wait_lines(&asker, 20);
     assert!(!asker.log().contains("failed"), "{}", asker.log());
     let before = programs(&cluster);
-    assert_eq!(before.len(), 4, "one of each: {before:?}");
+    assert_eq!(before.len(), PROGRAMS.len(), "one of each: {before:?}");
     drop(asker);
     let unloaded = daemon.unload().unwrap();
     let said = String::from_utf8_lossy(&unloaded.stdout).into_owned();
@@ -231,7 +231,7 @@ fn what_a_killed_daemon_has_left_is_unloaded_without_it() {
     let cluster = node(1);
     let mut daemon = start(&cluster, &settings(&cluster));
     daemon.process().kill().unwrap();
-    assert_eq!(programs(&cluster).len(), 4);
+    assert_eq!(programs(&cluster).len(), PROGRAMS.len());
     let unloaded = daemon.unload().unwrap();
     let said = String::from_utf8_lossy(&unloaded.stdout).into_owned();
     assert!(unloaded.status.success() && said.contains("removed the connect hook"), "{unloaded:?}");
@@ -249,7 +249,7 @@ fn another_cgroup_takes_the_place_of_the_one_before() {
     settings.dataplane.push(format!("cgroup = {other:?}"));
     let mut daemon = start(&cluster, &settings);
     assert_eq!(programs(&cluster), Vec::new(), "on the one before");
-    assert_eq!(programs_on(&other).len(), 4);
+    assert_eq!(programs_on(&other).len(), PROGRAMS.len());
     assert!(daemon.is_alive().unwrap());
     // What is on a cgroup goes with it.
     std::fs::remove_dir(&other).unwrap();
@@ -257,7 +257,7 @@ fn another_cgroup_takes_the_place_of_the_one_before() {
     daemon.process().kill().unwrap();
     let settings = self::settings(&cluster);
     start(&cluster, &settings);
-    assert_eq!(programs(&cluster).len(), 4);
+    assert_eq!(programs(&cluster).len(), PROGRAMS.len());
     connect(&cluster, &cluster.lb, LOCAL4, 5).require_all(5, at(LOCAL4)).unwrap();
 }
 
@@ -327,7 +327,14 @@ fn what_a_connect_to_another_address_costs() {
         let programs = aya::programs::loaded_programs().map(Result::unwrap);
         programs.filter(|it| it.name_as_str() == Some(name)).max_by_key(|it| it.id()).unwrap()
     };
-    for (name, to) in [("connect4", "127.0.0.1:9"), ("connect6", "[::1]:9"), ("connect4", LOCAL4)] {
+    let measured = [
+        ("connect4", "127.0.0.1:9"),
+        ("connect6", "[::1]:9"),
+        ("connect4", LOCAL4),
+        ("follow_sockets", "127.0.0.1:9"),
+        ("follow_sockets", LOCAL4),
+    ];
+    for (name, to) in measured {
         let before = ours(name);
         let (time, count) = (before.run_time(), before.run_count());
         for _ in 0..20 {
@@ -340,18 +347,21 @@ fn what_a_connect_to_another_address_costs() {
     daemon.process().kill().unwrap();
 }
 
+/// What the hook has one program of each of.
+const PROGRAMS: [bpf_attach_type; 5] = [
+    bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
+    bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
+    bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
+    bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
+    bpf_attach_type::BPF_CGROUP_SOCK_OPS,
+];
+
 /// The types of the programs that are on the lab's cgroup.
 fn programs(cluster: &Cluster) -> Vec<bpf_attach_type> {
     programs_on(&cgroup_of(cluster.lab.directory()).unwrap())
 }
 
 fn programs_on(cgroup: &Path) -> Vec<bpf_attach_type> {
-    let types = [
-        bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
-        bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
-        bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
-        bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
-    ];
     let each = |kind: bpf_attach_type| vec![kind; attached(cgroup, kind).unwrap() as usize];
-    types.into_iter().flat_map(each).collect()
+    PROGRAMS.into_iter().flat_map(each).collect()
 }

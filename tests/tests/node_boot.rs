@@ -15,9 +15,10 @@ use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{Daemon, Settings, program},
     dial::dial,
+    hold::{Holder, Order},
     lab::eventually,
     load,
-    stub::{AnonymousMode, TOKEN},
+    stub::{AnonymousMode, PORT, TOKEN},
 };
 use serde_json::Value;
 
@@ -151,6 +152,17 @@ fn a_kubeconfig_may_point_at_the_listener_that_needs_it() {
 fn container() -> Value {
     let pod: Value = serde_saphyr::from_str(MANIFEST).unwrap();
     assert_eq!((&pod["kind"], &pod["spec"]["hostNetwork"]), (&"Pod".into(), &true.into()));
+    assert_eq!(pod["spec"]["hostPID"], Value::Null);
+    pod["spec"]["containers"][0].clone()
+}
+
+/// The same with what the manifest says of pods.
+fn container_for_pods() -> Value {
+    let least = MANIFEST.lines().find(|line| line.trim_start().starts_with("add: ")).unwrap();
+    let manifest = MANIFEST.replace(&format!("{least}\n"), "");
+    let manifest = manifest.replace("# hostPID: ", "hostPID: ").replace("# add: ", "add: ");
+    let pod: Value = serde_saphyr::from_str(&manifest).unwrap();
+    assert_eq!(pod["spec"]["hostPID"], true);
     pod["spec"]["containers"][0].clone()
 }
 
@@ -200,21 +212,37 @@ mount -o remount,ro "$root"
 exec chroot "$root" setpriv --no-new-privs --inh-caps=-all --bounding-set="-all$capabilities" "$@"
 "#;
 
-fn in_a_container(cluster: &Cluster, capabilities: &[String], writable_cgroup: bool) -> Command {
+/// What a container may do and see beyond the manifest's capabilities.
+#[derive(Clone, Copy, Default)]
+struct Sight {
+    /// The host's cgroups are mounted for writing.
+    writable_cgroup: bool,
+    /// It sees the host's processes.
+    host_pid: bool,
+}
+
+fn in_a_container(cluster: &Cluster, capabilities: &[String], sight: Sight) -> Command {
     let root = cluster.lab.directory().join("root");
     fs::create_dir_all(&root).unwrap();
     let added: String = capabilities.iter().map(|name| format!(",+{}", name.to_lowercase())).collect();
     let mut command = cluster.lb.command("unshare");
-    command.args(["--mount", "--pid", "--fork", "--kill-child", "--uts", "--ipc", "--cgroup"]);
+    command.args(["--mount", "--fork", "--kill-child", "--uts", "--ipc", "--cgroup"]);
+    if !sight.host_pid {
+        command.arg("--pid");
+    }
     command.args(["sh", "-ec", RUNTIME, "sh"]).arg(root).arg(added).arg(cluster.lab.directory());
-    command.arg(if writable_cgroup { "rw" } else { "ro" }).arg(program().unwrap());
+    command.arg(if sight.writable_cgroup { "rw" } else { "ro" }).arg(program().unwrap());
     command
 }
 
 fn start(cluster: &Cluster, capabilities: &[String], writable_cgroup: bool) -> Daemon {
-    let settings = cluster.settings_of_a_node().unwrap();
+    let sight = Sight { writable_cgroup, host_pid: false };
+    start_with(cluster, &cluster.settings_of_a_node().unwrap(), capabilities, sight)
+}
+
+fn start_with(cluster: &Cluster, settings: &Settings, capabilities: &[String], sight: Sight) -> Daemon {
     let config = |directory: &Path| settings.to_toml(directory);
-    let command = in_a_container(cluster, capabilities, writable_cgroup);
+    let command = in_a_container(cluster, capabilities, sight);
     Daemon::start_with(&cluster.lb, cluster.lab.directory(), config, command).unwrap()
 }
 
@@ -251,6 +279,59 @@ fn the_static_pod_has_no_capability_that_it_does_not_need() {
         assert!(ended.is_ok_and(|ended| !ended.success()), "without {without}:\n{log}");
         let refused = log.contains("not permitted") || log.contains("Permission denied");
         assert!(refused, "without {without} it says:\n{log}");
+    }
+}
+
+/// A node that serves pods. The client's network namespace stands for a pod's.
+fn settings_for_pods(cluster: &Cluster) -> Settings {
+    let mut settings = cluster.settings_of_a_node().unwrap();
+    settings.listen.push(vip(cluster));
+    settings.dataplane.push("interfaces = []".to_owned());
+    settings.service = vec!["pods = true".to_owned(), "reset_after = \"1500ms\"".to_owned()];
+    settings.check.extend(["fast_interval = \"100ms\"", "connect_timeout = \"500ms\""].map(str::to_owned));
+    settings
+}
+
+fn vip(cluster: &Cluster) -> SocketAddr {
+    SocketAddr::new(cluster.vip4, PORT)
+}
+
+#[test]
+fn the_static_pod_ends_connections_of_pods_with_what_its_manifest_says_and_not_without() {
+    let all = capabilities(&container_for_pods());
+    let least = capabilities(&container());
+    let more: Vec<_> = all.iter().filter(|name| !least.contains(name)).collect();
+    assert_eq!(more, ["SYS_ADMIN", "SYS_PTRACE"]);
+    let sight = |host_pid| Sight { writable_cgroup: false, host_pid };
+    let all_but = |without| all.iter().filter(|name| *name != without).cloned().collect::<Vec<_>>();
+    // As it is shipped, and with one of the two left out: pods are served, and whoever looks is told what is missing.
+    for (capabilities, host_pid) in [(least, false), (all_but(more[0]), true), (all_but(more[1]), true)] {
+        let cluster = Cluster::start_without_vips(Shape::OneArm, 1).unwrap();
+        let settings = settings_for_pods(&cluster);
+        let mut daemon = start_with(&cluster, &settings, &capabilities, sight(host_pid));
+        daemon.wait_ready(1).unwrap();
+        daemon.wait_flag("pods.conf", MOMENT).unwrap();
+        let dialled = dial(&cluster.client, true, &cluster.ca_file(), vip(&cluster), 10).unwrap();
+        dialled.require_all(10, vip(&cluster)).unwrap();
+    }
+    for host_pid in [false, true] {
+        let cluster = Cluster::start_without_vips(Shape::OneArm, 2).unwrap();
+        let mut daemon = start_with(&cluster, &settings_for_pods(&cluster), &all, sight(host_pid));
+        daemon.wait_ready(2).unwrap();
+        let mut pod = Holder::start(&cluster.client, true, &cluster.ca_file(), vip(&cluster)).unwrap();
+        pod.order(Order::Open(12)).unwrap();
+        let opened = pod.opened_to("api-1");
+        assert!(opened > 0);
+        assert!(!daemon.flags().unwrap().contains("pods.conf"));
+        cluster.apiservers[0].host.cut_off().unwrap();
+        daemon.wait_state("api-1", "dead", MOMENT).unwrap();
+        eventually(MOMENT, "its connections are ended, or it says why not", || {
+            let ended = pod.ended().len();
+            ensure!(if host_pid { ended == opened } else { daemon.log().contains("hostPID") }, "{ended}");
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(pod.ended().len(), if host_pid { opened } else { 0 });
     }
 }
 

@@ -15,8 +15,10 @@ use anyhow::ensure;
 use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{Daemon, Settings, program},
+    hold::{Holder, Order},
     lab::{eventually, process::Signal, run},
     load::{self, Asker, Crowd, Report},
+    stub::PORT,
     transfer::SlowTransfer,
 };
 
@@ -458,6 +460,65 @@ fn a_drained_backend_keeps_its_connections_until_its_time_is_over() {
     assert_eq!(alive(&mut both), 40 - drained, "those of others, and only those");
     let said = succeed(&daemon, "drain", &["api-1", "--all-services"]);
     assert!(!said.contains("are reset in"), "it was done once: {said}");
+}
+
+#[test]
+fn a_drained_backend_loses_the_sockets_of_this_host_wherever_the_vip_is() {
+    // A worker that dials the VIP, and a load balancer that waits for it.
+    for worker in [true, false] {
+        let cluster = Cluster::start_without_vips(Shape::OneArm, 2).unwrap();
+        let mut settings = cluster.settings().unwrap();
+        if worker {
+            settings.dataplane.push("interfaces = []".to_owned());
+        }
+        let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
+        daemon.wait_ready(2).unwrap();
+        let vip = SocketAddr::new(cluster.vip4, PORT);
+        let mut holder = Holder::start(&cluster.lb, true, &cluster.ca_file(), vip).unwrap();
+        holder.order(Order::Open(12)).unwrap();
+        assert!(holder.opened_to("api-1") > 0);
+        succeed(&daemon, "drain", &["api-1", "--all-services", "--timeout", "1s"]);
+        eventually(MOMENT, "its connections are ended", || {
+            let (ended, opened) = (holder.ended().len(), holder.opened_to("api-1"));
+            ensure!(ended == opened, "{ended} of {opened}");
+            Ok(())
+        })
+        .unwrap();
+        assert!(holder.ended().iter().all(|(of, _)| of.as_deref() == Some("api-1")));
+        let end = if worker {
+            "the flows it still has are reset"
+        } else {
+            "the flows of this host's processes are reset, those of others left to the host that has the VIP"
+        };
+        let told = |daemon: &Daemon| times(daemon, &format!("api-1: the time to drain is over; {end}")).len();
+        eventually(MOMENT, "it is said for each service", || {
+            ensure!(told(&daemon) == 2);
+            Ok(())
+        })
+        .unwrap();
+        // What is done is done; what waits for the VIP is said once, and done when that comes.
+        if worker {
+            eventually(MOMENT, "nothing is left to do", || {
+                ensure!(
+                    daemon.log().contains("flows of kube-apiserver/api-1 were reset"),
+                    "{}",
+                    daemon.log()
+                );
+                Ok(())
+            })
+            .unwrap();
+        } else {
+            cluster.vips().into_iter().for_each(|vip| cluster.lb.add_vip(vip).unwrap());
+            eventually(MOMENT, "the flows of others are reset, too", || {
+                let told =
+                    times(&daemon, "the time to drain is over; the flows it still has are reset").len();
+                ensure!(told == 2, "{told}");
+                Ok(())
+            })
+            .unwrap();
+        }
+        assert_eq!(told(&daemon), 2);
+    }
 }
 
 /// Waits until the time of a backend is over, and its flows are reset for it.

@@ -13,6 +13,7 @@ use aya::{
 use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{Daemon, Settings, has_xdp, program},
+    hold::{Holder, Order},
     lab::{
         Host, eventually,
         process::{Signal, said},
@@ -262,6 +263,46 @@ fn a_layout_of_another_version_is_refused_until_the_operator_gives_it_up() {
     assert_eq!(names_in(&pins), [layout]);
     assert_ne!(xdp_program(&cluster.lb), before);
     require_served(&cluster, 10);
+}
+
+#[test]
+fn open_connections_are_counted_right_when_a_layout_was_replaced() {
+    const LISTENER: &str = "127.0.0.1:16443";
+    let cluster = Cluster::start_without_vips(Shape::OneArm, 2).unwrap();
+    let settings = cluster.settings_of_a_node().unwrap();
+    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
+    daemon.wait_ready(2).unwrap();
+    let hold = |count| {
+        let address = LISTENER.parse().unwrap();
+        let mut holder = Holder::start(&cluster.lb, true, &cluster.ca_file(), address).unwrap();
+        holder.order(Order::OpenPlain(count)).unwrap();
+        holder
+    };
+    let wait_open = |daemon: &Daemon, count: u64| {
+        eventually(MOMENT, &format!("{count} connections are open"), || {
+            let status = daemon.status()?;
+            let backends = status.services.iter().flat_map(|service| &service.backends);
+            let open: u64 = backends.map(|backend| backend.active_flows).sum();
+            ensure!(open == count, "{open}");
+            Ok(())
+        })
+        .unwrap();
+    };
+    let before = hold(5);
+    wait_open(&daemon, 5);
+    daemon.process().kill().unwrap();
+    let pins = daemon.pins();
+    let layout = names_in(&pins).pop().unwrap();
+    fs::rename(pins.join(&layout), pins.join("layout_0123456789abcdef")).unwrap();
+    let arguments = ["--replace-layout"];
+    let mut daemon =
+        Daemon::start_arguing(&cluster.lb, cluster.lab.directory(), &settings, &arguments).unwrap();
+    daemon.wait_ready(2).unwrap();
+    let after = hold(7);
+    wait_open(&daemon, 7);
+    drop(before);
+    drop(after);
+    wait_open(&daemon, 0);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeSet, VecDeque},
     net::{IpAddr, SocketAddr},
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use ipnet::IpNet;
@@ -25,6 +25,9 @@ use crate::{
 /// Flows at a time: the daemon has other work, too.
 const BATCH: usize = 2048;
 
+/// How long whoever asked waits for sockets to be ended.
+const PATIENCE: Duration = Duration::from_secs(2);
+
 /// Who is told how many flows were reset.
 type Answer = oneshot::Sender<Result<Killed, Refusal>>;
 
@@ -35,6 +38,10 @@ pub(super) struct Kill {
     filters: VecDeque<FlowFilter>,
     walk: Walk,
     count: usize,
+    /// How many sockets of this host's processes were ended, as far as that is not known yet.
+    sockets: Vec<oneshot::Receiver<usize>>,
+    /// Nobody waits for that any longer.
+    until: Instant,
     /// Which flows, in words.
     whose: String,
     by: Caller,
@@ -46,8 +53,17 @@ impl Controller {
     pub(super) fn begin_kill(&mut self, order: &KillOrder, by: Caller, answer: Answer) {
         match self.filters(order) {
             Ok(filters) => {
-                let (walk, whose) = (Walk::default(), whose(order));
-                self.resets.begin_kill(Kill { filters: filters.into(), walk, count: 0, whose, by, answer });
+                let sockets = filters.iter().filter_map(|filter| self.end_sockets(filter)).collect();
+                self.resets.begin_kill(Kill {
+                    filters: filters.into(),
+                    walk: Walk::default(),
+                    count: 0,
+                    sockets,
+                    until: Instant::now() + PATIENCE,
+                    whose: whose(order),
+                    by,
+                    answer,
+                });
             }
             // Whoever asked may have gone meanwhile.
             Err(refusal) => drop(answer.send(Err(refusal))),
@@ -58,7 +74,7 @@ impl Controller {
     /// of their ends.
     pub(super) fn go_on_killing(&mut self, now: Instant) {
         let Some(mut kill) = self.resets.next_kill() else { return };
-        let Some(filter) = kill.filters.front() else { return self.end_kill(kill) };
+        let Some(filter) = kill.filters.front() else { return self.end_kill(kill, now) };
         let flows = match self.dataplane.kill_flows(filter, &mut kill.walk, BATCH) {
             Ok(flows) => flows,
             Err(error) => {
@@ -73,13 +89,26 @@ impl Controller {
             kill.walk = Walk::default();
         }
         if kill.filters.is_empty() {
-            self.end_kill(kill);
+            self.end_kill(kill, now);
         } else {
             self.resets.begin_kill(kill);
         }
     }
 
-    fn end_kill(&mut self, kill: Kill) {
+    fn end_kill(&mut self, mut kill: Kill, now: Instant) {
+        let mut count = 0;
+        kill.sockets.retain_mut(|sockets| match sockets.try_recv() {
+            Ok(ended) => {
+                count += ended;
+                false
+            }
+            // What went wrong is in the log.
+            Err(error) => error == oneshot::error::TryRecvError::Empty,
+        });
+        kill.count += count;
+        if !kill.sockets.is_empty() && now < kill.until {
+            return self.resets.begin_kill(kill);
+        }
         let Kill { count, whose, by, answer, .. } = kill;
         let line = format!("{count} flows{whose} were reset, by {by}");
         tracing::info!("{line}");
@@ -134,7 +163,7 @@ impl Controller {
         let time_is_over = |backend: &Backend| !backend.discovered && self.reset_in(backend).is_some();
         let doomed = |backend: &&Backend| backend.state == State::Dead || time_is_over(backend);
         let doomed: Vec<_> = removed.filter(doomed).cloned().collect();
-        for backend in doomed.iter().filter(|backend| !backend.local) {
+        for backend in &doomed {
             tracing::info!("{} was removed: the flows it still has are reset", backend.name);
             self.end_flows_of(backend, Verdict::Operator);
         }
@@ -146,26 +175,40 @@ impl Controller {
     }
 
     /// Begins to reset what is left where the time of an order is over. A backend that gets new flows all the same, because
-    /// there is nobody else, keeps them until there is; those whose VIP is on another host are not ours to end.
+    /// there is nobody else, keeps them until there is. Flows whose VIP is on another host are not ours to end, until it
+    /// comes here; sockets of this host's own processes are, wherever it is.
     pub(super) fn end_drains(&mut self) {
+        let backends = &self.backends;
+        let over = |id: u8| backends.iter().any(|backend| backend.id == id && is_over(backend.reset_at));
+        self.resets.retain_half_ended(over);
         for index in 0..self.backends.len() {
             let backend = &self.backends[index];
-            let waits = self.is_chosen(backend.id) || !self.has_vip_of(backend);
-            if !is_over(backend.reset_at) || waits || self.resets.is_ending(backend.id) {
+            let waits = self.is_chosen(backend.id) || self.resets.is_ending(backend.id);
+            if !is_over(backend.reset_at) || waits {
                 continue;
             }
             let backend = backend.clone();
-            let service = self.services[backend.target.service].name.clone();
-            let end = if backend.local {
-                "it is this host, whose own kernel has its flows"
-            } else {
-                "the flows it still has are reset"
-            };
-            let line = format!("{service}/{}: the time to drain is over; {end}", backend.name);
-            tracing::info!("{line}");
-            self.journal.note(JournalKind::Operator, Some((&service, &backend.name)), line);
-            self.end_flows_of(&backend, Verdict::Drained);
+            if !self.is_elsewhere(&backend) {
+                let end = if backend.local {
+                    "the flows of this host's processes are reset, those of others left to its kernel"
+                } else {
+                    "the flows it still has are reset"
+                };
+                self.tell_end_of_drain(&backend, end);
+                self.end_flows_of(&backend, Verdict::Drained);
+            } else if self.resets.half_ends(backend.id) {
+                let end = "the flows of this host's processes are reset, those of others left to the host that has the VIP";
+                self.tell_end_of_drain(&backend, end);
+                self.end_sockets_of(backend.id);
+            }
         }
+    }
+
+    fn tell_end_of_drain(&mut self, backend: &Backend, end: &str) {
+        let service = &self.services[backend.target.service].name;
+        let line = format!("{service}/{}: the time to drain is over; {end}", backend.name);
+        tracing::info!("{line}");
+        self.journal.note(JournalKind::Operator, Some((service, &backend.name)), line);
     }
 
     /// All flows that a backend had were reset: where an order was the reason it is carried out. Not before: a daemon that

@@ -64,6 +64,8 @@ impl Controller {
             source,
         })?;
         self.dataplane.attach_hook(place.directory(), network)?;
+        self.start_socket_thread(network)
+            .map_err(|source| ControllerError::System { doing: "start the thread for sockets", source })?;
         Ok(Some(place))
     }
 
@@ -71,6 +73,9 @@ impl Controller {
     pub(super) fn set_pods(&mut self) {
         for (number, service) in self.services.iter() {
             self.dataplane.set_pods(number, service.pods);
+        }
+        if let Some(flag) = self.pods_flag() {
+            tracing::warn!("{flag}");
         }
     }
 
@@ -124,7 +129,8 @@ impl Controller {
     }
 
     pub(super) fn hook_flags(&self) -> impl Iterator<Item = String> {
-        self.hook.flags.iter().cloned().chain(self.hook.shadows.iter().map(Shadow::sentence))
+        let shadows = self.hook.shadows.iter().map(Shadow::sentence);
+        self.hook.flags.iter().cloned().chain(shadows).chain(self.pods_flag())
     }
 
     /// Where it is, in words.

@@ -3,7 +3,10 @@
 use std::time::{Duration, Instant};
 
 use super::{backends::Backend, services::Services};
-use crate::config::{Check, CheckKind};
+use crate::{
+    config::{Check, CheckKind},
+    health::STRETCH,
+};
 
 /// How long the controller may be away from its work.
 const TURNED_WITHIN: Duration = Duration::from_secs(2);
@@ -32,18 +35,20 @@ pub(super) fn stalled(last_turn: Instant, now: Instant) -> Option<String> {
 /// Whether checks are being made.
 pub(super) fn overdue(services: &Services, backends: &[Backend], now: Instant) -> Option<String> {
     let late = backends.iter().find(|backend| {
-        let check = &services[backend.target.service].check;
+        let service = &services[backend.target.service];
+        let check = &service.check;
         let since = now.saturating_duration_since(backend.checked);
-        check.kind != CheckKind::None && since > longest(check) + LATE
+        check.kind != CheckKind::None && since > longest(check, service.is_loopback_only()) + LATE
     })?;
     let service = &services[late.target.service].name;
     Some(format!("no check of {service}/{} has finished for too long: see the log", late.name))
 }
 
 /// From one result to the next at most: an asking on a used connection, and another on a fresh one, each with a question
-/// about what failed.
-fn longest(check: &Check) -> Duration {
-    check.interval + 2 * (2 * check.connect_timeout + check.timeout)
+/// about what failed. `stretched`: checks may have been left out.
+fn longest(check: &Check, stretched: bool) -> Duration {
+    let intervals = if stretched { STRETCH } else { 1 };
+    check.interval * intervals + 2 * (2 * check.connect_timeout + check.timeout)
 }
 
 #[cfg(test)]

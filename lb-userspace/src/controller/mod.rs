@@ -22,6 +22,7 @@ mod resets;
 mod roster;
 mod selection;
 mod services;
+mod sockets;
 mod sources;
 mod status;
 mod steps;
@@ -71,6 +72,7 @@ pub use roster::NumbersError;
 use roster::{Roster, Step};
 use selection::Choice;
 use services::Services;
+use sockets::{Sockets, reported};
 use sources::{Taken, news};
 use witness::Witness;
 
@@ -184,6 +186,8 @@ pub struct Controller {
     /// Tells those who ask in a backend's name that there are other backends.
     probes: watch::Sender<Vec<Arc<ProbeTarget>>>,
     hook: Hook,
+    /// Of the hook.
+    sockets: Sockets,
 }
 
 impl Controller {
@@ -245,6 +249,7 @@ impl Controller {
             witnesses: BTreeMap::new(),
             resets,
             hook: Hook::default(),
+            sockets: Sockets::default(),
         };
         controller.obey_orders();
         controller.fill()?;
@@ -465,6 +470,7 @@ impl Controller {
         let mut servers = self.watch_servers();
         self.look_for_vips();
         let mut sources = self.sources.clone();
+        let mut reports = self.sockets.take_reports();
         loop {
             let reset_turn = self.resets.due();
             tokio::select! {
@@ -486,6 +492,7 @@ impl Controller {
                     self.block();
                 }
                 Some(found) = servers.recv() => self.note_shadows(&found),
+                report = reported(&mut reports) => self.heed_sockets(report),
                 Some(request) = inbox.requests.recv() => match request {
                     // Whoever asked may have gone meanwhile.
                     Request::Status(answer) => drop(answer.send(self.status())),
@@ -501,7 +508,10 @@ impl Controller {
                     }
                 },
                 () = news(&mut sources) => self.take_in_sources().await,
-                _ = signals.tick() => self.heed_signals(),
+                _ = signals.tick() => {
+                    self.heed_signals();
+                    self.look_at_sockets(Instant::now());
+                }
                 _ = second.tick() => self.turn().await,
                 () = tokio::time::sleep_until(reset_turn) => self.reset_turn(),
                 _ = inbox.stop.recv() => return End::Stop,
@@ -526,7 +536,8 @@ impl Controller {
         };
         for (backend, signal) in self.backends.iter().zip(signals) {
             let witness = self.witnesses.entry(backend.id).or_insert_with(|| Witness::new(signal));
-            let testimony = witness.hear(signal, now);
+            let interval = self.services[backend.target.service].check.interval;
+            let testimony = witness.hear(signal, interval, now);
             self.checks.accuse(backend.target, testimony.against);
             if testimony.news {
                 tracing::debug!("flows say that {} does not answer: checking it", backend.name);
@@ -552,10 +563,9 @@ impl Controller {
         let before = backend.clone();
         backend.observe(event, Instant::now());
         let ipv6 = backend.address.is_ipv6();
-        if event.report.outcome == health::Outcome::Pass
-            && let Some(witness) = self.witnesses.get_mut(&backend.id)
-        {
-            witness.passed();
+        if let Some(witness) = self.witnesses.get_mut(&backend.id) {
+            let interval = self.services[backend.target.service].check.interval;
+            witness.heed(event, interval, Instant::now());
         }
         self.consider_asking(event, &before);
         if let Some(transition) = &event.transition {

@@ -420,6 +420,7 @@ impl Controller {
         self.end_flows_of_the_removed(&wanted);
         self.backends.retain(|backend| wanted.contains(&backend.target));
         self.resets.forget_others(&self.backends);
+        self.sockets.forget_others(&self.backends);
         self.witnesses.retain(|id, _| self.backends.iter().any(|backend| backend.id == *id));
         self.roster = roster;
         self.config = config;

@@ -53,6 +53,9 @@ pub(super) struct Resets {
     voice: Voice,
     /// When backends were heard could not be read: said once.
     deaf: bool,
+    /// Whose time to drain is over and whose flows wait for a VIP that is elsewhere: the sockets of this host's processes were
+    /// ended.
+    half_ended: BTreeSet<u8>,
 }
 
 /// Whether segments can be sent: what goes wrong with the first of thousands is said, and not again before all is well.
@@ -131,6 +134,7 @@ impl Resets {
             due: now,
             voice: Voice::default(),
             deaf: false,
+            half_ended: BTreeSet::new(),
         };
         resets.watch_over(services, now);
         Ok(resets)
@@ -202,6 +206,16 @@ impl Resets {
         self.jobs.iter().any(|job| (job.work, job.backend) == (Work::End, backend))
     }
 
+    /// Only the sockets of this host's processes are to be ended. `false`: they were.
+    pub(super) fn half_ends(&mut self, backend: u8) -> bool {
+        self.half_ended.insert(backend)
+    }
+
+    /// Forgets all others whose sockets were ended.
+    pub(super) fn retain_half_ended(&mut self, stays: impl Fn(u8) -> bool) {
+        self.half_ended.retain(|id| stays(*id));
+    }
+
     /// What was sent, or why not, once.
     fn heed(&mut self, sent: io::Result<()>) {
         if let Some(error) = self.voice.heed(sent) {
@@ -236,6 +250,7 @@ impl Controller {
     pub(super) fn reset_turn(&mut self) {
         let now = Instant::now();
         let watching = self.look_for_the_dead(now);
+        self.end_sockets_of_the_dead(now);
         if let Err(error) = self.work(now) {
             tracing::warn!("cannot look through the flow table: {error}");
         }
@@ -270,6 +285,7 @@ impl Controller {
     /// Resets the flows that a backend has now, at the service's rate, and tells both of their ends.
     pub(super) fn end_flows_of(&mut self, backend: &Backend, verdict: Verdict) {
         self.resets.begin(Work::End, Account::Killed(verdict), backend, Instant::now());
+        self.end_sockets_of(backend.id);
     }
 
     /// Whether there is anybody who may die soon.
@@ -281,6 +297,7 @@ impl Controller {
             }
             return false;
         }
+        self.look_at_sockets(now);
         let heard = match self.dataplane.heard() {
             Ok(heard) => heard,
             Err(error) => {
@@ -298,9 +315,20 @@ impl Controller {
             for died in self.judge(service, &heard, now) {
                 self.bury(died, now);
             }
-            self.look_elsewhere(service, now);
+            self.look_elsewhere(service, &self.sightings(service, &heard, now), now);
         }
         self.backends.iter().any(|backend| backend.state == State::Silent)
+    }
+
+    /// What is known of the backends of a service; `heard`: how long ago each was heard in the data path, by id.
+    fn sightings(&self, service: usize, heard: &[Option<Duration>], now: Instant) -> Vec<Sighting> {
+        let of_service = self.backends.iter().filter(|backend| backend.target.service == service);
+        let sighting = |backend: &Backend| {
+            let passing = heard.get(usize::from(backend.id)).copied().flatten();
+            let passing = passing.and_then(|ago| now.checked_sub(ago));
+            backend.sighting(passing.max(self.sockets.heard(backend.id)))
+        };
+        of_service.map(sighting).collect()
     }
 
     /// Who of a service has died just now. Whoever has come back to life is silent again.
@@ -308,13 +336,7 @@ impl Controller {
         let of_service: Vec<_> = (0..self.backends.len())
             .filter(|index| self.backends[*index].target.service == service)
             .collect();
-        let sightings: Vec<_> = of_service
-            .iter()
-            .map(|index| {
-                let backend = &self.backends[*index];
-                backend.sighting(heard.get(usize::from(backend.id)).copied().flatten(), now)
-            })
-            .collect();
+        let sightings = self.sightings(service, heard, now);
         let Some(watch) = self.resets.watches.get_mut(&service) else { return Vec::new() };
         let died = watch.vigil.judge(&sightings, now);
         let is_alive = |backend: &Backend| !watch.vigil.is_dead(backend.id.into());
@@ -360,27 +382,30 @@ impl Controller {
         vips.into_iter().filter(is_here).collect()
     }
 
-    /// Whether a VIP that leads to a backend is on this host; also where only the connect hook leads to it.
-    pub(super) fn has_vip_of(&self, backend: &Backend) -> bool {
+    /// Whether flows that pass the data path on their way to a backend are another host's: none of the VIPs that lead to it is
+    /// here. Where no packets are forwarded there are no such flows, and the VIP is never here.
+    pub(super) fn is_elsewhere(&self, backend: &Backend) -> bool {
         let leads_there = |vip: &IpAddr| !vip.is_loopback() && vip.is_ipv4() == backend.address.is_ipv4();
         let listen = self.services[backend.target.service].listen.iter().map(SocketAddr::ip);
         let mut vips = listen.filter(leads_there).peekable();
-        vips.peek().is_none() || vips.any(|vip| self.network.interface_carrying(vip).is_some())
+        self.config.forwards_packets()
+            && vips.peek().is_some()
+            && !vips.any(|vip| self.network.interface_carrying(vip).is_some())
     }
 
-    /// While somebody is silent, the others are asked whether it is us.
-    fn look_elsewhere(&mut self, service: usize, now: Instant) {
+    /// While somebody who is silent may die, the others are asked whether it is us, and they whether they are back: from one
+    /// check to the next is longer than `reset_after` where checks are seldom.
+    fn look_elsewhere(&mut self, service: usize, sightings: &[Sighting], now: Instant) {
         let of_service = || self.backends.iter().filter(|backend| backend.target.service == service);
+        let interval = self.services[service].check.interval;
         let Some(watch) = self.resets.watches.get_mut(&service) else { return };
-        let sight = watch.vigil.sight();
-        if !of_service().any(|backend| backend.state == State::Silent)
-            || now.saturating_duration_since(watch.looked) < sight
-        {
+        let pace = watch.vigil.pace(interval);
+        let recently = |at: Instant, time| now.saturating_duration_since(at) < time;
+        if recently(watch.looked, watch.vigil.sight()) || !watch.vigil.is_pressing(sightings, now) {
             return;
         }
         watch.looked = now;
-        let stale = |backend: &&Backend| now.saturating_duration_since(backend.checked) > sight;
-        for backend in of_service().filter(stale).filter(|it| it.silent_since.is_none()) {
+        for backend in of_service().filter(|it| it.state != State::Dead && !recently(it.checked, pace)) {
             self.checks.check_now(backend.target);
         }
     }
@@ -547,8 +572,8 @@ impl Backend {
         Account::Dead(silence, since.min(u8::MAX.into()) as u8)
     }
 
-    /// What the vigil over its service looks at; `heard` is how long ago it sent payload to a client.
-    fn sighting(&self, heard: Option<Duration>, now: Instant) -> Sighting {
+    /// What the vigil over its service looks at; `heard` is when it last sent payload to a client.
+    fn sighting(&self, heard: Option<Instant>) -> Sighting {
         let answers = !matches!(self.report.outcome, Outcome::Local | Outcome::Fail(Failure::Silent));
         // Whoever is this very host answers through no link, and proves nothing about ours.
         let is_proof = answers && !self.local && self.since.is_some();
@@ -556,7 +581,7 @@ impl Backend {
             id: self.id.into(),
             silent_since: self.silent_since,
             answered: is_proof.then_some(self.checked),
-            heard: heard.and_then(|ago| now.checked_sub(ago)),
+            heard,
         }
     }
 }
@@ -577,7 +602,7 @@ mod tests {
             for backend in backends.iter_mut().filter(|backend| backend.since.is_some()) {
                 backend.checked = now;
             }
-            let seen: Vec<_> = backends.iter().map(|backend| backend.sighting(None, now)).collect();
+            let seen: Vec<_> = backends.iter().map(|backend| backend.sighting(None)).collect();
             deaths.extend(vigil.judge(&seen, now));
         }
         deaths

@@ -30,9 +30,9 @@ impl Controller {
     /// What becomes of a backend's flows if it is dead, as things are now.
     fn fate_of_flows(&self, backend: &Backend) -> Fate {
         match self.services[backend.target.service].on_dead {
-            _ if backend.local => Fate::OfThisHost,
             OnDead::Keep => Fate::Kept,
-            OnDead::Reset if !self.has_vip_of(backend) => Fate::Elsewhere,
+            OnDead::Reset if backend.local => Fate::OfThisHost,
+            OnDead::Reset if self.is_elsewhere(backend) => Fate::Elsewhere,
             OnDead::Reset => Fate::Reset,
         }
     }

@@ -194,7 +194,7 @@ fn allow_error(source: aya::maps::MapError) -> DataplaneError {
     DataplaneError::Map { name: "ALLOW", source }
 }
 
-fn clear(
+pub(super) fn clear(
     map: &mut PerCpuArray<aya::maps::MapData, u64>,
     name: &'static str,
     index: u32,

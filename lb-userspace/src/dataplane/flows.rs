@@ -21,7 +21,7 @@ const TRANSITORY: Duration = Duration::from_secs(240);
 /// What a round of the reaper found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reaped {
-    /// Flows of each backend that are not closed, by id.
+    /// Flows of each backend that are not closed, those of the connect hook included, by id.
     pub active: Vec<u64>,
     /// Slots that became free or closed.
     pub freed: u64,
@@ -29,7 +29,7 @@ pub struct Reaped {
     pub occupied: u64,
     /// Slots there are.
     pub slots: u64,
-    /// Whether any slot in use names a backend, by id.
+    /// Whether any slot in use or any socket of the connect hook names a backend, by id.
     pub named_backends: Vec<bool>,
     /// Whether any slot in use names a listener, by id.
     pub named_listeners: Vec<bool>,
@@ -124,6 +124,10 @@ impl Dataplane {
         }
         if config.snat6_count > 0 {
             sweep::<V6>(&self.flows6, &self.black_box, &round, &mut reaped, &mut self.claims);
+        }
+        for (id, sockets) in self.open_sockets()?.into_iter().enumerate() {
+            reaped.active[id] += sockets;
+            reaped.named_backends[id] |= sockets > 0;
         }
         Ok(reaped)
     }

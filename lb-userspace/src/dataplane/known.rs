@@ -107,6 +107,13 @@ impl Dataplane {
         };
         named.look_through::<V4>(&self.flows4);
         named.look_through::<V6>(&self.flows6);
+        match self.open_sockets() {
+            Ok(sockets) => {
+                named.backends.iter_mut().zip(sockets).for_each(|(named, count)| *named |= count > 0)
+            }
+            // Whoever cannot be asked may have some.
+            Err(_) => named.backends.fill(true),
+        }
         named
     }
 

@@ -1,4 +1,4 @@
-//! What aya's links of cgroups lack: another program for one that is there, and on which cgroup it is. System calls as
+//! What aya's links of cgroups lack: another program for one that is there, on which cgroup it is, and its end. System calls as
 //! `bpf(2)` and the kernel's `include/uapi/linux/bpf.h` (`union bpf_attr`) have them.
 
 use std::{
@@ -14,6 +14,7 @@ use std::{
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
 const BPF_LINK_UPDATE: libc::c_int = 29;
+const BPF_LINK_DETACH: libc::c_int = 34;
 
 /// A pinned link.
 #[derive(Debug)]
@@ -85,6 +86,12 @@ impl RawLink {
             program_before: 0,
         };
         bpf(BPF_LINK_UPDATE, &mut request).map(drop)
+    }
+
+    /// Takes the program away now. When a link's last pin and descriptor go, the kernel does that some time later.
+    pub(super) fn detach(&self) -> io::Result<()> {
+        let mut link = self.0.as_raw_fd().cast_unsigned();
+        bpf(BPF_LINK_DETACH, &mut link).map(drop)
     }
 }
 

@@ -21,6 +21,7 @@ mod pins;
 mod recorded;
 mod reset;
 mod signals;
+mod sockets;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -66,6 +67,7 @@ pub use pins::{Pins, PinsError, Removed};
 pub use recorded::{Recorded, RecordedError};
 pub use reset::{Flow, FlowFilter, Hop, Walk};
 pub use signals::Signal;
+pub use sockets::{FollowedSocket, SocketTable};
 
 /// The kernel programs, as the build script compiled them. Empty if it was told to leave them out.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-ebpf"));
@@ -137,6 +139,10 @@ pub struct Dataplane {
     allow: LpmTrie<MapData, AllowKey, u32>,
     counters: PerCpuArray<MapData, u64>,
     backend_flows: PerCpuArray<MapData, u64>,
+    backend_sockets: PerCpuArray<MapData, u64>,
+    sockets_missed: Mapped<u64>,
+    /// The sockets that the connect hook has redirected. None: somebody else looks after them.
+    sockets: Option<SocketTable>,
     ticks: Ticks,
     loaded: (u64, Instant),
     grace: Grace,
@@ -250,6 +256,9 @@ impl Dataplane {
             allow: typed(&mut ebpf, "ALLOW")?,
             counters: typed(&mut ebpf, "COUNTER")?,
             backend_flows: typed(&mut ebpf, "BACKEND_FLOWS")?,
+            backend_sockets: typed(&mut ebpf, "BACKEND_SOCKETS")?,
+            sockets_missed: mapped(&mut ebpf, "SOCKETS_MISSED")?,
+            sockets: Some(SocketTable::of(&mut ebpf)?),
             ticks: Ticks { frequency: 250 },
             loaded: (0, Instant::now()),
             grace: Grace::default(),
@@ -605,7 +614,7 @@ fn typed<T: TryFrom<Map, Error = aya::maps::MapError>>(
 
 fn sum(map: &PerCpuArray<MapData, u64>, name: &'static str, index: u32) -> Result<u64, DataplaneError> {
     let values = map.get(&index, 0).map_err(|source| DataplaneError::Map { name, source })?;
-    Ok(values.iter().sum())
+    Ok(values.iter().fold(0, |sum, value| sum.wrapping_add(*value)))
 }
 
 /// Backend ids by entry, or None when nobody has weight.

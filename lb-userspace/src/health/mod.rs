@@ -33,7 +33,7 @@ pub(crate) use connect::printable;
 pub(crate) use dialer::{Dialer, Dialled};
 pub use fallback::{Candidate, OperatorState, Selection, SelectionReason, select};
 pub use report::{CheckCode, CheckReport, Failure, Outcome};
-pub use schedule::{Event, Handle, Target, TargetId, check_once, resume};
+pub use schedule::{Event, Handle, STRETCH, Target, TargetId, check_once, resume};
 pub use state::{Change, Machine, State, Thresholds};
 pub use transition::{Fate, Transition, transition_line};
 pub use validate::{HealthError, validate};

@@ -1,4 +1,7 @@
 //! When each backend is checked, and who hears of it.
+//!
+//! Where thousands of hosts check the same few backends, a check is left out while traffic says what it would say
+//! ([`Rhythm::leaves_out`]).
 
 use std::{
     collections::{HashMap, HashSet},
@@ -18,11 +21,14 @@ use tokio::{
 use super::{
     credentials::Store,
     probe::Prober,
-    report::CheckReport,
+    report::{CheckReport, Outcome},
     state::{Change, Machine, State, Thresholds},
     transition::Transition,
 };
 use crate::config::{Check, CheckKind};
+
+/// From one check to the next there are so many intervals at most while traffic proves that a backend lives.
+pub const STRETCH: u32 = 3;
 
 /// Whose result an [`Event`] is. Chosen by the caller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -72,6 +78,8 @@ pub struct Event {
 struct Wake {
     check: Notify,
     accused: watch::Sender<bool>,
+    /// When traffic last proved that the backend lives.
+    heard: watch::Sender<Option<Instant>>,
 }
 
 /// Running checks. Dropping it stops them.
@@ -107,6 +115,14 @@ impl Handle {
         }
     }
 
+    /// Says that traffic has proved then that a backend lives: a check of one that is ready may be left out for it. For
+    /// targets about which this is never said, none is.
+    pub fn vouch(&self, id: TargetId, heard: std::time::Instant) {
+        if let Some(running) = self.running.get(&id) {
+            running.wake.heard.send_replace(Some(heard.into()));
+        }
+    }
+
     /// From now on checks these targets: checks of new ones begin, of those that are gone end, and those that are the
     /// same go on undisturbed. Where only the check is another it begins anew, with the verdict that `state` says.
     pub fn update(&mut self, targets: Vec<Target>, state: impl Fn(TargetId) -> State) {
@@ -134,11 +150,12 @@ impl Handle {
         let mut store = Store::default();
         let count = u32::try_from(targets.len()).unwrap_or(u32::MAX);
         let begin = Instant::now();
+        let phase = phase();
         for (target, index) in targets.into_iter().zip(0_u32..) {
             let wake = Arc::new(Wake::default());
             let prober = Prober::new(target.address, &target.check, store.credentials(&target.check))
                 .found_by(target.host.as_deref());
-            let rhythm = Rhythm::new(begin, target.check.clone(), index, count);
+            let rhythm = Rhythm::new(begin, target.check.clone(), index, count).shifted(phase);
             let check = keep_checking(
                 target.id,
                 prober,
@@ -192,7 +209,8 @@ async fn keep_checking(
     loop {
         let report = prober.check_doubting(accusation(&woken)).await;
         let end = Instant::now();
-        let mut change = machine.observe(report.outcome, end.into_std());
+        let outcome = report.outcome;
+        let mut change = machine.observe(outcome, end.into_std());
         if report.outcome.finds_nobody() && *woken.accused.borrow() {
             let second = machine.observe(report.outcome, end.into_std());
             change = match (change, second) {
@@ -216,16 +234,24 @@ async fn keep_checking(
         if events.send(event).await.is_err() {
             return;
         }
-        let next = rhythm.next(end, machine.verdict_pending());
+        let passed = outcome == Outcome::Pass && machine.state() == State::Ready;
+        let mut next = rhythm.next(end, machine.verdict_pending());
         // Whoever has just been asked in a hurry is not asked again at once, however many flows complain.
         let rested = if hurried { rhythm.rested(end) } else { end };
-        tokio::select! {
-            // A backend without checks is asked only by `check_now`.
-            // What was asked for meanwhile is answered by this one.
-            () = sleep_until(next), if kind != CheckKind::None => {
-                hurried = woken.check.notified().now_or_never().is_some();
+        loop {
+            tokio::select! {
+                // A backend without checks is asked only by `check_now`.
+                // What was asked for meanwhile is answered by this one.
+                () = sleep_until(next), if kind != CheckKind::None => {
+                    hurried = woken.check.notified().now_or_never().is_some();
+                }
+                () = notified(&woken, rested) => hurried = true,
             }
-            () = notified(&woken, rested) => hurried = true,
+            let heard = woken.heard.borrow().filter(|_| passed && !*woken.accused.borrow());
+            if hurried || !rhythm.leaves_out(next, end, heard) {
+                break;
+            }
+            next += rhythm.interval();
         }
     }
 }
@@ -234,6 +260,15 @@ async fn keep_checking(
 async fn notified(woken: &Wake, rested: Instant) {
     sleep_until(rested).await;
     woken.check.notified().await;
+}
+
+/// Hosts that were started together are not to check together: a random part of an interval, the same for all targets,
+/// which stay spread.
+fn phase() -> f64 {
+    use std::hash::BuildHasher as _;
+    // Its keys are random.
+    let number = std::hash::RandomState::new().hash_one(0u8) >> 32;
+    number as f64 / f64::from(u32::MAX)
 }
 
 /// Comes to its end when the target is accused, or is already.
@@ -262,13 +297,30 @@ impl Rhythm {
         end + self.check.fast_interval.min(self.check.interval)
     }
 
+    /// The same, later by this part of an interval.
+    fn shifted(self, part: f64) -> Self {
+        Self { begin: self.begin + self.check.interval.mul_f64(part.clamp(0.0, 1.0)), ..self }
+    }
+
+    fn interval(&self) -> Duration {
+        self.check.interval.max(Duration::from_millis(1))
+    }
+
+    /// Whether the check that is due at `due` is left out. The last one ended at `checked`; since then, and within this
+    /// interval, traffic must have proved that the backend lives (`heard`), and it must not be the third to be due. As soon
+    /// as there is no such proof, checks come as ever.
+    fn leaves_out(&self, due: Instant, checked: Instant, heard: Option<Instant>) -> bool {
+        let proven = heard.is_some_and(|heard| heard > checked && heard + self.interval() >= due);
+        proven && due + self.interval() <= checked + self.interval() * STRETCH
+    }
+
     /// When to check next, after a check that ended at `end`.
     fn next(&self, end: Instant, verdict_pending: bool) -> Instant {
-        let Check { interval, fast_interval, .. } = self.check;
+        let Check { fast_interval, .. } = self.check;
+        let interval = self.interval();
         if verdict_pending {
             return end + fast_interval.min(interval);
         }
-        let interval = interval.max(Duration::from_millis(1));
         let soonest = end + fast_interval.min(interval / 2);
         let passed = soonest.saturating_duration_since(self.begin);
         let steps = u32::try_from(passed.as_nanos().div_ceil(interval.as_nanos())).unwrap_or(u32::MAX);
@@ -278,6 +330,8 @@ impl Rhythm {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const INTERVAL: Duration = Duration::from_secs(1);
@@ -327,6 +381,67 @@ mod tests {
         }
         let next = rhythm.next(start + Duration::from_millis(900), false);
         assert_eq!(next - start, 2 * INTERVAL, "never one after the other without a pause");
+    }
+
+    #[test]
+    fn a_check_is_left_out_for_fresh_proof_and_twice_in_a_row() {
+        let begin = Instant::now();
+        let rhythm = rhythm(begin, 0, 1);
+        let checked = begin + INTERVAL / 10;
+        let due = |number: u32| begin + INTERVAL * number;
+        let fresh = |number: u32| Some(due(number) - INTERVAL / 2);
+        assert!(rhythm.leaves_out(due(1), checked, fresh(1)));
+        assert!(rhythm.leaves_out(due(2), checked, fresh(2)));
+        assert!(!rhythm.leaves_out(due(3), checked, fresh(3)), "every third is made");
+        assert!(!rhythm.leaves_out(due(1), checked, None));
+        assert!(!rhythm.leaves_out(due(1), checked, Some(checked)), "the check itself has seen that");
+        assert!(
+            !rhythm.leaves_out(due(2), checked, Some(due(1) - INTERVAL / 10)),
+            "nothing in this interval"
+        );
+    }
+
+    proptest! {
+        /// Whatever traffic says: no more than three intervals from one check to the next, and no more than one after the
+        /// last proof, or two after it where it came right after a check was left out.
+        #[test]
+        fn no_check_is_left_out_for_too_long(
+            part in 0.0..1.0_f64,
+            duration in 0..900_u64,
+            heard in proptest::collection::vec(0..4_000_u64, 0..40),
+        ) {
+            let begin = Instant::now();
+            let rhythm = rhythm(begin, 0, 1).shifted(part);
+            let first = rhythm.next(begin, false);
+            prop_assert!(first <= begin + INTERVAL * 2);
+            let checked = first + Duration::from_millis(duration);
+            let latest = |due: Instant| {
+                let times = heard.iter().map(|at| first + Duration::from_millis(*at));
+                times.filter(|at| *at <= due).max()
+            };
+            let mut due = rhythm.next(checked, false);
+            let normal = due;
+            let mut left_out = 0;
+            while rhythm.leaves_out(due, checked, latest(due)) {
+                let proof = latest(due);
+                prop_assert!(proof.is_some_and(|at| at > checked && due - at <= INTERVAL));
+                due += INTERVAL;
+                left_out += 1;
+            }
+            prop_assert!(left_out < STRETCH);
+            prop_assert!(left_out == 0 || due - checked <= INTERVAL * STRETCH);
+            if latest(normal).is_none_or(|at| at <= checked) {
+                prop_assert_eq!(due, normal);
+            }
+        }
+    }
+
+    #[test]
+    fn hosts_that_start_together_check_at_different_times() {
+        let phases: Vec<_> = (0..64).map(|_| phase()).collect();
+        assert!(phases.iter().all(|phase| (0.0..=1.0).contains(phase)));
+        let early = phases.iter().filter(|phase| **phase < 0.5).count();
+        assert!((8..56).contains(&early), "{phases:?}");
     }
 
     #[test]

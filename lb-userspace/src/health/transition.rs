@@ -30,9 +30,9 @@ pub enum Fate {
     Reset,
     /// They are kept, because `on_dead` says so.
     Kept,
-    /// Its host is this one, whose kernel has them.
+    /// Its host is this one, whose kernel has those of others. Of this host's own processes: reset.
     OfThisHost,
-    /// Their VIP is on another host.
+    /// Their VIP is on another host, which has those of others. Of this host's own processes: reset.
     Elsewhere,
 }
 
@@ -82,8 +82,13 @@ fn meaning(state: State, fate: Fate) -> &'static str {
         State::Dead => match fate {
             Fate::Reset => "no new flows, established ones are reset",
             Fate::Kept => "no new flows, established ones are kept, as on_dead says",
-            Fate::OfThisHost => "no new flows, established ones are left to this host's own kernel",
-            Fate::Elsewhere => "no new flows, established ones are left to the host that has the VIP",
+            Fate::OfThisHost => {
+                "no new flows, established ones of this host's processes are reset, those of others left to its kernel"
+            }
+            Fate::Elsewhere => {
+                "no new flows, established ones of this host's processes are reset, those of others left to the host \
+                 that has the VIP"
+            }
         },
     }
 }
@@ -160,8 +165,10 @@ mod tests {
             transition_line("api", "master-2", &died, fate, 2, 3)
         };
         assert!(line(Fate::Reset).ends_with("silent -> dead: no new flows, established ones are reset."));
-        for fate in [Fate::Kept, Fate::OfThisHost, Fate::Elsewhere] {
-            assert!(!line(fate).contains("reset"), "{}", line(fate));
+        assert!(!line(Fate::Kept).contains("reset"), "{}", line(Fate::Kept));
+        for fate in [Fate::OfThisHost, Fate::Elsewhere] {
+            let line = line(fate);
+            assert!(line.contains("of this host's processes are reset, those of others left to"), "{line}");
         }
     }
 }

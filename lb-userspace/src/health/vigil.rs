@@ -67,10 +67,36 @@ impl Vigil {
         self.dead.contains_key(&id)
     }
 
-    /// How old an answer of the others may become while somebody is silent: they are the proof that we are not blind.
+    /// Whoever has not looked for longer was stopped meanwhile.
     #[must_use]
     pub fn sight(&self) -> Duration {
         (self.reset_after / 4).clamp(Duration::from_millis(100), Duration::from_secs(1))
+    }
+
+    /// Whether it matters now what everybody's next check says. Somebody has fallen silent, and it is yet to be found out
+    /// whether it is they or we, and whether they are back already; or payload has put off their death until now. When that
+    /// has led to nothing for long enough, checks may come as ever.
+    #[must_use]
+    pub fn is_pressing(&self, seen: &[Sighting], now: Instant) -> bool {
+        // Nobody dies while nobody answers, and nobody is to be asked more for it.
+        let blind = self.blind_until.is_some_and(|until| Some(until) == self.looked);
+        let elapsed = |since: Instant| now.saturating_duration_since(since);
+        let presses = |it: &Sighting| {
+            let Some(silent_since) = it.silent_since.filter(|_| !self.is_dead(it.id)) else { return false };
+            let first = self.blind_until.map_or(silent_since, |until| until.max(silent_since));
+            let last = it.heard.map_or(first, |heard| heard.max(first));
+            elapsed(first) < self.reset_after
+                || (self.reset_after / 2..self.reset_after * 2).contains(&elapsed(last))
+        };
+        !blind && seen.iter().any(presses)
+    }
+
+    /// How old the results of the others may become meanwhile, where backends are checked every `interval`: the answer that
+    /// is the proof must be from the latter half of `reset_after`.
+    #[must_use]
+    pub fn pace(&self, interval: Duration) -> Duration {
+        let sight = self.sight();
+        interval.clamp(sight, sight.max(self.reset_after / 3))
     }
 
     fn time_of_death(&self, it: &Sighting, seen: &[Sighting], now: Instant) -> Option<Instant> {
@@ -298,5 +324,58 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn results_press_while_a_silence_may_become_death_and_not_for_ever() {
+        let mut scene = Scene::new(2);
+        let pressing = |scene: &Scene| scene.vigil.is_pressing(&scene.seen, scene.at(scene.now));
+        scene.pass(1, |_| {});
+        assert!(!pressing(&scene), "everybody is well");
+        let pass = |scene: &mut Scene, tenths, answers, speaks| {
+            let mut pressed = Vec::new();
+            for _ in 0..tenths {
+                scene.is_silent(1);
+                if answers {
+                    scene.answers(0);
+                } else {
+                    scene.is_silent(0);
+                }
+                if speaks {
+                    scene.seen[1].heard = Some(scene.at(scene.now));
+                }
+                let at = scene.at(scene.now);
+                scene.vigil.judge(&scene.seen, at);
+                pressed.push(pressing(scene));
+                scene.now += 1;
+            }
+            pressed
+        };
+        // It is silent, and payload says that it lives: after `reset_after` that is known.
+        let pressed = pass(&mut scene, 600, true, true);
+        assert!(pressed[..49].iter().all(|it| *it) && !pressed[51..].iter().any(|it| *it), "{pressed:?}");
+        // It speaks no more: in the latter half of its time it matters again, until it is dead.
+        let pressed = pass(&mut scene, 100, true, false);
+        assert!(!pressed[..24].iter().any(|it| *it) && pressed[26..48].iter().all(|it| *it), "{pressed:?}");
+        assert!(scene.vigil.is_dead(1) && !pressed[51..].iter().any(|it| *it), "{pressed:?}");
+        // We are blind: nobody can die.
+        let mut scene = Scene::new(2);
+        let pressed = pass(&mut scene, 600, false, false);
+        assert!(!pressed.iter().any(|it| *it), "{pressed:?}");
+        // Somebody is seen again: its time begins.
+        let pressed = pass(&mut scene, 45, true, false);
+        assert!(pressed.iter().all(|it| *it), "{pressed:?}");
+    }
+
+    #[test]
+    fn the_others_are_asked_as_seldom_as_the_proof_allows() {
+        let pace = |reset_after, interval| {
+            Vigil::new(Duration::from_millis(reset_after)).pace(Duration::from_millis(interval)).as_millis()
+        };
+        assert_eq!(pace(5_000, 1_000), 1_000);
+        assert_eq!(pace(5_000, 10_000), 1_666);
+        assert_eq!(pace(60_000, 10_000), 10_000);
+        assert_eq!(pace(1_000, 1_000), 333);
+        assert_eq!(pace(1_000, 100), 250);
     }
 }

@@ -41,6 +41,7 @@ pub use route::{NextHop, Route};
 pub use sockets::{
     TcpSocket, TcpState, first_ephemeral_port, listening_sockets, tcp_sockets, used_tcp_ports,
 };
+pub(crate) use sockets::{open_diagnostics, request_bytes};
 
 /// An Ethernet address.
 pub type Mac = [u8; 6];

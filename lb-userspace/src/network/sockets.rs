@@ -116,10 +116,16 @@ fn for_each_tcp_socket(mut visit: impl FnMut(TcpSocket)) -> io::Result<()> {
     Ok(())
 }
 
-fn dump(family: u8, states: StateFlags, visit: &mut impl FnMut(TcpSocket)) -> io::Result<()> {
+/// A way to the sockets of the network namespace that it is opened in; any thread may use it.
+pub(crate) fn open_diagnostics() -> io::Result<Socket> {
     let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
     socket.bind_auto()?;
     socket.connect(&NetlinkAddress::new(0, 0))?;
+    Ok(socket)
+}
+
+fn dump(family: u8, states: StateFlags, visit: &mut impl FnMut(TcpSocket)) -> io::Result<()> {
+    let socket = open_diagnostics()?;
     socket.send(&request(family, states), 0)?;
     let mut buffer = Vec::with_capacity(1 << 16); // The kernel's dumps come in pieces of at most 32 KiB.
     loop {
@@ -145,13 +151,19 @@ fn dump(family: u8, states: StateFlags, visit: &mut impl FnMut(TcpSocket)) -> io
 fn request(family: u8, states: StateFlags) -> Vec<u8> {
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-    let request = SockDiagMessage::InetRequest(InetRequest {
+    let request = InetRequest {
         family,
         protocol: IPPROTO_TCP,
         extensions: ExtensionFlags::empty(),
         states,
         socket_id: if family == AF_INET6 { SocketId::new_v6() } else { SocketId::new_v4() },
-    });
+    };
+    request_bytes(header, request)
+}
+
+/// A question as the kernel takes it.
+pub(crate) fn request_bytes(header: NetlinkHeader, request: InetRequest) -> Vec<u8> {
+    let request = SockDiagMessage::InetRequest(request);
     let mut message = NetlinkMessage::new(header, NetlinkPayload::from(request));
     message.finalize();
     let mut bytes = vec![0; message.buffer_len()];

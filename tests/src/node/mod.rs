@@ -7,7 +7,9 @@
 
 mod checks;
 mod contender;
+mod endings;
 mod figures;
+mod programs;
 mod proxies;
 mod rounds;
 mod worker;
@@ -21,7 +23,9 @@ pub use worker::serve_orders;
 use self::{
     checks::Cost,
     contender::{Contender, Running},
+    endings::Endings,
     figures::{CONNECTIONS, Figure, REQUESTS, Spread},
+    programs::Taken,
     rounds::{Ground, Round},
     worker::Load,
 };
@@ -42,6 +46,11 @@ const CLIENT_PORTS: &str = "20000 65535";
 const CHECKS: &str = "checks";
 const CHECK_ROUNDS: usize = 5;
 const CHECK_TIME: Duration = Duration::from_secs(2);
+/// What the hook's programs take is counted in nanoseconds, without other contenders.
+const PROGRAMS: &str = "programs";
+/// A server dies, with many sockets.
+const ENDINGS: &str = "endings";
+const ENDING_ROUNDS: usize = 5;
 
 /// What to measure.
 #[derive(Clone, Debug, clap::Args)]
@@ -55,7 +64,7 @@ pub struct Options {
     /// How long each time, in milliseconds.
     #[arg(long, default_value_t = 800)]
     window: u64,
-    /// Only this: requests, connections or checks.
+    /// Only this: requests, connections, checks, programs or endings.
     #[arg(long, value_name = "WHAT")]
     only: Option<String>,
 }
@@ -73,10 +82,10 @@ pub fn run(options: &Options) -> Result<()> {
         ("requests", Load::Kept { servers: APISERVERS.into() }, REQUESTS.as_slice()),
         ("connections", Load::New { lanes: LANES }, CONNECTIONS.as_slice()),
     ];
-    let known = loads.iter().map(|(name, ..)| *name).chain([CHECKS]).any(wanted);
+    let known = loads.iter().map(|(name, ..)| *name).chain([CHECKS, PROGRAMS, ENDINGS]).any(wanted);
     ensure!(
         known && *rounds >= 1 && *window >= 1,
-        "nothing to do; there are: requests, connections, {CHECKS}"
+        "nothing to do; there are: requests, connections, {CHECKS}, {PROGRAMS}, {ENDINGS}"
     );
     // The stubs inherit it.
     load::raise_descriptor_limit()?;
@@ -97,7 +106,28 @@ pub fn run(options: &Options) -> Result<()> {
         eprintln!("sheave-bench: {CHECKS}");
         costs = checks::measure(&mut cluster, CHECK_ROUNDS, CHECK_TIME)?;
     }
-    show(*json, &measured, &costs, &played)
+    // Both have a cluster of their own.
+    drop(cluster);
+    let (mut programs, mut endings) = (Vec::new(), None);
+    if wanted(PROGRAMS) {
+        eprintln!("sheave-bench: {PROGRAMS}, {rounds} rounds");
+        programs = programs::measure(*rounds)?;
+    }
+    if wanted(ENDINGS) {
+        eprintln!("sheave-bench: {ENDINGS}, {ENDING_ROUNDS} rounds");
+        endings = Some(endings::measure(ENDING_ROUNDS)?);
+    }
+    show(*json, &Results { measured, costs, programs, endings, played });
+    Ok(())
+}
+
+/// All that was measured.
+struct Results {
+    measured: Vec<Figure>,
+    costs: Vec<Cost>,
+    programs: Vec<Taken>,
+    endings: Option<Endings>,
+    played: Vec<Round>,
 }
 
 /// Starts the contenders on the node, and puts the apiservers where their processor time is counted.
@@ -115,12 +145,16 @@ fn prepare(cluster: &mut Cluster) -> Result<Ground> {
     Ok(Ground { running, servers })
 }
 
-fn show(json: bool, measured: &[Figure], costs: &[Cost], played: &[Round]) -> Result<()> {
+fn show(json: bool, results: &Results) {
+    let Results { measured, costs, programs, endings, played } = results;
     let others = Spread::of(played.iter().flatten().map(|window| window.others));
     if json {
-        let all = serde_json::json!({ "figures": measured, "checks": costs, "others_processors": others });
+        let all = serde_json::json!({
+            "figures": measured, "checks": costs, "programs": programs, "endings": endings,
+            "others_processors": others,
+        });
         println!("{all}");
-        return Ok(());
+        return;
     }
     if !measured.is_empty() {
         println!("{}", figures::table(measured));
@@ -129,7 +163,12 @@ fn show(json: bool, measured: &[Figure], costs: &[Cost], played: &[Round]) -> Re
     if !costs.is_empty() {
         println!("{}", checks::table(costs));
     }
-    Ok(())
+    if !programs.is_empty() {
+        println!("{}", programs::table(programs));
+    }
+    if let Some(endings) = endings {
+        println!("{}", endings::table(endings));
+    }
 }
 
 /// The value below which so large a part of the sorted `values` lies, between two neighbours by proportion; zero without any.

@@ -137,7 +137,7 @@ fn cause(event: Event, ip: Ip) -> Option<Exchange> {
     let (client, listener) = (ip.client(9), ip.listener());
     let syn = Frame::syn(client, listener).bytes();
     Some(match event {
-        Event::ConnectRedirected | Event::ConnectRefused => return None,
+        Event::ConnectRedirected | Event::ConnectRefused | Event::ConnectUnnamed => return None,
         Event::FlowClaimed => World::new(ip).run(&syn),
         Event::FlowEstablished => {
             let mut world = World::new(ip);

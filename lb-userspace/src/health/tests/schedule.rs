@@ -116,6 +116,51 @@ async fn an_accusation_is_settled_on_a_fresh_connection_at_once() {
     assert!(event.report.fresh_connection && event.successes == 2, "{event:?}");
 }
 
+const ONLY: TargetId = TargetId { service: 0, backend: 0 };
+const INTERVAL: Duration = Duration::from_secs(10);
+
+/// How many checks are made in thirty intervals, while somebody vouches for the target or nobody does.
+async fn made_in_thirty(handle: &Handle, events: &mut mpsc::Receiver<Event>, vouched: bool) -> usize {
+    let end = tokio::time::Instant::now() + INTERVAL * 30;
+    let mut vouching = tokio::time::interval(INTERVAL / 20);
+    let mut checks = 0;
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep_until(end) => return checks,
+            _ = vouching.tick(), if vouched => handle.vouch(ONLY, tokio::time::Instant::now().into_std()),
+            event = receive(events) => {
+                assert_eq!(event.state, State::Ready);
+                checks += 1;
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn checks_are_left_out_while_somebody_vouches_and_nothing_is_odd() {
+    // The kernel accepts.
+    let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (sender, mut events) = mpsc::channel(16);
+    let check = Check { interval: INTERVAL, fast_interval: INTERVAL / 10, ..check(CheckKind::Tcp) };
+    let handle = spawn(vec![target(0, server.local_addr().unwrap(), check)], sender);
+    until(&mut events, State::Ready).await;
+    let alone = made_in_thirty(&handle, &mut events, false).await;
+    let vouched = made_in_thirty(&handle, &mut events, true).await;
+    assert!((29..=31).contains(&alone) && (9..=12).contains(&vouched), "{alone}, {vouched}");
+    handle.accuse(ONLY, true);
+    let accused = made_in_thirty(&handle, &mut events, true).await;
+    assert!((29..=31).contains(&accused), "{accused}");
+    handle.accuse(ONLY, false);
+    assert!(made_in_thirty(&handle, &mut events, true).await <= 12);
+
+    // And whoever is asked for is asked at once.
+    let begin = tokio::time::Instant::now();
+    handle.vouch(ONLY, begin.into_std());
+    handle.check_now(ONLY);
+    receive(&mut events).await;
+    assert!(begin.elapsed() <= INTERVAL / 10, "{:?}", begin.elapsed());
+}
+
 #[tokio::test]
 async fn a_backend_without_checks_is_ready_and_left_alone() {
     let (sender, mut events) = mpsc::channel(1);

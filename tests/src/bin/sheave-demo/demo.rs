@@ -162,7 +162,7 @@ impl Demo<'_> {
     }
 }
 
-fn watch_in_words(Seen { server, events, broken }: &Seen) -> String {
-    let state = if *broken { "broken" } else { "open" };
+fn watch_in_words(Seen { server, events, end }: &Seen) -> String {
+    let state = if end.is_some() { "broken" } else { "open" };
     format!("\nthe watch: on {}, {events} events, {state}", server.as_deref().unwrap_or("no server"))
 }

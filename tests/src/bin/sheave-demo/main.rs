@@ -32,7 +32,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 #[derive(Parser)]
 struct Arguments {
     /// Tell the story once, unattended, and judge it: the exit code is 0 only if no request was lost but those on
-    /// a killed or frozen server before sheave noticed.
+    /// a killed or frozen server before sheave noticed, and the watch on a dead server was told at once.
     #[arg(long)]
     once: bool,
     /// Not a load balancer but a node: clients that reach the apiservers by 127.0.0.1.
