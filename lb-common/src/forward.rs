@@ -313,7 +313,7 @@ fn won<A: Family, F: Frame, M: Maps>(
 /// The neighbour that sent the packet.
 #[inline(always)]
 fn arrived_from<F: Frame>(frame: &mut F, context: &Context<'_>) -> NextHop {
-    NextHop::new(parse::sender(frame), context.port)
+    NextHop::new(parse::source_mac(frame), context.port)
 }
 
 /// Sends a flow's packet to its backend.

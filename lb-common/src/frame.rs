@@ -73,8 +73,8 @@ pub trait Frame {
     /// Bytes that can be reached from the Ethernet header on: of a frame longer than a page only the first piece.
     fn length(&self) -> usize;
 
-    /// Bytes of the frame, all its pieces together, behind `end`; negative: it ends before.
-    fn behind(&self, end: usize) -> i64 {
+    /// Bytes of the frame, all its pieces together, after `end`; negative: it ends before.
+    fn remaining(&self, end: usize) -> i64 {
         self.length() as i64 - end as i64
     }
 

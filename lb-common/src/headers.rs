@@ -335,6 +335,17 @@ mod tests {
     }
 
     #[test]
+    fn both_macs_of_a_frame_survive_being_numbers() {
+        let (one, other) =
+            (Mac::new([1, 2, 3, 4, 5, 6]).number(), Mac::new([0xf1, 0xf2, 7, 8, 9, 10]).number());
+        // Whatever is above the 48 bits is no part of an address.
+        let pair = MacPair::new(one | 0xffff << 48, other);
+        assert_eq!((pair.destination(), pair.source()), (one, other));
+        assert_eq!((pair.first, pair.last), ([1, 2, 3, 4, 5, 6, 0xf1, 0xf2], [7, 8, 9, 10]));
+        assert_eq!((size_of::<MacPair>(), align_of::<MacPair>()), (12, 1));
+    }
+
+    #[test]
     fn a_mac_survives_being_a_number() {
         let mac = Mac::new([1, 2, 3, 4, 5, 6]);
         assert_eq!(Mac::from_number(mac.number()).bytes(), [1, 2, 3, 4, 5, 6]);

@@ -116,7 +116,7 @@ fn quoted<A: Family, F: Frame>(frame: &mut F, packet: &Packet) -> Option<Quoted>
     // The verifier's comparison first: after ours, LLVM would leave it out.
     let ports = crate::parse::ports(frame, transport)?;
     // What is read must be the packet's, not padding behind it, and all of the packet must be there.
-    if transport + size_of::<TcpStart>() > packet.end || frame.behind(packet.end) < 0 {
+    if transport + size_of::<TcpStart>() > packet.end || frame.remaining(packet.end) < 0 {
         return None;
     }
     Some(Quoted { source, destination, ports, network, transport })

@@ -158,8 +158,8 @@ pub struct Classifier {
     pub listeners: [Cell16; 65_536],
 }
 
-/// The one entry of the control map: all that the daemon says and that is looked at for every packet, so that a program
-/// looks it up once. Large, so in this order: a load reaches 32,767 bytes.
+/// The one entry of the control map: what the daemon says and packets are measured by, together, so that a program looks it
+/// up once. Large, so in this order: a load reaches 32,767 bytes.
 #[repr(C)]
 pub struct Control {
     /// What is the same for all packets.

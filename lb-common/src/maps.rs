@@ -9,8 +9,7 @@ use crate::{
     layout::{Backend, Config, Listener, Service, Set4, Set6},
     next_hop,
     outcome::{Counter, Event},
-    process::{self, Class},
-    reply,
+    process, reply,
 };
 
 /// The maps, and the little else that the kernel lends. An index out of range gives None or 0.
@@ -21,13 +20,6 @@ pub trait Maps: Copy {
     fn first_listener(&self, port: u16) -> u16;
     /// What is at an SNAT address's place: see [`crate::layout::Classifier`].
     fn snat_at<F: Family>(&self, address: [u64; 2]) -> u8;
-    /// For whom a segment to this address and port number may be, see [`Class`]. Both looks in one.
-    fn classify<F: Family>(&self, address: [u64; 2], port: u16) -> Class {
-        match self.first_listener(port) {
-            0 => Class::snat(self.snat_at::<F>(address)),
-            id => Class::listener(id),
-        }
-    }
     /// A listener by id.
     fn listener(&self, id: u16) -> Option<&Listener>;
     /// A service by id.

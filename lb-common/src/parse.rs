@@ -44,9 +44,9 @@ pub fn link<F: Frame>(frame: &mut F) -> Option<Link> {
     Some(Link { destination, vlan: tags.vlan, kind: tags.kind, network: tags.network })
 }
 
-/// Who sent the frame: see [`crate::headers::Mac::number`]. Seldom asked for.
+/// The source MAC address: see [`crate::headers::Mac::number`]. Seldom asked for.
 #[inline(always)]
-pub fn sender<F: Frame>(frame: &mut F) -> u64 {
+pub fn source_mac<F: Frame>(frame: &mut F) -> u64 {
     frame.at::<Ethernet>(0).map_or(0, |ethernet| ethernet.macs.source())
 }
 
@@ -321,7 +321,7 @@ impl Segment {
 /// (Not an Option: for None LLVM would copy registers that were never set, which the verifier does not allow.)
 #[inline(always)]
 pub fn segment<F: Frame>(frame: &mut F, packet: &Packet) -> Segment {
-    let behind = frame.behind(packet.end);
+    let remaining = frame.remaining(packet.end);
     let Some(tcp) = frame.at::<Tcp>(packet.transport) else {
         return Segment::NONE;
     };
@@ -329,7 +329,7 @@ pub fn segment<F: Frame>(frame: &mut F, packet: &Packet) -> Segment {
     let options = header_length - size_of::<Tcp>() as i64;
     let payload = packet.end as i64 - packet.transport as i64 - header_length;
     // One comparison for all: which of them is negative does not matter.
-    if options | payload | behind < 0 {
+    if options | payload | remaining < 0 {
         return Segment::NONE;
     }
     Segment {

@@ -132,15 +132,19 @@ pub fn process<F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
         return Done::NOT_OURS;
     };
     match link.kind {
-        IPV4 => finish::<V4, F, M>(frame, maps),
-        IPV6 => finish::<V6, F, M>(frame, maps),
+        IPV4 => finish::<V4, F, M>(frame, maps, &link),
+        IPV6 => finish::<V6, F, M>(frame, maps, &link),
         _ => Done::NOT_OURS,
     }
 }
 
 #[inline(always)]
-fn finish<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
-    match segments::<A, F, M>(frame, maps, Class::UNSURE) {
+fn finish<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, link: &Link) -> Done {
+    let class = classify::<A, F, M>(frame, maps, link);
+    if class == Class::NOT_OURS {
+        return Done::NOT_OURS;
+    }
+    match segments::<A, F, M>(frame, maps, class) {
         Done::ICMP => icmp::translate::<A, F, M>(frame, maps),
         done if done.is_refused() => refuse::answer::<A, F>(frame, done),
         done => done,
@@ -222,7 +226,15 @@ pub fn classify<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, link: &Li
     let Some(ports) = parse::ports(frame, transport) else {
         return Class::NOT_OURS;
     };
-    maps.classify::<A>(destination, u16::from_be(ports.destination))
+    class_of::<A, M>(maps, destination, ports)
+}
+
+#[inline(always)]
+fn class_of<A: Family, M: Maps>(maps: &M, destination: [u64; 2], ports: Ports) -> Class {
+    match maps.first_listener(u16::from_be(ports.destination)) {
+        0 => Class::snat(maps.snat_at::<A>(destination)),
+        id => Class::listener(id),
+    }
 }
 
 /// Which SNAT address this is, at whose place `place` was found.
@@ -262,11 +274,8 @@ pub fn segments<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M, class: Cl
     let Some(config) = maps.config() else {
         return Done::NOT_OURS;
     };
-    let class = if class == Class::UNSURE {
-        maps.classify::<A>(packet.destination, u16::from_be(ports.destination))
-    } else {
-        class
-    };
+    let class =
+        if class == Class::UNSURE { class_of::<A, M>(maps, packet.destination, ports) } else { class };
     let first = class.first_listener();
     if first != 0 {
         // A listener's port is never a slot, at any address: whoever is not for a listener here is not ours.

@@ -61,7 +61,7 @@ fn build<F: Frame>(
     ports: Ports,
     segment: &Segment,
 ) -> Result<(), Outcome> {
-    let client = parse::sender(frame);
+    let client = parse::source_mac(frame);
     write_macs(frame, client, link.destination).ok_or(Outcome::NoRoom)?;
     let transport = if packet.family == family::IPV4 {
         ipv4_header(frame, packet).ok_or(Outcome::NoRoom)?

@@ -134,9 +134,9 @@ impl Frame for XdpFrame<'_> {
     }
 
     #[inline(always)]
-    fn behind(&self, end: usize) -> i64 {
-        let behind = self.length() as i64 - end as i64;
-        if behind < 0 { self.whole_length() as i64 - end as i64 } else { behind }
+    fn remaining(&self, end: usize) -> i64 {
+        let remaining = self.length() as i64 - end as i64;
+        if remaining < 0 { self.whole_length() as i64 - end as i64 } else { remaining }
     }
 
     #[inline(always)]

@@ -1,4 +1,5 @@
-//! The maps, behind functions. All but the allow list are arrays: a look-up is a comparison and an addition.
+//! The maps, behind functions. All that packets need are arrays, but the allow list: a look-up is a comparison and an
+//! addition.
 //!
 //! The daemon maps most of them into its memory and changes words in place; which word may be changed by whom, and
 //! how, is said at the layouts (`lb_common::layout`) and, for slots, in `lb_common::flow`.
@@ -266,7 +267,7 @@ impl Maps for KernelMaps {
     #[inline(always)]
     fn count_flow(&self, backend: u8) {
         if let Some(count) = BACKEND_FLOWS.get_ptr_mut(u32::from(backend)) {
-            // SAFETY: as above.
+            // SAFETY: as in `count`.
             unsafe { *count += 1 };
         }
     }

@@ -1,6 +1,11 @@
 //! An array map in this process's memory: the boundary behind which the rest of the daemon sees plain values.
 
-use std::{fs::File, mem::offset_of, os::fd::AsFd, ptr::NonNull, sync::Arc};
+use std::{
+    fs::File,
+    os::fd::AsFd,
+    ptr::{NonNull, slice_from_raw_parts_mut},
+    sync::Arc,
+};
 
 use aya::maps::{Map, MapData};
 use lb_common::layout::{Backend, Classifier, Config, Control, Listener, Service};
@@ -8,7 +13,7 @@ use memmap2::{MmapOptions, MmapRaw};
 
 use super::DataplaneError;
 
-/// The values of a `BPF_F_MMAPABLE` array map. The kernel programs read and write them at the same time.
+/// The values of a `BPF_F_MMAPABLE` array map, or a part of its only one. The kernel programs read and write them at the same time.
 pub struct Mapped<T> {
     memory: Arc<MmapRaw>,
     values: NonNull<T>,
@@ -71,34 +76,38 @@ impl<T> Mapped<T> {
 impl Mapped<Control> {
     /// What is the same for all packets.
     pub fn config(&self) -> Mapped<Config> {
-        self.part(offset_of!(Control, config), 1)
+        // SAFETY: an address within the value.
+        self.part(slice_from_raw_parts_mut(unsafe { &raw mut (*self.values.as_ptr()).config }, 1))
     }
 
     /// Services, by id.
     pub fn services(&self) -> Mapped<Service> {
-        self.part(offset_of!(Control, services), lb_common::layout::SERVICES as usize)
+        // SAFETY: as above.
+        self.part(unsafe { &raw mut (*self.values.as_ptr()).services })
     }
 
     /// Listeners, by id.
     pub fn listeners(&self) -> Mapped<Listener> {
-        self.part(offset_of!(Control, listeners), lb_common::layout::LISTENERS as usize)
+        // SAFETY: as above.
+        self.part(unsafe { &raw mut (*self.values.as_ptr()).listeners })
     }
 
     /// Backends, by id.
     pub fn backends(&self) -> Mapped<Backend> {
-        self.part(offset_of!(Control, backends), lb_common::layout::BACKENDS as usize)
+        // SAFETY: as above.
+        self.part(unsafe { &raw mut (*self.values.as_ptr()).backends })
     }
 
     /// Whose a packet may be.
     pub fn classifier(&self) -> Mapped<Classifier> {
-        self.part(offset_of!(Control, classifier), 1)
+        // SAFETY: as above.
+        self.part(slice_from_raw_parts_mut(unsafe { &raw mut (*self.values.as_ptr()).classifier }, 1))
     }
 
-    fn part<T>(&self, offset: usize, length: usize) -> Mapped<T> {
-        assert!(offset + length * size_of::<T>() <= size_of::<Control>(), "a part is within the whole");
-        // SAFETY: within the first value, as just compared, at a field of this type.
-        let values = unsafe { self.values.byte_add(offset) }.cast();
-        Mapped { memory: self.memory.clone(), values, length }
+    fn part<T>(&self, values: *mut [T]) -> Mapped<T> {
+        // SAFETY: within the value, which is somewhere.
+        let first = unsafe { NonNull::new_unchecked(values.cast::<T>()) };
+        Mapped { memory: self.memory.clone(), values: first, length: values.len() }
     }
 }
 
