@@ -9,7 +9,7 @@ use crate::{
     headers::{Be16, tcp_flag},
     layout::{Backend, Listener, NextHop, Service, backend_flag},
     maps::Maps,
-    meta::{Kind, Meta, SYN_ACK},
+    meta::{CLIENT_FIN, Kind, Meta, SYN_ACK},
     next_hop,
     outcome::{Event, Outcome},
     parse::{self, Ports, Segment},
@@ -116,8 +116,7 @@ fn known<A: Family, F: Frame, M: Maps>(
             }
             meta = close(word, before.with(flag), other, closed);
         }
-        Step::Reopen => return reopen::<A, F, M>(frame, maps, context, listener, query, hit.found(), clock),
-        Step::Return if !accepts(maps, meta) => {
+        step @ (Step::Reopen | Step::Return | Step::Retry) if begins_anew(maps, meta, step) => {
             return reopen::<A, F, M>(frame, maps, context, listener, query, hit.found(), clock);
         }
         Step::Retry => return Ok((slot, retry::<A, M>(maps, listener, query, hit.found())?)),
@@ -128,7 +127,7 @@ fn known<A: Family, F: Frame, M: Maps>(
             }
             return Err(Outcome::ResetClient);
         }
-        Step::Keep | Step::Return | Step::Become(_) | Step::Refused => {}
+        Step::Keep | Step::Reopen | Step::Return | Step::Become(_) | Step::Refused => {}
     }
     if !segment.opens() {
         // Once a second is enough to follow a client to another router: on every packet it cost 8 of 80 ns.
@@ -206,12 +205,31 @@ fn reopen<A: Family, F: Frame, M: Maps>(
     Ok(won::<A, F, M>(frame, maps, context, query, &claimer, claim.slot()))
 }
 
-/// Does the slot's backend take new flows? One that is this host always keeps its own: whether such a flow is
+/// A backend with one of these takes new flows. One that is this host always keeps its own: whether such a flow is
 /// established is not seen here, and the local socket says no by itself.
+const KEEPS: u32 = backend_flag::ACCEPTS | backend_flag::LOCAL;
+
+#[inline(always)]
+fn flags<M: Maps>(maps: &M, meta: Meta) -> u32 {
+    maps.backend(meta.backend()).map_or(0, |backend| backend.flags.load())
+}
+
+/// Does the slot's backend take new flows?
 #[inline(always)]
 fn accepts<M: Maps>(maps: &M, meta: Meta) -> bool {
-    const KEEPS: u32 = backend_flag::ACCEPTS | backend_flag::LOCAL;
-    maps.backend(meta.backend()).is_some_and(|backend| backend.flags.load() & KEEPS != 0)
+    flags(maps, meta) & KEEPS != 0
+}
+
+/// Is a SYN that met a slot of its own tuple a new flow's?
+#[inline(always)]
+fn begins_anew<M: Maps>(maps: &M, meta: Meta, step: Step) -> bool {
+    match step {
+        Step::Return => flags(maps, meta) & KEEPS == 0,
+        // The client has ended its flow to this host, whose own segments are not seen, and uses its port again within
+        // seconds. The local socket would refuse it, where it takes no new flows.
+        Step::Retry => meta.has(CLIENT_FIN) && flags(maps, meta) & KEEPS == backend_flag::LOCAL,
+        _ => true,
+    }
 }
 
 /// A retransmitted SYN: on to its backend, or to another if that one takes no new flows any more.

@@ -253,6 +253,26 @@ fn a_flow_of_a_backend_on_this_host_passes_and_is_remembered() {
 }
 
 #[test]
+fn a_client_that_uses_its_port_again_does_not_come_to_this_host_which_takes_no_new_flows() {
+    for ip in Ip::BOTH {
+        for end in [FIN_ACK, RST] {
+            let mut world = World::new(ip);
+            world.dataplane.add_backend(9, ip.listener(), true);
+            world.select(0, &[9]);
+            let syn = Frame::syn(ip.client(1), ip.listener());
+            assert_eq!(world.run(&syn.bytes()).outcome, Outcome::ForwardedLocal);
+            world.select(0, &[1]);
+            // The same flow's: its socket knows whether it stands.
+            assert_eq!(world.run(&syn.bytes()).outcome, Outcome::ForwardedLocal);
+            let frame = Frame { flags: end, ..Frame::new(ip.client(1), ip.listener()) };
+            assert_eq!(world.run(&frame.bytes()).outcome, Outcome::ForwardedLocal);
+            assert_eq!(world.run(&syn.bytes()).outcome, Outcome::Forwarded);
+            assert_eq!((world.slots().len(), world.slots()[0].meta.backend()), (1, 1));
+        }
+    }
+}
+
+#[test]
 fn the_clients_last_acknowledgement_is_kept_for_the_day_the_flow_must_die() {
     for ip in Ip::BOTH {
         let mut world = World::new(ip);
