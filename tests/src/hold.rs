@@ -18,6 +18,9 @@ use crate::lab::{Host, eventually, process::sibling_program};
 /// For an order to be carried out.
 const ORDER: Duration = Duration::from_secs(30);
 
+/// Connections of which each of three servers, chosen by chance, has some, but for once in some million times.
+pub const SOME_AT_EACH: usize = 40;
+
 /// What the process is told, a line each.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub enum Order {

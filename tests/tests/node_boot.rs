@@ -15,7 +15,7 @@ use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{Daemon, Settings, program},
     dial::dial,
-    hold::{Holder, Order},
+    hold::{Holder, Order, SOME_AT_EACH},
     lab::eventually,
     load,
     stub::{AnonymousMode, PORT, TOKEN},
@@ -319,7 +319,7 @@ fn the_static_pod_ends_connections_of_pods_with_what_its_manifest_says_and_not_w
         let mut daemon = start_with(&cluster, &settings_for_pods(&cluster), &all, sight(host_pid));
         daemon.wait_ready(2).unwrap();
         let mut pod = Holder::start(&cluster.client, true, &cluster.ca_file(), vip(&cluster)).unwrap();
-        pod.order(Order::Open(12)).unwrap();
+        pod.order(Order::Open(SOME_AT_EACH)).unwrap();
         let opened = pod.opened_to("api-1");
         assert!(opened > 0);
         assert!(!daemon.flags().unwrap().contains("pods.conf"));

@@ -15,7 +15,7 @@ use anyhow::ensure;
 use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{Daemon, Settings, program},
-    hold::{Holder, Order},
+    hold::{Holder, Order, SOME_AT_EACH},
     lab::{eventually, process::Signal, run},
     load::{self, Asker, Crowd, Report},
     stub::PORT,
@@ -475,7 +475,7 @@ fn a_drained_backend_loses_the_sockets_of_this_host_wherever_the_vip_is() {
         daemon.wait_ready(2).unwrap();
         let vip = SocketAddr::new(cluster.vip4, PORT);
         let mut holder = Holder::start(&cluster.lb, true, &cluster.ca_file(), vip).unwrap();
-        holder.order(Order::Open(12)).unwrap();
+        holder.order(Order::Open(SOME_AT_EACH)).unwrap();
         assert!(holder.opened_to("api-1") > 0);
         succeed(&daemon, "drain", &["api-1", "--all-services", "--timeout", "1s"]);
         eventually(MOMENT, "its connections are ended", || {

@@ -10,7 +10,7 @@ use lb_common::layout::Followed;
 use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{BackendStatus, Daemon, Settings},
-    hold::{Holder, Order, Said},
+    hold::{Holder, Order, SOME_AT_EACH, Said},
     lab::{cgroup::Group, cgroup_of, eventually, process::sibling_program},
     stub::{Health, PORT},
 };
@@ -129,7 +129,7 @@ fn a_backend_that_was_removed_keeps_its_number_until_its_last_connection_is_clos
     settings.backends = only(&["api-1", "api-2"]);
     let mut daemon = start(&cluster, &settings, 2);
     let mut old = holder(&cluster, LOCAL4);
-    old.order(Order::Open(20)).unwrap();
+    old.order(Order::Open(SOME_AT_EACH)).unwrap();
     assert!(old.opened_to("api-1") > 0);
     settings.backends = only(&["api-2", "api-3"]);
     assert!(daemon.reload(&settings).unwrap().status.success());
@@ -137,7 +137,7 @@ fn a_backend_that_was_removed_keeps_its_number_until_its_last_connection_is_clos
     daemon.process().kill().unwrap();
     let mut daemon = start(&cluster, &settings, 2);
     let mut new = holder(&cluster, LOCAL4);
-    new.order(Order::Open(20)).unwrap();
+    new.order(Order::Open(SOME_AT_EACH)).unwrap();
     let opened = new.opened_to("api-3");
     wait_counts(&daemon, "api-3", opened, opened);
     drop(old);
@@ -152,7 +152,7 @@ fn a_backend_that_was_removed_keeps_its_number_until_its_last_connection_is_clos
     assert!(daemon.reload(&settings).unwrap().status.success());
     daemon.wait_ready(3).unwrap();
     let mut newest = holder(&cluster, LOCAL4);
-    newest.order(Order::Open(20)).unwrap();
+    newest.order(Order::Open(SOME_AT_EACH)).unwrap();
     let opened = newest.opened_to("api-4");
     assert!(opened > 0);
     wait_counts(&daemon, "api-4", opened, opened);
@@ -352,7 +352,7 @@ fn idle_connections_to_a_dead_server_are_ended_and_nobody_elses() {
         let mut daemon = start(&cluster, &mortal(&cluster), 3);
         let mut holders: Vec<_> = [LOCAL4, LOCAL6, MAPPED].map(|to| holder(&cluster, to)).into();
         for holder in &mut holders {
-            holder.order(Order::Open(12)).unwrap();
+            holder.order(Order::Open(SOME_AT_EACH)).unwrap();
             assert!(holder.opened_to("api-1") > 0);
         }
         // The same server by its own address, in the same cgroup, and from outside of it.
@@ -390,7 +390,7 @@ fn sockets_in_the_network_namespaces_of_pods_are_ended_where_pods_are_served() {
     let mut pod = Holder::start(&cluster.client, true, &cluster.ca_file(), vip).unwrap();
     let mut host = holder(&cluster, LOCAL4);
     for holder in [&mut pod, &mut host] {
-        holder.order(Order::Open(12)).unwrap();
+        holder.order(Order::Open(SOME_AT_EACH)).unwrap();
     }
     // A pod that dials the server itself is none of ours, and neither is anybody when pods are not served.
     let direct = SocketAddr::new(cluster.apiservers[0].host.link().unwrap().v4.into(), PORT);
@@ -415,13 +415,13 @@ fn sockets_in_the_network_namespaces_of_pods_are_left_alone_where_pods_are_not_s
     settings.service.push("pods = true".to_owned());
     let mut daemon = start(&cluster, &settings, 2);
     let mut pod = Holder::start(&cluster.client, true, &cluster.ca_file(), vip).unwrap();
-    pod.order(Order::Open(12)).unwrap();
+    pod.order(Order::Open(SOME_AT_EACH)).unwrap();
     assert!(pod.opened_to("api-1") > 0);
     // They are known by cookie, and this daemon is one that could end them; but pods are not served any more.
     daemon.process().kill().unwrap();
     let mut daemon = start(&cluster, &unserved, 2);
     let mut host = holder(&cluster, LOCAL4);
-    host.order(Order::Open(12)).unwrap();
+    host.order(Order::Open(SOME_AT_EACH)).unwrap();
     cluster.apiservers[0].host.cut_off().unwrap();
     daemon.wait_state("api-1", "dead", VERDICT).unwrap();
     wait_ended(&host, "api-1");
@@ -434,7 +434,7 @@ fn what_dies_while_no_daemon_runs_is_ended_by_the_next() {
     let settings = mortal(&cluster);
     let mut daemon = start(&cluster, &settings, 2);
     let mut holder = holder(&cluster, LOCAL4);
-    holder.order(Order::Open(12)).unwrap();
+    holder.order(Order::Open(SOME_AT_EACH)).unwrap();
     assert!(holder.opened_to("api-1") > 0);
     daemon.process().kill().unwrap();
     cluster.apiservers[0].host.cut_off().unwrap();
@@ -484,7 +484,7 @@ fn connections_are_kept_where_on_dead_says_so_and_while_a_server_drains() {
         }
         let mut daemon = start(&cluster, &settings, 2);
         let mut holder = holder(&cluster, LOCAL4);
-        holder.order(Order::Open(10)).unwrap();
+        holder.order(Order::Open(SOME_AT_EACH)).unwrap();
         if keep {
             cluster.apiservers[0].host.cut_off().unwrap();
             daemon.wait_state("api-1", "dead", VERDICT).unwrap();
@@ -538,7 +538,7 @@ fn an_operator_ends_sockets_by_backend_and_when_the_time_to_drain_is_over() {
     settings.listen = vec![at(LOCAL4)];
     let daemon = start(&cluster, &settings, 2);
     let mut holder = holder(&cluster, LOCAL4);
-    holder.order(Order::Open(10)).unwrap();
+    holder.order(Order::Open(SOME_AT_EACH)).unwrap();
     let opened = holder.opened_to("api-1");
     let killed = daemon.command("kill").unwrap().arg("api-1").output().unwrap();
     let said = String::from_utf8_lossy(&killed.stdout).into_owned();

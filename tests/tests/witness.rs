@@ -9,7 +9,7 @@ use anyhow::{Context as _, ensure};
 use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{Daemon, Settings},
-    hold::{Holder, Order},
+    hold::{Holder, Order, SOME_AT_EACH},
     lab::{Host, eventually},
     load::{Asker, sequential},
 };
@@ -197,7 +197,7 @@ fn a_pause_is_no_death_where_checks_are_seldom() {
     let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
     daemon.wait_ready(2).unwrap();
     let mut holder = holder(&cluster);
-    holder.order(Order::Open(12)).unwrap();
+    holder.order(Order::Open(SOME_AT_EACH)).unwrap();
     let server = &cluster.apiservers[0].host;
     server
         .nft(
