@@ -25,7 +25,7 @@ impl Options {
         }
         let sheave = Binary::SHEAVE.build()?;
         let of_the_lab = |name| Binary { package: "lb-tests", name, profile: Profile::Release };
-        for beside in ["sheave-stub-apiserver", "sheave-load", "sheave-hold"] {
+        for beside in ["sheave-stub-apiserver", "sheave-load", "sheave-hold", "sheave-dial"] {
             of_the_lab(beside).build()?;
         }
         let bench = of_the_lab("sheave-bench").build()?;

@@ -52,7 +52,12 @@ pub(super) fn measure(rounds: usize) -> Result<Endings> {
         daemon.wait_ready(2)?;
         let mut holder = Holder::start(&cluster.lb, true, &cluster.ca_file(), listener)?;
         holder.order(Order::OpenPlain(2 * SOCKETS))?;
-        let open = open_at(&daemon, SERVER)?;
+        // The daemon counts them every few seconds.
+        let open = eventually(PATIENCE, "all connections are counted", || {
+            let (all, open) = (open_at(&daemon, |_| true)?, open_at(&daemon, |name| name == SERVER)?);
+            ensure!(all == 2 * SOCKETS as u64, "{all}");
+            Ok(open)
+        })?;
         cluster.apiservers[0].host.cut_off()?;
         let ended = eventually(PATIENCE, "all sockets of the dead server are ended", || {
             let said = holder.timed();
@@ -75,10 +80,10 @@ pub(super) fn measure(rounds: usize) -> Result<Endings> {
     })
 }
 
-fn open_at(daemon: &Daemon, server: &str) -> Result<u64> {
+fn open_at(daemon: &Daemon, wanted: impl Fn(&str) -> bool) -> Result<u64> {
     let status = daemon.status()?;
     let backends = status.services.iter().flat_map(|service| &service.backends);
-    Ok(backends.filter(|backend| backend.name == server).map(|backend| backend.active_flows).sum())
+    Ok(backends.filter(|backend| wanted(&backend.name)).map(|backend| backend.active_flows).sum())
 }
 
 /// When the daemon has found the server dead for this time, in milliseconds since 1970.
