@@ -42,36 +42,35 @@ fn process(context: &XdpContext) -> Done {
         return Done::NOT_OURS;
     };
     let frame = &mut XdpFrame::new(context);
+    // A way of its own for each family: to ask again which one it is costs every packet.
     match link.kind {
         IPV4 => match classify::<V4, _, _>(frame, &maps, &link) {
             Class::NOT_OURS => Done::NOT_OURS,
-            class => finish4(context, done(subprograms::frame4_segments(context.ctx, class.word()))),
+            class => finish(
+                subprograms::frame4_segments(context.ctx, class.word()),
+                || subprograms::frame4_icmp(context.ctx),
+                |refused| subprograms::frame4_refuse(context.ctx, refused),
+            ),
         },
         IPV6 => match classify::<V6, _, _>(frame, &maps, &link) {
             Class::NOT_OURS => Done::NOT_OURS,
-            class => finish6(context, done(subprograms::frame6_segments(context.ctx, class.word()))),
+            class => finish(
+                subprograms::frame6_segments(context.ctx, class.word()),
+                || subprograms::frame6_icmp(context.ctx),
+                |refused| subprograms::frame6_refuse(context.ctx, refused),
+            ),
         },
         _ => Done::NOT_OURS,
     }
 }
 
-/// What [`lb_common::process::segments`] has left to others.
+/// What [`lb_common::process::segments`], whose result `segments` is, has left to others.
 #[inline(always)]
-fn finish4(context: &XdpContext, segment: Done) -> Done {
-    match segment {
-        Done::ICMP => done(subprograms::frame4_icmp(context.ctx)),
-        refused if refused.is_refused() => done(subprograms::frame4_refuse(context.ctx, refused.word())),
-        segment => segment,
-    }
-}
-
-/// The same for IPv6.
-#[inline(always)]
-fn finish6(context: &XdpContext, segment: Done) -> Done {
-    match segment {
-        Done::ICMP => done(subprograms::frame6_icmp(context.ctx)),
-        refused if refused.is_refused() => done(subprograms::frame6_refuse(context.ctx, refused.word())),
-        segment => segment,
+fn finish(segments: u64, icmp: impl FnOnce() -> u64, refuse: impl FnOnce(u64) -> u64) -> Done {
+    match done(segments) {
+        Done::ICMP => done(icmp()),
+        refused if refused.is_refused() => done(refuse(refused.word())),
+        finished => finished,
     }
 }
 
