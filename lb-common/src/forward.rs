@@ -240,7 +240,18 @@ fn retry<A: Family, M: Maps>(
     query: &Query<A::Tuple>,
     found: Found,
 ) -> Result<Meta, Outcome> {
-    let meta = found.meta();
+    let mut meta = found.meta();
+    let ways = A::set(maps, found.slot().set).ok_or(Outcome::Malformed)?;
+    let word = A::meta(ways, found.slot().way);
+    if meta.has(CLIENT_FIN) {
+        // What the client has ended was an earlier flow: one that its backend still remembered (RFC 5961 §4), or one to
+        // this host.
+        let begun = meta.without(CLIENT_FIN);
+        if word.compare_exchange(meta.0, begun.0) != meta.0 {
+            return Ok(meta);
+        }
+        meta = begun;
+    }
     if accepts(maps, meta) || meta.has(SYN_ACK) {
         return Ok(meta);
     }
@@ -248,8 +259,7 @@ fn retry<A: Family, M: Maps>(
     if other == 0 {
         return Err(Outcome::RefusedNoBackend);
     }
-    let ways = A::set(maps, found.slot().set).ok_or(Outcome::Malformed)?;
-    if A::meta(ways, found.slot().way).compare_exchange(meta.0, meta.on(other).0) != meta.0 {
+    if word.compare_exchange(meta.0, meta.on(other).0) != meta.0 {
         return Ok(meta);
     }
     maps.note(note::<A>(Happening::Moved, query).of(meta.backend()).at(found.slot()).other(other));

@@ -88,6 +88,19 @@ impl Meta {
         self.kind() == Kind::ClosedByClient as u32 || self.kind() == Kind::ClosedByBackend as u32
     }
 
+    /// The same slot after a RST that nothing has contradicted for long enough.
+    #[must_use]
+    pub const fn closed_by_reset(self) -> Self {
+        self.without_flags().with(RESET).become_kind(Kind::ClosedByClient)
+    }
+
+    /// Is a RST all that is known of its end? A slot that both sides have closed has their flags, too.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_closed_by_reset(self) -> bool {
+        self.0 & (KIND | RESET | BACKEND_FIN) == RESET | Kind::ClosedByClient as u32
+    }
+
     /// Was it reset on purpose, and may its backend still hold on to it?
     #[inline(always)]
     #[must_use]

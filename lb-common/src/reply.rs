@@ -161,7 +161,7 @@ fn second_chance<A: Family, M: Maps>(
             return Err(Outcome::SecondChance);
         }
     }
-    if word.compare_exchange(meta.0, meta.become_kind(Kind::ClosedByClient).0) == meta.0 {
+    if word.compare_exchange(meta.0, meta.without(RESET).become_kind(Kind::ClosedByClient).0) == meta.0 {
         maps.note(client.note::<A>(Happening::RefusedByBackend, meta));
     }
     Ok(())

@@ -116,9 +116,10 @@ pub const fn backend(meta: Meta, segment: &Segment) -> Step {
     if meta.is(Kind::Established) && meta.has(RESET) {
         return Step::Become(meta.without(RESET));
     }
-    // Both FINs seen, and yet the backend has more to say: one of them was not its own.
-    if meta.is_closed() && segment.payload > 0 {
-        return Step::Become(meta.become_kind(Kind::Established).without(BACKEND_FIN));
+    // Both FINs seen, and yet the backend has more to say: one of them was not its own. Where it was a RST that nobody
+    // contradicted for a while, whatever the backend says does: a bare ACK answers a keepalive.
+    if meta.is_closed() && (segment.payload > 0 || meta.is_closed_by_reset()) {
+        return Step::Become(meta.become_kind(Kind::Established).without(BACKEND_FIN | RESET));
     }
     Step::Keep
 }
@@ -206,6 +207,24 @@ mod tests {
         let both = after(flow, &[('c', FIN | ACK, 0), ('b', FIN | ACK, 0)]);
         assert!(both.is_closed() && both.is_live(), "still forwarded");
         assert!(after(both, &[('b', ACK, 100)]).is(Kind::Established));
+        assert!(after(both, &[('b', ACK, 0)]).is_closed(), "of the last FIN");
+    }
+
+    #[test]
+    fn a_flow_that_was_taken_for_reset_goes_on_when_its_backend_does() {
+        let flow = after(HALF_OPEN, HANDSHAKE);
+        for reset in [&[('c', RST, 0)][..], &[('b', RST, 0)], &[('c', FIN | ACK, 0), ('c', RST, 0)]] {
+            let over = after(flow, reset).closed_by_reset();
+            assert!(over.is_closed() && over.is_live());
+            assert!(after(over, &[('c', ACK, 10), ('b', RST, 0)]).is_closed(), "no proof");
+            let back = after(over, &[('b', ACK, 0)]);
+            assert!(back.is(Kind::Established) && !back.has(RESET), "{reset:?}");
+        }
+        let ended = after(flow, &[('c', FIN | ACK, 0), ('b', FIN | ACK, 0), ('c', RST, 0)]);
+        assert!(after(ended, &[('b', ACK, 0)]).is_closed(), "it was over before");
+        let hurried = after(flow, &[('b', FIN | ACK, 0), ('c', RST, 0)]);
+        let ended = after(hurried, &[('c', FIN | ACK, 0)]);
+        assert!(after(ended, &[('b', ACK, 0)]).is_closed(), "both have ended it");
     }
 
     #[test]

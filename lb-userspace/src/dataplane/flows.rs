@@ -68,7 +68,7 @@ impl Round<'_> {
             let lives = local && !meta.has(CLIENT_FIN);
             (age > if lives { idle } else { self.transitory }).then_some(Meta::FREE)
         } else if meta.is(Kind::Established) && meta.has(RESET) {
-            (age > RESET_QUARANTINE).then(|| meta.without_flags().become_kind(Kind::ClosedByClient))
+            (age > RESET_QUARANTINE).then(|| meta.closed_by_reset())
         } else if meta.is(Kind::Established) {
             // The backend may hold on to it: as if it had closed first.
             (age > idle).then(|| meta.without_flags().become_kind(Kind::ClosedByBackend))

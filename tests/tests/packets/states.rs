@@ -191,6 +191,9 @@ fn a_new_flow_gets_past_its_backends_time_wait() {
         assert_eq!(again.events, []);
         assert_eq!(world.flow(flow.client, flow.listener, &again), flow);
         world.prove(&flow);
+        // Of what the client ended nothing is left: this flow's backend may close its half.
+        backend_says(&mut world, &flow, FIN_ACK);
+        assert!(world.taken(&flow).meta.is(Kind::Established), "the client may go on for hours");
     }
 }
 
@@ -285,6 +288,24 @@ fn the_clients_last_acknowledgement_is_kept_for_the_day_the_flow_must_die() {
         world.run(&Frame { acknowledgement: 99, ..flow.from_backend() }.bytes());
         world.run(&Frame { acknowledgement: 98, flags: RST, ..flow.from_client() }.bytes());
         assert_eq!(world.taken(&flow).last_ack, 3);
+    }
+}
+
+#[test]
+fn a_forged_rst_does_not_outlast_the_next_keepalive() {
+    let idle = Duration::from_secs(600);
+    for ip in Ip::BOTH {
+        let mut world = World::new(ip);
+        let flow = world.establish(ip.client(1));
+        client_says(&mut world, &flow, RST);
+        world.change(&world.taken(&flow), Change::Older(30));
+        assert_eq!(world.dataplane.reap(&[idle]).unwrap().freed, 1);
+        assert!(world.taken(&flow).meta.is_closed(), "whoever needs a slot may have it");
+        assert_eq!(client_says(&mut world, &flow, ACK), Outcome::Forwarded, "a keepalive");
+        assert_eq!(backend_says(&mut world, &flow, ACK), Outcome::Replied, "and its answer");
+        world.change(&world.taken(&flow), Change::Older(500));
+        assert_eq!(world.dataplane.reap(&[idle]).unwrap().freed, 0);
+        world.prove(&flow);
     }
 }
 
