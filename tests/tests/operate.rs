@@ -675,6 +675,33 @@ fn the_time_of_a_drained_backend_goes_on_while_the_daemon_is_dead() {
     cluster.require_no_own_resets().unwrap();
 }
 
+#[test]
+fn the_time_of_a_drained_backend_is_its_own_also_when_it_is_removed() {
+    const TIMEOUT: Duration = Duration::from_secs(8);
+    let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let daemon = cluster.balance().unwrap();
+    let mut crowds = cluster.vips().map(|vip| crowd(&cluster, vip, 30));
+    let drained: usize = crowds.iter().map(|(_, report)| report.by_server()["api-1"]).sum();
+    let before = cluster.client_resets().unwrap();
+    let ordered = Instant::now();
+    succeed(&daemon, "drain", &["api-1", "--all-services", "--timeout", "8s"]);
+    let mut settings = cluster.settings().unwrap();
+    settings.backends.retain(|(name, _)| name != "api-1");
+    let said = daemon.reload(&settings).unwrap();
+    assert!(said.status.success(), "{said:?}");
+    eventually(MOMENT, "its flows are reset", || {
+        let reset = cluster.client_resets().unwrap() - before;
+        assert!(reset == 0 || ordered.elapsed() >= TIMEOUT, "{reset} after {:?}", ordered.elapsed());
+        ensure!(reset == drained as u64, "{reset} of {drained}");
+        Ok(())
+    })
+    .unwrap();
+    for (crowd, before) in &mut crowds {
+        assert_eq!(alive(crowd), before.by_server()["api-2"]);
+    }
+    cluster.require_no_own_resets().unwrap();
+}
+
 /// Ends flows so slowly that something may happen meanwhile.
 fn slow(cluster: &Cluster) -> Settings {
     let mut settings = cluster.settings().unwrap();

@@ -176,6 +176,34 @@ fn when_the_load_balancers_own_link_is_gone_nobody_is_reset() {
 }
 
 #[test]
+fn whoever_is_behind_a_link_that_is_gone_is_not_dead_though_another_answers() {
+    let mut cluster = Cluster::start(Shape::TwoArm, 3).unwrap();
+    let front = cluster.lb.links()[0].segment;
+    let elsewhere = &mut cluster.apiservers[2].host;
+    cluster.lab.plug(elsewhere, front, 30).unwrap();
+    let link = elsewhere.links()[1].clone();
+    let mut settings = settings(&cluster, "2s");
+    // Its certificate has not this address.
+    settings.check.push("type = \"tcp\"".to_owned());
+    for (_, address) in settings.backends.iter_mut().filter(|(name, _)| name == "api-3") {
+        address.set_ip(if address.is_ipv4() { link.v4.into() } else { link.v6.into() });
+    }
+    let mut daemon = start(&cluster, &settings);
+    let mut idle = open_idle(&cluster);
+    cluster.lab.unplug_link(&cluster.lb, 1).unwrap();
+    for backend in ["api-1", "api-2"] {
+        daemon.wait_state(backend, "silent", VERDICT).unwrap();
+    }
+    require_not_dead(&daemon, &["api-1", "api-2"]);
+    assert_eq!(daemon.status().unwrap().states("api-3"), ["ready", "ready"]);
+    assert!(daemon.log().contains("eth1 has no carrier"), "{}", daemon.log());
+    cluster.lab.replug_link(&cluster.lb, 1).unwrap();
+    daemon.wait_ready(3).unwrap();
+    idle.require_alive(&cluster).unwrap();
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
 fn a_frozen_server_is_dead_in_time_and_hears_of_it_when_it_thaws() {
     let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
     let mut daemon = start(&cluster, &settings(&cluster, "2s"));
@@ -329,6 +357,45 @@ fn flows_that_were_kept_are_reset_when_the_configuration_says_otherwise_while_th
     assert!(said.status.success(), "{said:?}");
     idle.wait_reset(&cluster, doomed, VERDICT).unwrap();
     idle.require_gone_only(&["api-1"]).unwrap();
+}
+
+/// A server is dead, its connections are kept, and it is removed: the configuration that removes it says what becomes of them.
+fn remove_dead(cluster: &Cluster, say: impl Fn(&mut Settings)) -> (Daemon, Idle) {
+    let mut settings = settings(cluster, "2s");
+    settings.service.push("on_dead = \"keep\"".to_owned());
+    let mut daemon = start(cluster, &settings);
+    let idle = open_idle(cluster);
+    cluster.apiservers[0].host.cut_off().unwrap();
+    daemon.wait_state("api-1", "dead", VERDICT).unwrap();
+    settings.backends.retain(|(name, _)| name != "api-1");
+    say(&mut settings);
+    let said = daemon.reload(&settings).unwrap();
+    assert!(said.status.success(), "{said:?}");
+    (daemon, idle)
+}
+
+#[test]
+fn connections_of_a_dead_server_that_is_removed_are_kept_where_the_configuration_says_so() {
+    let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let (daemon, mut idle) = remove_dead(&cluster, |_| {});
+    let begin = Instant::now();
+    while begin.elapsed() < WATCHED {
+        assert_eq!(idle.resets(&cluster).unwrap(), 0, "{}", daemon.log());
+        thread::sleep(PAUSE);
+    }
+    cluster.apiservers[0].host.reconnect().unwrap();
+    idle.require_alive(&cluster).unwrap();
+}
+
+#[test]
+fn connections_of_a_dead_server_that_is_removed_are_reset_where_it_says_nothing_else() {
+    let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let (daemon, mut idle) = remove_dead(&cluster, |settings| {
+        settings.service.retain(|line| !line.starts_with("on_dead"));
+    });
+    idle.wait_reset(&cluster, idle.at("api-1"), VERDICT).unwrap();
+    idle.require_gone_only(&["api-1"]).unwrap();
+    assert!(daemon.log().contains("api-1 is dead and was removed"), "{}", daemon.log());
 }
 
 #[test]

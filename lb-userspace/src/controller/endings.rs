@@ -156,16 +156,37 @@ impl Controller {
         seats.filter(|(_, seat)| !seat.is_held() && seat.address == address).map(|(id, _)| *id).collect()
     }
 
-    /// Flows live on when their backend is removed; but nobody would find out any more that it is dead, and nobody would
-    /// remember that its time is over. Except of one that the cluster lists no more: it comes back, and the order is kept.
-    pub(super) fn end_flows_of_the_removed(&mut self, stay: &BTreeSet<TargetId>) {
+    /// Flows live on when their backend is removed. Except those of a dead one: nobody would find out any more that they are
+    /// to end. And if an operator has given them a time it is still theirs, and no longer.
+    pub(super) fn part_with_the_removed(&mut self, stay: &BTreeSet<TargetId>) {
         let removed = self.backends.iter().filter(|backend| !stay.contains(&backend.target));
-        let time_is_over = |backend: &Backend| !backend.discovered && self.reset_in(backend).is_some();
-        let doomed = |backend: &&Backend| backend.state == State::Dead || time_is_over(backend);
-        let doomed: Vec<_> = removed.filter(doomed).cloned().collect();
-        for backend in &doomed {
-            tracing::info!("{} was removed: the flows it still has are reset", backend.name);
-            self.end_flows_of(backend, Verdict::Operator);
+        let removed: Vec<_> = removed.cloned().collect();
+        for backend in removed {
+            if backend.state == State::Dead && self.resets_when_dead(&backend) {
+                tracing::info!("{} is dead and was removed: the flows it still has are reset", backend.name);
+                self.end_flows_of_the_dead(&backend, Instant::now());
+            } else if backend.reset_at.is_some() {
+                self.resets.departed.push(backend);
+            }
+        }
+    }
+
+    /// Resets what is left at those who were removed while they were drained, when their time is over.
+    fn end_drains_of_the_departed(&mut self) {
+        let roster = &self.roster;
+        let is_leaving = |backend: &Backend| {
+            let seat = roster.backends().get(&backend.id);
+            seat.is_some_and(|seat| !seat.is_held() && seat.address == backend.address)
+        };
+        // The others have no flows any more, or are back.
+        self.resets.departed.retain(is_leaving);
+        let over: Vec<_> = self.resets.departed.extract_if(.., |backend| is_over(backend.reset_at)).collect();
+        for backend in over {
+            let name = &backend.name;
+            tracing::info!(
+                "{name}, which was removed: the time to drain is over; the flows it still has are reset"
+            );
+            self.end_flows_of(&backend, Verdict::Drained);
         }
     }
 
@@ -178,6 +199,7 @@ impl Controller {
     /// there is nobody else, keeps them until there is. Flows whose VIP is on another host are not ours to end, until it
     /// comes here; sockets of this host's own processes are, wherever it is.
     pub(super) fn end_drains(&mut self) {
+        self.end_drains_of_the_departed();
         let backends = &self.backends;
         let over = |id: u8| backends.iter().any(|backend| backend.id == id && is_over(backend.reset_at));
         self.resets.retain_half_ended(over);

@@ -68,6 +68,11 @@ impl Way {
         }
     }
 
+    /// Number of the port that its packets leave by.
+    pub(super) fn port(&self) -> Option<usize> {
+        self.next_hop().map(|(_, port)| port)
+    }
+
     /// A line for the log about a change from `before`, and whether it is bad news. A way found for the first time is
     /// no news.
     pub(super) fn news(&self, before: &Self) -> Option<(String, bool)> {

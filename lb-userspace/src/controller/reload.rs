@@ -417,7 +417,7 @@ impl Controller {
             .filter(|it| roster.backend(it.target.service, it.address) == Some(it.id))
             .map(|it| it.target)
             .collect();
-        self.end_flows_of_the_removed(&wanted);
+        self.part_with_the_removed(&wanted);
         self.backends.retain(|backend| wanted.contains(&backend.target));
         self.resets.forget_others(&self.backends);
         self.sockets.forget_others(&self.backends);

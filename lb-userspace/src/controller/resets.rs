@@ -2,7 +2,7 @@
 //!
 //! | what is seen of a backend | its flows |
 //! |---|---|
-//! | it is dead ([`Vigil`]) | reset, at most `reset_rate` a second; or kept, as `on_dead` says |
+//! | it is dead ([`Vigil`]) | reset, at most `reset_rate` a second; or kept, as `on_dead` or an operator's drain says |
 //! | it refuses connections, or answers after any silence: it may have rebooted | asked, at the same rate |
 //! | everything else | left alone |
 
@@ -22,7 +22,9 @@ use super::{Controller, backends::Backend, endings::Kill, services::Services};
 use crate::{
     config::OnDead,
     dataplane::{Account, DataplaneError, Flow, FlowFilter, Walk},
-    health::{CheckCode, CheckReport, Event, Failure, Outcome, Sighting, State, Transition, Vigil},
+    health::{
+        CheckCode, CheckReport, Event, Failure, OperatorState, Outcome, Sighting, State, Transition, Vigil,
+    },
     resets::{Pace, Repeats, Wire},
 };
 
@@ -56,6 +58,10 @@ pub(super) struct Resets {
     /// Whose time to drain is over and whose flows wait for a VIP that is elsewhere: the sockets of this host's processes were
     /// ended.
     half_ended: BTreeSet<u8>,
+    /// Who was removed before the time that an operator had given their flows was over.
+    pub(super) departed: Vec<Backend>,
+    /// When a backend that is silent was last without a link to it, by id.
+    cut_off: BTreeMap<u8, Instant>,
 }
 
 /// Whether segments can be sent: what goes wrong with the first of thousands is said, and not again before all is well.
@@ -135,6 +141,8 @@ impl Resets {
             voice: Voice::default(),
             deaf: false,
             half_ended: BTreeSet::new(),
+            departed: Vec::new(),
+            cut_off: BTreeMap::new(),
         };
         resets.watch_over(services, now);
         Ok(resets)
@@ -161,7 +169,9 @@ impl Resets {
 
     /// Knows nothing any more of backends that are gone: their ids may become those of others.
     pub(super) fn forget_others(&mut self, backends: &[Backend]) {
-        self.ready_since.retain(|id, _| backends.iter().any(|backend| backend.id == *id));
+        let stays = |id: &u8| backends.iter().any(|backend| backend.id == *id);
+        self.ready_since.retain(|id, _| stays(id));
+        self.cut_off.retain(|id, _| stays(id));
     }
 
     /// When [`Controller::reset_turn`] is to be called again.
@@ -288,6 +298,12 @@ impl Controller {
         self.end_sockets_of(backend.id);
     }
 
+    /// The same for one that is dead, and will not be watched any longer.
+    pub(super) fn end_flows_of_the_dead(&mut self, backend: &Backend, now: Instant) {
+        self.resets.begin(Work::End, backend.obituary(now), backend, now);
+        self.end_sockets_of(backend.id);
+    }
+
     /// Whether there is anybody who may die soon.
     fn look_for_the_dead(&mut self, now: Instant) -> bool {
         if !self.backends.iter().any(|backend| matches!(backend.state, State::Silent | State::Dead)) {
@@ -298,6 +314,7 @@ impl Controller {
             return false;
         }
         self.look_at_sockets(now);
+        self.look_at_links(now);
         let heard = match self.dataplane.heard() {
             Ok(heard) => heard,
             Err(error) => {
@@ -320,13 +337,33 @@ impl Controller {
         self.backends.iter().any(|backend| backend.state == State::Silent)
     }
 
+    /// Finds out whose silence is our own: no packet reaches a backend behind an interface without a carrier.
+    fn look_at_links(&mut self, now: Instant) {
+        let is_silent = |backend: &Backend| matches!(backend.state, State::Silent | State::Dead);
+        let (backends, interfaces) = (&self.backends, self.ports.interfaces());
+        self.resets.cut_off.retain(|id, _| backends.iter().any(|it| it.id == *id && is_silent(it)));
+        for backend in backends.iter().filter(|backend| is_silent(backend)) {
+            let interface = backend.way.port().and_then(|port| interfaces.get(port));
+            let link = interface.and_then(|interface| self.network.interface(*interface).ok());
+            let Some(link) = link.filter(|link| !link.carrier) else { continue };
+            if self.resets.cut_off.insert(backend.id, now).is_none() {
+                tracing::warn!(
+                    "{} is silent, and {} has no carrier: that is no proof that it is dead",
+                    backend.name,
+                    link.name
+                );
+            }
+        }
+    }
+
     /// What is known of the backends of a service; `heard`: how long ago each was heard in the data path, by id.
     fn sightings(&self, service: usize, heard: &[Option<Duration>], now: Instant) -> Vec<Sighting> {
         let of_service = self.backends.iter().filter(|backend| backend.target.service == service);
         let sighting = |backend: &Backend| {
             let passing = heard.get(usize::from(backend.id)).copied().flatten();
             let passing = passing.and_then(|ago| now.checked_sub(ago));
-            backend.sighting(passing.max(self.sockets.heard(backend.id)))
+            let cut_off = self.resets.cut_off.get(&backend.id).copied();
+            backend.sighting(passing.max(self.sockets.heard(backend.id)), cut_off)
         };
         of_service.map(sighting).collect()
     }
@@ -370,8 +407,11 @@ impl Controller {
         }
     }
 
-    fn resets_the_dead(&self, service: usize) -> bool {
-        self.services.get(service).is_some_and(|it| it.on_dead == OnDead::Reset)
+    /// Whether the flows of a backend end with it. An operator who has taken it out decides himself when they do. Of a
+    /// service that was removed nobody says otherwise.
+    pub(super) fn resets_when_dead(&self, backend: &Backend) -> bool {
+        let service = self.services.get(backend.target.service);
+        backend.operator == OperatorState::None && service.is_none_or(|it| it.on_dead == OnDead::Reset)
     }
 
     /// The VIPs that this host has now, of listeners that leave, too. A host that has handed a VIP on still has its flows in
@@ -427,7 +467,10 @@ impl Controller {
         // Both may change while a backend is dead.
         let vips = self.vips_here();
         let waits = match job.work {
-            Work::Reset => vips.is_empty() || !self.resets_the_dead(job.service),
+            Work::Reset => {
+                let dead = self.backends.iter().find(|backend| backend.id == job.backend);
+                vips.is_empty() || !dead.is_some_and(|backend| self.resets_when_dead(backend))
+            }
             // There is nobody else meanwhile.
             Work::End => self.is_chosen(job.backend),
             Work::Ask => false,
@@ -572,14 +615,15 @@ impl Backend {
         Account::Dead(silence, since.min(u8::MAX.into()) as u8)
     }
 
-    /// What the vigil over its service looks at; `heard` is when it last sent payload to a client.
-    fn sighting(&self, heard: Option<Instant>) -> Sighting {
+    /// What the vigil over its service looks at; `heard` is when it last sent payload to a client, `cut_off` when it was last
+    /// seen that nothing could reach it.
+    fn sighting(&self, heard: Option<Instant>, cut_off: Option<Instant>) -> Sighting {
         let answers = !matches!(self.report.outcome, Outcome::Local | Outcome::Fail(Failure::Silent));
         // Whoever is this very host answers through no link, and proves nothing about ours.
         let is_proof = answers && !self.local && self.since.is_some();
         Sighting {
             id: self.id.into(),
-            silent_since: self.silent_since,
+            silent_since: self.silent_since.map(|since| cut_off.map_or(since, |at| at.max(since))),
             answered: is_proof.then_some(self.checked),
             heard,
         }
@@ -602,7 +646,7 @@ mod tests {
             for backend in backends.iter_mut().filter(|backend| backend.since.is_some()) {
                 backend.checked = now;
             }
-            let seen: Vec<_> = backends.iter().map(|backend| backend.sighting(None)).collect();
+            let seen: Vec<_> = backends.iter().map(|backend| backend.sighting(None, None)).collect();
             deaths.extend(vigil.judge(&seen, now));
         }
         deaths
@@ -622,6 +666,18 @@ mod tests {
         assert_eq!(deaths(&mut backends), [2, 3], "somebody else answers: it is they");
         backends[0].local = true;
         assert_eq!(deaths(&mut backends), [0_usize; 0], "only our own kernel answers: it may be our link");
+    }
+
+    #[test]
+    fn silence_begins_when_there_is_a_link() {
+        let mut backends = backends(&["10.0.0.1:6443"]);
+        let [fell, linked] = [100, 105].map(|seconds| Instant::now() + Duration::from_secs(seconds));
+        backends[0].silent_since = Some(fell);
+        assert_eq!(backends[0].sighting(None, None).silent_since, Some(fell));
+        assert_eq!(backends[0].sighting(None, Some(linked)).silent_since, Some(linked));
+        assert_eq!(backends[0].sighting(None, Some(fell)).silent_since, Some(fell));
+        backends[0].silent_since = None;
+        assert_eq!(backends[0].sighting(None, Some(linked)).silent_since, None);
     }
 
     #[test]

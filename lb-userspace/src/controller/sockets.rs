@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{Controller, backends::Backend};
 use crate::{
     admin::JournalKind,
-    config::{OnDead, Service},
+    config::Service,
     dataplane::FlowFilter,
     health::State,
     privileges,
@@ -138,7 +138,7 @@ impl Controller {
         let mut dead = BTreeMap::new();
         for backend in self.backends.iter().filter(|backend| backend.state == State::Dead) {
             let Some(service) = self.services.get(backend.target.service) else { continue };
-            if service.on_dead == OnDead::Reset {
+            if self.resets_when_dead(backend) {
                 dead.insert(backend.id, Dead { address: backend.address, quiet: service.reset_after });
             }
         }

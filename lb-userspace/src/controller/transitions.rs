@@ -31,6 +31,7 @@ impl Controller {
     fn fate_of_flows(&self, backend: &Backend) -> Fate {
         match self.services[backend.target.service].on_dead {
             OnDead::Keep => Fate::Kept,
+            OnDead::Reset if !self.resets_when_dead(backend) => Fate::OperatorsTurn,
             OnDead::Reset if backend.local => Fate::OfThisHost,
             OnDead::Reset if self.is_elsewhere(backend) => Fate::Elsewhere,
             OnDead::Reset => Fate::Reset,

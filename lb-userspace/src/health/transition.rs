@@ -30,6 +30,8 @@ pub enum Fate {
     Reset,
     /// They are kept, because `on_dead` says so.
     Kept,
+    /// They are kept: the operator has taken the backend out, and says when they end.
+    OperatorsTurn,
     /// Its host is this one, whose kernel has those of others. Of this host's own processes: reset.
     OfThisHost,
     /// Their VIP is on another host, which has those of others. Of this host's own processes: reset.
@@ -82,6 +84,9 @@ fn meaning(state: State, fate: Fate) -> &'static str {
         State::Dead => match fate {
             Fate::Reset => "no new flows, established ones are reset",
             Fate::Kept => "no new flows, established ones are kept, as on_dead says",
+            Fate::OperatorsTurn => {
+                "no new flows, established ones are kept until the operator says otherwise (`sheave kill`)"
+            }
             Fate::OfThisHost => {
                 "no new flows, established ones of this host's processes are reset, those of others left to its kernel"
             }
