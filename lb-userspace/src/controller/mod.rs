@@ -543,6 +543,9 @@ impl Controller {
                 tracing::debug!("flows say that {} does not answer: checking it", backend.name);
                 self.checks.check_now(backend.target);
             }
+            if testimony.stale {
+                self.dataplane.forget_wait(backend.id, signal.asked);
+            }
         }
     }
 

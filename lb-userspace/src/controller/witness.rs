@@ -4,6 +4,9 @@
 //! turn comes; and when that check finds it gone, too, what the flows saw counts as a failure beside it. As soon as a
 //! check passes, what they saw until then is explained.
 //!
+//! The data path knows of one wait at a time, the longest, and it ends with the backend's next payload. What a client says
+//! last may be nothing that is ever answered: such a wait is forgotten an interval after it was explained.
+//!
 //! Where a check has found nothing new, somebody else who is refused is news only after a pause. Thousands of hosts that
 //! check a few backends do it seldom, and an overloaded one loses segments of all of them: so the pause grows with the
 //! interval, until what flows say brings about no more than about one check in each.
@@ -34,6 +37,7 @@ pub(super) struct Witness {
     /// The wait that a check has explained, or that a check was made for.
     explained: Option<u32>,
     checked_for: Option<u32>,
+    explained_at: Option<Instant>,
     /// The last check that found nothing new although somebody was refused.
     acquittal: Option<Acquittal>,
     /// When somebody was last refused, whatever has become of it.
@@ -62,6 +66,9 @@ pub(super) struct Testimony {
     pub(super) against: bool,
     /// Something new: a check is due.
     pub(super) news: bool,
+    /// A wait that was explained has gone on for long enough: it is to be forgotten, or nobody who begins to wait now would
+    /// be seen.
+    pub(super) stale: bool,
 }
 
 impl Witness {
@@ -91,7 +98,12 @@ impl Witness {
         // In a pause that is longer than that the checks that come by themselves are to cost no more than ever.
         let counts = acquitted.is_none_or(|it| it.pause <= EXPLAINED);
         let refused = counts && self.refused_at.is_some_and(recently);
-        Testimony { against: waited || refused, news: refusal || wait }
+        let stale = signal.waiting.is_some()
+            && self.explained == Some(signal.asked)
+            && self
+                .explained_at
+                .is_some_and(|at| now.saturating_duration_since(at) >= longest_pause(interval));
+        Testimony { against: waited || refused, news: refusal || wait, stale }
     }
 
     /// Whoever is refused after a time in which nobody was begins from the start.
@@ -118,7 +130,9 @@ impl Witness {
 
     fn passed(&mut self, interval: Duration, now: Instant) {
         self.explain_refusals(interval, now);
-        self.explained = self.checked_for;
+        if self.explained != self.checked_for {
+            (self.explained, self.explained_at) = (self.checked_for, Some(now));
+        }
     }
 
     fn explain_refusals(&mut self, interval: Duration, now: Instant) {
@@ -158,7 +172,7 @@ mod tests {
     }
 
     fn says(against: bool, news: bool) -> Testimony {
-        Testimony { against, news }
+        Testimony { against, news, stale: false }
     }
 
     #[test]
@@ -206,6 +220,23 @@ mod tests {
             "slow, not gone"
         );
         assert_eq!(witness.hear(Signal { refused: 1, ..waiting(6, 300) }, INTERVAL, now), says(true, true));
+    }
+
+    #[test]
+    fn a_wait_that_nothing_ends_hides_others_for_one_interval() {
+        let (start, interval) = (Instant::now(), Duration::from_secs(10));
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let mut witness = Witness::new(QUIET);
+        assert!(witness.hear(waiting(5, 300), interval, start).news);
+        for seconds in 0..10 {
+            // Other checks pass, too.
+            witness.passed(interval, after(seconds));
+            assert!(!witness.hear(waiting(5, 300 + 1000 * seconds), interval, after(seconds)).stale);
+        }
+        let testimony = witness.hear(waiting(5, 10_300), interval, after(10));
+        assert!(testimony.stale && !testimony.news && !testimony.against);
+        assert_eq!(witness.hear(QUIET, interval, after(11)), says(false, false), "it was forgotten");
+        assert_eq!(witness.hear(waiting(6, 300), interval, after(12)), says(true, true));
     }
 
     #[test]

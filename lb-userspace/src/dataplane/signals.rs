@@ -33,6 +33,13 @@ impl Dataplane {
         Ok(signals)
     }
 
+    /// Nobody has waited for a backend since `asked` ([`Signal::asked`]), unless somebody else began to meanwhile.
+    pub fn forget_wait(&self, id: u8, asked: u32) {
+        if let Some(backend) = self.backends.get(usize::from(id)) {
+            backend.asked.compare_exchange(asked, 0);
+        }
+    }
+
     /// [`Signal::waiting`] only says whether.
     fn signal(&self, id: u8) -> Signal {
         self.backends.get(usize::from(id)).map_or_else(Signal::default, |backend| {

@@ -33,6 +33,19 @@ fn somebody_waits_from_the_question_to_the_answers_first_byte() {
 }
 
 #[test]
+fn a_wait_that_is_forgotten_makes_way_for_the_next() {
+    let mut world = World::build(&Shape { backends: 1, ..Shape::new(Ip::V4) });
+    let flow = world.open(Ip::V4.client(1), Ip::V4.listener());
+    let asked = world.dataplane.signals([flow.backend].into_iter()).unwrap()[0].asked;
+    world.dataplane.forget_wait(flow.backend, asked.wrapping_add(1));
+    assert_eq!(noticed(&mut world), (true, false), "another wait than was meant");
+    world.dataplane.forget_wait(flow.backend, asked);
+    assert_eq!(noticed(&mut world), (false, false));
+    world.run(&Frame::syn(flow.client, flow.listener).bytes());
+    assert_eq!(noticed(&mut world), (true, false));
+}
+
+#[test]
 fn a_refused_syn_is_noticed() {
     for ip in Ip::BOTH {
         let mut world = World::build(&Shape { backends: 1, ..Shape::new(ip) });
