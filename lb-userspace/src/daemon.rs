@@ -223,7 +223,7 @@ async fn start(
         source: io::Error::other(error),
     })??;
     if dataplane.adopted() {
-        plan.adopt(&config, &dataplane.known())?;
+        plan.adopt(&config, &dataplane.known(), dataplane.unattended())?;
         tracing::info!("goes on with the flow table that is in the kernel");
     }
     if options.log_one_in.is_some() {

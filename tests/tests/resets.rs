@@ -327,6 +327,32 @@ fn also_one_that_is_up_and_ready_before_the_next_check_looks() {
 }
 
 #[test]
+fn also_one_that_did_so_while_nobody_looked() {
+    /// Longer than a host takes to reboot, for all that the daemon knows.
+    const ABSENCE: Duration = Duration::from_secs(6);
+    let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let settings = settings(&cluster, "10m");
+    let mut daemon = start(&cluster, &settings);
+    let mut idle = open_idle(&cluster);
+    let doomed = idle.at("api-1");
+    assert!(doomed > 0);
+    daemon.process().kill().unwrap();
+    let killed = Instant::now();
+    power_off(&mut cluster.apiservers[0]);
+    cluster.apiservers[0].start().unwrap();
+    cluster.apiservers[0].host.reconnect().unwrap();
+    thread::sleep(ABSENCE.saturating_sub(killed.elapsed()));
+    assert_eq!(idle.resets(&cluster).unwrap(), 0);
+    let daemon = start(&cluster, &settings);
+    idle.wait_reset(&cluster, doomed, VERDICT).unwrap();
+    idle.require_gone_only(&["api-1"]).unwrap();
+    for not_seen in ["refused", "silent"] {
+        assert!(!daemon.log().contains(not_seen), "{}", daemon.log());
+    }
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
 fn a_dead_servers_connections_are_kept_where_the_configuration_says_so() {
     let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
     let mut settings = settings(&cluster, "2s");

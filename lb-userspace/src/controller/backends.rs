@@ -43,6 +43,8 @@ pub(super) struct Backend {
     pub(super) since: Option<SystemTime>,
     /// Silent without a break since then, while it is silent or dead.
     pub(super) silent_since: Option<Instant>,
+    /// Nobody looked for so long, before this daemon, that it may have rebooted; it has not answered since.
+    pub(super) unattended: bool,
     /// The last check.
     pub(super) report: CheckReport,
     /// When that was; before the first, since when it is to be checked.
@@ -60,6 +62,7 @@ impl Backend {
             self.state = event.state;
             self.since = Some(event.since);
         }
+        self.unattended &= !event.is_answer();
         self.report = event.report.clone();
         self.checked = now;
     }
@@ -74,7 +77,7 @@ impl Backend {
     /// Knows what is known of the same backend before a reload.
     pub(super) fn take_over(&mut self, known: &Self) {
         (self.state, self.since) = (known.state, known.since);
-        self.silent_since = known.silent_since;
+        (self.silent_since, self.unattended) = (known.silent_since, known.unattended);
         (self.report, self.checked) = (known.report.clone(), known.checked);
         self.way = known.way.clone();
     }
@@ -146,6 +149,7 @@ pub(super) fn enumerate(config: &Config, roster: &Roster) -> Result<Vec<Backend>
                 state: State::Unknown,
                 since: None,
                 silent_since: None,
+                unattended: false,
                 report: CheckReport::initializing(),
                 checked: Instant::now(),
                 way: Way::Unknown,

@@ -5,6 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     ops::RangeInclusive,
+    time::Duration,
 };
 
 use futures_util::future::join_all;
@@ -23,6 +24,9 @@ use crate::{
     health::{State, Target, TargetId},
     network::{LocalAddress, Network, NetworkError, Route, first_ephemeral_port},
 };
+
+/// A host takes longer to reboot, and a daemon less to restart.
+const REBOOT: Duration = Duration::from_secs(5);
 
 /// What is to be loaded, attached and checked.
 #[derive(Debug)]
@@ -84,8 +88,14 @@ impl Plan {
     }
 
     /// Goes on with the numbers of a daemon before this one: whoever was there keeps theirs, and backends that had new
-    /// flows are ready until their checks have another verdict.
-    pub fn adopt(&mut self, config: &Config, known: &Known) -> Result<(), ControllerError> {
+    /// flows are ready until their checks have another verdict. If nobody has looked for `unattended`, they may have rebooted
+    /// meanwhile.
+    pub fn adopt(
+        &mut self,
+        config: &Config,
+        known: &Known,
+        unattended: Duration,
+    ) -> Result<(), ControllerError> {
         self.ports.keep_numbers(&known.ports);
         let before = Roster::known(config, known);
         self.roster = before.next(config, |address| self.here.contains(&address))?;
@@ -96,6 +106,7 @@ impl Plan {
             if known.backends.iter().any(|before| before.id == backend.id && before.accepts) {
                 backend.state = State::Ready;
             }
+            backend.unattended = unattended >= REBOOT;
         }
         Ok(())
     }

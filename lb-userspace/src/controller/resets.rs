@@ -3,7 +3,7 @@
 //! | what is seen of a backend | its flows |
 //! |---|---|
 //! | it is dead ([`Vigil`]) | reset, at most `reset_rate` a second; or kept, as `on_dead` or an operator's drain says |
-//! | it refuses connections, or answers after any silence: it may have rebooted | asked, at the same rate |
+//! | it refuses connections, or answers after any silence, of its or of ours: it may have rebooted | asked, at the same rate |
 //! | everything else | left alone |
 
 use std::{
@@ -591,15 +591,15 @@ fn refuses(report: &CheckReport) -> bool {
 }
 
 /// Whether a backend may have rebooted, or lost its flows in another way: it refuses connections, which it did not before,
-/// or answers after silence.
+/// or answers after silence, or for the first time after nobody has looked for a while.
 fn may_have_forgotten(event: &Event, before: &Backend) -> bool {
-    let answers = event.silent_since.is_none() && event.report.outcome != Outcome::Local;
     let was_silent = before.report.outcome == Outcome::Fail(Failure::Silent)
-        || matches!(before.state, State::Silent | State::Dead);
+        || matches!(before.state, State::Silent | State::Dead)
+        || before.unattended;
     let begins_to_refuse = refuses(&event.report)
         && event.state == State::Draining
         && !(refuses(&before.report) && before.state == State::Draining);
-    (answers && was_silent) || begins_to_refuse
+    (event.is_answer() && was_silent) || begins_to_refuse
 }
 
 impl Backend {

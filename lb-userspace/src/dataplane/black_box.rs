@@ -91,6 +91,13 @@ impl BlackBox {
         }
     }
 
+    /// How long it has been, at this time, since the daemon last noted the time. None: none has got so far yet.
+    pub(super) fn unattended(&self, jiffies: u64) -> Option<Duration> {
+        let Clock(anchor) = self.clock()?;
+        let ticks = jiffies.saturating_sub(anchor.jiffies);
+        Some(Duration::from_secs_f64(ticks as f64 / f64::from(anchor.frequency.max(1))))
+    }
+
     /// What turns jiffies into the time of day. None: no daemon has got so far yet.
     pub fn clock(&self) -> Option<Clock> {
         let head = self.place(self.rings - 1, 0)?;

@@ -136,6 +136,7 @@ pub struct Dataplane {
     next_hops: Mapped<Cell64>,
     clock: Mapped<u64>,
     black_box: BlackBox,
+    unattended: Duration,
     allow: LpmTrie<MapData, AllowKey, u32>,
     counters: PerCpuArray<MapData, u64>,
     backend_flows: PerCpuArray<MapData, u64>,
@@ -253,6 +254,7 @@ impl Dataplane {
             next_hops: mapped(&mut ebpf, "NEXT_HOP")?,
             clock: mapped(&mut ebpf, "CLOCK")?,
             black_box: BlackBox::of(&mut ebpf)?,
+            unattended: Duration::ZERO,
             allow: typed(&mut ebpf, "ALLOW")?,
             counters: typed(&mut ebpf, "COUNTER")?,
             backend_flows: typed(&mut ebpf, "BACKEND_FLOWS")?,
@@ -308,6 +310,7 @@ impl Dataplane {
         std::thread::sleep(ENOUGH.saturating_sub(at.elapsed()));
         let now = self.jiffies()?;
         self.ticks = Ticks::measured(now.wrapping_sub(jiffies), at.elapsed());
+        self.unattended = self.black_box.unattended(jiffies).unwrap_or_default();
         self.black_box.anchor(now, self.ticks.frequency);
         let mut config = self.settings();
         self.apply_ticks(&mut config);
@@ -318,6 +321,11 @@ impl Dataplane {
     fn apply_ticks(&self, config: &mut layout::Config) {
         config.jiffies_shift = self.ticks.shift();
         config.half_open_jiffies = self.ticks.jiffies(Duration::from_millis(200));
+    }
+
+    /// How long, before this one, no daemon has looked after the flow table ([`Dataplane::reap`]).
+    pub fn unattended(&self) -> Duration {
+        self.unattended
     }
 
     /// The tick counter as it is now.

@@ -73,6 +73,14 @@ pub struct Event {
     pub silent_since: Option<std::time::Instant>,
 }
 
+impl Event {
+    /// Whether the backend has answered, in whatever way.
+    #[must_use]
+    pub fn is_answer(&self) -> bool {
+        self.silent_since.is_none() && self.report.outcome != Outcome::Local
+    }
+}
+
 /// What is said to the checks of a target from outside.
 #[derive(Debug, Default)]
 struct Wake {
