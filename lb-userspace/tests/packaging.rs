@@ -3,7 +3,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
 
-use std::{collections::BTreeSet, fs, path::PathBuf, process::Command};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::PathBuf,
+    process::Command,
+};
 
 /// What keeps a daemon with our capabilities from the rest of the host. Whoever takes one away says why, here.
 const HARDENING: [&str; 20] = [
@@ -118,6 +123,32 @@ fn verified(drop_in: Option<&str>, others: &[(&str, &str)]) -> Option<String> {
     let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     assert!(output.status.success(), "{drop_in:?}: {said}");
     Some(said)
+}
+
+#[test]
+fn the_static_pod_sees_what_its_configuration_and_a_kubelets_kubeconfig_name() {
+    let pod: serde_json::Value = serde_saphyr::from_str(&packaged("sheave-node.yaml")).unwrap();
+    let spec = &pod["spec"];
+    let list = |value: &serde_json::Value| value.as_array().unwrap().clone();
+    let mounts = list(&spec["containers"][0]["volumeMounts"]);
+    let volumes: BTreeMap<_, _> = list(&spec["volumes"])
+        .into_iter()
+        .map(|volume| (volume["name"].as_str().unwrap().to_owned(), volume["hostPath"].clone()))
+        .collect();
+    assert_eq!(mounts.len(), volumes.len());
+    // At the same place as on the host: a kubeconfig names files by their paths.
+    for mount in &mounts {
+        assert_eq!(mount["mountPath"], volumes[mount["name"].as_str().unwrap()]["path"], "{mount}");
+    }
+    let is_for_reading = |path: &str| {
+        let mount = mounts.iter().find(|mount| mount["mountPath"] == path);
+        mount.unwrap_or_else(|| panic!("{path} is not mounted"))["readOnly"] == true
+    };
+    for path in ["/etc/sheave", "/etc/kubernetes", "/var/lib/kubelet/pki"] {
+        assert!(is_for_reading(path), "{path}");
+    }
+    // Where kubelet has not been yet.
+    assert_eq!(volumes["kubelet"]["type"], "DirectoryOrCreate");
 }
 
 #[test]
