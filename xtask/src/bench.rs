@@ -9,6 +9,9 @@ use crate::{
     process, setup,
 };
 
+/// What the benchmarks run beside themselves and `sheave`.
+pub(crate) const BESIDE: [&str; 4] = ["sheave-dial", "sheave-hold", "sheave-load", "sheave-stub-apiserver"];
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// What to measure, and flags for it; `--help` lists them
@@ -25,7 +28,7 @@ impl Options {
         }
         let sheave = Binary::SHEAVE.build()?;
         let of_the_lab = |name| Binary { package: "lb-tests", name, profile: Profile::Release };
-        for beside in ["sheave-stub-apiserver", "sheave-load", "sheave-hold", "sheave-dial"] {
+        for beside in BESIDE {
             of_the_lab(beside).build()?;
         }
         let bench = of_the_lab("sheave-bench").build()?;

@@ -9,6 +9,9 @@ use crate::{
     process, setup,
 };
 
+/// What the demo runs beside itself and `sheave`.
+pub(crate) const BESIDE: [&str; 1] = ["sheave-stub-apiserver"];
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
     /// Tell the story once, unattended, and end with 0 only if no request was lost
@@ -28,7 +31,11 @@ impl Options {
         setup::ensure_tools(&setup::DEMO_TOOLS)?;
         let sheave = Binary::SHEAVE.build()?;
         // The tests use the same build.
-        let demo = Binary { package: "lb-tests", name: "sheave-demo", profile: Profile::Dev }.build()?;
+        let of_the_lab = |name| Binary { package: "lb-tests", name, profile: Profile::Dev };
+        for beside in BESIDE {
+            of_the_lab(beside).build()?;
+        }
+        let demo = of_the_lab("sheave-demo").build()?;
         let mut command = process::as_root(demo)?;
         if self.once {
             command.arg("--once");

@@ -12,6 +12,8 @@ mod setup;
 mod test;
 #[path = "../../lb-ebpf/toolchain.rs"]
 mod toolchain;
+#[cfg(test)]
+mod what_runs;
 
 use std::process::ExitCode;
 

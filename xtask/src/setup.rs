@@ -97,22 +97,26 @@ fn nightly_has_clippy(rustup: &Path) -> bool {
 /// A program and the Debian package that has it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Tool {
-    program: &'static str,
+    pub(crate) program: &'static str,
     package: &'static str,
 }
 
-/// What the demo's laboratory uses.
-pub(crate) const DEMO_TOOLS: [Tool; 2] =
-    [Tool { program: "ip", package: "iproute2" }, Tool { program: "ethtool", package: "ethtool" }];
-
-/// What the tests use.
-pub(crate) const TEST_TOOLS: [Tool; 10] = [
+/// What the demo's laboratory uses, and what the demo tells a person to type.
+pub(crate) const DEMO_TOOLS: [Tool; 5] = [
     Tool { program: "ip", package: "iproute2" },
+    Tool { program: "ss", package: "iproute2" },
     Tool { program: "nft", package: "nftables" },
     Tool { program: "ethtool", package: "ethtool" },
     Tool { program: "curl", package: "curl" },
-    Tool { program: "ping", package: "iputils-ping" },
-    Tool { program: "ps", package: "procps" },
+];
+
+/// What the tests use.
+pub(crate) const TEST_TOOLS: [Tool; 9] = [
+    Tool { program: "ip", package: "iproute2" },
+    Tool { program: "ss", package: "iproute2" },
+    Tool { program: "nft", package: "nftables" },
+    Tool { program: "ethtool", package: "ethtool" },
+    Tool { program: "curl", package: "curl" },
     Tool { program: "haproxy", package: "haproxy" },
     Tool { program: "keepalived", package: "keepalived" },
     Tool { program: "etcd", package: "etcd-server" },
@@ -138,7 +142,8 @@ pub(crate) fn ensure_tools(tools: &[Tool]) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
-    let packages: Vec<_> = missing.iter().map(|tool| tool.package).collect();
+    let mut packages: Vec<_> = missing.iter().map(|tool| tool.package).collect();
+    packages.dedup();
     if !apt::is_here() {
         let programs: Vec<_> = missing.iter().map(|tool| tool.program).collect();
         bail!(

@@ -18,9 +18,11 @@ In keepalived.conf:
       script \"/usr/bin/sheave alive\"
       interval 1
       timeout 2
-      fall 2
+      fall 6
       rise 2
   }
+
+`fall 6`: it fails while the daemon restarts, and packets flow meanwhile. That must not move the VIP, which resets flows.
 
 Exit codes: 0 it works, 1 it does not (the reasons are on stderr), 2 wrong usage.")]
 pub(super) struct Arguments {

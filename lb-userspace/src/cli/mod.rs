@@ -65,7 +65,7 @@ Examples:
   sheave completions bash > /etc/bash_completion.d/sheave
 
 In keepalived, instead of `pgrep haproxy`:
-  vrrp_script sheave { script \"/usr/bin/sheave alive\" interval 1 timeout 2 fall 2 rise 2 }
+  vrrp_script sheave { script \"/usr/bin/sheave alive\" interval 1 timeout 2 fall 6 rise 2 }
 ";
 
 /// Load balancer for kube-apiservers, in the kernel (XDP): no proxy, no TLS termination.
