@@ -292,20 +292,28 @@ impl Cluster {
         command
     }
 
-    /// Counts what must never happen: RSTs that the load balancer's own stack sends in a VIP's name. XDP's do not
-    /// come by here.
+    /// Counts what must never happen: RSTs that the load balancer's own stack sends in a VIP's name, or from a port that is
+    /// a flow's. XDP's do not come by here.
     fn count_resets(&self) -> Result<()> {
-        self.lb.nft(&format!(
+        self.lb.nft(
             "add table inet lab; add counter inet lab resets; \
-             add chain inet lab out {{ type filter hook output priority 0; }}; \
-             add rule inet lab out ip saddr {} tcp flags & rst == rst counter name resets; \
-             add rule inet lab out ip6 saddr {} tcp flags & rst == rst counter name resets",
-            self.vip4, self.vip6
-        ))?;
-        Ok(())
+             add chain inet lab out { type filter hook output priority 0; }",
+        )?;
+        let count = |matches: String| {
+            let rule = format!("add rule inet lab out {matches} tcp flags & rst == rst counter name resets");
+            self.lb.nft(&rule).map(drop)
+        };
+        count(format!("ip saddr {}", self.vip4))?;
+        count(format!("ip6 saddr {}", self.vip6))?;
+        // Where the VIPs are not the SNAT addresses. The host's own connections, its checks, have ephemeral ports.
+        let inside = self.lb.links().get(1).filter(|_| self.shape == Shape::TwoArm);
+        inside.map_or(Ok(()), |inside| {
+            count(format!("ip saddr {} tcp sport 1024-32767", inside.v4))?;
+            count(format!("ip6 saddr {} tcp sport 1024-32767", inside.v6))
+        })
     }
 
-    /// How many RSTs the load balancer's own stack has sent in a VIP's name.
+    /// How many RSTs the load balancer's own stack has sent into flows.
     ///
     /// # Errors
     /// When nft does not answer.
@@ -317,13 +325,13 @@ impl Cluster {
         counter.context("nft shows no counter")
     }
 
-    /// Fails if the load balancer's own stack has sent a RST in a VIP's name.
+    /// Fails if the load balancer's own stack has sent a RST into a flow.
     ///
     /// # Errors
     /// When it has.
     pub fn require_no_own_resets(&self) -> Result<()> {
         let resets = self.own_resets()?;
-        ensure!(resets == 0, "the load balancer's own stack sent {resets} RSTs in a VIP's name");
+        ensure!(resets == 0, "the load balancer's own stack sent {resets} RSTs into flows");
         Ok(())
     }
 }

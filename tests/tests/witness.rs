@@ -52,6 +52,7 @@ fn a_refused_connection_is_noticed_by_the_flow_that_meets_it() {
     let report = sequential(&cluster.client, &client, 60).unwrap();
     report.require_all(60).unwrap();
     assert!(!report.by_server().contains_key("api-1"), "{:?}", report.by_server());
+    cluster.require_no_own_resets().unwrap();
 }
 
 #[test]
@@ -71,6 +72,7 @@ fn a_wait_without_an_answer_is_noticed_on_a_frozen_server_and_on_one_that_is_cut
         let report = sequential(&cluster.client, &client, 60).unwrap();
         report.require_all(60).unwrap();
         assert!(!report.by_server().contains_key("api-1"), "{:?}", report.by_server());
+        cluster.require_no_own_resets().unwrap();
     }
 }
 
@@ -130,6 +132,7 @@ fn flows_have_a_backend_checked_and_never_decide_by_themselves() {
         let report = sequential(&cluster.client, &client, 60).unwrap();
         report.require_all(60).unwrap();
         assert!(report.by_server().contains_key("api-1"), "{:?}", report.by_server());
+        cluster.require_no_own_resets().unwrap();
     }
 }
 
