@@ -50,7 +50,7 @@ use crate::{
     dataplane::{Attached, Dataplane, DataplaneError, Mode, Reaped, Target},
     discovery,
     health::{self, Event, State, Transition},
-    network::{Change, Network, XdpAttachMode, offloads, used_tcp_ports},
+    network::{Change, Interface, Network, XdpAttachMode, offloads, used_tcp_ports},
     sources::Sources,
     systemd,
     vip::{Follower, Owner, Presence, remove_others},
@@ -111,6 +111,13 @@ pub fn check_files(config: &Config) -> Result<(), ControllerError> {
     }
     load_hash_key(config.dataplane.hash_key_file.as_deref()).map_err(ControllerError::HashKey)?;
     Ok(())
+}
+
+/// Says which offloads of an interface were switched off.
+fn say_off(interface: &str, off: &[String]) {
+    if !off.is_empty() {
+        tracing::info!("{interface}: switched off {} until `sheave unload`", off.join(", "));
+    }
 }
 
 /// Why the controller ended.
@@ -188,6 +195,8 @@ pub struct Controller {
     hook: Hook,
     /// Of the hook.
     sockets: Sockets,
+    /// What the operator should know about interfaces, in sentences.
+    unfinished_checksums: Vec<String>,
 }
 
 impl Controller {
@@ -250,6 +259,7 @@ impl Controller {
             resets,
             hook: Hook::default(),
             sockets: Sockets::default(),
+            unfinished_checksums: Vec::new(),
         };
         controller.obey_orders();
         controller.fill()?;
@@ -335,13 +345,7 @@ impl Controller {
             let there = self.network.xdp_programs(index).await?.unwrap_or_default();
             let turn_off = |mode| {
                 let off = offloads::turn_off(&interface.name, mode == Some(Mode::Generic), &state_dir)?;
-                if !off.is_empty() {
-                    tracing::info!(
-                        "{}: switched off {} until `sheave unload`",
-                        interface.name,
-                        off.join(", ")
-                    );
-                }
+                say_off(&interface.name, &off);
                 Ok::<_, ControllerError>(())
             };
             if self.dataplane.took_over(index) {
@@ -355,6 +359,7 @@ impl Controller {
                     );
                 }
                 turn_off(Some(attached))?;
+                self.see_to_checksums(&interface, attached)?;
                 self.dataplane.note_attached(Attached {
                     name: interface.name,
                     interface: index,
@@ -375,9 +380,27 @@ impl Controller {
             if mode.is_none() && attached.mode == Mode::Generic {
                 turn_off(Some(Mode::Generic))?;
             }
+            self.see_to_checksums(&interface, attached.mode)?;
         }
         self.attach_hook().await?;
         self.leave_others()?;
+        Ok(())
+    }
+
+    /// Keeps packets from the program whose checksums nobody has finished, as far as it can be done from here; the rest is
+    /// said. Where the program is in generic mode, also in the status.
+    fn see_to_checksums(&mut self, interface: &Interface, mode: Mode) -> Result<(), ControllerError> {
+        let driver = interface.driver.as_deref().unwrap_or_default();
+        let generic = mode == Mode::Generic;
+        if let Some(warning) = offloads::unfinished_checksums(&interface.name, driver, generic) {
+            tracing::warn!("{warning}");
+            self.unfinished_checksums.extend(generic.then_some(warning));
+        }
+        let members = self.network.interfaces().into_iter().filter(|it| it.master == Some(interface.index));
+        for member in members.filter(|_| generic) {
+            let off = offloads::turn_off_below(&member.name, &self.config.dataplane.state_dir)?;
+            say_off(&member.name, &off);
+        }
         Ok(())
     }
 

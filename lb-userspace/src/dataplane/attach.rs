@@ -10,6 +10,7 @@ use aya::programs::{
 };
 
 use super::{Dataplane, DataplaneError, Removed, grace, pins::Pins};
+use crate::network::offloads;
 
 /// How the program is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,10 +63,6 @@ pub struct Target<'a> {
     pub occupied_by: Option<u32>,
 }
 
-/// Drivers of virtual machines: their peers leave checksums to be finished by a card that is not there, and in generic
-/// mode such packets come through unfinished.
-const UNSAFE_IN_GENERIC: [&str; 4] = ["virtio_net", "xen_netfront", "hv_netvsc", "veth"];
-
 impl Dataplane {
     /// Attaches the program. With None the mode is chosen: native, or generic where the driver cannot and it is safe.
     pub fn attach(&mut self, target: &Target<'_>, mode: Option<Mode>) -> Result<Attached, DataplaneError> {
@@ -91,11 +88,12 @@ impl Dataplane {
         if !is_unsupported(&source) {
             return Err(failure(target, Mode::Native, source));
         }
-        if UNSAFE_IN_GENERIC.contains(&target.driver) {
+        if offloads::leaves_checksums_unfinished(target.driver) {
             return Err(DataplaneError::NoNativeMode {
                 interface: target.name.to_owned(),
                 driver: target.driver.to_owned(),
                 fix: native_fix(target.driver),
+                precaution: precaution(target),
                 source: Box::new(source),
             });
         }
@@ -244,6 +242,13 @@ fn native_fix(driver: &str) -> &'static str {
         _ => {
             "lower the MTU to 3498 or below and leave the driver at least one free transmit queue for each processor"
         }
+    }
+}
+
+fn precaution(target: &Target<'_>) -> String {
+    match (target.driver, target.name) {
+        ("veth", name) => format!("after `ethtool -K DEVICE tx off` for the other end of {name}"),
+        (_, name) => format!("after `ethtool -K {name} rx off` on this host"),
     }
 }
 

@@ -14,7 +14,9 @@ pub enum DataplaneError {
     )]
     Load(#[source] Box<aya::EbpfError>),
     /// The verifier, or the kernel's lack of a feature.
-    #[error("the kernel does not take program {name}: {source}\n  `sheave doctor` says what is missing")]
+    #[error(
+        "the kernel does not take program {name}: {source}\n  needed: root (or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON) and Linux 5.18 or newer; `sheave doctor` says what is missing"
+    )]
     Program {
         /// Which.
         name: &'static str,
@@ -103,7 +105,7 @@ pub enum DataplaneError {
     },
     /// The driver has no XDP, and generic mode would lose data there.
     #[error(
-        "{interface}: driver {driver} does not take the program in native mode ({source}), and generic mode would corrupt packets with unfinished checksums there\n  {fix}, or set `xdp_mode = \"generic\"` after `ethtool -K {interface} rx off` on this host"
+        "{interface}: driver {driver} does not take the program in native mode ({source}), and generic mode would corrupt packets with unfinished checksums there\n  {fix}, or set `xdp_mode = \"generic\"` {precaution}"
     )]
     NoNativeMode {
         /// The interface's name.
@@ -112,6 +114,8 @@ pub enum DataplaneError {
         driver: String,
         /// What usually helps.
         fix: &'static str,
+        /// What makes generic mode safe.
+        precaution: String,
         /// What the kernel said.
         source: Box<aya::programs::ProgramError>,
     },

@@ -72,6 +72,7 @@ pub(super) fn examine(network: &Network, ports: &[Port], config: Option<&Config>
         findings.push(mtu(&interface));
         findings.extend(other_programs(&interface));
         findings.extend(harmful_offloads(&interface, mode));
+        findings.extend(unfinished_checksums(&interface, mode));
         findings.extend(stacked(network, port, &interface));
         findings.extend(reverse_path_filter(&interface));
     }
@@ -167,6 +168,17 @@ fn harmful_offloads(interface: &Interface, mode: XdpMode) -> Option<Finding> {
         note(subject(interface), format!("{} on: sheave switches off while it is attached", on.join(", ")))
             .fix(format!("ethtool -K {} {}", interface.name, switches.join(" "))),
     )
+}
+
+/// What switching off an offload of this interface does not help against.
+fn unfinished_checksums(interface: &Interface, mode: XdpMode) -> Option<Finding> {
+    let driver = interface.driver.as_deref().filter(|driver| *driver == "veth")?;
+    let what = offloads::unfinished_checksums(&interface.name, driver, mode == XdpMode::Generic)?;
+    Some(if mode == XdpMode::Generic {
+        warning(subject(interface), what)
+    } else {
+        note(subject(interface), what)
+    })
 }
 
 /// VLANs, bonds and bridges: where the program really is.

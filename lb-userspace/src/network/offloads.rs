@@ -20,6 +20,13 @@ pub const HARMFUL: [&str; 3] = [
 /// What is harmful in generic mode only: the checksum of such a frame may not have been computed yet.
 pub const HARMFUL_IN_GENERIC_MODE: &str = "rx-checksum";
 
+/// What is harmful on the members of a bridge or bond that is in generic mode: its program gets what they have merged, and
+/// nobody has finished the checksum of that. On the interface itself the kernel leaves it off (`netif_elide_gro`).
+pub const HARMFUL_BELOW_GENERIC_MODE: &str = "rx-gro";
+
+/// Drivers of virtual machines: their peers leave checksums to be finished by a card that is not there.
+const OF_VIRTUAL_MACHINES: [&str; 4] = ["virtio_net", "xen_netfront", "hv_netvsc", "veth"];
+
 /// Why offloads could not be switched.
 #[derive(Debug, thiserror::Error)]
 pub enum OffloadError {
@@ -59,13 +66,55 @@ pub fn fixed(interface: &str, names: &[String]) -> io::Result<Vec<String>> {
     Ok(names.iter().filter(fixed).cloned().collect())
 }
 
+/// Whether packets come through a driver's generic mode with checksums that nobody has finished, if nothing is done
+/// about it.
+pub fn leaves_checksums_unfinished(driver: &str) -> bool {
+    OF_VIRTUAL_MACHINES.contains(&driver)
+}
+
+/// What to do about packets that may still come with unfinished checksums after [`turn_off`]: the program would send them
+/// on as they are, and whoever gets them drops them. None: no such packet comes. On a veth they come in either mode, and
+/// only its other end can finish them.
+pub fn unfinished_checksums(interface: &str, driver: &str, generic: bool) -> Option<String> {
+    let fix = if driver == "veth" {
+        format!("run `ethtool -K DEVICE tx off` for the other end of {interface}")
+    } else {
+        let is_on =
+            || harmful(interface, true).is_ok_and(|on| on.iter().any(|it| it == HARMFUL_IN_GENERIC_MODE));
+        if !(generic && leaves_checksums_unfinished(driver) && is_on()) {
+            return None;
+        }
+        format!("its driver does not let {HARMFUL_IN_GENERIC_MODE} be switched off: use another network card")
+    };
+    Some(format!(
+        "{interface}: connections of virtual machines and containers on the same machine may hang, as driver {driver} hands \
+         their packets over before the checksums are finished: {fix}"
+    ))
+}
+
 /// Switches the harmful offloads of an interface off and records them in `state_dir`. Returns those that were on and
 /// could be switched. What the driver has fixed stays as it is: see `doctor`.
 pub fn turn_off(interface: &str, generic: bool, state_dir: &Path) -> Result<Vec<String>, OffloadError> {
-    let failed =
-        |doing| move |source| OffloadError::Driver { doing, interface: interface.to_owned(), source };
-    let names = harmful(interface, generic).map_err(failed("read the offloads"))?;
-    let fixed = fixed(interface, &names).map_err(failed("read the offloads"))?;
+    let names = harmful(interface, generic).map_err(failed("read the offloads", interface))?;
+    turn_off_these(interface, names, state_dir)
+}
+
+/// The same for a member of a bridge or bond that has the program in generic mode.
+pub fn turn_off_below(interface: &str, state_dir: &Path) -> Result<Vec<String>, OffloadError> {
+    let mut names = harmful(interface, true).map_err(failed("read the offloads", interface))?;
+    let features = ethtool::features(interface).map_err(failed("read the offloads", interface))?;
+    if features.get(HARMFUL_BELOW_GENERIC_MODE).is_some_and(|it| it.active) {
+        names.push(HARMFUL_BELOW_GENERIC_MODE.to_owned());
+    }
+    turn_off_these(interface, names, state_dir)
+}
+
+fn turn_off_these(
+    interface: &str,
+    names: Vec<String>,
+    state_dir: &Path,
+) -> Result<Vec<String>, OffloadError> {
+    let fixed = fixed(interface, &names).map_err(failed("read the offloads", interface))?;
     let names: Vec<String> = names.into_iter().filter(|name| !fixed.contains(name)).collect();
     if names.is_empty() {
         return Ok(names);
@@ -74,8 +123,13 @@ pub fn turn_off(interface: &str, generic: bool, state_dir: &Path) -> Result<Vec<
     let mut record = Record::load(state_dir)?;
     record.was_on.entry(interface.to_owned()).or_default().extend(names.iter().cloned());
     record.save(state_dir)?;
-    switch(interface, &names, false).map_err(failed("switch offloads off"))?;
+    switch(interface, &names, false).map_err(failed("switch offloads off", interface))?;
     Ok(names)
+}
+
+fn failed(doing: &'static str, interface: &str) -> impl FnOnce(io::Error) -> OffloadError {
+    let interface = interface.to_owned();
+    move |source| OffloadError::Driver { doing, interface, source }
 }
 
 /// Switches on again what [`turn_off`] switched off. An interface that is gone is forgotten. Returns the interfaces

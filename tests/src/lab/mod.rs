@@ -181,6 +181,35 @@ impl Lab {
         let link = host.links().get(number).with_context(|| format!("{} has no such link", host.name()))?;
         self.net.ip(&format!("link set {} {state}", link.port))
     }
+
+    /// Has a host send through its first link as a virtual machine does, and as every veth does by itself: nobody
+    /// finishes the checksums, neither the host nor the switch towards it.
+    ///
+    /// # Errors
+    /// When it has no link.
+    pub fn leave_checksums_unfinished(&self, host: &Host) -> Result<()> {
+        let Link { interface, port, .. } = host.link()?;
+        for (namespace, device) in [(host.namespace(), interface), (&self.net, port)] {
+            run(namespace.command("ethtool").args(["-K", device, "tx", "on"]))?;
+        }
+        Ok(())
+    }
+
+    /// Has the switch finish the checksums of what it sends to a host.
+    ///
+    /// # Errors
+    /// When the host has no link.
+    pub fn finish_checksums_towards(&self, host: &Host) -> Result<()> {
+        run(self.net.command("ethtool").args(["-K", &host.link()?.port, "tx", "off"])).map(drop)
+    }
+
+    /// Has the switch send to a host by more queues than its first link takes: a veth has no native XDP then.
+    ///
+    /// # Errors
+    /// When the host has no link, or this machine has one processor alone.
+    pub fn widen(&self, host: &Host) -> Result<()> {
+        run(self.net.command("ethtool").args(["-L", &host.link()?.port, "tx", "2"])).map(drop)
+    }
 }
 
 impl Drop for Lab {
