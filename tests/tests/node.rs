@@ -9,9 +9,15 @@ use aya_obj::generated::bpf_attach_type;
 use lb_common::outcome::{Counter, Event};
 use lb_tests::{
     cluster::{Cluster, Shape},
-    daemon::{Daemon, Settings, has_xdp},
+    daemon::{Daemon, Settings, has_xdp, program},
     dial::{ASKING, Dialled, dial},
-    lab::{Host, Lab, Process, authority::Authority, cgroup::attached, cgroup_of, eventually, run},
+    lab::{
+        Host, Lab, Process,
+        authority::Authority,
+        cgroup::{attached, occupy},
+        cgroup_of, eventually, run,
+    },
+    load,
     stub::PORT,
 };
 use lb_userspace::{
@@ -345,6 +351,52 @@ fn what_a_connect_to_another_address_costs() {
         println!("{name} to {to}: {} ns a run, {count} runs", time.as_nanos() / u128::from(count));
     }
     daemon.process().kill().unwrap();
+}
+
+/// What is said of a cgroup that lets no other program on it.
+const REFUSED_HOOK: &str = "the kernel does not let program connect4 of the connect hook on the cgroup: ";
+
+#[test]
+fn a_hook_that_may_not_be_on_the_cgroup_says_so_and_a_load_balancer_goes_on_without() {
+    let cluster = node(1);
+    let cgroup = cgroup_of(cluster.lab.directory()).unwrap();
+    occupy(&cgroup, bpf_attach_type::BPF_CGROUP_INET4_CONNECT).unwrap();
+    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings(&cluster)).unwrap();
+    let ended = daemon.process().wait(VERDICT).unwrap();
+    let log = daemon.log();
+    assert_eq!(ended.code(), Some(1), "{log}");
+    assert!(log.contains(REFUSED_HOOK), "{log}");
+    assert!(log.contains("CAP_BPF and CAP_NET_ADMIN") && log.contains("bpftool cgroup tree"), "{log}");
+    assert_eq!(programs(&cluster), [bpf_attach_type::BPF_CGROUP_INET4_CONNECT], "nothing half-attached");
+
+    let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
+    let cgroup = cgroup_of(cluster.lab.directory()).unwrap();
+    occupy(&cgroup, bpf_attach_type::BPF_CGROUP_INET4_CONNECT).unwrap();
+    let daemon = cluster.balance().unwrap();
+    let flags = daemon.flags().unwrap();
+    assert!(
+        flags.contains("clients on this host itself are not served") && flags.contains(REFUSED_HOOK),
+        "{flags}"
+    );
+    let client = cluster.client_of(cluster.vip4).unwrap();
+    load::sequential(&cluster.client, &client, 5).unwrap().require_all(5).unwrap();
+}
+
+#[test]
+fn a_node_without_the_right_to_hook_says_which_right_it_needs() {
+    for (without, said) in [("bpf", "CAP_BPF"), ("net_admin", "CAP_NET_ADMIN")] {
+        let cluster = node(1);
+        let mut command = cluster.lb.command("setpriv");
+        // The one contains all the others.
+        command.arg(format!("--bounding-set=-sys_admin,-{without}")).arg(program().unwrap());
+        let config = |directory: &Path| settings(&cluster).to_toml(directory);
+        let mut daemon = Daemon::start_with(&cluster.lb, cluster.lab.directory(), config, command).unwrap();
+        let ended = daemon.process().wait(VERDICT).unwrap();
+        let log = daemon.log();
+        assert_eq!(ended.code(), Some(1), "without {without}: {log}");
+        assert!(log.contains(said) && log.contains("not permitted"), "without {without}: {log}");
+        assert_eq!(programs(&cluster), Vec::new(), "without {without}");
+    }
 }
 
 /// What the hook has one program of each of.

@@ -3,14 +3,14 @@
 use std::{
     ffi::OsStr,
     fs,
-    os::fd::AsRawFd as _,
+    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
-use aya_obj::generated::bpf_attach_type;
+use aya_obj::generated::{bpf_attach_type, bpf_prog_type};
 use lb_userspace::{config, hook::Place};
 
 use super::{Host, Lab, namespace::owner_is_gone, wait::eventually};
@@ -181,4 +181,64 @@ pub fn attached(cgroup: &Path, attach_type: bpf_attach_type) -> Result<u32> {
     let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut query, size_of::<Query>()) };
     ensure!(result == 0, "bpf(BPF_PROG_QUERY): {}", std::io::Error::last_os_error());
     Ok(query.count)
+}
+
+/// Puts a program on a cgroup that lets everything through and nobody else's program beside it, as an agent that knows
+/// nothing of others does: `BPF_PROG_ATTACH` without flags (`bpf(2)`). It goes with the cgroup.
+///
+/// # Errors
+/// When there is no such cgroup, or somebody's program is there already.
+pub fn occupy(cgroup: &Path, attach_type: bpf_attach_type) -> Result<()> {
+    #[repr(C)]
+    #[derive(Default)]
+    struct Load {
+        program_type: u32,
+        instructions: u32,
+        code: u64,
+        license: u64,
+        log: [u32; 2],
+        log_buffer: u64,
+        kernel_version: u32,
+        flags: u32,
+        name: [u8; 16],
+        interface: u32,
+        attach_type: u32,
+    }
+    #[repr(C)]
+    struct Attach {
+        target: u32,
+        program: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    const BPF_PROG_LOAD: libc::c_int = 5;
+    const BPF_PROG_ATTACH: libc::c_int = 8;
+    /// `r0 = 1; exit` (RFC 9669).
+    const LET_THROUGH: [u64; 2] = [0x1_0000_00b7, 0x95];
+    let license = c"Apache-2.0";
+    let load = Load {
+        program_type: bpf_prog_type::BPF_PROG_TYPE_CGROUP_SOCK_ADDR as u32,
+        instructions: LET_THROUGH.len() as u32,
+        code: LET_THROUGH.as_ptr() as u64,
+        license: license.as_ptr() as u64,
+        attach_type: attach_type as u32,
+        ..Default::default()
+    };
+    // SAFETY: the structure is the one of the command, and what it points at lives until the call is over.
+    let program = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<Load>()) };
+    ensure!(program >= 0, "bpf(BPF_PROG_LOAD): {}", std::io::Error::last_os_error());
+    // SAFETY: the call has made it, and nobody else has it.
+    let program = unsafe { OwnedFd::from_raw_fd(program as i32) };
+    let directory = fs::File::open(cgroup).with_context(|| cgroup.display().to_string())?;
+    let attach = Attach {
+        target: directory.as_raw_fd().cast_unsigned(),
+        program: program.as_raw_fd().cast_unsigned(),
+        attach_type: attach_type as u32,
+        flags: 0,
+    };
+    // SAFETY: the structure is the one of the command.
+    let attached =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attach, size_of::<Attach>()) };
+    ensure!(attached == 0, "bpf(BPF_PROG_ATTACH): {}", std::io::Error::last_os_error());
+    Ok(())
 }
