@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    io,
     net::SocketAddr,
     path::Path,
     sync::{
@@ -20,6 +21,7 @@ use hyper_util::rt::TokioIo;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
+use socket2::{Domain, Socket, Type};
 use tokio::{net::TcpStream, runtime::Runtime, task::JoinSet, time::timeout};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
@@ -35,6 +37,8 @@ pub struct Outcome {
     pub started: Instant,
     /// When it succeeded or failed.
     pub ended: Instant,
+    /// The client's end of its connection, from the first SYN on. None: it was asked on a connection that stood.
+    pub source: Option<SocketAddr>,
     /// The server that answered, or what went wrong.
     pub result: Result<String, String>,
 }
@@ -195,9 +199,37 @@ impl Client {
     /// Asks for the server's name on a new connection.
     pub async fn ask_name(&self) -> Outcome {
         let started = Instant::now();
-        let result = async { self.connect().await?.name().await }.await;
-        Outcome { started, ended: Instant::now(), result: result.map_err(|error| format!("{error:#}")) }
+        let mut source = None;
+        let result = async {
+            let connecting = async {
+                let tcp = begin(self.target).context("TCP")?;
+                source = tcp.local_addr().ok();
+                stands(&tcp).await.context("TCP")?;
+                self.handshakes(tcp).await
+            };
+            let (mut connection, driver) = timeout(self.limit, connecting).await.context("connecting")??;
+            tokio::spawn(driver);
+            connection.name().await
+        };
+        let result = result.await.map_err(|error| format!("{error:#}"));
+        Outcome { started, ended: Instant::now(), source, result }
     }
+}
+
+/// Sends a SYN and does not wait for an answer: the socket has its address from now on, whatever becomes of it.
+fn begin(target: SocketAddr) -> io::Result<TcpStream> {
+    let socket = Socket::new(Domain::for_address(target), Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    match socket.connect(&target.into()) {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+        _ => TcpStream::from_std(socket.into()),
+    }
+}
+
+/// Waits until a connection stands.
+async fn stands(tcp: &TcpStream) -> io::Result<()> {
+    tcp.writable().await?;
+    tcp.take_error()?.map_or(Ok(()), Err)
 }
 
 impl Connection {
@@ -294,7 +326,7 @@ impl Crowd {
             for connection in connections {
                 let started = Instant::now();
                 let result = connection.name().await.map_err(|error| format!("{error:#}"));
-                report.outcomes.push(Outcome { started, ended: Instant::now(), result });
+                report.outcomes.push(Outcome { started, ended: Instant::now(), source: None, result });
             }
             report
         })
@@ -336,6 +368,13 @@ impl Asker {
     /// What has happened so far.
     pub fn report(&self) -> Report {
         self.report.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Those that have failed among all but the `first` so many, and how many there are by now.
+    pub fn failures_after(&self, first: usize) -> (Vec<Outcome>, usize) {
+        let report = self.report.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = report.outcomes.iter().skip(first);
+        (new.filter(|outcome| outcome.result.is_err()).cloned().collect(), report.outcomes.len())
     }
 
     /// Lets the requests under way end and returns what has happened.

@@ -2,18 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
 
-use std::{
-    fs,
-    net::IpAddr,
-    process::{Command, Stdio},
-    time::Duration,
-};
+use std::{fs, net::IpAddr, process::Stdio, time::Duration};
 
 use anyhow::ensure;
 use lb_tests::{
     cluster::{Apiserver, Cluster, Router, Shape},
     daemon::{Daemon, has_xdp},
-    lab::{Host, eventually, process::sibling_program, run},
+    lab::{Host, eventually, run},
     load::{self, Asker, Crowd},
     pattern::Checker,
     stub::{Door, Health, TOKEN},
@@ -500,15 +495,4 @@ fn beside_keepalived_the_vip_moves_and_sheave_follows() {
     for (lb, vip) in lbs.iter().flat_map(|lb| cluster.vips().map(|vip| (lb, vip))) {
         assert!(!lb.has_address(vip).unwrap(), "{} still has {vip}", lb.name());
     }
-}
-
-#[test]
-fn the_demonstration_tells_its_story() {
-    let output = Command::new(sibling_program("sheave-demo").unwrap()).arg("--once").output().unwrap();
-    assert!(
-        output.status.success(),
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
 }

@@ -1,7 +1,6 @@
-//! What every story does: harm, waiting for the verdict, and the account of every request.
+//! What every story does: harm, waiting for the verdict, and the account of the requests.
 
 use std::{
-    collections::BTreeMap,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -12,9 +11,12 @@ use lb_tests::{
     cluster::Cluster,
     daemon::Daemon,
     lab::cgroup::Visit,
-    load::{Asker, Outcome, Report},
+    load::Asker,
+    stub::Stub,
     watches::{Seen, Watches},
 };
+
+use crate::losses::{Fault, Losses};
 
 /// The longest verdict: a reply that never comes (5 s), then a fresh connection that stays silent (1 s).
 const VERDICT_LIMIT: Duration = Duration::from_secs(15);
@@ -32,22 +34,9 @@ pub(crate) struct Demo<'flag> {
     pub(crate) cluster: Cluster,
     pub(crate) interrupted: &'flag AtomicBool,
     pub(crate) faults: Vec<Fault>,
+    pub(crate) losses: Losses,
     /// What asks for a server's name in another terminal.
     pub(crate) by_hand: String,
-}
-
-/// The time between a fault and sheave's verdict: until then, requests that meet the server are lost.
-pub(crate) struct Fault {
-    began: Instant,
-    pub(crate) noticed: Option<Instant>,
-}
-
-impl Fault {
-    /// Whether a lost request may have met the server. It has not said which server it met; but it was under way
-    /// after the fault, and its connection was made before the verdict.
-    fn excuses(&self, lost: &Outcome) -> bool {
-        lost.ended >= self.began && self.noticed.is_none_or(|noticed| lost.started <= noticed)
-    }
 }
 
 impl Demo<'_> {
@@ -74,14 +63,20 @@ impl Demo<'_> {
         ensure!(!self.interrupted.load(Ordering::Relaxed), "interrupted");
         let ended = self.daemon.process().exited()?;
         ensure!(ended.is_none(), "sheave ended:\n{}", self.daemon.log());
-        Ok(())
+        // While it is known whose they were.
+        self.losses.take_in(&self.asker, &self.cluster)
     }
 
     /// Does harm to a server.
-    pub(crate) fn fault(&mut self, title: &str, harm: impl FnOnce(&mut Cluster) -> Result<()>) -> Result<()> {
+    pub(crate) fn fault(
+        &mut self,
+        server: &str,
+        title: &str,
+        harm: impl FnOnce(&mut Stub) -> Result<()>,
+    ) -> Result<()> {
         println!("\n>> {title}");
-        self.faults.push(Fault { began: Instant::now(), noticed: None });
-        harm(&mut self.cluster)
+        self.faults.push(Fault { server: server.to_owned(), began: Instant::now(), noticed: None });
+        harm(&mut self.cluster.apiserver(server)?.stub)
     }
 
     /// Waits until sheave has noticed the latest fault.
@@ -123,34 +118,22 @@ impl Demo<'_> {
     pub(crate) fn tally(&self) -> String {
         let report = self.asker.report();
         let servers = report.by_server().into_iter().map(|(server, count)| format!("{server} {count}"));
-        let (excused, lost) = self.losses(&report);
+        let (excused, lost) = self.losses.divided(&self.faults);
         format!(
             "requests: {} answered ({}), {} lost on a failing server before the verdict, {} lost otherwise{}",
             report.answered(),
             servers.collect::<Vec<_>>().join(", "),
-            excused.len(),
-            lost.len(),
+            excused,
+            lost.values().sum::<usize>(),
             self.watches().iter().map(watch_in_words).collect::<String>()
         )
     }
 
-    /// Lost requests, divided into those that a fault excuses and others.
-    pub(crate) fn losses<'report>(
-        &self,
-        report: &'report Report,
-    ) -> (Vec<&'report Outcome>, Vec<&'report Outcome>) {
-        report.failures().partition(|lost| self.faults.iter().any(|fault| fault.excuses(lost)))
-    }
-
     /// Fails unless requests went on without a loss that is sheave's.
-    pub(crate) fn judge(&self) -> Result<()> {
+    pub(crate) fn judge(&mut self) -> Result<()> {
+        self.losses.take_in(&self.asker, &self.cluster)?;
+        self.losses.require_excused(&self.faults)?;
         let report = self.asker.report();
-        let (_, lost) = self.losses(&report);
-        let reasons: BTreeMap<_, usize> = lost.iter().fold(BTreeMap::new(), |mut reasons, outcome| {
-            *reasons.entry(outcome.result.as_ref().err()).or_default() += 1;
-            reasons
-        });
-        ensure!(lost.is_empty(), "{} requests were lost: {reasons:#?}", lost.len());
         ensure!(report.by_server().len() == 3, "not every server was used: {:?}", report.by_server());
         println!("\nNo request was lost after a verdict, none on a server that was well.");
         Ok(())

@@ -6,10 +6,15 @@ use anyhow::{Result, ensure};
 use lb_tests::{
     cluster::{Cluster, Shape},
     load::{Asker, Client},
-    stub::{Health, PORT},
+    stub::{Health, PORT, Stub},
 };
 
-use crate::{LANES, PATIENCE, PAUSE, demo::Demo, play::shown};
+use crate::{
+    LANES, PATIENCE, PAUSE,
+    demo::Demo,
+    losses::{Losses, Register},
+    play::shown,
+};
 
 impl<'flag> Demo<'flag> {
     pub(crate) fn on_the_edge(interrupted: &'flag AtomicBool) -> Result<Self> {
@@ -33,6 +38,7 @@ impl<'flag> Demo<'flag> {
             cluster,
             interrupted,
             faults: Vec::new(),
+            losses: Losses::new(Register::BlackBox),
             by_hand,
         })
     }
@@ -40,13 +46,12 @@ impl<'flag> Demo<'flag> {
     /// Everything that can happen to an apiserver, once.
     pub(crate) fn tell_of_the_edge(&mut self) -> Result<()> {
         self.scene("All is well")?;
-        self.fault("api-1 is killed", |cluster| cluster.apiserver("api-1")?.stub.kill())?;
+        self.fault("api-1", "api-1 is killed", Stub::kill)?;
         self.verdict("api-1")?;
         self.scene("api-1 is out, nobody notices")?;
 
-        self.fault("api-2 freezes: its kernel accepts connections, nobody answers", |cluster| {
-            cluster.apiserver("api-2")?.stub.freeze()
-        })?;
+        let title = "api-2 freezes: its kernel accepts connections, nobody answers";
+        self.fault("api-2", title, Stub::freeze)?;
         self.verdict("api-2")?;
         self.scene("One of three is left")?;
 

@@ -2,6 +2,7 @@
 
 mod demo;
 mod edge;
+mod losses;
 mod node;
 mod play;
 
@@ -25,8 +26,9 @@ use self::demo::Demo;
 const LANES: usize = 8;
 /// After each request of a lane.
 const PAUSE: Duration = Duration::from_millis(30);
-/// A request that has taken this long is lost.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// A request that has taken this long is lost. One whose server refused its SYN is sent to another a second later, when the
+/// SYN is sent again, and is answered.
+const PATIENCE: Duration = Duration::from_millis(2500);
 
 /// Three apiservers behind TLS, sheave in front of them, and a client that keeps asking.
 #[derive(Parser)]

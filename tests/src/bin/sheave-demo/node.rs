@@ -12,11 +12,16 @@ use lb_tests::{
     daemon::{Daemon, Settings},
     lab::{cgroup::Visit, cgroup_of},
     load::{Asker, Client},
+    stub::Stub,
     watches::{Seen, Watches},
 };
 use serde_json::Value;
 
-use crate::{LANES, PATIENCE, PAUSE, demo::Demo};
+use crate::{
+    LANES, PATIENCE, PAUSE,
+    demo::Demo,
+    losses::{Losses, Register},
+};
 
 const LISTENER: &str = "127.0.0.1:16443";
 /// From the verdict to the end of the dead server's sockets, at most.
@@ -44,7 +49,9 @@ impl<'flag> Demo<'flag> {
              time. Another watches."
         );
         let by_hand = by_hand(&cluster)?;
-        Ok(Self { daemon, asker, watch, _visit: visit, cluster, interrupted, faults: Vec::new(), by_hand })
+        let losses = Losses::new(Register::Sockets);
+        let faults = Vec::new();
+        Ok(Self { daemon, asker, watch, _visit: visit, cluster, interrupted, faults, losses, by_hand })
     }
 
     /// What the hook is there for, once.
@@ -53,7 +60,7 @@ impl<'flag> Demo<'flag> {
         let frozen = self.server_of_the_watch()?;
         let title =
             format!("{frozen} freezes, with the watch on it: its kernel accepts connections, nobody answers");
-        self.fault(&title, |cluster| cluster.apiserver(&frozen)?.stub.freeze())?;
+        self.fault(&frozen, &title, Stub::freeze)?;
         self.verdict(&frozen)?;
         let waiting = self.the_watch()?;
         ensure!(waiting.end.is_none(), "a frozen server says nothing: {waiting:?}");

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Result, bail};
-use lb_tests::stub::Health;
+use lb_tests::stub::{Health, Stub};
 
 use crate::demo::Demo;
 
@@ -63,10 +63,8 @@ or in another terminal, as root:
                 return Ok(());
             }
             ["help"] => return self.print_help(),
-            ["kill", server] => self.fault(line.trim(), |cluster| cluster.apiserver(server)?.stub.kill())?,
-            ["freeze", server] => {
-                self.fault(line.trim(), |cluster| cluster.apiserver(server)?.stub.freeze())?
-            }
+            ["kill", server] => self.fault(server, line.trim(), Stub::kill)?,
+            ["freeze", server] => self.fault(server, line.trim(), Stub::freeze)?,
             ["start", server] => return self.cluster.apiserver(server)?.start(),
             ["thaw", server] => return self.cluster.apiserver(server)?.stub.thaw(),
             ["fail", server] => return self.cluster.apiserver(server)?.stub.health(Health::Status(500)),
