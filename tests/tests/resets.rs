@@ -13,7 +13,7 @@ use lb_tests::{
     cluster::{Apiserver, Cluster, Router, Shape},
     daemon::{Daemon, Settings},
     idle::Idle,
-    lab::{Host, Process, eventually},
+    lab::{Host, Process, eventually, run},
     stub::Door,
 };
 
@@ -85,14 +85,37 @@ fn cut_off_for_good(cluster: &Cluster) {
     cluster.require_no_own_resets().unwrap();
 }
 
+/// A server's connections through the load balancer, a line each, by VIP.
+fn connections(cluster: &Cluster, host: &Host) -> anyhow::Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for vip in cluster.vips() {
+        let open = host.run(&format!("ss -Htn state established dst {}", as_peer(vip)))?;
+        lines.extend(open.lines().map(str::to_owned));
+    }
+    Ok(lines)
+}
+
+/// An address as `ss` takes it.
+fn as_peer(address: IpAddr) -> String {
+    if address.is_ipv6() { format!("[{address}]") } else { address.to_string() }
+}
+
 /// A server has no connection through the load balancer left.
 fn wait_forgotten(cluster: &Cluster, host: &Host) {
     eventually(VERDICT, "the server has heard of it", || {
-        for vip in cluster.vips() {
-            let peer = if vip.is_ipv6() { format!("[{vip}]") } else { vip.to_string() };
-            let open = host.run(&format!("ss -Htn state established dst {peer}"))?;
-            ensure!(open.is_empty(), "{open}");
-        }
+        let open = connections(cluster, host)?;
+        ensure!(open.is_empty(), "{open:?}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// Clients have acknowledged everything that a server has sent.
+fn wait_quiet(cluster: &Cluster, host: &Host) {
+    eventually(VERDICT, "everything is acknowledged", || {
+        let open = connections(cluster, host)?;
+        let is_quiet = |line: &String| line.split_whitespace().nth(1) == Some("0");
+        ensure!(open.iter().all(is_quiet), "{open:?}");
         Ok(())
     })
     .unwrap();
@@ -103,8 +126,8 @@ fn a_silent_connection_to_a_server_that_is_cut_off_is_reset() {
     cut_off_for_good(&Cluster::start(Shape::OneArm, 3).unwrap());
 }
 
-#[test]
-fn also_behind_a_masquerading_router_and_a_client_that_drops_what_conntrack_finds_invalid() {
+/// The client is behind a masquerading router, and both drop what conntrack finds invalid.
+fn strict() -> Cluster {
     let cluster =
         Cluster::start(Shape::Routed(Router { masquerades: true, ..Router::default() }), 3).unwrap();
     for host in [&cluster.client, cluster.router.as_ref().unwrap()] {
@@ -117,7 +140,12 @@ fn also_behind_a_masquerading_router_and_a_client_that_drops_what_conntrack_find
         )
         .unwrap();
     }
-    cut_off_for_good(&cluster);
+    cluster
+}
+
+#[test]
+fn also_behind_a_masquerading_router_and_a_client_that_drops_what_conntrack_finds_invalid() {
+    cut_off_for_good(&strict());
 }
 
 #[test]
@@ -172,6 +200,57 @@ fn when_the_load_balancers_own_link_is_gone_nobody_is_reset() {
     cluster.lab.replug_link(&cluster.lb, 1).unwrap();
     daemon.wait_ready(3).unwrap();
     idle.require_alive(&cluster).unwrap();
+    cluster.require_no_own_resets().unwrap();
+}
+
+/// The code of the last check of each backend, in both services.
+fn codes(daemon: &Daemon) -> Vec<String> {
+    let status = daemon.status().unwrap();
+    let backends = status.services.iter().flat_map(|service| &service.backends);
+    backends.filter_map(|backend| backend.check.as_ref()?.code.clone()).collect()
+}
+
+#[test]
+fn when_the_load_balancer_has_no_route_to_its_servers_that_is_no_verdict_on_them() {
+    let cluster = Cluster::start(Shape::TwoArm, 3).unwrap();
+    let mut settings = settings(&cluster, "2s");
+    // One answer that was under way is lost, and that does not yet mean anything.
+    settings.check.push("fall = 3".to_owned());
+    let daemon = start(&cluster, &settings);
+    let mut idle = open_idle(&cluster);
+    let (lb, inside) = (&cluster.lb, cluster.lb.links()[1].clone());
+    let (subnet4, subnet6) = (inside.segment.v4(0), inside.segment.v6(0));
+    let device = &inside.interface;
+    let shown = [lb.run("ip route").unwrap(), lb.run("ip -6 route").unwrap()];
+    lb.ip(&format!("route del {subnet4}/24 dev {device}")).unwrap();
+    lb.ip(&format!("-6 route del {subnet6}/64 dev {device}")).unwrap();
+    eventually(VERDICT, "the status says whose trouble it is", || {
+        let codes = codes(&daemon);
+        ensure!(codes.len() == 6 && codes.iter().all(|code| code == "SOCKERR"), "{codes:?}");
+        Ok(())
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{shown:?}\n{}", daemon.log()));
+    let table = daemon.status_table().unwrap();
+    assert!(table.contains("Network is unreachable"), "{table}");
+    let begin = Instant::now();
+    while begin.elapsed() < WATCHED {
+        let status = daemon.status().unwrap();
+        for backend in ["api-1", "api-2", "api-3"] {
+            assert_eq!(status.states(backend), ["ready", "ready"], "{}", daemon.log());
+        }
+        thread::sleep(PAUSE);
+    }
+    lb.ip(&format!("route add {subnet4}/24 dev {device} proto kernel scope link src {}", inside.v4)).unwrap();
+    lb.ip(&format!("-6 route add {subnet6}/64 dev {device} proto kernel metric 256")).unwrap();
+    eventually(VERDICT, "the checks pass again", || {
+        let codes = codes(&daemon);
+        ensure!(codes.iter().all(|code| code == "L7OK"), "{codes:?}");
+        Ok(())
+    })
+    .unwrap();
+    idle.require_alive(&cluster).unwrap();
+    open_idle(&cluster).require_alive(&cluster).unwrap();
+    assert!(!daemon.log().contains("is DOWN"), "{}", daemon.log());
     cluster.require_no_own_resets().unwrap();
 }
 
@@ -286,24 +365,108 @@ fn power_off(apiserver: &mut Apiserver) {
     apiserver.host.run("ss -K state all sport = :6443").unwrap();
 }
 
-#[test]
-fn a_server_that_has_rebooted_ends_its_old_connections_itself() {
-    let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+/// A server's kernel forgets its connections while it is silent: their clients are told by nobody but itself.
+fn reboot(cluster: &mut Cluster) {
     // So long that nobody is found dead meanwhile.
-    let mut daemon = start(&cluster, &settings(&cluster, "10m"));
-    let mut idle = open_idle(&cluster);
+    let mut daemon = start(cluster, &settings(cluster, "10m"));
+    let mut idle = open_idle(cluster);
     let doomed = idle.at("api-1");
     power_off(&mut cluster.apiservers[0]);
     daemon.wait_state("api-1", "silent", VERDICT).unwrap();
-    assert_eq!(idle.resets(&cluster).unwrap(), 0);
+    assert_eq!(idle.resets(cluster).unwrap(), 0);
     // The kernel is up and knows nothing; the server is not, yet.
     cluster.apiservers[0].host.reconnect().unwrap();
     daemon.wait_state("api-1", "draining", VERDICT).unwrap();
-    idle.wait_reset(&cluster, doomed, VERDICT).unwrap();
+    idle.wait_reset(cluster, doomed, VERDICT).unwrap();
     idle.require_gone_only(&["api-1"]).unwrap();
     cluster.apiservers[0].start().unwrap();
     daemon.wait_state("api-1", "ready", VERDICT).unwrap();
     cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn a_server_that_has_rebooted_ends_its_old_connections_itself() {
+    reboot(&mut Cluster::start(Shape::OneArm, 3).unwrap());
+}
+
+#[test]
+fn what_a_rebooted_server_says_gets_through_a_masquerading_router_and_conntrack() {
+    reboot(&mut strict());
+}
+
+/// The kernel of a server forgets connections and tells nobody, while it goes on taking new ones.
+fn forget_flows(cluster: &Cluster, host: &Host) {
+    // What a client says now is answered.
+    wait_quiet(cluster, host);
+    let vips = cluster.vips();
+    host.nft(&format!(
+        "add table inet mute; add chain inet mute out {{ type filter hook output priority 0; }}; \
+         add rule inet mute out ip daddr {} drop; add rule inet mute out ip6 daddr {} drop",
+        vips[0], vips[1]
+    ))
+    .unwrap();
+    for vip in vips {
+        host.run(&format!("ss -K state established dst {}", as_peer(vip))).unwrap();
+    }
+    wait_forgotten(cluster, host);
+    host.nft("delete table inet mute").unwrap();
+}
+
+#[test]
+fn a_server_that_refuses_is_asked_what_it_has_forgotten_though_it_never_was_silent() {
+    let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let mut daemon = start(&cluster, &settings(&cluster, "10m"));
+    let mut idle = open_idle(&cluster);
+    let doomed = idle.at("api-1");
+    assert!(doomed > 0);
+    let Apiserver { host, stub } = &cluster.apiservers[0];
+    forget_flows(&cluster, host);
+    // It is well, as far as anybody can see: nobody asks it.
+    assert_eq!(daemon.status().unwrap().states("api-1"), ["ready", "ready"]);
+    assert_eq!(idle.resets(&cluster).unwrap(), 0);
+    stub.door(host, Door::Refusing).unwrap();
+    daemon.wait_state("api-1", "draining", VERDICT).unwrap();
+    idle.wait_reset(&cluster, doomed, VERDICT).unwrap();
+    idle.require_gone_only(&["api-1"]).unwrap();
+    let log = daemon.log();
+    assert!(log.contains("refused") && !log.contains("silent"), "{log}");
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn a_server_that_refuses_and_has_forgotten_nothing_keeps_its_connections() {
+    let cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let mut daemon = start(&cluster, &settings(&cluster, "10m"));
+    let mut idle = open_idle(&cluster);
+    let Apiserver { host, stub } = &cluster.apiservers[0];
+    stub.door(host, Door::Refusing).unwrap();
+    daemon.wait_state("api-1", "draining", VERDICT).unwrap();
+    stub.door(host, Door::Open).unwrap();
+    daemon.wait_state("api-1", "ready", VERDICT).unwrap();
+    // It was asked, and its kernel said nothing that a client would hear.
+    idle.require_alive(&cluster).unwrap();
+    cluster.require_no_own_resets().unwrap();
+}
+
+/// Ends flows of a server that is well, as an operator, and waits until their clients and the server know.
+fn end_by_order(cluster: &Cluster, daemon: &Daemon, order: &[&str]) {
+    let mut idle = open_idle(cluster);
+    let doomed = idle.at("api-1");
+    assert!(doomed > 0);
+    let (command, arguments) = order.split_first().unwrap();
+    run(daemon.command(command).unwrap().args(arguments)).unwrap();
+    idle.wait_reset(cluster, doomed, VERDICT).unwrap();
+    idle.require_gone_only(&["api-1"]).unwrap();
+    wait_forgotten(cluster, &cluster.apiservers[0].host);
+    cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn what_an_operator_ends_ends_behind_a_masquerading_router_and_conntrack_as_well() {
+    let cluster = strict();
+    let daemon = start(&cluster, &settings(&cluster, "10m"));
+    end_by_order(&cluster, &daemon, &["kill", "api-1", "--all-services"]);
+    end_by_order(&cluster, &daemon, &["drain", "api-1", "--all-services", "--timeout", "1s"]);
 }
 
 #[test]
