@@ -7,7 +7,7 @@ use std::{
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, ensure};
@@ -15,6 +15,7 @@ use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{Daemon, Settings, program},
     dial::dial,
+    hold::{Holder, Order, SOME_AT_EACH},
     lab::{Process, cgroup_of, eventually, pins_of, run},
     load::{self, Crowd},
     stub::{PORT, answers},
@@ -466,4 +467,53 @@ fn a_kubeconfig_that_points_at_our_own_listener_is_no_circle() {
     list(&cluster, &two);
     wait(&daemon, 0, &all, &all);
     wait(&daemon, 1, &two, &two);
+}
+
+#[test]
+fn a_process_on_a_node_keeps_its_connection_to_a_server_that_leaves_the_list() {
+    let cluster = Cluster::start_without_vips(Shape::OneArm, 3).unwrap();
+    let all = numbered(&cluster, &[1, 2, 3]);
+    list(&cluster, &all);
+    let conf = kubeconfig(&cluster, &all[0].to_string());
+    // Nobody waits for long before somebody is dead.
+    let config = |directory: &Path| {
+        node(&cluster, &conf, directory).replace("discover = ", "reset_after = \"1s\"\ndiscover = ")
+    };
+    let command = cluster.lb.command(program().unwrap());
+    let daemon = Daemon::start_with(&cluster.lb, cluster.lab.directory(), config, command).unwrap();
+    let mut holders = [(0, LOCAL), (1, "127.0.0.1:16444")].map(|(service, listener)| {
+        wait(&daemon, service, &all, &all);
+        let to = listener.parse().unwrap();
+        let mut holder = Holder::start(&cluster.lb, true, &cluster.ca_file(), to).unwrap();
+        holder.order(Order::OpenPolling(SOME_AT_EACH)).unwrap();
+        assert!(holder.opened_to("api-3") > 0);
+        holder
+    });
+
+    let two = numbered(&cluster, &[1, 2]);
+    list(&cluster, &two);
+    for (service, listener) in [(0, LOCAL), (1, "127.0.0.1:16444")] {
+        wait(&daemon, service, &two, &two);
+        let to = listener.parse().unwrap();
+        let dialled = dial(&cluster.lb, true, &cluster.ca_file(), to, 60).unwrap();
+        dialled.require_all(60, to).unwrap();
+        assert!(!dialled.servers.contains_key("api-3"), "{dialled:?}");
+    }
+    // Several times as long as until somebody silent is dead: each of them goes on asking meanwhile.
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_secs(5) {
+        for holder in &mut holders {
+            holder.catch_up().unwrap();
+            assert_eq!(holder.ended(), [], "{}", daemon.log());
+        }
+    }
+    // And when it comes back it is the same one.
+    list(&cluster, &all);
+    for service in [0, 1] {
+        wait(&daemon, service, &all, &all);
+    }
+    for holder in &mut holders {
+        holder.catch_up().unwrap();
+        assert_eq!(holder.ended(), [], "{}", daemon.log());
+    }
 }
