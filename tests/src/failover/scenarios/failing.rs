@@ -19,6 +19,7 @@ pub(super) fn killed(stage: &mut Stage) -> Result<Vec<Measure>> {
     Ok(vec![
         time("from the kill to the last new connection that fails", Some(until_last(event, failures)))
             .at_most(100),
+        until_avoided(event, &after).at_most(100),
         count("new connections that fail", failed(&after)).at_most(0),
         count("new connections that lose a SYN", after.iter().filter(|it| it.syn_lost).count()),
         count("connections just begun that fail", failed(&before)),
@@ -35,17 +36,22 @@ pub(super) fn cut_off(stage: &mut Stage) -> Result<Vec<Measure>> {
     avoided(stage, |stage| stage.cluster.lab.unplug(&stage.cluster.apiservers[0].host))
 }
 
-/// How long new connections still go to a server that does not answer: they fail, or lose a SYN first.
+/// How soon new connections avoid a server that does not answer, and what becomes of those that do not.
 fn avoided(stage: &mut Stage, event: impl FnOnce(&mut Stage) -> Result<()>) -> Result<Vec<Measure>> {
-    let (event, arrivals) = under_load(stage, event)?;
-    let after = || arrivals.iter().filter(|it| it.started >= event);
-    let there = after().filter(|it| it.syn_lost || it.result.is_err());
+    let (event, mut arrivals) = under_load(stage, event)?;
+    arrivals.retain(|arrival| arrival.started >= event);
     Ok(vec![
-        time("until new connections avoid it", Some(until_last(event, there.map(|it| it.started))))
-            .at_most(1500),
-        count("new connections that fail", after().filter(|it| it.result.is_err()).count()),
-        count("new connections that lose a SYN", after().filter(|it| it.syn_lost).count()),
+        until_avoided(event, &arrivals).at_most(1500),
+        count("new connections that fail", arrivals.iter().filter(|it| it.result.is_err()).count()),
+        count("new connections that lose a SYN", arrivals.iter().filter(|it| it.syn_lost).count()),
     ])
+}
+
+/// How long new connections still go to a server that does not take them: they fail, or lose a SYN first. `after` are
+/// those that were begun after the event.
+fn until_avoided(event: Instant, after: &[Arrival]) -> Measure {
+    let there = after.iter().filter(|it| it.syn_lost || it.result.is_err());
+    time("until new connections avoid it", Some(until_last(event, there.map(|it| it.started))))
 }
 
 /// Does something to `api-1` under load and waits for the verdict.
