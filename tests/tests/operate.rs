@@ -521,6 +521,58 @@ fn a_drained_backend_loses_the_sockets_of_this_host_wherever_the_vip_is() {
     }
 }
 
+/// Whether the last check of a backend found nobody, in every service that has it.
+fn require_silent_checks(daemon: &Daemon, backend: &str) -> anyhow::Result<()> {
+    let status = daemon.status()?;
+    let backends = status.services.iter().flat_map(|service| &service.backends);
+    for check in backends.filter(|it| it.name == backend).map(|it| &it.check) {
+        let code = check.as_ref().and_then(|check| check.code.as_deref());
+        ensure!(code.is_some_and(|code| code.ends_with("TOUT")), "{check:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_backend_that_an_operator_has_taken_out_keeps_its_flows_however_long_it_is_silent() {
+    const RESET_AFTER: Duration = Duration::from_secs(2);
+    for order in ["maint", "drain"] {
+        let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+        let mut settings = cluster.settings().unwrap();
+        settings.service.push(format!("reset_after = \"{}s\"", RESET_AFTER.as_secs()));
+        settings.check = ["interval = \"300ms\"", "fast_interval = \"100ms\"", "connect_timeout = \"500ms\""]
+            .map(str::to_owned)
+            .to_vec();
+        settings.check.push("timeout = \"1s\"".to_owned());
+        let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
+        daemon.wait_ready(3).unwrap();
+        let mut crowds = cluster.vips().map(|vip| crowd(&cluster, vip, 30));
+        assert!(crowds.iter().all(|(_, report)| report.by_server().contains_key("api-1")));
+        // A process of this host, by the connect hook.
+        let vip = SocketAddr::new(cluster.vip4, PORT);
+        let mut holder = Holder::start(&cluster.lb, true, &cluster.ca_file(), vip).unwrap();
+        holder.order(Order::Open(SOME_AT_EACH)).unwrap();
+        assert!(holder.opened_to("api-1") > 0);
+        let before = cluster.client_resets().unwrap();
+        succeed(&daemon, order, &["api-1", "--all-services"]);
+
+        cluster.apiserver("api-1").unwrap().stub.freeze().unwrap();
+        eventually(MOMENT, "its checks find nobody", || require_silent_checks(&daemon, "api-1")).unwrap();
+        let since = Instant::now();
+        while since.elapsed() < 3 * RESET_AFTER {
+            assert_eq!(daemon.status().unwrap().states("api-1"), [order, order], "{}", daemon.log());
+            assert_eq!(cluster.client_resets().unwrap(), before, "{order}: {}", daemon.log());
+        }
+        require_silent_checks(&daemon, "api-1").unwrap();
+        cluster.apiserver("api-1").unwrap().stub.thaw().unwrap();
+        crowds.iter_mut().for_each(require_unmoved);
+        holder.catch_up().unwrap();
+        assert_eq!(holder.ended(), [], "{order}");
+        succeed(&daemon, "ready", &["api-1", "--all-services"]);
+        daemon.wait_ready(3).unwrap();
+        cluster.require_no_own_resets().unwrap();
+    }
+}
+
 /// Waits until the time of a backend is over, and its flows are reset for it.
 fn wait_flows_gone(daemon: &Daemon, backend: &str) {
     let over = format!("{backend}: the time to drain is over");
