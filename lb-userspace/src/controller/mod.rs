@@ -14,6 +14,7 @@ mod journal;
 mod liveness;
 mod next_hops;
 mod orders;
+mod parting;
 mod plan;
 mod ports;
 mod probe_targets;
