@@ -63,7 +63,10 @@ impl Controller {
     /// Whether a backend may go when it is not listed any more.
     pub(super) fn leave(&self, service: &Service, backend: &Backend) -> Leave {
         // Nobody's death is looked for, or nothing would come of it.
-        if service.check.kind == CheckKind::None || service.on_dead == OnDead::Keep || backend.state == State::Dead {
+        if service.check.kind == CheckKind::None
+            || service.on_dead == OnDead::Keep
+            || backend.state == State::Dead
+        {
             return Leave::Granted;
         }
         let Some(parting) = self.taken.partings.get(&(service.name.clone(), backend.address)) else {
@@ -85,14 +88,16 @@ impl Controller {
                 let of_it = |it: &&Backend| it.target.service == number && it.address == *address;
                 let Some(backend) = self.backends.iter().find(of_it) else { continue };
                 let key = (service.clone(), *address);
-                let mut parting = before.remove(&key).unwrap_or_else(|| {
+                let begin = Parting { since: now, unchosen: None, said: false };
+                let mut parting = before.remove(&key).unwrap_or(begin);
+                if *leave == Leave::Asked {
                     self.checks.check_now(backend.target);
-                    Parting { since: now, unchosen: None, said: false }
-                });
+                }
                 let chosen = self.is_chosen(backend.id);
                 parting.unchosen = parting.unchosen.filter(|_| !chosen).or((!chosen).then_some(now));
                 if *leave == Leave::Silent && !std::mem::replace(&mut parting.said, true) {
-                    let text = format!("{address} left the cluster's list, does not answer, and is kept for now");
+                    let text =
+                        format!("{address} left the cluster's list, does not answer, and is kept for now");
                     self.journal.note(JournalKind::Reload, None, format!("{service}: {text}"));
                 }
                 self.taken.partings.insert(key, parting);

@@ -380,7 +380,10 @@ mod tests {
         // The user may list and not watch.
         assert_eq!(pauses(&std::array::from_fn::<_, 8, _>(|_| refused())), [1, 2, 4, 8, 16, 30, 30, 30]);
         assert_eq!(pauses(&[Round::Untold, refused(), Round::Untold, refused()]), [1, 2, 4, 8]);
-        assert_eq!(pauses(&[refused(), refused(), refused(), lasted(), lasted(), refused()]), [1, 2, 4, 1, 1, 1]);
+        assert_eq!(
+            pauses(&[refused(), refused(), refused(), lasted(), lasted(), refused()]),
+            [1, 2, 4, 1, 1, 1]
+        );
         assert_eq!(pauses(&[refused(), Round::NoKubeconfig, refused()]), [1, 2, 2], "nobody was asked");
         let almost = || Round::Told(LASTING - Duration::from_millis(1));
         assert_eq!(pauses(&[almost(), almost()]), [1, 2]);

@@ -204,7 +204,8 @@ fn merge(
     let leaving = present.iter().filter(ours).filter(|it| !addresses.contains(&it.address));
     let leave = |it: &Present| if may_stay.contains(&it.address) { it.leave } else { Leave::Granted };
     let leaving: BTreeMap<_, _> = leaving.map(|it| (it.address, leave(it))).collect();
-    addresses.extend(leaving.iter().filter(|(_, leave)| **leave != Leave::Granted).map(|(address, _)| *address));
+    addresses
+        .extend(leaving.iter().filter(|(_, leave)| **leave != Leave::Granted).map(|(address, _)| *address));
     Merged { addresses, held, leaving }
 }
 
@@ -341,11 +342,18 @@ mod tests {
     #[test]
     fn who_leaves_the_list_stays_until_it_is_known_how_it_is() {
         let config = config(ADDED, "");
-        let leaves = |how: &str| wanted(&config, Some(&[3]), &[present(1, "r"), present(2, how), present(3, "dr")]);
-        for (how, stays, said) in [("dra", true, false), ("ds", true, true), ("d", false, false), ("dr", false, false)] {
+        let leaves =
+            |how: &str| wanted(&config, Some(&[3]), &[present(1, "r"), present(2, how), present(3, "dr")]);
+        for (how, stays, said) in
+            [("dra", true, false), ("ds", true, true), ("d", false, false), ("dr", false, false)]
+        {
             let wanted = leaves(how);
             assert_eq!(lasts(&wanted).contains(&2), stays, "{how}");
-            assert_eq!(wanted.sentences().iter().any(|it| it.contains("does not answer: it stays")), said, "{how}");
+            assert_eq!(
+                wanted.sentences().iter().any(|it| it.contains("does not answer: it stays")),
+                said,
+                "{how}"
+            );
             assert_eq!(wanted.leaving["api"].keys().collect::<Vec<_>>(), [&at(2)], "{how}");
             assert!(wanted.held.is_empty(), "{how}");
         }
