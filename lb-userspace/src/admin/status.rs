@@ -198,7 +198,7 @@ pub struct InterfaceStatus {
 pub struct HookStatus {
     /// The directory of the cgroup whose processes' connections it takes.
     pub cgroup: String,
-    /// Whether it is still there: it goes with the cgroup.
+    /// Whether all of it is still there: it goes with the cgroup, and somebody may detach it.
     pub attached: bool,
 }
 

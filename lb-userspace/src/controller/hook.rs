@@ -114,23 +114,32 @@ impl Controller {
         self.hook.shadows = found;
     }
 
-    /// What keeps the hook from serving, for `sheave alive`.
+    /// What keeps the hook from serving, for `sheave alive` and the status. As with the program on an interface, whoever took
+    /// it away has done so on purpose: it is said, and not put back.
     pub(super) fn hook_reasons(&self) -> Option<String> {
-        let place = self.hook.place.as_ref().filter(|place| !place.exists())?;
-        Some(format!(
-            "the cgroup {} is gone, and the connect hook with it: restart sheave",
-            place.path().display()
-        ))
+        let place = self.hook.place.as_ref()?;
+        let path = place.path().display();
+        if !place.exists() {
+            return Some(format!("the cgroup {path} is gone, and the connect hook with it: restart sheave"));
+        }
+        let lost = self.dataplane.hook_programs_lost();
+        (!lost.is_empty()).then(|| {
+            format!(
+                "the connect hook is not on {path} any more (somebody has detached {}): restart sheave",
+                lost.join(", ")
+            )
+        })
     }
 
     pub(super) fn hook_status(&self) -> Option<HookStatus> {
         let place = self.hook.place.as_ref()?;
-        Some(HookStatus { cgroup: place.path().display().to_string(), attached: place.exists() })
+        let attached = self.hook_reasons().is_none();
+        Some(HookStatus { cgroup: place.path().display().to_string(), attached })
     }
 
     pub(super) fn hook_flags(&self) -> impl Iterator<Item = String> {
         let shadows = self.hook.shadows.iter().map(Shadow::sentence);
-        self.hook.flags.iter().cloned().chain(shadows).chain(self.pods_flag())
+        self.hook.flags.iter().cloned().chain(self.hook_reasons()).chain(shadows).chain(self.pods_flag())
     }
 
     /// Where it is, in words.
