@@ -12,6 +12,7 @@ mod hash_key;
 mod hook;
 mod journal;
 mod liveness;
+mod local_servers;
 mod next_hops;
 mod orders;
 mod parting;
@@ -189,6 +190,10 @@ pub struct Controller {
     hook: Hook,
     /// Of the hook.
     sockets: Sockets,
+    /// Backends on this host whose server does not listen where it must, in sentences.
+    unreached_servers: BTreeSet<String>,
+    /// Offloads that the drivers of our interfaces do not let go, in sentences.
+    fixed_offloads: Vec<String>,
 }
 
 impl Controller {
@@ -251,6 +256,8 @@ impl Controller {
             resets,
             hook: Hook::default(),
             sockets: Sockets::default(),
+            unreached_servers: BTreeSet::new(),
+            fixed_offloads: Vec::new(),
         };
         controller.obey_orders();
         controller.fill()?;
@@ -334,15 +341,18 @@ impl Controller {
                 tracing::warn!("{0} is down: `ip link set {0} up`", interface.name);
             }
             let there = self.network.xdp_programs(index).await?.unwrap_or_default();
-            let turn_off = |mode| {
-                let off = offloads::turn_off(&interface.name, mode == Some(Mode::Generic), &state_dir)?;
-                if !off.is_empty() {
+            let tagged = self.ports.is_tagged(index);
+            let mut fixed = BTreeSet::new();
+            let mut turn_off = |mode| {
+                let switched = offloads::turn_off(&interface.name, mode == Some(Mode::Generic), &state_dir)?;
+                if !switched.off.is_empty() {
                     tracing::info!(
                         "{}: switched off {} until `sheave unload`",
                         interface.name,
-                        off.join(", ")
+                        switched.off.join(", ")
                     );
                 }
+                fixed.extend(switched.consequences(&interface.name, tagged)?);
                 Ok::<_, ControllerError>(())
             };
             if self.dataplane.took_over(index) {
@@ -356,6 +366,7 @@ impl Controller {
                     );
                 }
                 turn_off(Some(attached))?;
+                self.note_fixed(fixed);
                 self.dataplane.note_attached(Attached {
                     name: interface.name,
                     interface: index,
@@ -376,10 +387,16 @@ impl Controller {
             if mode.is_none() && attached.mode == Mode::Generic {
                 turn_off(Some(Mode::Generic))?;
             }
+            self.note_fixed(fixed);
         }
         self.attach_hook().await?;
         self.leave_others()?;
         Ok(())
+    }
+
+    fn note_fixed(&mut self, sentences: BTreeSet<String>) {
+        sentences.iter().for_each(|sentence| tracing::warn!("{sentence}"));
+        self.fixed_offloads.extend(sentences);
     }
 
     /// Takes the program off interfaces that lead to no listener or backend any more; while flows of removed ones live on,
@@ -492,7 +509,7 @@ impl Controller {
                     self.used_ports = used;
                     self.block();
                 }
-                Some(found) = servers.recv() => self.note_shadows(&found),
+                Some(found) = servers.recv() => self.note_servers(&found),
                 report = reported(&mut reports) => self.heed_sockets(report),
                 Some(request) = inbox.requests.recv() => match request {
                     // Whoever asked may have gone meanwhile.

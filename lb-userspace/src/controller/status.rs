@@ -145,6 +145,7 @@ impl Controller {
         for rival in self.owner.iter().flat_map(|owner| owner.rivals()) {
             flags.push(format!("{} says it has the VIP {} too", display_mac(&rival.mac), rival.vip));
         }
+        flags.extend(self.fixed_offloads.iter().chain(&self.unreached_servers).cloned());
         flags.extend(self.hook_flags());
         flags.extend(self.source_flags());
         flags

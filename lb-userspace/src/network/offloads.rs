@@ -10,11 +10,14 @@ use std::{
 use super::ethtool;
 use crate::state;
 
+/// Takes the VLAN tag out of the frame before XDP sees it.
+const TAGS: &str = "rx-vlan-hw-parse";
+
 /// What is switched off in either mode.
 pub const HARMFUL: [&str; 3] = [
-    "rx-vlan-hw-parse", // takes the VLAN tag out of the frame before XDP sees it
-    "rx-lro",           // merges segments in a way that cannot be undone
-    "rx-gro-hw",        // likewise
+    TAGS,        // see there
+    "rx-lro",    // merges segments in a way that cannot be undone
+    "rx-gro-hw", // likewise
 ];
 
 /// What is harmful in generic mode only: the checksum of such a frame may not have been computed yet.
@@ -34,6 +37,16 @@ pub enum OffloadError {
         interface: String,
         /// The driver's answer.
         source: io::Error,
+    },
+    /// Frames come in without the tags that tell a VLAN's from others'.
+    #[error(
+        "{interface}: its driver takes the VLAN tag out of every frame ({TAGS}) and lets nobody switch that off: the \
+         program would recognise no packet of the VLANs that are in use, and this host's kernel would refuse every \
+         connection\n   = help: use another network card or driver for it, or listeners and backends without a VLAN"
+    )]
+    TagsLost {
+        /// Which interface.
+        interface: String,
     },
     /// The record of what was on could not be read or written.
     #[error("{path}: {source}: the directory must be writable for what was changed to be restored later", path = path.display())]
@@ -59,23 +72,60 @@ pub fn fixed(interface: &str, names: &[String]) -> io::Result<Vec<String>> {
     Ok(names.iter().filter(fixed).cloned().collect())
 }
 
-/// Switches the harmful offloads of an interface off and records them in `state_dir`. Returns those that were on and
-/// could be switched. What the driver has fixed stays as it is: see `doctor`.
-pub fn turn_off(interface: &str, generic: bool, state_dir: &Path) -> Result<Vec<String>, OffloadError> {
+/// What became of the harmful offloads of an interface.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Switched {
+    /// They were on, and are off now.
+    pub off: Vec<String>,
+    /// They are on, and the driver lets nobody switch them.
+    pub fixed: Vec<String>,
+}
+
+impl Switched {
+    /// What comes of those that stay on, in sentences; `tagged`: frames with a VLAN tag are ours. Refuses only what surely
+    /// leaves clients without service: merged segments and unfinished checksums harm some packets of some peers, and perhaps
+    /// none.
+    pub fn consequences(&self, interface: &str, tagged: bool) -> Result<Vec<String>, OffloadError> {
+        let mut sentences = Vec::new();
+        for name in &self.fixed {
+            let harm = match name.as_str() {
+                TAGS if tagged => return Err(OffloadError::TagsLost { interface: interface.to_owned() }),
+                // Frames without a tag are as they should be.
+                TAGS => continue,
+                HARMFUL_IN_GENERIC_MODE => {
+                    "in generic mode packets whose checksum is not finished yet, such as those of virtual machines beside \
+                     this one, are sent on with a wrong one, and their connections hang: if there are any, set xdp_mode = \
+                     \"native\", or use another network card"
+                }
+                _ => {
+                    "it merges segments, and what is larger than the MTU is lost on its way out: connections that send much \
+                     become slow or hang; use another network card or driver"
+                }
+            };
+            sentences.push(format!("{interface}: its driver lets nobody switch {name} off: {harm}"));
+        }
+        Ok(sentences)
+    }
+}
+
+/// Switches the harmful offloads of an interface off and records them in `state_dir`. What the driver has fixed stays as it
+/// is.
+pub fn turn_off(interface: &str, generic: bool, state_dir: &Path) -> Result<Switched, OffloadError> {
     let failed =
         |doing| move |source| OffloadError::Driver { doing, interface: interface.to_owned(), source };
     let names = harmful(interface, generic).map_err(failed("read the offloads"))?;
     let fixed = fixed(interface, &names).map_err(failed("read the offloads"))?;
-    let names: Vec<String> = names.into_iter().filter(|name| !fixed.contains(name)).collect();
-    if names.is_empty() {
-        return Ok(names);
+    let off: Vec<String> = names.into_iter().filter(|name| !fixed.contains(name)).collect();
+    let switched = Switched { off, fixed };
+    if switched.off.is_empty() {
+        return Ok(switched);
     }
     // Recorded first: an offload that stays off for ever is worse than one switched on that never was off.
     let mut record = Record::load(state_dir)?;
-    record.was_on.entry(interface.to_owned()).or_default().extend(names.iter().cloned());
+    record.was_on.entry(interface.to_owned()).or_default().extend(switched.off.iter().cloned());
     record.save(state_dir)?;
-    switch(interface, &names, false).map_err(failed("switch offloads off"))?;
-    Ok(names)
+    switch(interface, &switched.off, false).map_err(failed("switch offloads off"))?;
+    Ok(switched)
 }
 
 /// Switches on again what [`turn_off`] switched off. An interface that is gone is forgotten. Returns the interfaces
@@ -123,5 +173,35 @@ impl Record {
         let path = Self::path(state_dir);
         let content = (!self.was_on.is_empty()).then_some(self);
         state::save(&path, content).map_err(|source| OffloadError::Record { path, source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_driver_does_not_let_go_is_said_and_refused_only_where_nobody_would_be_served() {
+        let of = |name: &str, tagged| {
+            let switched = Switched { off: Vec::new(), fixed: vec![name.to_owned()] };
+            switched.consequences("eth0", tagged)
+        };
+        let said = |name, what: &str| {
+            for tagged in [false, true] {
+                let sentences = of(name, tagged).unwrap();
+                let begin = format!("eth0: its driver lets nobody switch {name} off: ");
+                assert!(sentences[0].starts_with(&begin) && sentences[0].contains(what), "{sentences:?}");
+            }
+        };
+        said("rx-lro", "larger than the MTU");
+        said("rx-gro-hw", "larger than the MTU");
+        said(HARMFUL_IN_GENERIC_MODE, "xdp_mode = \"native\"");
+        assert_eq!(of(TAGS, false).unwrap(), Vec::<String>::new(), "there are no tags");
+        let error = of(TAGS, true).unwrap_err().to_string();
+        assert!(
+            error.contains("eth0") && error.contains("rx-vlan-hw-parse") && error.contains("= help"),
+            "{error}"
+        );
+        assert_eq!(Switched::default().consequences("eth0", true).unwrap(), Vec::<String>::new());
     }
 }
