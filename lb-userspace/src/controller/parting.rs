@@ -11,7 +11,7 @@ use std::{
 use super::{Controller, backends::Backend};
 use crate::{
     admin::JournalKind,
-    config::{CheckKind, OnDead, Service},
+    config::{CheckKind, Service},
     discovery::{Leave, Wanted},
     health::{Failure, Outcome, State},
 };
@@ -63,10 +63,8 @@ impl Controller {
     /// Whether a backend may go when it is not listed any more.
     pub(super) fn leave(&self, service: &Service, backend: &Backend) -> Leave {
         // Nobody's death is looked for, or nothing would come of it.
-        if service.check.kind == CheckKind::None
-            || service.on_dead == OnDead::Keep
-            || backend.state == State::Dead
-        {
+        let is_unwatched = service.check.kind == CheckKind::None || !self.resets_when_dead(backend);
+        if is_unwatched || backend.state == State::Dead {
             return Leave::Granted;
         }
         let Some(parting) = self.taken.partings.get(&(service.name.clone(), backend.address)) else {
