@@ -140,6 +140,12 @@ fn wait_told(cluster: &Cluster, daemon: &Daemon) -> usize {
     number
 }
 
+/// How many lists and watches there were.
+fn asked(cluster: &Cluster) -> (u64, u64) {
+    let each = cluster.apiservers.iter().map(|it| it.stub.listed().unwrap());
+    each.fold((0, 0), |(lists, watches), (list, watch)| (lists + list, watches + watch))
+}
+
 /// Requests by the VIP, all of which are answered, and never by `without`.
 fn require_served(cluster: &Cluster, without: &[&str]) {
     let client = cluster.client_of(cluster.vip4).unwrap();
@@ -234,10 +240,6 @@ fn watches_that_end_versions_that_are_gone_and_servers_that_fail_or_freeze() {
     wait(&daemon, 0, &all, &all);
 
     // 410 Gone in the middle of a watch.
-    let asked = |cluster: &Cluster| -> (u64, u64) {
-        let each = cluster.apiservers.iter().map(|it| it.stub.listed().unwrap());
-        each.fold((0, 0), |(lists, watches), (list, watch)| (lists + list, watches + watch))
-    };
     wait_told(&cluster, &daemon);
     let before = asked(&cluster);
     cluster.apiservers.iter().for_each(|apiserver| apiserver.stub.compact().unwrap());
@@ -296,6 +298,86 @@ fn watches_that_end_versions_that_are_gone_and_servers_that_fail_or_freeze() {
     })
     .unwrap();
     cluster.require_no_own_resets().unwrap();
+}
+
+#[test]
+fn who_may_list_and_not_watch_lists_ever_more_seldom() {
+    let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let both = numbered(&cluster, &[1, 2]);
+    list(&cluster, &both);
+    let daemon = start(&cluster, &one_named(&cluster).1);
+    wait(&daemon, 0, &both, &both);
+    wait_told(&cluster, &daemon);
+    // As the apiservers' priority and fairness does to those who are too many.
+    for apiserver in &cluster.apiservers {
+        apiserver.stub.watch_status(429).unwrap();
+        apiserver.stub.compact().unwrap();
+    }
+    wait_flag(&daemon, "the apiserver answered 429; ", true);
+    let (before, begin) = (asked(&cluster).0, Instant::now());
+    eventually(MOMENT, "it lists four times more", || {
+        let now = asked(&cluster).0;
+        ensure!(now >= before + 4, "{before}, {now}");
+        Ok(())
+    })
+    .unwrap();
+    // Pauses of 1, 2, 4 and 8 s at least; where each is the first, they are 6 s at most.
+    let time = begin.elapsed();
+    assert!(time >= Duration::from_secs(10), "{time:?}\n{}", daemon.log());
+    // What is listed is followed all the same, and a watch is begun as soon as one is to be had.
+    let first = numbered(&cluster, &[1]);
+    list(&cluster, &first);
+    wait(&daemon, 0, &first, &first);
+    cluster.apiservers.iter().for_each(|apiserver| apiserver.stub.watch_status(200).unwrap());
+    eventually(2 * MOMENT, "a watch is begun", || {
+        let flags = daemon.flags()?;
+        ensure!(!flags.contains("answered 429"), "{flags}");
+        Ok(())
+    })
+    .unwrap();
+    list(&cluster, &both);
+    wait(&daemon, 0, &both, &both);
+}
+
+#[test]
+fn who_is_frozen_when_it_leaves_the_list_goes_when_it_is_dead_and_its_watches_are_reset() {
+    let mut cluster = Cluster::start(Shape::OneArm, 3).unwrap();
+    let all = numbered(&cluster, &[1, 2, 3]);
+    list(&cluster, &all);
+    let mut settings = one_named(&cluster).1;
+    // Seldom enough for the list to be quicker than a verdict: it is taken off while it still counts as ready.
+    settings.check.push("interval = \"10s\"".to_owned());
+    let daemon = start(&cluster, &settings);
+    wait(&daemon, 0, &all, &all);
+    let mut watches = Watches::start(&cluster, 30);
+    // Not the one that tells, and not the one that the file names.
+    let told = wait_told(&cluster, &daemon);
+    let frozen = if told == 3 { 2 } else { 3 };
+    let name = format!("api-{frozen}");
+    assert!(watches.are_at(&name) > 0);
+
+    cluster.apiservers[frozen - 1].stub.freeze().unwrap();
+    let others: Vec<_> = (1..=3).filter(|number| *number != frozen).collect();
+    let left = numbered(&cluster, &others);
+    let slices = answers::endpoint_slices(&left);
+    others.iter().for_each(|number| cluster.apiservers[number - 1].stub.slices(&slices).unwrap());
+    let said = format!("{} is not on the cluster's list any more and does not answer", all[frozen - 1]);
+    wait_flag(&daemon, &said, true);
+    assert_eq!(discovery(&daemon, 0)["held"], json!([all[frozen - 1]]), "{}", daemon.log());
+    let is_there = |watch: &&mut Process| watch.log().starts_with(&name);
+    eventually(MOMENT, "its watches are reset", || {
+        for watch in watches.0.iter_mut().filter(is_there) {
+            ensure!(watch.exited()?.is_some(), "{}", watch.log());
+        }
+        Ok(())
+    })
+    .unwrap_or_else(|error| panic!("{error:#}\n{}", daemon.log()));
+    wait(&daemon, 0, &left, &left);
+    wait_flag(&daemon, &said, false);
+    watches.0.retain(|watch| !watch.log().starts_with(&name));
+    watches.require_alive();
+    require_served(&cluster, &[&name]);
+    cluster.apiservers[frozen - 1].stub.thaw().unwrap();
 }
 
 #[test]

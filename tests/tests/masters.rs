@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
 
 use std::{
-    net::SocketAddr,
+    net::{SocketAddr, TcpListener},
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -158,4 +158,30 @@ fn while_its_uplink_is_down_its_own_apiserver_is_no_proof_that_the_others_are_de
     cluster.lab.replug(&cluster.lb).unwrap();
     daemon.wait_ready(3).unwrap();
     idle.require_alive(cluster).unwrap();
+}
+
+#[test]
+fn a_local_server_that_does_not_take_what_is_for_the_vip_is_said() {
+    let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
+    let own = SocketAddr::new(cluster.lb.address(cluster.vip4).unwrap(), PORT);
+    let mut settings = cluster.settings().unwrap();
+    settings.listen.retain(SocketAddr::is_ipv4);
+    settings.backends.push(("here".to_owned(), own));
+    // As with `--bind-address=10.0.0.1`.
+    let listen = |address: &str| cluster.lb.in_namespace(|| TcpListener::bind(address).unwrap());
+    let server = listen(&own.to_string());
+    let daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
+    let said = format!("here is this host, and its server listens on {own} only");
+    let wait = |there: bool| {
+        eventually(VERDICT, &format!("{said:?} is said: {there}"), || {
+            let flags = daemon.flags()?;
+            ensure!(flags.contains(&said) == there, "{flags}");
+            Ok(())
+        })
+        .unwrap();
+    };
+    wait(true);
+    drop(server);
+    let _server = listen(&format!("0.0.0.0:{PORT}"));
+    wait(false);
 }

@@ -2,7 +2,11 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
 
-use std::{net::SocketAddr, path::Path, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::ensure;
 use aya_obj::generated::bpf_attach_type;
@@ -14,8 +18,8 @@ use lb_tests::{
     lab::{
         Host, Lab, Process,
         authority::Authority,
-        cgroup::{attached, occupy},
-        cgroup_of, eventually, run,
+        cgroup::{attached, detach, occupy},
+        cgroup_of, eventually, pins_of, run,
     },
     load,
     stub::PORT,
@@ -263,6 +267,38 @@ fn another_cgroup_takes_the_place_of_the_one_before() {
     daemon.process().kill().unwrap();
     let settings = self::settings(&cluster);
     start(&cluster, &settings);
+    assert_eq!(programs(&cluster).len(), PROGRAMS.len());
+    connect(&cluster, &cluster.lb, LOCAL4, 5).require_all(5, at(LOCAL4)).unwrap();
+}
+
+/// The pin of one of the hook's programs.
+fn pin_of(cluster: &Cluster, program: &str) -> PathBuf {
+    let name = format!("hook_{program}");
+    let layouts = std::fs::read_dir(pins_of(&cluster.daemon_directory())).unwrap();
+    let mut pins = layouts.map(|layout| layout.unwrap().path().join(&name));
+    pins.find(|pin| pin.exists()).unwrap()
+}
+
+#[test]
+fn a_hook_that_somebody_detached_is_not_said_to_be_there() {
+    let cluster = node(1);
+    let settings = settings(&cluster);
+    let mut daemon = start(&cluster, &settings);
+    assert!(daemon.is_alive().unwrap());
+    assert_eq!(daemon.status_json().unwrap()["hook"]["attached"], true);
+    detach(&pin_of(&cluster, "connect4")).unwrap();
+    assert_eq!(programs(&cluster).len(), PROGRAMS.len() - 1);
+    assert!(!daemon.is_alive().unwrap());
+    assert_eq!(daemon.status_json().unwrap()["hook"]["attached"], false);
+    let table = daemon.status_table().unwrap();
+    assert!(
+        table.contains("attached nowhere") && table.contains("somebody has detached connect4"),
+        "{table}"
+    );
+    // It is put back by the next start, and not before.
+    daemon.process().kill().unwrap();
+    let daemon = start(&cluster, &settings);
+    assert!(daemon.is_alive().unwrap(), "{}", daemon.log());
     assert_eq!(programs(&cluster).len(), PROGRAMS.len());
     connect(&cluster, &cluster.lb, LOCAL4, 5).require_all(5, at(LOCAL4)).unwrap();
 }

@@ -159,6 +159,13 @@ pub struct CheckStatus {
     pub failed: Vec<String>,
     /// When the backend's state last changed, in seconds since 1970-01-01 UTC.
     pub last_change: Option<u64>,
+    /// Whole days until the certificate that the backend showed expires; negative when it has. Null: it showed none, or a
+    /// check does not look at it.
+    #[serde(default)]
+    pub certificate_days: Option<i64>,
+    /// The same for our own client certificate, where one was presented.
+    #[serde(default)]
+    pub credential_days: Option<i64>,
 }
 
 impl fmt::Display for CheckStatus {
@@ -198,7 +205,7 @@ pub struct InterfaceStatus {
 pub struct HookStatus {
     /// The directory of the cgroup whose processes' connections it takes.
     pub cgroup: String,
-    /// Whether it is still there: it goes with the cgroup.
+    /// Whether all of it is still there: it goes with the cgroup, and somebody may detach it.
     pub attached: bool,
 }
 

@@ -296,7 +296,8 @@ async fn the_json_is_the_documented_one() {
             "backends": [{
                 "name": "master-1", "address": "10.0.0.1:6443", "discovered": false, "state": "ready", "weight": 1,
                 "active_flows": 2, "total_flows": 3,
-                "check": {"code": "L7OK", "http_status": 200, "duration_ms": null, "detail": "", "failed": [], "last_change": null}
+                "check": {"code": "L7OK", "http_status": 200, "duration_ms": null, "detail": "", "failed": [], "last_change": null,
+                          "certificate_days": null, "credential_days": null}
             }],
             "selection": "", "flags": [], "discovery": null
         }])

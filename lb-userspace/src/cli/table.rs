@@ -247,6 +247,8 @@ mod tests {
             detail: detail.to_owned(),
             failed: Vec::new(),
             last_change: Some(NOW - 192),
+            certificate_days: Some(89),
+            credential_days: None,
         }
     }
 

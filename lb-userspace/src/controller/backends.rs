@@ -9,7 +9,7 @@ use super::{ControllerError, next_hops::Way, orders::Order, roster::Roster, serv
 use crate::{
     admin::BackendState,
     config::Config,
-    health::{Candidate, CheckReport, Event, OperatorState, State, Target, TargetId},
+    health::{Candidate, CheckReport, Event, Failure, OperatorState, Outcome, State, Target, TargetId},
 };
 
 /// A backend of one service.
@@ -65,6 +65,12 @@ impl Backend {
         self.unattended &= !event.is_answer();
         self.report = event.report.clone();
         self.checked = now;
+    }
+
+    /// When its last check ended, if that was answered, in whatever way.
+    pub(super) fn answered(&self) -> Option<Instant> {
+        let answers = !matches!(self.report.outcome, Outcome::Local | Outcome::Fail(Failure::Silent));
+        (answers && self.since.is_some()).then_some(self.checked)
     }
 
     /// Does what the operator has ordered.

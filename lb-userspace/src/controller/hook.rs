@@ -38,16 +38,17 @@ impl Controller {
                 tracing::warn!("clients on this host itself are not served: {error}");
                 let first = error.to_string().lines().next().unwrap_or_default().to_owned();
                 self.hook.flags.push(format!("clients on this host itself are not served: {first}"));
-                return Ok(());
             }
         }
-        if let Some(place) = &self.hook.place {
-            if let Some(reservation) = place.reservation(&self.config.dataplane.cgroup) {
-                tracing::warn!("{reservation}");
-                self.hook.flags.push(reservation);
-            }
+        if let Some(place) = &self.hook.place
+            && let Some(reservation) = place.reservation(&self.config.dataplane.cgroup)
+        {
+            tracing::warn!("{reservation}");
+            self.hook.flags.push(reservation);
+        }
+        if self.looks_for_servers() {
             match listening_sockets().await {
-                Ok(found) => self.note_shadows(&found),
+                Ok(found) => self.note_servers(&found),
                 Err(error) => tracing::warn!("cannot list the sockets of this host: {error}"),
             }
         }
@@ -79,10 +80,22 @@ impl Controller {
         }
     }
 
+    fn looks_for_servers(&self) -> bool {
+        self.hook.place.is_some() || self.config.forwards_packets()
+    }
+
+    /// Takes note of the servers on this host.
+    pub(super) fn note_servers(&mut self, servers: &[TcpSocket]) {
+        if self.hook.place.is_some() {
+            self.note_shadows(servers);
+        }
+        self.note_local_servers(servers);
+    }
+
     /// The servers on this host, again and again.
     pub(super) fn watch_servers(&self) -> mpsc::Receiver<Vec<TcpSocket>> {
         let (sender, receiver) = mpsc::channel(1);
-        if self.hook.place.is_none() {
+        if !self.looks_for_servers() {
             return receiver;
         }
         tokio::spawn(async move {
@@ -102,7 +115,7 @@ impl Controller {
     }
 
     /// Says what is new about servers that nobody on this host reaches.
-    pub(super) fn note_shadows(&mut self, servers: &[TcpSocket]) {
+    fn note_shadows(&mut self, servers: &[TcpSocket]) {
         let listeners: Vec<_> =
             self.config.services.iter().flat_map(|service| service.listen.iter().copied()).collect();
         let local = self.backends.iter().filter(|backend| backend.local);
@@ -114,23 +127,32 @@ impl Controller {
         self.hook.shadows = found;
     }
 
-    /// What keeps the hook from serving, for `sheave alive`.
+    /// What keeps the hook from serving, for `sheave alive` and the status. As with the program on an interface, whoever took
+    /// it away has done so on purpose: it is said, and not put back.
     pub(super) fn hook_reasons(&self) -> Option<String> {
-        let place = self.hook.place.as_ref().filter(|place| !place.exists())?;
-        Some(format!(
-            "the cgroup {} is gone, and the connect hook with it: restart sheave",
-            place.path().display()
-        ))
+        let place = self.hook.place.as_ref()?;
+        let path = place.path().display();
+        if !place.exists() {
+            return Some(format!("the cgroup {path} is gone, and the connect hook with it: restart sheave"));
+        }
+        let lost = self.dataplane.hook_programs_lost();
+        (!lost.is_empty()).then(|| {
+            format!(
+                "the connect hook is not on {path} any more (somebody has detached {}): restart sheave",
+                lost.join(", ")
+            )
+        })
     }
 
     pub(super) fn hook_status(&self) -> Option<HookStatus> {
         let place = self.hook.place.as_ref()?;
-        Some(HookStatus { cgroup: place.path().display().to_string(), attached: place.exists() })
+        let attached = self.hook_reasons().is_none();
+        Some(HookStatus { cgroup: place.path().display().to_string(), attached })
     }
 
     pub(super) fn hook_flags(&self) -> impl Iterator<Item = String> {
         let shadows = self.hook.shadows.iter().map(Shadow::sentence);
-        self.hook.flags.iter().cloned().chain(shadows).chain(self.pods_flag())
+        self.hook.flags.iter().cloned().chain(self.hook_reasons()).chain(shadows).chain(self.pods_flag())
     }
 
     /// Where it is, in words.

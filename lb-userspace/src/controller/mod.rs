@@ -12,8 +12,10 @@ mod hash_key;
 mod hook;
 mod journal;
 mod liveness;
+mod local_servers;
 mod next_hops;
 mod orders;
+mod parting;
 mod plan;
 mod ports;
 mod probe_targets;
@@ -196,7 +198,9 @@ pub struct Controller {
     /// Of the hook.
     sockets: Sockets,
     /// What the operator should know about interfaces, in sentences.
-    unfinished_checksums: Vec<String>,
+    interface_flags: Vec<String>,
+    /// Backends on this host whose server does not listen where it must, in sentences.
+    unreached_servers: BTreeSet<String>,
 }
 
 impl Controller {
@@ -259,7 +263,8 @@ impl Controller {
             resets,
             hook: Hook::default(),
             sockets: Sockets::default(),
-            unfinished_checksums: Vec::new(),
+            interface_flags: Vec::new(),
+            unreached_servers: BTreeSet::new(),
         };
         controller.obey_orders();
         controller.fill()?;
@@ -343,9 +348,12 @@ impl Controller {
                 tracing::warn!("{0} is down: `ip link set {0} up`", interface.name);
             }
             let there = self.network.xdp_programs(index).await?.unwrap_or_default();
-            let turn_off = |mode| {
-                let off = offloads::turn_off(&interface.name, mode == Some(Mode::Generic), &state_dir)?;
-                say_off(&interface.name, &off);
+            let tagged = self.ports.is_tagged(index);
+            let mut harm = BTreeSet::new();
+            let mut turn_off = |mode| {
+                let switched = offloads::turn_off(&interface.name, mode == Some(Mode::Generic), &state_dir)?;
+                say_off(&interface.name, &switched.off);
+                harm.extend(switched.consequences(&interface.name, tagged)?);
                 Ok::<_, ControllerError>(())
             };
             if self.dataplane.took_over(index) {
@@ -359,6 +367,7 @@ impl Controller {
                     );
                 }
                 turn_off(Some(attached))?;
+                self.note_harm(harm);
                 self.see_to_checksums(&interface, attached)?;
                 self.dataplane.note_attached(Attached {
                     name: interface.name,
@@ -380,6 +389,7 @@ impl Controller {
             if mode.is_none() && attached.mode == Mode::Generic {
                 turn_off(Some(Mode::Generic))?;
             }
+            self.note_harm(harm);
             self.see_to_checksums(&interface, attached.mode)?;
         }
         self.attach_hook().await?;
@@ -387,19 +397,24 @@ impl Controller {
         Ok(())
     }
 
+    /// What offloads do that stay on.
+    fn note_harm(&mut self, sentences: BTreeSet<String>) {
+        sentences.iter().for_each(|sentence| tracing::warn!("{sentence}"));
+        self.interface_flags.extend(sentences);
+    }
+
     /// Keeps packets from the program whose checksums nobody has finished, as far as it can be done from here; the rest is
     /// said. Where the program is in generic mode, also in the status.
     fn see_to_checksums(&mut self, interface: &Interface, mode: Mode) -> Result<(), ControllerError> {
-        let driver = interface.driver.as_deref().unwrap_or_default();
         let generic = mode == Mode::Generic;
-        if let Some(warning) = offloads::unfinished_checksums(&interface.name, driver, generic) {
+        if let Some(warning) = offloads::unfinished_checksums(interface) {
             tracing::warn!("{warning}");
-            self.unfinished_checksums.extend(generic.then_some(warning));
+            self.interface_flags.extend(generic.then_some(warning));
         }
         let members = self.network.interfaces().into_iter().filter(|it| it.master == Some(interface.index));
         for member in members.filter(|_| generic) {
-            let off = offloads::turn_off_below(&member.name, &self.config.dataplane.state_dir)?;
-            say_off(&member.name, &off);
+            let switched = offloads::turn_off_below(&member.name, &self.config.dataplane.state_dir)?;
+            say_off(&member.name, &switched.off);
         }
         Ok(())
     }
@@ -514,7 +529,7 @@ impl Controller {
                     self.used_ports = used;
                     self.block();
                 }
-                Some(found) = servers.recv() => self.note_shadows(&found),
+                Some(found) = servers.recv() => self.note_servers(&found),
                 report = reported(&mut reports) => self.heed_sockets(report),
                 Some(request) = inbox.requests.recv() => match request {
                     // Whoever asked may have gone meanwhile.

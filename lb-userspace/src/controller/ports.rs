@@ -57,6 +57,11 @@ impl Ports {
         self.current().map(|(_, _, port)| port.index).collect()
     }
 
+    /// Whether frames with a VLAN tag are ours on an interface that is attached to.
+    pub(super) fn is_tagged(&self, base: u32) -> bool {
+        self.current().any(|(_, _, port)| port.index == base && !port.tags.is_empty())
+    }
+
     /// The number of an interface's port.
     pub(super) fn number(&self, interface: u32) -> Option<usize> {
         self.current().find(|(_, known, _)| *known == interface).map(|(number, ..)| number)

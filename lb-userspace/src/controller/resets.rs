@@ -618,13 +618,11 @@ impl Backend {
     /// What the vigil over its service looks at; `heard` is when it last sent payload to a client, `cut_off` when it was last
     /// seen that nothing could reach it.
     fn sighting(&self, heard: Option<Instant>, cut_off: Option<Instant>) -> Sighting {
-        let answers = !matches!(self.report.outcome, Outcome::Local | Outcome::Fail(Failure::Silent));
-        // Whoever is this very host answers through no link, and proves nothing about ours.
-        let is_proof = answers && !self.local && self.since.is_some();
         Sighting {
             id: self.id.into(),
             silent_since: self.silent_since.map(|since| cut_off.map_or(since, |at| at.max(since))),
-            answered: is_proof.then_some(self.checked),
+            // Whoever is this very host answers through no link, and proves nothing about ours.
+            answered: self.answered().filter(|_| !self.local),
             heard,
         }
     }

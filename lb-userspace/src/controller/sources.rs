@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Controller, reload::Answer};
+use super::{Controller, parting::Partings, reload::Answer};
 use crate::{
     admin::{Caller, JournalKind},
     config::Config,
@@ -25,6 +25,7 @@ pub(super) struct Taken {
     said: BTreeSet<String>,
     /// Services whose lists are held.
     held: BTreeSet<String>,
+    pub(super) partings: Partings,
     /// A configuration that was tried and is not in use, and when: what was in its way may go by itself.
     tried: Option<(Config, Instant)>,
     /// A reload that an operator wants, and that waits for one of ours.
@@ -61,6 +62,7 @@ impl Controller {
     async fn take_in(&mut self, sources: &Sources) -> bool {
         let wanted = sources.apply(&self.situation());
         self.say_what_is_new(&wanted);
+        self.look_after_the_leaving(&wanted);
         if wanted.config == self.config {
             self.taken.tried = None;
             return true;
@@ -104,6 +106,7 @@ impl Controller {
                     discovered: backend.discovered,
                     ready: usable && backend.state == State::Ready,
                     usable,
+                    leave: self.leave(service, backend),
                 }
             });
             (service.name.clone(), present.collect())

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -15,7 +16,7 @@ use crate::{
         Status, VipStatus,
     },
     config::{Balance, Forward, Service},
-    health::{CheckCode, SelectionReason},
+    health::{CertificateFacts, CheckCode, SelectionReason},
     network::display_mac,
 };
 
@@ -67,6 +68,7 @@ impl Controller {
             .filter_map(|ipv6| Some((ipv6, self.choices.get(&(number, ipv6))?)))
             .collect();
         let only: Vec<_> = choices.iter().map(|(_, choice)| *choice).collect();
+        let now = SystemTime::now();
         ServiceStatus {
             name: service.name.clone(),
             listen: service.listen.clone(),
@@ -76,14 +78,14 @@ impl Controller {
             forward: match service.forward {
                 Forward::Nat => "nat".to_owned(),
             },
-            backends: backends.iter().map(|backend| self.backend_status(backend)).collect(),
+            backends: backends.iter().map(|backend| self.backend_status(backend, now)).collect(),
             selection: selection(&choices),
-            flags: flags::of_service(service, &backends, &only, SystemTime::now()),
+            flags: flags::of_service(service, &backends, &only, now),
             discovery: self.discovery_status(service),
         }
     }
 
-    fn backend_status(&self, backend: &Backend) -> BackendStatus {
+    fn backend_status(&self, backend: &Backend, now: SystemTime) -> BackendStatus {
         let total = self.dataplane.total_flows(backend.id).unwrap_or_else(|error| {
             tracing::warn!("cannot read how many flows {} had: {error}", backend.name);
             0
@@ -96,7 +98,7 @@ impl Controller {
             weight: backend.weight,
             active_flows: self.reaped.active.get(usize::from(backend.id)).copied().unwrap_or_default(),
             total_flows: total,
-            check: check_status(backend),
+            check: check_status(backend, now),
         }
     }
 
@@ -145,7 +147,7 @@ impl Controller {
         for rival in self.owner.iter().flat_map(|owner| owner.rivals()) {
             flags.push(format!("{} says it has the VIP {} too", display_mac(&rival.mac), rival.vip));
         }
-        flags.extend(self.unfinished_checksums.iter().cloned());
+        flags.extend(self.interface_flags.iter().chain(&self.unreached_servers).cloned());
         flags.extend(self.hook_flags());
         flags.extend(self.source_flags());
         flags
@@ -215,8 +217,9 @@ fn selection(choices: &[(bool, &Choice)]) -> String {
     }
 }
 
-fn check_status(backend: &Backend) -> CheckStatus {
+fn check_status(backend: &Backend, now: SystemTime) -> CheckStatus {
     let report = &backend.report;
+    let days = |facts: &Option<Arc<CertificateFacts>>| facts.as_ref().map(|facts| facts.days_to_expiry(now));
     let last_change =
         backend.since.and_then(|since| since.duration_since(UNIX_EPOCH).ok()).map(|since| since.as_secs());
     if report.code == CheckCode::Ini {
@@ -230,12 +233,15 @@ fn check_status(backend: &Backend) -> CheckStatus {
         detail: report.detail(),
         failed: report.failed.clone(),
         last_change,
+        certificate_days: days(&report.server_certificate),
+        credential_days: days(&report.client_certificate),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::health::{self, CheckReport};
 
     #[test]
     fn the_selection_is_said_once_when_it_is_the_same_for_both_families() {
@@ -247,6 +253,32 @@ mod tests {
             selection(&[(false, &ready), (true, &draining)]),
             "IPv4: ready backends; IPv6: draining backends"
         );
+    }
+
+    #[test]
+    fn certificates_are_said_to_last_for_so_many_days_where_they_are_known() {
+        const DAY: u64 = 86_400;
+        let at = |days: u64| UNIX_EPOCH + Duration::from_secs(days * DAY);
+        let certificate = |days: u64| {
+            let facts = CertificateFacts {
+                subject: String::new(),
+                names: Vec::new(),
+                addresses: Vec::new(),
+                not_after: (days * DAY).cast_signed(),
+            };
+            Some(Arc::new(facts))
+        };
+        let mut backend = super::super::backends::tests::backends(&["10.0.0.1:6443"]).remove(0);
+        let days = |backend: &Backend| {
+            let check = check_status(backend, at(100));
+            (check.certificate_days, check.credential_days)
+        };
+        assert_eq!(days(&backend), (None, None), "it was never checked");
+        backend.report = CheckReport::new(health::Outcome::Pass, CheckCode::L7Ok);
+        assert_eq!(days(&backend), (None, None), "a check without TLS");
+        (backend.report.server_certificate, backend.report.client_certificate) =
+            (certificate(465), certificate(97));
+        assert_eq!(days(&backend), (Some(365), Some(-3)));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The connect hook's programs: loading them, and putting them on a cgroup.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io,
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
@@ -39,6 +40,7 @@ impl Dataplane {
         }
         let pins = self.pins.clone();
         let pinned = pins.as_ref().map(Pins::hooks).transpose()?.unwrap_or_default();
+        self.hook_watch = (id, BTreeMap::new());
         for name in PROGRAMS {
             let before = match pinned.get(name) {
                 Some(path) => self.replace_hook_program(name, path, id)?,
@@ -51,7 +53,13 @@ impl Dataplane {
                 Before::Nowhere => (self.attach_hook_program(name, cgroup)?, None),
             };
             let link = match &pins {
-                Some(pins) => pins.pin_hook(name, link)?,
+                Some(pins) => {
+                    let link = pins.pin_hook(name, link)?;
+                    let watched = RawLink::open(&pins.hook(name))
+                        .map_err(|source| DataplaneError::System { call: "bpf(BPF_OBJ_GET)", source })?;
+                    self.hook_watch.1.insert(name, watched);
+                    link
+                }
                 None => link,
             };
             self.hook_links.insert(name, link);
@@ -73,6 +81,7 @@ impl Dataplane {
     /// Takes the connect hook away that a daemon before us has put on a cgroup.
     pub fn leave_hook(&mut self) -> Result<(), DataplaneError> {
         self.hook_links.clear();
+        self.hook_watch.1.clear();
         if let Some(pins) = &self.pins {
             for name in pins.hooks()?.keys() {
                 pins.unpin_hook(name)?;
@@ -152,6 +161,14 @@ impl Dataplane {
     /// Whether the connect hook is on a cgroup.
     pub fn is_hooked(&self) -> bool {
         !self.hook_links.is_empty()
+    }
+
+    /// The programs of the connect hook that are not on its cgroup any more: somebody has detached them, or the cgroup was
+    /// removed. The kernel is asked; where nothing is pinned, the links are nobody else's to detach.
+    pub fn hook_programs_lost(&self) -> Vec<&'static str> {
+        let (cgroup, links) = &self.hook_watch;
+        let is_there = |link: &RawLink| link.cgroup().is_ok_and(|id| id == *cgroup);
+        links.iter().filter(|(_, link)| !is_there(link)).map(|(name, _)| *name).collect()
     }
 
     /// Says whether the hook serves processes of every network namespace for a service.

@@ -65,7 +65,7 @@ impl RawLink {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(descriptor) }))
     }
 
-    /// The id (the inode) of the cgroup that it is on; 0: that was removed.
+    /// The id (the inode) of the cgroup that it is on; 0: that was removed, or the link was detached from it.
     pub(super) fn cgroup(&self) -> io::Result<u64> {
         let mut info = LinkInfo::default();
         let mut request = ObjGetInfo {

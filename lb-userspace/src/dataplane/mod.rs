@@ -152,6 +152,8 @@ pub struct Dataplane {
     attached: Vec<Attached>,
     /// What keeps the connect hook on its cgroup, by program, where pins do not do so too.
     hook_links: BTreeMap<&'static str, FdLink>,
+    /// The cgroup (its inode) that the connect hook was put on, and the same links, to be asked whether they still are.
+    hook_watch: (u64, BTreeMap<&'static str, link::RawLink>),
     /// The words of claims that the last look through the flow table found.
     claims: HashSet<Meta>,
     /// What keeps the program attached, by interface index, where pins do so too.
@@ -267,6 +269,7 @@ impl Dataplane {
             kept_idle: BTreeMap::new(),
             attached: Vec::new(),
             hook_links: BTreeMap::new(),
+            hook_watch: (0, BTreeMap::new()),
             claims: HashSet::new(),
             links: BTreeMap::new(),
             pins: None,

@@ -382,10 +382,15 @@ impl Pins {
     /// Pins a link of the connect hook in place of the one before.
     pub(super) fn pin_hook(&self, program: &str, link: FdLink) -> Result<FdLink, PinsError> {
         self.unpin_hook(program)?;
-        let path = self.directory.join(format!("{HOOK}{program}"));
+        let path = self.hook(program);
         link.pin(&path)
             .map(FdLink::from)
             .map_err(|error| failed("pin the link as", &path)(io::Error::other(error)))
+    }
+
+    /// Where a link of the connect hook is pinned, once it is.
+    pub(super) fn hook(&self, program: &str) -> PathBuf {
+        self.directory.join(format!("{HOOK}{program}"))
     }
 
     /// Lets a link of the connect hook go once nobody has it open.

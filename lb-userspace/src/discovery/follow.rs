@@ -9,7 +9,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tokio::{sync::watch, time::sleep};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
 
 use super::{
     known::Known,
@@ -21,9 +24,13 @@ use crate::{
     kubeconfig::{self, Kubeconfig, Server},
 };
 
-/// The first pause after nobody has told anything; it doubles up to [`RETRY_MAX`].
+/// The first pause after nobody has told anything, or not for [`LASTING`]; it doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(30);
+/// A visit of this length was worth its list: whoever makes one after the other of them asks no more often than whoever has
+/// no success. A watch that is refused, or that ends as soon as it begins, is none: where the user may list and not watch, or
+/// the apiservers have too much to do for watches (429), every node would list once a second.
+const LASTING: Duration = RETRY_MAX;
 /// How often it is looked whether a kubeconfig is there: it costs nobody but us.
 const KUBECONFIG_EVERY: Duration = Duration::from_secs(2);
 /// TCP and TLS to an apiserver.
@@ -43,6 +50,30 @@ pub(super) struct Follower {
     pub(super) own: Vec<SocketAddr>,
     pub(super) known: Arc<watch::Sender<BTreeMap<String, Known>>>,
     pub(super) candidates: watch::Receiver<Candidates>,
+    /// Grows with every visit that was too short: among equals somebody else is asked first then.
+    pub(super) turn: u32,
+}
+
+/// How long to wait, by how it went before.
+struct Patience {
+    next: Duration,
+}
+
+impl Patience {
+    /// The pause after a round.
+    fn after(&mut self, round: &Round) -> Duration {
+        match round {
+            Round::NoKubeconfig => return KUBECONFIG_EVERY,
+            Round::Told(time) if *time >= LASTING => {
+                self.next = RETRY_MIN;
+                return RETRY_MIN;
+            }
+            Round::Told(_) | Round::Untold => {}
+        }
+        let pause = self.next;
+        self.next = (pause * 2).min(RETRY_MAX);
+        pause
+    }
 }
 
 impl Follower {
@@ -50,20 +81,13 @@ impl Follower {
     pub(super) async fn run(mut self) {
         let dialer = Dialer::new(&self.discover.kubeconfig);
         let random = RandomState::new();
-        let (mut progress, mut retry) = (Progress::default(), RETRY_MIN);
+        let (mut progress, mut patience) = (Progress::default(), Patience { next: RETRY_MIN });
         loop {
-            let pause = match self.round(&dialer, &mut progress, &random).await {
-                Round::Told => {
-                    retry = RETRY_MIN;
-                    RETRY_MIN
-                }
-                Round::NoKubeconfig => KUBECONFIG_EVERY,
-                Round::Untold => {
-                    let pause = retry;
-                    retry = (retry * 2).min(RETRY_MAX);
-                    pause
-                }
-            };
+            let round = self.round(&dialer, &mut progress, &random).await;
+            if matches!(round, Round::Told(time) if time < LASTING) {
+                self.turn = self.turn.wrapping_add(1);
+            }
+            let pause = patience.after(&round);
             self.rest(jittered(pause, &random)).await;
         }
     }
@@ -95,14 +119,15 @@ impl Follower {
         let mut problems: Vec<String> = Vec::new();
         let (order, lookup) = self.order(&server, random).await;
         for (address, was_usable) in order {
+            let begin = Instant::now();
             match self.visit(address, was_usable, &server, dialer, progress).await {
                 End::Over => {
                     self.note(Known::left);
-                    return Round::Told;
+                    return Round::Told(begin.elapsed());
                 }
                 End::Broken(problem) => {
                     self.note(|known| known.untold(format!("{address}: {problem}")));
-                    return Round::Told;
+                    return Round::Told(begin.elapsed());
                 }
                 End::Failed(problem) => problems.push(format!("{address}: {problem}")),
             }
@@ -135,7 +160,7 @@ impl Follower {
         };
         let shuffled = |addresses: BTreeSet<SocketAddr>| {
             let mut addresses: Vec<_> = addresses.into_iter().collect();
-            addresses.sort_by_key(|address| random.hash_one(address));
+            addresses.sort_by_key(|address| random.hash_one((address, self.turn)));
             addresses
         };
         let usable: BTreeSet<_> = usable(&candidates).collect();
@@ -198,8 +223,8 @@ impl Follower {
 
 /// How a round has ended.
 enum Round {
-    /// Somebody has told something.
-    Told,
+    /// Somebody has told something. How long the visit has lasted.
+    Told(Duration),
     /// Nobody has.
     Untold,
     /// There is nobody to be.
@@ -278,6 +303,7 @@ mod tests {
             own: vec![at(1)],
             known: Arc::new(watch::Sender::new(BTreeMap::from([("api".to_owned(), known)]))),
             candidates: receiver,
+            turn: 0,
         };
         (follower, sender)
     }
@@ -341,6 +367,43 @@ mod tests {
         sender.send_replace(BTreeMap::from([("api".to_owned(), BTreeMap::from([(at(2), true)]))]));
         follower.rest(RETRY_MAX).await;
         assert_eq!(start.elapsed(), RETRY_MAX + RETRY_MIN, "no sooner than this");
+    }
+
+    #[test]
+    fn only_a_watch_that_lasts_ends_the_waiting() {
+        let pauses = |rounds: &[Round]| -> Vec<u64> {
+            let mut patience = Patience { next: RETRY_MIN };
+            rounds.iter().map(|round| patience.after(round).as_secs()).collect()
+        };
+        let refused = || Round::Told(Duration::from_millis(20));
+        let lasted = || Round::Told(Duration::from_secs(290));
+        // The user may list and not watch.
+        assert_eq!(pauses(&std::array::from_fn::<_, 8, _>(|_| refused())), [1, 2, 4, 8, 16, 30, 30, 30]);
+        assert_eq!(pauses(&[Round::Untold, refused(), Round::Untold, refused()]), [1, 2, 4, 8]);
+        assert_eq!(
+            pauses(&[refused(), refused(), refused(), lasted(), lasted(), refused()]),
+            [1, 2, 4, 1, 1, 1]
+        );
+        assert_eq!(pauses(&[refused(), Round::NoKubeconfig, refused()]), [1, 2, 2], "nobody was asked");
+        let almost = || Round::Told(LASTING - Duration::from_millis(1));
+        assert_eq!(pauses(&[almost(), almost()]), [1, 2]);
+    }
+
+    #[tokio::test]
+    async fn after_a_short_visit_anybody_else_may_be_first() {
+        let (mut follower, _sender) = follower(&[(2, true), (3, true), (4, true)], &[]);
+        let (server, random) = (server("https://10.0.0.2:6443"), RandomState::new());
+        let mut first = async |turn| {
+            follower.turn = turn;
+            follower.order(&server, &random).await.0[0].0
+        };
+        let same = first(0).await;
+        assert_eq!(first(0).await, same, "as long as all is well the same one is asked");
+        let mut firsts = BTreeSet::new();
+        for turn in 0..100 {
+            firsts.insert(first(turn).await);
+        }
+        assert_eq!(firsts, BTreeSet::from([at(2), at(3), at(4)]));
     }
 
     #[test]

@@ -24,6 +24,21 @@ pub struct Present {
     pub ready: bool,
     /// It gets new flows, for whatever reason.
     pub usable: bool,
+    /// Whether it may go.
+    pub leave: Leave,
+}
+
+/// Whether a backend may go when it is not listed any more. Whoever goes is not checked any more, so that nobody finds out
+/// that it is dead: its clients would wait until they give up by themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Leave {
+    /// It answers, and drains; or it is dead, and its flows are reset; or it has none.
+    #[default]
+    Granted,
+    /// Not yet: it is being asked how it is.
+    Asked,
+    /// Not yet: it does not answer.
+    Silent,
 }
 
 /// How things are while a list is merged.
@@ -44,6 +59,8 @@ pub struct Wanted {
     pub problems: Vec<String>,
     /// By service: what is kept although the list would take it away, because nobody usable would be left.
     pub held: BTreeMap<String, BTreeSet<SocketAddr>>,
+    /// By service: who is not listed any more, and whether they may go. Those that may not are in the configuration.
+    pub leaving: BTreeMap<String, BTreeMap<SocketAddr, Leave>>,
 }
 
 impl Wanted {
@@ -57,20 +74,37 @@ impl Wanted {
                 addresses.join(", ")
             )
         });
-        self.problems.iter().cloned().chain(held).collect()
+        let silent = self.leaving.iter().flat_map(|(service, leaving)| {
+            let silent = leaving.iter().filter(|(_, leave)| **leave == Leave::Silent);
+            silent.map(move |(address, _)| {
+                format!(
+                    "{service}: {address} is not on the cluster's list any more and does not answer: it stays until it is \
+                     dead, answers, or has no flows left"
+                )
+            })
+        });
+        self.problems.iter().cloned().chain(held).chain(silent).collect()
     }
 }
 
 /// Puts what is known into a configuration that holds the backends of the file only, names included.
 pub(super) fn merge_all(config: &Config, known: &BTreeMap<String, Known>, situation: &Situation) -> Wanted {
-    let mut wanted = Wanted { config: config.clone(), problems: Vec::new(), held: BTreeMap::new() };
+    let mut wanted = Wanted {
+        config: config.clone(),
+        problems: Vec::new(),
+        held: BTreeMap::new(),
+        leaving: BTreeMap::new(),
+    };
     let mut room = BACKENDS_MAX.saturating_sub(config.services.iter().map(|it| it.backends.len()).sum());
     for service in &mut wanted.config.services {
         let Some(discover) = &service.discover else { continue };
         let list = known.get(&service.name).and_then(|known| known.list.as_ref());
         let list = list.map(|list| suitable(list, config, service, &situation.here, &mut wanted.problems));
         let present = situation.present.get(&service.name).map(Vec::as_slice).unwrap_or_default();
-        let merged = merge(discover, &service.backends, list.as_ref(), present);
+        // Who cannot be a backend any more cannot stay one.
+        let there = present.iter().map(|it| it.address).collect();
+        let may_stay = suitable(&there, config, service, &situation.here, &mut Vec::new());
+        let merged = merge(discover, &service.backends, list.as_ref(), (present, &may_stay));
         let (backends, left_out) = backends_at(&merged.addresses, &service.backends, &mut room);
         if left_out > 0 {
             let problem = format!(
@@ -82,6 +116,9 @@ pub(super) fn merge_all(config: &Config, known: &BTreeMap<String, Known>, situat
         service.backends = backends;
         if !merged.held.is_empty() {
             wanted.held.insert(service.name.clone(), merged.held);
+        }
+        if !merged.leaving.is_empty() {
+            wanted.leaving.insert(service.name.clone(), merged.leaving);
         }
     }
     wanted
@@ -135,6 +172,7 @@ fn other_port(
 struct Merged {
     addresses: BTreeSet<SocketAddr>,
     held: BTreeSet<SocketAddr>,
+    leaving: BTreeMap<SocketAddr, Leave>,
 }
 
 /// `own` are the backends of the file. A list that was never known changes nothing.
@@ -142,12 +180,14 @@ fn merge(
     discover: &Discover,
     own: &[Backend],
     list: Option<&BTreeSet<SocketAddr>>,
-    present: &[Present],
+    (present, may_stay): (&[Present], &BTreeSet<SocketAddr>),
 ) -> Merged {
     let own: BTreeSet<_> = own.iter().map(|backend| backend.address).collect();
     let there = || present.iter().filter(|it| it.discovered).map(|it| it.address).collect();
     let listed: BTreeSet<_> = list.cloned().unwrap_or_else(there);
     let mut addresses: BTreeSet<_> = own.union(&listed).copied().collect();
+    // What the file does not name any more is not the list's to hold.
+    let ours = |it: &&Present| it.discovered || own.contains(&it.address);
     let mut held = BTreeSet::new();
     for ipv6 in [false, true] {
         let of_family: Vec<_> = present.iter().filter(|it| it.address.is_ipv6() == ipv6).collect();
@@ -156,13 +196,17 @@ fn merge(
         }
         let usable: BTreeSet<_> = of_family.iter().filter(|it| it.usable).map(|it| it.address).collect();
         if addresses.is_disjoint(&usable) {
-            // What the file does not name any more is not the list's to hold.
-            let ours = |it: &&&Present| it.usable && (it.discovered || own.contains(&it.address));
-            held.extend(of_family.iter().filter(ours).map(|it| it.address));
+            let ours = of_family.iter().copied().filter(ours).filter(|it| it.usable);
+            held.extend(ours.map(|it| it.address));
         }
     }
     addresses.extend(&held);
-    Merged { addresses, held }
+    let leaving = present.iter().filter(ours).filter(|it| !addresses.contains(&it.address));
+    let leave = |it: &Present| if may_stay.contains(&it.address) { it.leave } else { Leave::Granted };
+    let leaving: BTreeMap<_, _> = leaving.map(|it| (it.address, leave(it))).collect();
+    addresses
+        .extend(leaving.iter().filter(|(_, leave)| **leave != Leave::Granted).map(|(address, _)| *address));
+    Merged { addresses, held, leaving }
 }
 
 /// Whether a family's listed backends stand in for the file's: when one of them is ready, and from then on for as long
@@ -218,10 +262,15 @@ mod tests {
         ([10, 0, 0, last], 6443).into()
     }
 
-    /// `d` discovered, `r` ready, `u` usable.
+    /// `d` discovered, `r` ready, `u` usable, `a` to be asked, `s` silent.
     fn present(last: u8, how: &str) -> Present {
         let is = |letter| how.contains(letter);
-        Present { address: at(last), discovered: is('d'), ready: is('r'), usable: is('u') || is('r') }
+        let leave = match () {
+            () if is('s') => Leave::Silent,
+            () if is('a') => Leave::Asked,
+            () => Leave::Granted,
+        };
+        Present { address: at(last), discovered: is('d'), ready: is('r'), usable: is('u') || is('r'), leave }
     }
 
     fn wanted(config: &Config, list: Option<&[u8]>, present: &[Present]) -> Wanted {
@@ -291,6 +340,52 @@ mod tests {
     }
 
     #[test]
+    fn who_leaves_the_list_stays_until_it_is_known_how_it_is() {
+        let config = config(ADDED, "");
+        let leaves =
+            |how: &str| wanted(&config, Some(&[3]), &[present(1, "r"), present(2, how), present(3, "dr")]);
+        for (how, stays, said) in
+            [("dra", true, false), ("ds", true, true), ("d", false, false), ("dr", false, false)]
+        {
+            let wanted = leaves(how);
+            assert_eq!(lasts(&wanted).contains(&2), stays, "{how}");
+            assert_eq!(
+                wanted.sentences().iter().any(|it| it.contains("does not answer: it stays")),
+                said,
+                "{how}"
+            );
+            assert_eq!(wanted.leaving["api"].keys().collect::<Vec<_>>(), [&at(2)], "{how}");
+            assert!(wanted.held.is_empty(), "{how}");
+        }
+        let listed = wanted(&config, Some(&[2, 3]), &[present(1, "r"), present(2, "ds"), present(3, "dr")]);
+        assert_eq!((lasts(&listed), listed.leaving.len()), (vec![1, 2, 3], 0));
+        // All are silent: who is usable is none, and who is silent stays.
+        let all = [present(1, "s"), present(2, "ds"), present(3, "ds")];
+        let blind = wanted(&config, Some(&[]), &all);
+        assert_eq!((lasts(&blind), blind.sentences().len()), (vec![1, 2, 3], 2));
+        // An operator's word goes before it.
+        let unnamed = wanted(&config, Some(&[]), &[present(1, "r"), present(9, "s")]);
+        assert_eq!((lasts(&unnamed), unnamed.leaving.len()), (vec![1], 0));
+    }
+
+    #[test]
+    fn the_files_backends_leave_a_list_that_replaces_them_in_the_same_way() {
+        let config = config("\"10.0.0.1:6443\", \"10.0.0.2:6443\"", ", replace = true");
+        let there = |how: &str| [present(1, how), present(2, ""), present(3, "dr")];
+        assert_eq!(lasts(&wanted(&config, Some(&[3]), &there("s"))), [1, 3]);
+        assert_eq!(lasts(&wanted(&config, Some(&[3]), &there("a"))), [1, 3]);
+        assert_eq!(lasts(&wanted(&config, Some(&[3]), &there(""))), [3]);
+    }
+
+    #[test]
+    fn who_cannot_be_a_backend_any_more_goes_however_it_is() {
+        let mut config = config(ADDED, "");
+        config.services[0].listen.push("10.0.0.2:6443".parse().unwrap());
+        let gone = wanted(&config, Some(&[3]), &[present(1, "r"), present(2, "ds"), present(3, "dr")]);
+        assert_eq!((lasts(&gone), gone.sentences().len()), (vec![1, 3], 0));
+    }
+
+    #[test]
     fn nobody_usable_before_is_nobody_to_be_held() {
         let config = config(ADDED, "");
         let wanted = wanted(&config, Some(&[4]), &[present(1, ""), present(2, "d")]);
@@ -345,12 +440,14 @@ mod tests {
             replace in any::<bool>(),
             own in proptest::collection::btree_set(1_u8..8, 1..4),
             list in proptest::collection::btree_set(1_u8..8, 0..5),
-            there in proptest::collection::btree_map(1_u8..8, (any::<bool>(), any::<bool>()), 0..7),
+            there in proptest::collection::btree_map(1_u8..8, (any::<bool>(), any::<bool>(), 0..3_usize), 0..7),
         ) {
             let own_text: Vec<_> = own.iter().map(|last| format!("\"10.0.0.{last}:6443\"")).collect();
             let config = config(&own_text.join(","), &format!(", replace = {replace}"));
-            let there: Vec<_> = there.into_iter().map(|(last, (ready, usable))| Present {
+            let leaves = [Leave::Granted, Leave::Asked, Leave::Silent];
+            let there: Vec<_> = there.into_iter().map(|(last, (ready, usable, leave))| Present {
                 address: at(last), discovered: !own.contains(&last), ready, usable: usable || ready,
+                leave: leaves[leave],
             }).collect();
             let list: Vec<_> = list.into_iter().collect();
             let wanted = wanted(&config, Some(&list), &there);
@@ -364,7 +461,12 @@ mod tests {
             }
             for address in &after {
                 let known = list.iter().chain(&own).any(|last| at(*last) == *address);
-                prop_assert!(known || wanted.held["api"].contains(address), "and nobody else");
+                let held = wanted.held.get("api").is_some_and(|held| held.contains(address));
+                let stays = wanted.leaving.get("api").and_then(|it| it.get(address));
+                prop_assert!(known || held || stays.is_some_and(|it| *it != Leave::Granted), "and nobody else");
+            }
+            for it in there.iter().filter(|it| it.leave != Leave::Granted) {
+                prop_assert!(after.contains(&it.address), "nobody goes without leave");
             }
         }
     }

@@ -3,8 +3,9 @@
 //! [`Discovery::watch`] follows them through the apiservers, whichever is usable, and keeps the last good list while
 //! there is no better one. [`Discovery::merge`] puts it beside, or in the place of, what the configuration says, and
 //! never takes away the last backend that is usable. A backend that leaves the list is one that left the
-//! configuration: it drains. (The list drops every apiserver that restarts; and apiservers that died together may have
-//! left a list of the dead behind them: k3s#11349, k3s#10240.)
+//! configuration: it drains. But not before it is known that it answers ([`Leave`]): the list drops an apiserver that is
+//! frozen, too, before anybody has found it dead. (The list drops every apiserver that restarts; and apiservers that died
+//! together may have left a list of the dead behind them: k3s#11349, k3s#10240.)
 
 mod follow;
 mod known;
@@ -30,7 +31,7 @@ use crate::{
 };
 use follow::{Candidates, Follower};
 use known::Known;
-pub use merge::{Present, Situation, Wanted};
+pub use merge::{Leave, Present, Situation, Wanted};
 pub(crate) use slices::{Slice, refusal};
 
 /// The file in the state directory that keeps the last good lists.
@@ -153,6 +154,7 @@ impl Discovery {
                 own: service.backends.iter().map(|backend| backend.address).collect(),
                 known: Arc::clone(&sender),
                 candidates: candidates.subscribe(),
+                turn: 0,
             };
             tasks.spawn(follower.run());
         }

@@ -129,14 +129,14 @@ pub(super) struct Listed {
 }
 
 /// What an apiserver means that refuses a list, in words that follow its address.
-pub(crate) fn refusal(status: u16, namespace: &str) -> String {
+pub(crate) fn refusal(status: u16, verb: &str, namespace: &str) -> String {
     match status {
         401 => {
             "the apiserver does not know the kubeconfig's user (401): has its certificate or token expired?"
                 .to_owned()
         }
         403 => format!(
-            "the kubeconfig's user may not list endpointslices in the namespace {namespace} (403): use one \
+            "the kubeconfig's user may not {verb} endpointslices in the namespace {namespace} (403): use one \
              that may, such as kubeadm's /etc/kubernetes/admin.conf"
         ),
         404 => "the server has no discovery.k8s.io/v1 (404): is it an apiserver of 1.21 or newer?".to_owned(),

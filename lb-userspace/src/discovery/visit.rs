@@ -41,6 +41,9 @@ const HEAD_MAX: usize = 16 << 10;
 /// As long as a watch is told that its version is gone, it lists again; but not for ever on one visit.
 const LISTS_MAX: u32 = 3;
 
+const LIST: &str = "list";
+const WATCH: &str = "watch";
+
 const NO_SLICE: &str = "it sends what is no EndpointSlice";
 const USER_AGENT_VALUE: &str = concat!("sheave/", env!("CARGO_PKG_VERSION"), " (discovery)");
 
@@ -155,7 +158,7 @@ impl<'d> Visit<'d> {
         let parameters = ListParams::default().labels(&self.selector());
         let request = ApiRequest::new(self.path()).list(&parameters).map_err(not_built)?;
         let text = match timeout(LIST_LIMIT, self.client.request_text(request)).await {
-            Ok(answer) => answer.map_err(|error| self.trouble(&error))?,
+            Ok(answer) => answer.map_err(|error| self.trouble(LIST, &error))?,
             Err(_) => return Err(Trouble::Other("no answer in time".to_owned())),
         };
         let list: ObjectList<EndpointSlice> = serde_json::from_str(&text)
@@ -181,7 +184,7 @@ impl<'d> Visit<'d> {
         let mut events = pin!(opened.map_err(|error| match &error {
             // Also a version that is yet to come: etcd was restored from a backup.
             kube::Error::Api(status) if [400, 410, 504].contains(&status.code) => Trouble::Gone,
-            error => self.trouble(error),
+            error => self.trouble(WATCH, error),
         })?);
         *told = true;
         changed(progress);
@@ -190,7 +193,7 @@ impl<'d> Visit<'d> {
                 Ok(Some(Ok(event))) => event,
                 // Whoever ends in the middle of a watch is restarted, or gone: no news that another cannot tell.
                 Ok(Some(Err(kube::Error::ReadEvents(error)))) if !is_too_long(&error) => return Ok(()),
-                Ok(Some(Err(error))) => return Err(self.trouble(&error)),
+                Ok(Some(Err(error))) => return Err(self.trouble(WATCH, &error)),
                 Ok(None) => return Ok(()),
                 Err(_) => return Err(Trouble::Other("its watch fell silent".to_owned())),
             };
@@ -204,7 +207,7 @@ impl<'d> Visit<'d> {
                     slice.metadata.resource_version
                 }
                 WatchEvent::Bookmark(bookmark) => Some(bookmark.metadata.resource_version),
-                WatchEvent::Error(status) => return Err(self.refused(status.code)),
+                WatchEvent::Error(status) => return Err(self.refused(WATCH, status.code)),
             };
             if version.is_some() {
                 progress.version = version;
@@ -213,18 +216,19 @@ impl<'d> Visit<'d> {
         }
     }
 
-    fn refused(&self, status: u16) -> Trouble {
+    /// `verb` is what was asked for.
+    fn refused(&self, verb: &str, status: u16) -> Trouble {
         match status {
             410 => Trouble::Gone,
             // kube takes whatever is an object for a status without a code.
             0 => Trouble::Other(NO_SLICE.to_owned()),
-            status => Trouble::Other(refusal(status, &self.discover.namespace)),
+            status => Trouble::Other(refusal(status, verb, &self.discover.namespace)),
         }
     }
 
-    fn trouble(&self, error: &kube::Error) -> Trouble {
+    fn trouble(&self, verb: &str, error: &kube::Error) -> Trouble {
         match error {
-            kube::Error::Api(status) => self.refused(status.code),
+            kube::Error::Api(status) => self.refused(verb, status.code),
             kube::Error::SerdeError(_) => Trouble::Other(NO_SLICE.to_owned()),
             error if is_too_long(error) => {
                 Trouble::Other(format!("it sends more than {} MiB", BODY_MAX >> 20))
@@ -452,6 +456,8 @@ mod tests {
         let mut junk = slice(8, "10.0.0.2");
         junk["ports"] = "https".into();
         for (lines, said) in [
+            ((403, String::new()), "may not watch endpointslices in the namespace default (403)"),
+            ((429, String::new()), "answered 429"),
             (events(&[("MODIFIED", junk)]), "no EndpointSlice"),
             ((200, "junk\n".to_owned()), "no EndpointSlice"),
             ((200, "a".repeat(BODY_MAX + 1)), "more than 8 MiB"),

@@ -1,13 +1,16 @@
 //! The interfaces that the data path uses.
 
-use std::fs;
+use std::{collections::BTreeSet, fs};
 
 use aya::programs::loaded_programs;
 
 use super::{Finding, failure, note, ok, warning};
 use crate::{
     config::{Config, XdpMode},
-    network::{Interface, Kind, Network, Port, TagProtocol, XdpAttachMode, offloads},
+    network::{
+        Interface, Kind, Network, Port, TagProtocol, XdpAttachMode,
+        offloads::{self, Switched},
+    },
 };
 
 /// Drivers with XDP of their own, as ethtool names them.
@@ -71,10 +74,13 @@ pub(super) fn examine(network: &Network, ports: &[Port], config: Option<&Config>
         findings.push(xdp_mode(&interface, mode));
         findings.push(mtu(&interface));
         findings.extend(other_programs(&interface));
-        findings.extend(harmful_offloads(&interface, mode));
+        findings.extend(harmful_offloads(&interface, mode, !port.tags.is_empty()));
         findings.extend(unfinished_checksums(&interface, mode));
         findings.extend(stacked(network, port, &interface));
-        findings.extend(reverse_path_filter(&interface));
+        let addressed = network.local_addresses().iter().map(|it| it.interface).collect();
+        let base_of = |index| network.port_of(index).ok().map(|port| port.index);
+        let devices = devices(&interface, network.interfaces(), &addressed, base_of);
+        findings.extend(devices.iter().filter_map(reverse_path_filter));
     }
     findings.push(note("ip_forward", "not needed: packets are forwarded before the kernel's routing, but for replies to clients behind more \
          than 4,095 neighbours at once"));
@@ -89,9 +95,15 @@ fn state(interface: &Interface) -> Finding {
     if interface.up && interface.carrier {
         return ok(subject(interface), "up");
     }
-    let fix = format!("ip link set {} up", interface.name);
-    let what = if interface.up { "has no carrier (cable, switch port, virtual switch)" } else { "is down" };
-    failure(subject(interface), what).fix(fix)
+    if !interface.up {
+        return failure(subject(interface), "is down").fix(format!("ip link set {} up", interface.name));
+    }
+    // Setting it up once more would change nothing: it is the other end that is missing.
+    failure(subject(interface), "is up and has no carrier").fix(format!(
+        "look at the other end: cable, switch port or virtual switch; of a pair (veth) the peer must be up; then `ip link \
+         show {}` says LOWER_UP",
+        interface.name
+    ))
 }
 
 fn xdp_mode(interface: &Interface, mode: XdpMode) -> Finding {
@@ -151,29 +163,39 @@ fn other_programs(interface: &Interface) -> Vec<Finding> {
     interface.xdp.iter().map(finding).collect()
 }
 
-fn harmful_offloads(interface: &Interface, mode: XdpMode) -> Option<Finding> {
-    let on = offloads::harmful(&interface.name, mode == XdpMode::Generic).ok()?;
-    if on.is_empty() {
-        return Some(ok(subject(interface), "no offload keeps packets from XDP"));
+/// `tagged`: frames with a VLAN tag are ours.
+fn harmful_offloads(interface: &Interface, mode: XdpMode, tagged: bool) -> Vec<Finding> {
+    let Ok(on) = offloads::harmful(&interface.name, mode == XdpMode::Generic) else { return Vec::new() };
+    let Ok(fixed) = offloads::fixed(&interface.name, &on) else { return Vec::new() };
+    let off: Vec<String> = on.into_iter().filter(|name| !fixed.contains(name)).collect();
+    if off.is_empty() && fixed.is_empty() {
+        return vec![ok(subject(interface), "no offload keeps packets from XDP")];
     }
-    let fixed = offloads::fixed(&interface.name, &on).ok()?;
-    if !fixed.is_empty() {
-        let what = format!("{} on, and its driver lets nobody switch it off", fixed.join(", "));
-        return Some(
-            failure(subject(interface), what).fix("use another driver or network card for this interface"),
-        );
+    let switches: Vec<String> = off.iter().map(|name| format!("{name} off")).collect();
+    let switchable = (!off.is_empty()).then(|| {
+        let what = format!("{} on: sheave switches off while it is attached", off.join(", "));
+        note(subject(interface), what).fix(format!("ethtool -K {} {}", interface.name, switches.join(" ")))
+    });
+    let fixed = fixed_offloads(interface, Switched { off, fixed }, tagged);
+    fixed.into_iter().chain(switchable).collect()
+}
+
+/// As `sheave run` would say it.
+fn fixed_offloads(interface: &Interface, switched: Switched, tagged: bool) -> Vec<Finding> {
+    let fix = "use another driver or network card for this interface";
+    match switched.consequences(&interface.name, tagged) {
+        Ok(sentences) => sentences.into_iter().map(|it| warning(subject(interface), it).fix(fix)).collect(),
+        Err(error) => {
+            let text = error.to_string();
+            let what = text.split_once("\n   = help: ").map_or(text.as_str(), |(what, _)| what);
+            vec![failure(subject(interface), what).fix(fix)]
+        }
     }
-    let switches: Vec<String> = on.iter().map(|name| format!("{name} off")).collect();
-    Some(
-        note(subject(interface), format!("{} on: sheave switches off while it is attached", on.join(", ")))
-            .fix(format!("ethtool -K {} {}", interface.name, switches.join(" "))),
-    )
 }
 
 /// What switching off an offload of this interface does not help against.
 fn unfinished_checksums(interface: &Interface, mode: XdpMode) -> Option<Finding> {
-    let driver = interface.driver.as_deref().filter(|driver| *driver == "veth")?;
-    let what = offloads::unfinished_checksums(&interface.name, driver, mode == XdpMode::Generic)?;
+    let what = offloads::unfinished_checksums(interface)?;
     Some(if mode == XdpMode::Generic {
         warning(subject(interface), what)
     } else {
@@ -224,6 +246,20 @@ fn stacked(network: &Network, port: &Port, interface: &Interface) -> Vec<Finding
     findings
 }
 
+/// Where the kernel filters what comes in by an interface: there, and on those of its VLANs that this host has an address on.
+fn devices(
+    base: &Interface,
+    all: Vec<Interface>,
+    addressed: &BTreeSet<u32>,
+    base_of: impl Fn(u32) -> Option<u32>,
+) -> Vec<Interface> {
+    let is_above = |it: &Interface| {
+        it.index != base.index && addressed.contains(&it.index) && base_of(it.index) == Some(base.index)
+    };
+    std::iter::once(base.clone()).chain(all.into_iter().filter(is_above)).collect()
+}
+
+/// The stricter of what is set for the device and for all (`Documentation/networking/ip-sysctl.rst`: the maximum is used).
 fn reverse_path_filter(interface: &Interface) -> Option<Finding> {
     let read = |name: &str| -> Option<u8> {
         let path = format!("/proc/sys/net/ipv4/conf/{name}/rp_filter");
@@ -233,6 +269,49 @@ fn reverse_path_filter(interface: &Interface) -> Option<Finding> {
     strict.then(|| {
         let what = "strict reverse path filter: forwarded packets pass it by, but packets for a backend on this host \
                     that come in by another interface are dropped silently";
-        note(subject(interface), what).fix(format!("sysctl -w net.ipv4.conf.{}.rp_filter=2", interface.name))
+        // In names a dot is written as a slash: sysctl(8).
+        let name = interface.name.replace('.', "/");
+        note(subject(interface), what).fix(format!("sysctl -w net.ipv4.conf.{name}.rp_filter=2"))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::Level, *};
+
+    fn interface(index: u32, name: &str) -> Interface {
+        Interface {
+            index,
+            name: name.to_owned(),
+            mac: None,
+            mtu: 1500,
+            up: true,
+            carrier: true,
+            kind: Kind::Device,
+            master: None,
+            driver: None,
+            xdp: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn an_offload_that_stays_on_is_as_bad_as_what_comes_of_it() {
+        let levels = |name: &str, tagged| -> Vec<_> {
+            let switched = Switched { off: Vec::new(), fixed: vec![name.to_owned()] };
+            fixed_offloads(&interface(1, "eth0"), switched, tagged).into_iter().map(|it| it.level).collect()
+        };
+        assert_eq!(levels("rx-lro", false), [Level::Warning]);
+        assert_eq!(levels("rx-vlan-hw-parse", false), []);
+        assert_eq!(levels("rx-vlan-hw-parse", true), [Level::Failure]);
+    }
+
+    #[test]
+    fn a_vlan_with_an_address_is_filtered_on_its_own() {
+        let all = ["eth0", "eth0.100", "eth0.200", "eth1", "eth1.100"];
+        let all: Vec<_> = all.iter().zip(1..).map(|(name, index)| interface(index, name)).collect();
+        let base_of = |index| Some(if index < 4 { 1 } else { 4 });
+        let found = devices(&all[0], all.clone(), &BTreeSet::from([2, 4, 5]), base_of);
+        let names: Vec<_> = found.iter().map(|it| it.name.as_str()).collect();
+        assert_eq!(names, ["eth0", "eth0.100"]);
+    }
 }

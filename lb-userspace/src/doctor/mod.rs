@@ -15,6 +15,7 @@ mod firewall;
 mod hook;
 mod interfaces;
 mod kernel;
+mod mtu;
 mod names;
 mod neighbours;
 mod sockets;
@@ -99,6 +100,7 @@ pub async fn examine(config: Option<&Config>) -> Vec<Finding> {
     findings.extend(problems);
     findings.extend(interfaces::examine(&network, &ports, config));
     if let Some(config) = config {
+        findings.extend(mtu::examine(&network, config).await);
         findings.extend(vips::examine(&network, config).await);
         findings.extend(neighbours::examine(&network, config).await);
         findings.extend(hook::examine(config));
@@ -140,7 +142,8 @@ async fn ports(network: &Network, config: Option<&Config>) -> (Vec<Port>, Vec<Fi
             }
         }
     }
-    found.sort_by_key(|port| port.index);
+    // Of several on one interface one with tags: it says more.
+    found.sort_by_key(|port| (port.index, std::cmp::Reverse(port.tags.len())));
     found.dedup_by_key(|port| port.index);
     (found, problems)
 }

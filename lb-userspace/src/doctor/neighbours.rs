@@ -1,6 +1,6 @@
 //! Whether each backend can be reached on the link level.
 
-use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use futures_util::future::join_all;
 use tokio::time::{Instant, sleep};
@@ -8,23 +8,31 @@ use tokio::time::{Instant, sleep};
 use super::{Finding, failure, ok};
 use crate::{
     config::{Config, Service},
-    network::{Network, NetworkError, NextHop, display_mac},
+    network::{Network, NetworkError, NextHop, TcpSocket, display_mac, is_out_of_reach, listening_sockets},
 };
 
 /// A neighbour that does not answer within this time is missing: the kernel itself asks three times, once a second.
 const PATIENCE: Duration = Duration::from_millis(1500);
 
 pub(super) async fn examine(network: &Network, config: &Config) -> Vec<Finding> {
+    // Where they cannot be listed nothing is said about them here: `sockets` says that.
+    let servers = listening_sockets().await.unwrap_or_default();
     let services = config.services.iter();
     let pairs = services.flat_map(|service| service.backends.iter().map(move |backend| (service, backend)));
     let findings = pairs.map(|(service, backend)| {
         let subject = format!("backend {}/{}", service.name, backend.name);
-        reach(network, service, backend.address, subject)
+        reach(network, service, backend.address, (&servers, config.forwards_packets()), subject)
     });
     join_all(findings).await
 }
 
-async fn reach(network: &Network, service: &Service, backend: SocketAddr, subject: String) -> Finding {
+async fn reach(
+    network: &Network,
+    service: &Service,
+    backend: SocketAddr,
+    (servers, forwards): (&[TcpSocket], bool),
+    subject: String,
+) -> Finding {
     match resolved(network, backend).await {
         Ok(NextHop { mac: Some(mac), neighbour, .. }) => {
             ok(subject, format!("next hop {neighbour} is at {}", display_mac(&mac)))
@@ -33,7 +41,8 @@ async fn reach(network: &Network, service: &Service, backend: SocketAddr, subjec
             failure(subject, format!("its next hop {neighbour} does not answer on the link"))
                 .fix(format!("check that it is up and in this VLAN: ip neigh show {neighbour}"))
         }
-        Err(NetworkError::Local(_)) => local(service, backend, subject),
+        Err(NetworkError::Local(_)) if !forwards => ok(subject, "is this host"),
+        Err(NetworkError::Local(_)) => local(service, backend, servers, subject),
         Err(error) => failure(subject, error.to_string()).fix(format!("ip route get {}", backend.ip())),
     }
 }
@@ -49,27 +58,28 @@ async fn resolved(network: &Network, backend: SocketAddr) -> Result<NextHop, Net
     }
 }
 
-/// A backend on this host is reached by leaving the packet as it is: only possible on the listener's own port.
-fn local(service: &Service, backend: SocketAddr, subject: String) -> Finding {
-    let other: BTreeSet<u16> = service
-        .listen
-        .iter()
-        .filter(|listener| listener.is_ipv4() == backend.is_ipv4())
-        .map(SocketAddr::port)
-        .filter(|port| *port != backend.port())
-        .collect();
-    match other.first() {
-        None => ok(subject, "is this host: its packets are passed to the local socket untouched"),
-        Some(port) => failure(
-            subject,
-            format!(
-                "is this host, on port {}, while the service listens on {port}: XDP cannot translate to it",
-                backend.port()
-            ),
-        )
-        .fix(format!(
-            "let the service listen on port {}, or leave this host out of its backends",
-            backend.port()
-        )),
+/// A backend on this host is reached by leaving the packet as it is: only possible on the listener's own port, and where its
+/// server takes what is for the listener's address.
+fn local(service: &Service, backend: SocketAddr, servers: &[TcpSocket], subject: String) -> Finding {
+    // The connect hook can change a port and an address.
+    let listeners = service.listen.iter().filter(|listener| !listener.ip().is_loopback());
+    let listeners: Vec<_> = listeners.filter(|it| it.is_ipv4() == backend.is_ipv4()).collect();
+    if let Some(other) = listeners.iter().find(|listener| listener.port() != backend.port()) {
+        let (is, wanted) = (backend.port(), other.port());
+        let what = format!(
+            "is this host, on port {is}, while the service listens on {wanted}: XDP cannot translate to it"
+        );
+        let fix = format!("let the service listen on port {is}, or leave this host out of its backends");
+        return failure(subject, what).fix(fix);
     }
+    if let Some(listener) = listeners.iter().find(|listener| is_out_of_reach(servers, backend, ***listener)) {
+        let every = if listener.is_ipv4() { "0.0.0.0" } else { "::" };
+        let what = format!(
+            "is this host, and its server listens on {backend} only: packets for {listener} are passed to it untouched, and \
+             refused"
+        );
+        let fix = format!("let it listen on every address: kube-apiserver --bind-address={every}");
+        return failure(subject, what).fix(fix);
+    }
+    ok(subject, "is this host: its packets are passed to the local socket untouched")
 }

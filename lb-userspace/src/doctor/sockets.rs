@@ -1,11 +1,12 @@
 //! Sockets of this host that the data path leaves out: clients of a VIP on this very host, and servers it takes the
 //! clients from.
 
-use std::{collections::BTreeSet, fs, net::SocketAddr};
+use std::{collections::BTreeSet, fmt, fs, net::SocketAddr};
 
-use super::{Finding, failure, warning};
+use super::{Finding, failure, note, warning};
 use crate::{
-    config::{Cgroup, Config},
+    config::Config,
+    hook::Place,
     network::{Network, TcpSocket, TcpState, tcp_sockets},
 };
 
@@ -19,18 +20,65 @@ const KUBECONFIGS: [&str; 6] = [
     "/var/lib/rancher/k3s/agent/kubelet.kubeconfig",
 ];
 
-const NEEDS_HOOK: &str = "XDP never sees connections of this host to its own address; they need the connect hook, which \
-                          cgroup = \"none\" leaves out";
+const NEEDS_HOOK: &str =
+    "XDP never sees connections of this host to its own address; they need the connect hook, which";
+
+/// Whose connections the hook takes.
+enum Coverage {
+    Everybody,
+    /// Only those of the processes with these numbers; in words, why.
+    Some(BTreeSet<u32>, String),
+    /// In words, why.
+    Nobody(&'static str),
+}
+
+impl Coverage {
+    fn of(config: &Config) -> Self {
+        match Place::find(&config.dataplane.cgroup) {
+            Ok(None) => Self::Nobody("cgroup = \"none\" leaves out"),
+            Err(_) => Self::Nobody("has no cgroup to be put on"),
+            Ok(Some(place)) => match place.processes() {
+                None => Self::Everybody,
+                Some(processes) => {
+                    let path = place.path().display();
+                    Self::Some(processes, format!("is put on {path}, where that process is not"))
+                }
+            },
+        }
+    }
+
+    /// Why a process is left out, if it is.
+    fn leaves_out(&self, process: Option<u32>) -> Option<&str> {
+        match self {
+            Self::Everybody => None,
+            Self::Some(processes, why) => {
+                let is_in = process.is_some_and(|process| processes.contains(&process));
+                (!is_in).then_some(why.as_str())
+            }
+            Self::Nobody(why) => Some(why),
+        }
+    }
+
+    /// What puts it right.
+    fn fix(&self) -> &'static str {
+        match self {
+            Self::Nobody("cgroup = \"none\" leaves out") => "remove cgroup = \"none\"",
+            Self::Nobody(_) => "give it one, as `connect hook` above says",
+            Self::Everybody | Self::Some(..) => {
+                "name a cgroup that holds it in dataplane.cgroup, or leave the key out"
+            }
+        }
+    }
+}
 
 pub(super) async fn examine(network: &Network, config: &Config) -> Vec<Finding> {
     let listeners: BTreeSet<SocketAddr> =
         config.services.iter().flat_map(|service| service.listen.iter().copied()).collect();
-    let unhooked = config.dataplane.cgroup == Cgroup::None;
+    let coverage = Coverage::of(config);
     let mut findings: Vec<_> = KUBECONFIGS
         .iter()
-        .filter(|_| unhooked)
         .filter_map(|path| Some((path, fs::read_to_string(path).ok()?)))
-        .filter_map(|(path, content)| configured_client(path, &content, &listeners))
+        .filter_map(|(path, content)| configured_client(path, &content, &listeners, &coverage))
         .collect();
     let wanted = listeners.clone();
     let sockets = tcp_sockets(move |socket| is_client(socket, &wanted) || is_shadowed(socket, &wanted)).await;
@@ -41,20 +89,26 @@ pub(super) async fn examine(network: &Network, config: &Config) -> Vec<Finding> 
             return findings;
         }
     };
-    let clients = sockets.iter().filter(|socket| unhooked && is_client(socket, &listeners));
-    let clients: BTreeSet<_> = clients.map(|socket| (owner(socket), socket.remote)).collect();
-    for (process, vip) in clients {
-        let what = format!("{process} on this host is a client of {vip}: {NEEDS_HOOK}");
-        findings.push(failure(format!("client {process}"), what).fix(
-            "remove cgroup = \"none\", or let it use a backend's own address while the VIP is on this host",
-        ));
-    }
+    let clients = sockets.iter().filter(|socket| is_client(socket, &listeners));
+    let clients: BTreeSet<_> = clients.map(|socket| (Process::holding(socket), socket.remote)).collect();
+    findings.extend(clients.iter().filter_map(|(process, vip)| client(process, *vip, &coverage)));
     for socket in sockets.iter().filter(|socket| is_shadowed(socket, &listeners)) {
         if !serves_as_backend(network, config, socket) {
             findings.push(shadowed(socket));
         }
     }
     findings
+}
+
+fn client(process: &Process, vip: SocketAddr, coverage: &Coverage) -> Option<Finding> {
+    let why = coverage.leaves_out(process.number)?;
+    let what = format!("{process} on this host is a client of {vip}: {NEEDS_HOOK} {why}");
+    let subject = format!("client {process}");
+    // Whoever nobody can name may be in the cgroup.
+    let is_sure = process.number.is_some() || matches!(coverage, Coverage::Nobody(_));
+    let finding = if is_sure { failure(subject, what) } else { warning(subject, what) };
+    let fix = coverage.fix();
+    Some(finding.fix(format!("{fix}, or let it use a backend's own address while the VIP is on this host")))
 }
 
 fn is_client(socket: &TcpSocket, listeners: &BTreeSet<SocketAddr>) -> bool {
@@ -78,7 +132,7 @@ fn serves_as_backend(network: &Network, config: &Config, socket: &TcpSocket) -> 
 }
 
 fn shadowed(socket: &TcpSocket) -> Finding {
-    let process = owner(socket);
+    let process = Process::holding(socket);
     let what = format!(
         "{process} listens on {}: new connections go to sheave's backends instead once it is attached; those that \
          stand go on",
@@ -87,7 +141,12 @@ fn shadowed(socket: &TcpSocket) -> Finding {
     warning(format!("server {process}"), what).fix(format!("stop {process} when sheave has taken over"))
 }
 
-fn configured_client(path: &str, content: &str, listeners: &BTreeSet<SocketAddr>) -> Option<Finding> {
+fn configured_client(
+    path: &str,
+    content: &str,
+    listeners: &BTreeSet<SocketAddr>,
+    coverage: &Coverage,
+) -> Option<Finding> {
     let servers =
         content.lines().filter_map(|line| line.trim().trim_start_matches("- ").strip_prefix("server:"));
     let addresses = servers.filter_map(|server| {
@@ -98,27 +157,52 @@ fn configured_client(path: &str, content: &str, listeners: &BTreeSet<SocketAddr>
     });
     let vip: SocketAddr = addresses.into_iter().find(|address| listeners.contains(address))?;
     let what = format!("{path} names {vip}: when the VIP is on this host, {NEEDS_HOOK}");
-    let fix = format!(
-        "remove cgroup = \"none\"; or in {path}: the address of an apiserver, this node's own if it has one, as `server:`"
-    );
-    Some(failure("kubeconfig", what).fix(fix))
+    let instead =
+        format!("in {path}: the address of an apiserver, this node's own if it has one, as `server:`");
+    match coverage {
+        Coverage::Everybody => None,
+        // Who reads it is not known here.
+        Coverage::Some(..) => Some(
+            note("kubeconfig", format!("{what} must hold the process that reads it"))
+                .fix(format!("{}; or {instead}", coverage.fix())),
+        ),
+        Coverage::Nobody(why) => Some(
+            failure("kubeconfig", format!("{what} {why}")).fix(format!("{}; or {instead}", coverage.fix())),
+        ),
+    }
 }
 
-/// The name of the process that holds a socket, and its number.
-fn owner(socket: &TcpSocket) -> String {
-    let wanted = format!("socket:[{}]", socket.inode);
-    let holds = |directory: &fs::DirEntry| {
-        let descriptors = fs::read_dir(directory.path().join("fd")).into_iter().flatten().flatten();
-        descriptors
-            .filter_map(|it| fs::read_link(it.path()).ok())
-            .any(|target| target.as_os_str() == wanted.as_str())
-    };
-    let number = |directory: &fs::DirEntry| directory.file_name().to_str()?.parse::<u32>().ok();
-    let mut processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let found = processes.find(|directory| number(directory).is_some() && holds(directory));
-    match found.map(|directory| (fs::read_to_string(directory.path().join("comm")), directory.file_name())) {
-        Some((Ok(name), number)) => format!("{} (pid {})", name.trim(), number.to_string_lossy()),
-        _ => "a process".to_owned(),
+/// Who holds a socket, as far as that is seen.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Process {
+    name: String,
+    number: Option<u32>,
+}
+
+impl fmt::Display for Process {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(&self.name)?;
+        self.number.iter().try_for_each(|number| write!(out, " (pid {number})"))
+    }
+}
+
+impl Process {
+    fn holding(socket: &TcpSocket) -> Self {
+        let wanted = format!("socket:[{}]", socket.inode);
+        let holds = |directory: &fs::DirEntry| {
+            let descriptors = fs::read_dir(directory.path().join("fd")).into_iter().flatten().flatten();
+            descriptors
+                .filter_map(|it| fs::read_link(it.path()).ok())
+                .any(|target| target.as_os_str() == wanted.as_str())
+        };
+        let number = |directory: &fs::DirEntry| directory.file_name().to_str()?.parse::<u32>().ok();
+        let mut processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let found = processes.find(|directory| number(directory).is_some() && holds(directory));
+        let name = found.as_ref().and_then(|it| fs::read_to_string(it.path().join("comm")).ok());
+        match name {
+            Some(name) => Self { name: name.trim().to_owned(), number: found.as_ref().and_then(number) },
+            None => Self { name: "a process".to_owned(), number: None },
+        }
     }
 }
 
@@ -129,7 +213,9 @@ mod tests {
     #[test]
     fn a_kubeconfig_that_names_the_vip_is_found_however_it_is_written() {
         let listeners = ["192.0.2.140:6443".parse().unwrap(), "[fd00::140]:443".parse().unwrap()].into();
-        let look = |content: &str| configured_client("/etc/kubernetes/kubelet.conf", content, &listeners);
+        let unhooked = Coverage::Nobody("has no cgroup to be put on");
+        let look =
+            |content: &str| configured_client("/etc/kubernetes/kubelet.conf", content, &listeners, &unhooked);
         for content in [
             "clusters:\n- cluster:\n    server: https://192.0.2.140:6443\n",
             "clusters:\n- cluster: \n  - server: \"https://192.0.2.140:6443/\"\n",
@@ -142,5 +228,33 @@ mod tests {
         {
             assert_eq!(look(content), None, "{content}");
         }
+    }
+
+    #[test]
+    fn who_is_outside_of_the_hooks_cgroup_is_a_failure_and_who_is_in_it_is_none() {
+        let vip = "192.0.2.140:6443".parse().unwrap();
+        let process = |number| Process { name: "kubelet".to_owned(), number };
+        let levels = |coverage: Coverage| {
+            let look = |number| client(&process(number), vip, &coverage).map(|finding| finding.level);
+            [look(Some(7)), look(Some(8)), look(None)]
+        };
+        use super::super::Level::{Failure, Warning};
+        assert_eq!(levels(Coverage::Everybody), [None, None, None]);
+        let part = || Coverage::Some([7].into(), "is put on /a, where that process is not".to_owned());
+        assert_eq!(levels(part()), [None, Some(Failure), Some(Warning)]);
+        assert_eq!(levels(Coverage::Nobody("has none")), [Some(Failure); 3]);
+        let finding = client(&process(Some(8)), vip, &part()).unwrap();
+        assert!(
+            finding.what.contains("kubelet (pid 8)") && finding.what.contains("which is put on /a"),
+            "{finding:?}"
+        );
+        assert!(finding.fix.unwrap().contains("dataplane.cgroup"));
+        // Who will read a kubeconfig is not known.
+        let content = "    server: https://192.0.2.140:6443\n";
+        let level = |coverage: &Coverage| {
+            configured_client("/k", content, &[vip].into(), coverage).map(|finding| finding.level)
+        };
+        assert_eq!(level(&part()), Some(super::super::Level::Note));
+        assert_eq!(level(&Coverage::Everybody), None);
     }
 }

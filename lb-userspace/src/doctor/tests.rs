@@ -13,6 +13,7 @@ use crate::{
         Admin, Backend, Balance, Cgroup, Check, CheckKind, Dataplane, Forward, OnDead, Service, Vip, VipMode,
         XdpMode,
     },
+    hook::Place,
     network::testing::{Peer, in_namespace, ip},
 };
 
@@ -135,6 +136,23 @@ fn every_failure_says_what_to_do() {
     });
 }
 
+/// A cgroup that nobody is in.
+struct Elsewhere(std::path::PathBuf);
+
+impl Elsewhere {
+    fn below(hierarchy: &Place) -> Self {
+        let path = hierarchy.path().join(format!("sheave-doctor-{}", std::process::id()));
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
 #[test]
 fn clients_and_servers_on_this_host_are_named() {
     in_namespace(async || {
@@ -149,6 +167,14 @@ fn clients_and_servers_on_this_host_are_named() {
             !findings.iter().any(|it| it.subject.starts_with("client")),
             "the hook serves it: {findings:#?}"
         );
+        // A cgroup that we are not in.
+        let hierarchy = Place::find(&Cgroup::Auto).unwrap().unwrap();
+        let elsewhere = Elsewhere::below(&hierarchy);
+        client_config.dataplane.cgroup = Cgroup::Directory(elsewhere.0.clone());
+        let findings = examine(Some(&client_config)).await;
+        let left_out = expect(&findings, Level::Failure, "client", "on this host is a client of 10.1.0.140");
+        assert!(left_out.what.contains(&format!("is put on {}", elsewhere.0.display())), "{left_out:?}");
+        drop(elsewhere);
         client_config.dataplane.cgroup = Cgroup::None;
         let findings = examine(Some(&client_config)).await;
         let us = format!("(pid {})", std::process::id());
@@ -165,6 +191,77 @@ fn clients_and_servers_on_this_host_are_named() {
         let findings = examine(Some(&config(&format!("10.1.0.140:{port}"), &[own]))).await;
         expect(&findings, Level::Ok, "backend", "is this host: its packets are passed");
         assert!(!findings.iter().any(|finding| finding.subject.starts_with("server")), "{findings:#?}");
+    });
+}
+
+#[test]
+fn a_local_apiserver_that_listens_on_its_own_address_alone_is_a_failure() {
+    in_namespace(async || {
+        let _peer = lan();
+        ip("addr add 10.1.0.140/32 dev lan");
+        let own = TcpListener::bind("10.1.0.1:0").unwrap().local_addr().unwrap();
+        let vip = SocketAddr::new("10.1.0.140".parse().unwrap(), own.port());
+        let config = config(&vip.to_string(), &[own]);
+        let findings = examine(Some(&config)).await;
+        expect(&findings, Level::Ok, "backend", "is this host: its packets are passed");
+        let _server = TcpListener::bind(own).unwrap();
+        let findings = examine(Some(&config)).await;
+        let refused = expect(&findings, Level::Failure, "backend", &format!("listens on {own} only"));
+        assert!(refused.fix.unwrap().contains("--bind-address=0.0.0.0"));
+        let _beside = TcpListener::bind(vip).unwrap();
+        let findings = examine(Some(&config)).await;
+        expect(&findings, Level::Ok, "backend", "is this host: its packets are passed");
+    });
+}
+
+#[test]
+fn what_is_between_clients_and_backends_must_let_the_same_packets_through() {
+    in_namespace(async || {
+        let _clients = lan();
+        let inside = Peer::behind("inside", "rear");
+        ip("addr add 10.1.0.140/32 dev lan");
+        ip("addr add 10.2.0.1/24 dev inside");
+        inside.ip("addr add 10.2.0.151/24 dev rear");
+        let config = config("10.1.0.140:6443", &[socket("10.2.0.151:6443"), socket("10.1.0.151:6443")]);
+        let narrow = |findings: &[Finding]| {
+            findings.iter().filter(|it| it.what.contains("clients come in by lan")).count()
+        };
+        assert_eq!(narrow(&examine(Some(&config)).await), 0, "both arms are the same");
+        ip("link set inside mtu 1400");
+        let findings = examine(Some(&config)).await;
+        let found = expect(
+            &findings,
+            Level::Warning,
+            "interface inside",
+            "has MTU 1400, while clients come in by lan with 1500",
+        );
+        assert!(found.fix.unwrap().contains("ip link set inside mtu 1500"));
+        ip("link set inside mtu 9000");
+        assert_eq!(narrow(&examine(Some(&config)).await), 0);
+    });
+}
+
+#[test]
+fn a_link_without_a_peer_and_a_strict_filter_are_named() {
+    in_namespace(async || {
+        let peer = lan();
+        let config = config("10.1.0.140:6443", &[socket("10.1.0.151:6443")]);
+        for (set, level) in [("0", None), ("1", Some(Level::Note))] {
+            for name in ["all", "lan"] {
+                std::fs::write(format!("/proc/sys/net/ipv4/conf/{name}/rp_filter"), set).unwrap();
+            }
+            let findings = examine(Some(&config)).await;
+            let found = findings.iter().find(|it| it.what.contains("strict reverse path filter"));
+            assert_eq!(found.map(|it| it.level), level, "{findings:#?}");
+        }
+
+        peer.ip("link set far down");
+        let findings = examine(Some(&config)).await;
+        let fix = expect(&findings, Level::Failure, "interface lan", "is up and has no carrier").fix.unwrap();
+        assert!(!fix.contains("ip link set"), "{fix}");
+        ip("link set lan down");
+        let findings = examine(Some(&config)).await;
+        assert!(findings.iter().all(|it| !it.what.contains("carrier")), "{findings:#?}");
     });
 }
 

@@ -5,6 +5,7 @@
 //! shown a branch of it as if that were the whole; what is put there sees only the container's own processes.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io,
     os::unix::fs::MetadataExt as _,
@@ -106,6 +107,15 @@ impl Place {
         fs::metadata(&self.path).is_ok_and(|found| found.ino() == self.inode)
     }
 
+    /// The processes in it and below it, as far as they are seen here. None: all of this host's.
+    pub fn processes(&self) -> Option<BTreeSet<u32>> {
+        (!self.is_root).then(|| {
+            let mut found = BTreeSet::new();
+            collect_processes(&self.path, &mut found);
+            found
+        })
+    }
+
     /// What it leaves out although nobody has asked for that.
     pub fn reservation(&self, configured: &Cgroup) -> Option<String> {
         (*configured == Cgroup::Auto && !self.is_root).then(|| {
@@ -116,6 +126,15 @@ impl Place {
             )
         })
     }
+}
+
+/// Cgroups come and go while one looks: what cannot be read is not there.
+fn collect_processes(cgroup: &Path, found: &mut BTreeSet<u32>) {
+    let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    found.extend(processes.lines().filter_map(|line| line.parse::<u32>().ok()));
+    let below = fs::read_dir(cgroup).into_iter().flatten().flatten();
+    let below = below.filter(|it| it.file_type().is_ok_and(|kind| kind.is_dir()));
+    below.for_each(|it| collect_processes(&it.path(), found));
 }
 
 /// Only the root of the hierarchy has no type (`Documentation/admin-guide/cgroup-v2.rst`, "Core Interface Files").

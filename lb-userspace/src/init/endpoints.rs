@@ -14,7 +14,7 @@ use crate::{
 /// checks will see.
 pub(super) fn read(answer: &Answer) -> Result<Vec<SocketAddr>, String> {
     if answer.status != 200 {
-        return Err(refusal(answer.status, "default"));
+        return Err(refusal(answer.status, "list", "default"));
     }
     if answer.cut {
         return Err("the apiserver's answer is far too long".to_owned());

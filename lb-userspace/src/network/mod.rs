@@ -26,6 +26,7 @@ mod address;
 mod ethtool;
 mod interface;
 mod link;
+mod local_server;
 mod neighbour;
 pub mod offloads;
 mod route;
@@ -36,6 +37,7 @@ pub(crate) mod testing;
 pub use address::LocalAddress;
 pub use interface::{AttachedXdp, Interface, Kind, Port, Tag, TagProtocol, XdpAttachMode};
 pub(crate) use link::link_address;
+pub use local_server::is_out_of_reach;
 pub use neighbour::Neighbour;
 pub use route::{NextHop, Route};
 pub use sockets::{

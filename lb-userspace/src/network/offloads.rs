@@ -7,14 +7,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::ethtool;
+use super::{Interface, ethtool};
 use crate::state;
+
+/// Takes the VLAN tag out of the frame before XDP sees it.
+const TAGS: &str = "rx-vlan-hw-parse";
 
 /// What is switched off in either mode.
 pub const HARMFUL: [&str; 3] = [
-    "rx-vlan-hw-parse", // takes the VLAN tag out of the frame before XDP sees it
-    "rx-lro",           // merges segments in a way that cannot be undone
-    "rx-gro-hw",        // likewise
+    TAGS,        // see there
+    "rx-lro",    // merges segments in a way that cannot be undone
+    "rx-gro-hw", // likewise
 ];
 
 /// What is harmful in generic mode only: the checksum of such a frame may not have been computed yet.
@@ -41,6 +44,16 @@ pub enum OffloadError {
         interface: String,
         /// The driver's answer.
         source: io::Error,
+    },
+    /// Frames come in without the tags that tell a VLAN's from others'.
+    #[error(
+        "{interface}: its driver takes the VLAN tag out of every frame ({TAGS}) and lets nobody switch that off: the \
+         program would recognise no packet of the VLANs that are in use, and this host's kernel would refuse every \
+         connection\n   = help: use another network card or driver for it, or listeners and backends without a VLAN"
+    )]
+    TagsLost {
+        /// Which interface.
+        interface: String,
     },
     /// The record of what was on could not be read or written.
     #[error("{path}: {source}: the directory must be writable for what was changed to be restored later", path = path.display())]
@@ -72,35 +85,63 @@ pub fn leaves_checksums_unfinished(driver: &str) -> bool {
     OF_VIRTUAL_MACHINES.contains(&driver)
 }
 
-/// What to do about packets that may still come with unfinished checksums after [`turn_off`]: the program would send them
-/// on as they are, and whoever gets them drops them. None: no such packet comes. On a veth they come in either mode, and
-/// only its other end can finish them.
-pub fn unfinished_checksums(interface: &str, driver: &str, generic: bool) -> Option<String> {
-    let fix = if driver == "veth" {
-        format!("run `ethtool -K DEVICE tx off` for the other end of {interface}")
-    } else {
-        let is_on =
-            || harmful(interface, true).is_ok_and(|on| on.iter().any(|it| it == HARMFUL_IN_GENERIC_MODE));
-        if !(generic && leaves_checksums_unfinished(driver) && is_on()) {
-            return None;
-        }
-        format!("its driver does not let {HARMFUL_IN_GENERIC_MODE} be switched off: use another network card")
-    };
-    Some(format!(
-        "{interface}: connections of virtual machines and containers on the same machine may hang, as driver {driver} hands \
-         their packets over before the checksums are finished: {fix}"
-    ))
+/// What to do about packets of a veth: they come with unfinished checksums in either mode, whatever [`turn_off`] does. The
+/// program would send them on as they are, and whoever gets them drops them. None: it is no veth.
+pub fn unfinished_checksums(interface: &Interface) -> Option<String> {
+    let Interface { name, driver, .. } = interface;
+    (driver.as_deref() == Some("veth")).then(|| {
+        format!(
+            "{name}: connections of virtual machines and containers on the same machine may hang, as driver veth hands their \
+             packets over before the checksums are finished: run `ethtool -K DEVICE tx off` for the other end of {name}"
+        )
+    })
 }
 
-/// Switches the harmful offloads of an interface off and records them in `state_dir`. Returns those that were on and
-/// could be switched. What the driver has fixed stays as it is: see `doctor`.
-pub fn turn_off(interface: &str, generic: bool, state_dir: &Path) -> Result<Vec<String>, OffloadError> {
+/// What became of the harmful offloads of an interface.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Switched {
+    /// They were on, and are off now.
+    pub off: Vec<String>,
+    /// They are on, and the driver lets nobody switch them.
+    pub fixed: Vec<String>,
+}
+
+impl Switched {
+    /// What comes of those that stay on, in sentences; `tagged`: frames with a VLAN tag are ours. Refuses only what surely
+    /// leaves clients without service: merged segments and unfinished checksums harm some packets of some peers, and perhaps
+    /// none.
+    pub fn consequences(&self, interface: &str, tagged: bool) -> Result<Vec<String>, OffloadError> {
+        let mut sentences = Vec::new();
+        for name in &self.fixed {
+            let harm = match name.as_str() {
+                TAGS if tagged => return Err(OffloadError::TagsLost { interface: interface.to_owned() }),
+                // Frames without a tag are as they should be.
+                TAGS => continue,
+                HARMFUL_IN_GENERIC_MODE => {
+                    "in generic mode packets whose checksum is not finished yet, such as those of virtual machines beside \
+                     this one, are sent on with a wrong one, and their connections hang: if there are any, set xdp_mode = \
+                     \"native\", or use another network card"
+                }
+                _ => {
+                    "it merges segments, and what is larger than the MTU is lost on its way out: connections that send much \
+                     become slow or hang; use another network card or driver"
+                }
+            };
+            sentences.push(format!("{interface}: its driver lets nobody switch {name} off: {harm}"));
+        }
+        Ok(sentences)
+    }
+}
+
+/// Switches the harmful offloads of an interface off and records them in `state_dir`. What the driver has fixed stays as it
+/// is.
+pub fn turn_off(interface: &str, generic: bool, state_dir: &Path) -> Result<Switched, OffloadError> {
     let names = harmful(interface, generic).map_err(failed("read the offloads", interface))?;
     turn_off_these(interface, names, state_dir)
 }
 
 /// The same for a member of a bridge or bond that has the program in generic mode.
-pub fn turn_off_below(interface: &str, state_dir: &Path) -> Result<Vec<String>, OffloadError> {
+pub fn turn_off_below(interface: &str, state_dir: &Path) -> Result<Switched, OffloadError> {
     let mut names = harmful(interface, true).map_err(failed("read the offloads", interface))?;
     let features = ethtool::features(interface).map_err(failed("read the offloads", interface))?;
     if features.get(HARMFUL_BELOW_GENERIC_MODE).is_some_and(|it| it.active) {
@@ -109,22 +150,19 @@ pub fn turn_off_below(interface: &str, state_dir: &Path) -> Result<Vec<String>, 
     turn_off_these(interface, names, state_dir)
 }
 
-fn turn_off_these(
-    interface: &str,
-    names: Vec<String>,
-    state_dir: &Path,
-) -> Result<Vec<String>, OffloadError> {
+fn turn_off_these(interface: &str, names: Vec<String>, state_dir: &Path) -> Result<Switched, OffloadError> {
     let fixed = fixed(interface, &names).map_err(failed("read the offloads", interface))?;
-    let names: Vec<String> = names.into_iter().filter(|name| !fixed.contains(name)).collect();
-    if names.is_empty() {
-        return Ok(names);
+    let off: Vec<String> = names.into_iter().filter(|name| !fixed.contains(name)).collect();
+    let switched = Switched { off, fixed };
+    if switched.off.is_empty() {
+        return Ok(switched);
     }
     // Recorded first: an offload that stays off for ever is worse than one switched on that never was off.
     let mut record = Record::load(state_dir)?;
-    record.was_on.entry(interface.to_owned()).or_default().extend(names.iter().cloned());
+    record.was_on.entry(interface.to_owned()).or_default().extend(switched.off.iter().cloned());
     record.save(state_dir)?;
-    switch(interface, &names, false).map_err(failed("switch offloads off", interface))?;
-    Ok(names)
+    switch(interface, &switched.off, false).map_err(failed("switch offloads off", interface))?;
+    Ok(switched)
 }
 
 fn failed(doing: &'static str, interface: &str) -> impl FnOnce(io::Error) -> OffloadError {
@@ -177,5 +215,35 @@ impl Record {
         let path = Self::path(state_dir);
         let content = (!self.was_on.is_empty()).then_some(self);
         state::save(&path, content).map_err(|source| OffloadError::Record { path, source })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_driver_does_not_let_go_is_said_and_refused_only_where_nobody_would_be_served() {
+        let of = |name: &str, tagged| {
+            let switched = Switched { off: Vec::new(), fixed: vec![name.to_owned()] };
+            switched.consequences("eth0", tagged)
+        };
+        let said = |name, what: &str| {
+            for tagged in [false, true] {
+                let sentences = of(name, tagged).unwrap();
+                let begin = format!("eth0: its driver lets nobody switch {name} off: ");
+                assert!(sentences[0].starts_with(&begin) && sentences[0].contains(what), "{sentences:?}");
+            }
+        };
+        said("rx-lro", "larger than the MTU");
+        said("rx-gro-hw", "larger than the MTU");
+        said(HARMFUL_IN_GENERIC_MODE, "xdp_mode = \"native\"");
+        assert_eq!(of(TAGS, false).unwrap(), Vec::<String>::new(), "there are no tags");
+        let error = of(TAGS, true).unwrap_err().to_string();
+        assert!(
+            error.contains("eth0") && error.contains("rx-vlan-hw-parse") && error.contains("= help"),
+            "{error}"
+        );
+        assert_eq!(Switched::default().consequences("eth0", true).unwrap(), Vec::<String>::new());
     }
 }

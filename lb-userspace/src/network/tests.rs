@@ -179,10 +179,10 @@ fn offloads_are_switched_off_and_on_again() {
         let state = tempfile::tempdir().unwrap();
         let generic = offloads::harmful("lan", true).unwrap();
         assert!(generic.contains(&"rx-checksum".to_owned()), "{generic:?}");
-        let off = offloads::turn_off("lan", true, state.path()).unwrap();
+        let off = offloads::turn_off("lan", true, state.path()).unwrap().off;
         assert!(off.contains(&"rx-checksum".to_owned()), "{off:?}");
         assert!(!offloads::harmful("lan", true).unwrap().contains(&"rx-checksum".to_owned()));
-        assert_eq!(offloads::turn_off("lan", true, state.path()).unwrap(), [""; 0], "nothing left to do");
+        assert_eq!(offloads::turn_off("lan", true, state.path()).unwrap().off, [""; 0], "nothing left to do");
 
         assert_eq!(offloads::restore(state.path()).unwrap(), ["lan"]);
         assert_eq!(offloads::harmful("lan", true).unwrap(), generic);

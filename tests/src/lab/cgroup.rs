@@ -1,9 +1,12 @@
 //! A lab's own cgroup: what daemons put their connect hooks on, so that nobody outside of the lab is served by them.
 
 use std::{
-    ffi::OsStr,
+    ffi::{CString, OsStr},
     fs,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -240,5 +243,33 @@ pub fn occupy(cgroup: &Path, attach_type: bpf_attach_type) -> Result<()> {
     let attached =
         unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attach, size_of::<Attach>()) };
     ensure!(attached == 0, "bpf(BPF_PROG_ATTACH): {}", std::io::Error::last_os_error());
+    Ok(())
+}
+
+/// Detaches a pinned link from whatever it is on, as `bpftool link detach` does (`BPF_LINK_DETACH`, `bpf(2)`).
+///
+/// # Errors
+/// When there is no such pin.
+pub fn detach(pin: &Path) -> Result<()> {
+    #[repr(C)]
+    struct ObjGet {
+        path: u64,
+        descriptor: u32,
+        flags: u32,
+    }
+    const BPF_OBJ_GET: libc::c_int = 7;
+    const BPF_LINK_DETACH: libc::c_int = 34;
+    let path = CString::new(pin.as_os_str().as_bytes())?;
+    let get = ObjGet { path: path.as_ptr().addr() as u64, descriptor: 0, flags: 0 };
+    // SAFETY: the structure is the one of the command, and the path lives until the call returns.
+    let link = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const get, size_of::<ObjGet>()) };
+    ensure!(link >= 0, "{}: {}", pin.display(), std::io::Error::last_os_error());
+    // SAFETY: a descriptor that the kernel has just made for us.
+    let link = unsafe { OwnedFd::from_raw_fd(link as libc::c_int) };
+    let detach = link.as_raw_fd().cast_unsigned();
+    // SAFETY: the command takes one number.
+    let result =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_DETACH, &raw const detach, size_of::<u32>()) };
+    ensure!(result == 0, "bpf(BPF_LINK_DETACH): {}", std::io::Error::last_os_error());
     Ok(())
 }

@@ -48,6 +48,8 @@ pub enum Order {
     Compact,
     /// Answer lists and watches of EndpointSlices with this status; 200: as it should.
     ListStatus(u16),
+    /// Answer new watches of EndpointSlices, and only those, with this status; 200: as it should.
+    WatchStatus(u16),
     /// Report how many lists and watches of EndpointSlices there were, as JSON.
     Listed,
 }
@@ -68,6 +70,7 @@ impl fmt::Display for Order {
             Self::Slices(json) => write!(formatter, "slices {json}"),
             Self::Compact => write!(formatter, "compact"),
             Self::ListStatus(status) => write!(formatter, "list-status {status}"),
+            Self::WatchStatus(status) => write!(formatter, "watch-status {status}"),
             Self::Listed => write!(formatter, "listed"),
         }
     }
@@ -97,6 +100,7 @@ impl FromStr for Order {
             ["early-connections"] => Self::EarlyConnections,
             ["compact"] => Self::Compact,
             ["list-status", status] => Self::ListStatus(number(status)?),
+            ["watch-status", status] => Self::WatchStatus(number(status)?),
             ["listed"] => Self::Listed,
             _ => return Err(format!("{line:?} is no order: {ORDERS}")),
         })
@@ -106,7 +110,8 @@ impl FromStr for Order {
 /// The orders there are, for messages.
 pub const ORDERS: &str = "health normal | health status CODE | health late MILLISECONDS | health never | \
                           health etcd-hang | door open | door tls-silent | door refusing | connections | \
-                          early-connections | slices JSON | compact | list-status CODE | listed";
+                          early-connections | slices JSON | compact | list-status CODE | watch-status CODE | \
+                          listed";
 
 #[cfg(test)]
 mod tests {
@@ -131,6 +136,7 @@ mod tests {
             Order::Slices("[{\"a\": 1}]".to_owned()),
             Order::Compact,
             Order::ListStatus(503),
+            Order::WatchStatus(429),
             Order::Listed,
         ];
         for order in orders.chain(more) {

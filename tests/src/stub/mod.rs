@@ -276,6 +276,14 @@ impl Stub {
         self.order(Order::ListStatus(status)).map(drop)
     }
 
+    /// Answers new watches of EndpointSlices with this status, and lists as ever; 200: as it should.
+    ///
+    /// # Errors
+    /// When it takes no orders (frozen, killed).
+    pub fn watch_status(&self, status: u16) -> Result<()> {
+        self.order(Order::WatchStatus(status)).map(drop)
+    }
+
     /// How many lists and watches of EndpointSlices there were.
     ///
     /// # Errors

@@ -330,6 +330,10 @@ impl Server {
                 Ok(status) => self.slices.refuse_with(status),
                 Err(error) => return format!("error: {error}"),
             },
+            Order::WatchStatus(status) => match StatusCode::from_u16(status) {
+                Ok(status) => self.slices.refuse_watches_with(status),
+                Err(error) => return format!("error: {error}"),
+            },
             Order::Listed => return self.slices.asked().to_string(),
             Order::EarlyConnections => return self.early_connections.load(Ordering::Relaxed).to_string(),
         }

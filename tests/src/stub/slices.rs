@@ -32,6 +32,8 @@ struct State {
     log: Vec<(u64, Value)>,
     /// Instead of an answer.
     refuses_with: Option<StatusCode>,
+    /// Instead of an answer to a watch.
+    refuses_watches_with: Option<StatusCode>,
     lists: u64,
     watches: u64,
 }
@@ -77,6 +79,12 @@ impl Slices {
         self.state.send_modify(|state| state.refuses_with = Some(status).filter(|it| *it != StatusCode::OK));
     }
 
+    /// Answers new watches with this status; `OK`: as it should.
+    pub(super) fn refuse_watches_with(&self, status: StatusCode) {
+        let status = Some(status).filter(|it| *it != StatusCode::OK);
+        self.state.send_modify(|state| state.refuses_watches_with = status);
+    }
+
     /// How many lists and watches there were.
     pub(super) fn asked(&self) -> Value {
         let state = self.state.borrow();
@@ -94,6 +102,9 @@ impl Slices {
         if ["1", "true"].contains(&parameter("watch")) {
             let bookmarks = parameter("allowWatchBookmarks") == "true";
             self.state.send_modify(|state| state.watches += 1);
+            if let Some(status) = self.state.borrow().refuses_watches_with {
+                return Err(status);
+            }
             return Ok(Response::new(
                 self.watch(parameter("resourceVersion").parse().unwrap_or(0), bookmarks),
             ));
