@@ -689,6 +689,40 @@ fn times(daemon: &Daemon, what: &str) -> Vec<Duration> {
     events.as_array().unwrap().iter().filter(said).map(time).collect()
 }
 
+/// `api-1` is drained, and its connections through both VIPs have so long.
+struct Draining {
+    crowds: [(Crowd, Report); 2],
+    resets: u64,
+    ordered: Instant,
+    timeout: Duration,
+}
+
+impl Draining {
+    fn begin(cluster: &Cluster, daemon: &Daemon, timeout: Duration) -> Self {
+        let crowds = cluster.vips().map(|vip| crowd(cluster, vip, 30));
+        let (resets, ordered) = (cluster.client_resets().unwrap(), Instant::now());
+        let seconds = format!("{}s", timeout.as_secs());
+        succeed(daemon, "drain", &["api-1", "--all-services", "--timeout", &seconds]);
+        Self { crowds, resets, ordered, timeout }
+    }
+
+    /// Its flows are reset, and nobody else's, and not before their time.
+    fn wait_over(&mut self, cluster: &Cluster) {
+        let drained: usize = self.crowds.iter().map(|(_, report)| report.by_server()["api-1"]).sum();
+        eventually(MOMENT, "the flows of the drained one are reset", || {
+            let (reset, elapsed) = (cluster.client_resets().unwrap() - self.resets, self.ordered.elapsed());
+            assert!(reset == 0 || elapsed >= self.timeout, "{reset} after {elapsed:?}");
+            ensure!(reset == drained as u64, "{reset} of {drained}");
+            Ok(())
+        })
+        .unwrap();
+        for (crowd, before) in &mut self.crowds {
+            assert_eq!(alive(crowd), before.by_server()["api-2"]);
+        }
+        cluster.require_no_own_resets().unwrap();
+    }
+}
+
 #[test]
 fn the_time_of_a_drained_backend_goes_on_while_the_daemon_is_dead() {
     const TIMEOUT: Duration = Duration::from_secs(12);
@@ -696,11 +730,7 @@ fn the_time_of_a_drained_backend_goes_on_while_the_daemon_is_dead() {
     const ABSENCE: Duration = Duration::from_secs(6);
     let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
     let mut daemon = cluster.balance().unwrap();
-    let mut crowds = cluster.vips().map(|vip| crowd(&cluster, vip, 30));
-    let drained: usize = crowds.iter().map(|(_, report)| report.by_server()["api-1"]).sum();
-    let before = cluster.client_resets().unwrap();
-    let ordered = Instant::now();
-    succeed(&daemon, "drain", &["api-1", "--all-services", "--timeout", "12s"]);
+    let mut draining = Draining::begin(&cluster, &daemon, TIMEOUT);
     daemon.process().kill().unwrap();
     std::thread::sleep(ABSENCE);
 
@@ -708,50 +738,25 @@ fn the_time_of_a_drained_backend_goes_on_while_the_daemon_is_dead() {
         Daemon::start(&cluster.lb, cluster.lab.directory(), &cluster.settings().unwrap()).unwrap();
     daemon.wait_state("api-2", "ready", MOMENT).unwrap();
     assert_eq!(daemon.status().unwrap().states("api-1"), ["drain", "drain"]);
-    eventually(MOMENT, "the flows of the drained one are reset", || {
-        let reset = cluster.client_resets().unwrap() - before;
-        assert!(reset == 0 || ordered.elapsed() >= TIMEOUT, "{reset} after {:?}", ordered.elapsed());
-        ensure!(reset == drained as u64, "{reset} of {drained}");
-        Ok(())
-    })
-    .unwrap();
-    for (crowd, before) in &mut crowds {
-        assert_eq!(alive(crowd), before.by_server()["api-2"]);
-    }
+    draining.wait_over(&cluster);
     let began_again = *times(&daemon, "goes on from where another ended").last().unwrap();
     let over = times(&daemon, "api-1: the time to drain is over");
     assert_eq!(over.len(), 2, "once a service");
     for over in over {
         assert!(over < began_again + TIMEOUT, "the time began anew: {over:?} after {began_again:?}");
     }
-    cluster.require_no_own_resets().unwrap();
 }
 
 #[test]
 fn the_time_of_a_drained_backend_is_its_own_also_when_it_is_removed() {
-    const TIMEOUT: Duration = Duration::from_secs(8);
     let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
     let daemon = cluster.balance().unwrap();
-    let mut crowds = cluster.vips().map(|vip| crowd(&cluster, vip, 30));
-    let drained: usize = crowds.iter().map(|(_, report)| report.by_server()["api-1"]).sum();
-    let before = cluster.client_resets().unwrap();
-    let ordered = Instant::now();
-    succeed(&daemon, "drain", &["api-1", "--all-services", "--timeout", "8s"]);
+    let mut draining = Draining::begin(&cluster, &daemon, Duration::from_secs(8));
     let mut settings = cluster.settings().unwrap();
     settings.backends.retain(|(name, _)| name != "api-1");
     let said = daemon.reload(&settings).unwrap();
     assert!(said.status.success(), "{said:?}");
-    eventually(MOMENT, "its flows are reset", || {
-        let reset = cluster.client_resets().unwrap() - before;
-        assert!(reset == 0 || ordered.elapsed() >= TIMEOUT, "{reset} after {:?}", ordered.elapsed());
-        ensure!(reset == drained as u64, "{reset} of {drained}");
-        Ok(())
-    })
-    .unwrap();
-    for (crowd, before) in &mut crowds {
-        assert_eq!(alive(crowd), before.by_server()["api-2"]);
-    }
-    cluster.require_no_own_resets().unwrap();
+    draining.wait_over(&cluster);
 }
 
 /// Ends flows so slowly that something may happen meanwhile.

@@ -454,7 +454,12 @@ fn a_thousand_sockets_are_ended_at_once() {
     let mut holder = holder(&cluster, LOCAL4);
     // Each server has about half of them.
     holder.order(Order::OpenPlain(2 * SOCKETS)).unwrap();
-    let (active, _) = counts(&daemon, "api-1");
+    let active = eventually(VERDICT, "all are counted", || {
+        let [(one, _), (two, _)] = ["api-1", "api-2"].map(|server| counts(&daemon, server));
+        ensure!(one + two == 2 * SOCKETS as u64, "{one} and {two}");
+        Ok(one)
+    })
+    .unwrap();
     assert!(active > SOCKETS as u64 * 8 / 10, "{active}");
     cluster.apiservers[0].host.cut_off().unwrap();
     daemon.wait_state("api-1", "dead", VERDICT).unwrap();
