@@ -14,7 +14,7 @@ use crate::{
         XdpMode,
     },
     hook::Place,
-    network::testing::{Peer, in_namespace, ip},
+    network::testing::{Peer, in_namespace, ip, until_state},
 };
 
 /// Two hosts: this one, and a backend.
@@ -256,6 +256,7 @@ fn a_link_without_a_peer_and_a_strict_filter_are_named() {
         }
 
         peer.ip("link set far down");
+        until_state("lan", "DOWN");
         let findings = examine(Some(&config)).await;
         let fix = expect(&findings, Level::Failure, "interface lan", "is up and has no carrier").fix.unwrap();
         assert!(!fix.contains("ip link set"), "{fix}");

@@ -51,9 +51,9 @@ impl Peer {
             ip("link set lo up");
             quiet(far);
             ip(&format!("link set {far} up"));
-            until_running(far);
+            until_state(far, "UP");
         });
-        until_running(link);
+        until_state(link, "UP");
         peer
     }
 
@@ -71,11 +71,12 @@ impl Peer {
     }
 }
 
-/// A link that has just come up has no queue for a moment, and drops what is sent.
-fn until_running(link: &str) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !ip(&format!("link show {link}")).contains("state UP") {
-        assert!(Instant::now() < deadline, "{link} does not come up");
+/// Waits until the kernel has taken note of what became of a link, which can take a second. (One that has just come up has no
+/// queue for a moment, and drops what is sent.)
+pub(crate) fn until_state(link: &str, state: &str) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !ip(&format!("link show {link}")).contains(&format!("state {state}")) {
+        assert!(Instant::now() < deadline, "{link} does not come to be {state}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
