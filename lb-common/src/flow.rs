@@ -24,7 +24,9 @@ use crate::{
     hash::{FlowHash, Key},
     headers::protocol,
     kill::KILLED_REST,
-    layout::{Classifier, Config, SETS_PER_ADDRESS, Set4, Set6, WAYS, Way4, Way6, family, snat_place},
+    layout::{
+        Bucket, Classifier, Config, SETS_PER_ADDRESS, Set4, Set6, WAYS, Way4, Way6, family, snat_place,
+    },
     maps::{Maps, Step},
     meta::{Kind, Meta, RESET, SYN_ACK},
     outcome::{Event, Outcome},
@@ -169,7 +171,7 @@ pub trait Family: Copy + 'static {
     /// What is looked up there.
     fn snat_at(classifier: &Classifier, address: [u64; 2]) -> u8;
     /// Which SNAT address a bucket belongs to.
-    fn bucket(config: &Config, bucket: usize) -> u32;
+    fn bucket(config: &Config, bucket: usize) -> Bucket;
     /// The half of the selection table in use, plus one; 0: none.
     fn selection(service: &crate::layout::Service) -> u32;
 }
@@ -260,8 +262,8 @@ impl Family for V4 {
     }
 
     #[inline(always)]
-    fn bucket(config: &Config, bucket: usize) -> u32 {
-        u32::from(config.bucket4[bucket % config.bucket4.len()])
+    fn bucket(config: &Config, bucket: usize) -> Bucket {
+        config.bucket4[bucket % config.bucket4.len()]
     }
 
     #[inline(always)]
@@ -384,8 +386,8 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn bucket(config: &Config, bucket: usize) -> u32 {
-        u32::from(config.bucket6[bucket % config.bucket6.len()])
+    fn bucket(config: &Config, bucket: usize) -> Bucket {
+        config.bucket6[bucket % config.bucket6.len()]
     }
 
     #[inline(always)]
@@ -435,6 +437,8 @@ pub struct Query<T> {
     first: u32,
     /// How many usable sets there are.
     sets: u32,
+    // A word, so that there is no padding: the verifier wants every byte of an argument set.
+    bucket: u64,
 }
 
 impl<T: Copy> Query<T> {
@@ -442,16 +446,53 @@ impl<T: Copy> Query<T> {
     #[inline(always)]
     pub fn new<F: Family<Tuple = T>>(config: &Config, tuple: T) -> Self {
         let hash = F::hash(&config.key, tuple);
-        let first = F::bucket(config, hash.bucket()) * SETS_PER_ADDRESS + config.first_set;
-        let home = first + hash.candidate(0, config.sets);
-        Self { tuple, hash, home, second: home ^ hash.partner(config.partners), first, sets: config.sets }
+        Self::of(config, tuple, hash, F::bucket(config, hash.bucket()))
     }
 
-    /// Candidate set `number`.
+    /// Where it would be if its flows left from SNAT address `address`, and no other.
+    #[must_use]
+    pub fn at<F: Family<Tuple = T>>(config: &Config, tuple: T, address: u8) -> Self {
+        Self::of(config, tuple, F::hash(&config.key, tuple), Bucket::new(address, address))
+    }
+
+    #[inline(always)]
+    fn of(config: &Config, tuple: T, hash: FlowHash, bucket: Bucket) -> Self {
+        let first = bucket.now() * SETS_PER_ADDRESS + config.first_set;
+        let home = first + hash.candidate(0, config.sets);
+        let (second, sets) = (home ^ hash.partner(config.partners), config.sets);
+        Self { tuple, hash, home, second, first, sets, bucket: bucket.word() }
+    }
+
+    /// Candidate set `number`: from [`CANDIDATES`] on those at the address of older flows.
     #[inline(always)]
     #[must_use]
     pub fn candidate(&self, number: u32) -> u32 {
+        if number < CANDIDATES {
+            return self.candidate_now(number);
+        }
+        let bucket = Bucket::from_word(self.bucket);
+        // The same place in the sets of the other address, which are as many.
+        let there = bucket.before().wrapping_sub(bucket.now()).wrapping_mul(SETS_PER_ADDRESS);
+        self.candidate_now(number - CANDIDATES).wrapping_add(there)
+    }
+
+    #[inline(always)]
+    fn candidate_now(&self, number: u32) -> u32 {
         if number == 1 { self.second } else { self.first + self.hash.candidate(number, self.sets) }
+    }
+
+    /// Could a flow be at another address than a new one?
+    #[inline(always)]
+    #[must_use]
+    pub const fn has_moved(&self) -> bool {
+        !Bucket::from_word(self.bucket).is_settled()
+    }
+
+    /// How many candidates a flow can be in.
+    #[inline(always)]
+    #[must_use]
+    pub const fn reach(&self) -> u32 {
+        if self.has_moved() { 2 * CANDIDATES } else { CANDIDATES }
     }
 }
 
@@ -482,11 +523,8 @@ impl<F: Family> Hit<'_, F> {
 #[inline(always)]
 pub fn find<'a, F: Family, M: Maps>(maps: &'a M, config: &Config, query: &Query<F::Tuple>) -> Hit<'a, F> {
     let mut hit = find_first::<F, M>(maps, query);
-    if hit.ways.is_none()
-        && let Some(mark) = F::overflow(maps, query.home)
-        && mark.load() != 0
-    {
-        let found = maps.find_in::<F>(query, CANDIDATES, Slot::NONE);
+    if hit.ways.is_none() && may_be_beyond::<F, M>(maps, query) {
+        let found = maps.find_in::<F>(query, query.reach(), Slot::NONE);
         if found.is_some() {
             let slot = found.slot();
             hit = Hit { slot, meta: found.meta(), ways: F::set(maps, slot.set) };
@@ -494,6 +532,12 @@ pub fn find<'a, F: Family, M: Maps>(maps: &'a M, config: &Config, query: &Query<
     }
     hit.slot.way = config.blur(hit.slot.way.into()) as u32;
     hit
+}
+
+/// Could the flow be in another than its first two candidates?
+#[inline(always)]
+fn may_be_beyond<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>) -> bool {
+    query.has_moved() || F::overflow(maps, query.home).is_some_and(|mark| mark.load() != 0)
 }
 
 /// The live slot of a tuple in the candidates that are always looked at.
@@ -910,10 +954,11 @@ pub fn claim_free<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer
         return Claim::UNDECIDED;
     }
     let own = maps.opaque(1 << (swapped * WAYS as u32 + slot.way));
-    let again = mark.load() != 0
+    let again = query.has_moved()
+        || mark.load() != 0
         || is_elsewhere::<F>(first_ways, query.tuple, own)
         || is_elsewhere::<F>(second_ways, query.tuple, own >> WAYS);
-    if again && maps.find_in::<F>(query, CANDIDATES, slot).is_some() {
+    if again && maps.find_in::<F>(query, query.reach(), slot).is_some() {
         give_back(F::meta(ways, slot.way), half_open(claimer));
         return Claim::RACED;
     }
@@ -959,8 +1004,8 @@ pub fn take<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &Cla
         return Claim::RACED;
     }
     // A rival may be beyond the second candidate only if it marked the first, and it marked before it published.
-    let beyond = mark.is_none_or(|mark| mark.load() != 0);
-    let candidates = if beyond { CANDIDATES } else { FIRST_CANDIDATES };
+    let beyond = query.has_moved() || mark.is_none_or(|mark| mark.load() != 0);
+    let candidates = if beyond { query.reach() } else { FIRST_CANDIDATES };
     if maps.find_in::<F>(query, candidates, slot).is_some() {
         give_back(F::meta(ways, slot.way), half_open(claimer));
         return Claim::RACED;

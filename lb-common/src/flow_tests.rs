@@ -6,7 +6,7 @@ use crate::{
         find,
     },
     hash::split_mix,
-    layout::WAYS,
+    layout::{BUCKETS, Bucket, WAYS},
     memory::Memory,
     meta::{CLIENT_ACK, Kind, Meta, RESET, SYN_ACK},
     outcome::{Counter, Event, Outcome},
@@ -218,4 +218,58 @@ fn a_free_slot_further_on_is_better_than_one_that_rests() {
     assert!(given[..WAYS].iter().all(|(_, event)| event.is_none()), "{given:?}");
     assert!(given[WAYS..].iter().all(|(_, event)| *event == Some(Event::ReusedEarly)), "{given:?}");
     assert_eq!(given.len(), 2 * WAYS);
+}
+
+/// Two SNAT addresses, of which the buckets know both.
+fn two_addresses(now: u8, before: u8) -> Memory {
+    const SMALL: u32 = 32;
+    let mut memory = Memory::new(FIRST_SET, SMALL, 1);
+    memory.add_snat_address();
+    memory.config.bucket4 = [Bucket::new(now, before); BUCKETS];
+    memory.config.bucket6 = memory.config.bucket4;
+    memory
+}
+
+/// A flow that was there before its bucket moved is found at the address it leaves from, whichever candidate it is in; a
+/// new one is at the other.
+fn flows_are_found_at_both_addresses<F: Family>() {
+    let mut memory = two_addresses(0, 0);
+    let flows: Vec<_> =
+        (0..125).map(|number| (number, establish::<F>(&memory, &query::<F>(&memory, number)))).collect();
+    let flows: Vec<_> = flows.into_iter().filter_map(|(number, slot)| Some((number, slot?))).collect();
+    let beyond = |(number, slot): &&(u64, Slot)| candidate_of::<F>(&query::<F>(&memory, *number), *slot) > 1;
+    assert!(flows.iter().filter(beyond).count() > 3, "all candidates are used");
+    memory.config.bucket4 = [Bucket::new(1, 0); BUCKETS];
+    memory.config.bucket6 = memory.config.bucket4;
+    for (number, slot) in &flows {
+        let query = query::<F>(&memory, *number);
+        assert_eq!(find::<F, _>(&&memory, &memory.config, &query).slot, *slot, "where it was");
+    }
+    for number in 1000..1050 {
+        let query = query::<F>(&memory, number);
+        let slot = establish::<F>(&memory, &query).expect("room");
+        assert_eq!(slot.address(), 1);
+        assert_eq!(find::<F, _>(&&memory, &memory.config, &query).slot, slot);
+    }
+}
+
+#[test]
+fn flows_are_found_at_the_address_they_leave_from() {
+    flows_are_found_at_both_addresses::<V4>();
+}
+
+#[test]
+fn flows_are_found_at_the_address_they_leave_from_ipv6() {
+    flows_are_found_at_both_addresses::<V6>();
+}
+
+#[test]
+fn a_flow_that_is_at_the_other_address_gets_no_second_slot() {
+    let mut memory = two_addresses(0, 0);
+    let slot = establish::<V4>(&memory, &query::<V4>(&memory, 7)).expect("room");
+    memory.config.bucket4 = [Bucket::new(1, 0); BUCKETS];
+    let query = query::<V4>(&memory, 7);
+    let claim = claim::<V4, _>(&&memory, &query, &claimer(&memory, 2));
+    assert_eq!(claim.failure(), Some(Outcome::SynRace));
+    assert_eq!(find::<V4, _>(&&memory, &memory.config, &query).slot, slot);
 }

@@ -141,10 +141,60 @@ pub struct Config {
     pub snat4: [u32; SNAT_ADDRESSES],
     /// IPv6 SNAT addresses, as words.
     pub snat6: [[u64; 2]; SNAT_ADDRESSES],
-    /// Which IPv4 SNAT address a bucket belongs to.
-    pub bucket4: [u8; BUCKETS],
+    /// Which IPv4 SNAT address a bucket belongs to: see [`Bucket`].
+    pub bucket4: [Bucket; BUCKETS],
     /// Which IPv6 SNAT address a bucket belongs to.
-    pub bucket6: [u8; BUCKETS],
+    pub bucket6: [Bucket; BUCKETS],
+}
+
+/// Where the flows of a bucket are: the index of the SNAT address that new ones leave from (bits 0-7), and of the one that
+/// older ones may still leave from (bits 8-15), as the difference between the two: 0 where there is no other. One word,
+/// so that both change at once.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Bucket(u16);
+
+impl Bucket {
+    /// New flows leave from one address, older ones may be at the other.
+    #[must_use]
+    pub const fn new(now: u8, before: u8) -> Self {
+        Self(now as u16 | ((now ^ before) as u16) << 8)
+    }
+
+    /// The SNAT address of new flows, by index.
+    #[inline(always)]
+    #[must_use]
+    pub const fn now(self) -> u32 {
+        self.0 as u32 & 0xff
+    }
+
+    /// The SNAT address that older flows may be at, by index; the same where there is no other.
+    #[inline(always)]
+    #[must_use]
+    pub const fn before(self) -> u32 {
+        (self.0 ^ self.0 >> 8) as u32 & 0xff
+    }
+
+    /// As one word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn word(self) -> u64 {
+        self.0 as u64
+    }
+
+    /// From one word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_word(word: u64) -> Self {
+        Self(word as u16)
+    }
+
+    /// Is there no other address than that of new flows?
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_settled(self) -> bool {
+        self.0 <= 0xff
+    }
 }
 
 /// What says of most packets that they are not ours.
@@ -465,7 +515,7 @@ mod tests {
                 + 8
                 + PORTS * size_of::<Port>()
                 + SNAT_ADDRESSES * (4 + 16)
-                + 2 * BUCKETS
+                + 2 * BUCKETS * size_of::<Bucket>()
         );
         assert_eq!(size_of::<Classifier>(), 2 * SNAT_PLACES + 2 * 65_536);
         assert_eq!(
@@ -506,6 +556,24 @@ mod tests {
         let (ipv4, ipv6) = (size_of::<Way4>() as f64 + parallel, size_of::<Way6>() as f64 + parallel);
         println!("map memory a flow slot: IPv4 {ipv4} bytes, IPv6 {ipv6} bytes");
         assert!(ipv4 <= 24.0 && ipv6 <= 48.0);
+    }
+
+    #[test]
+    fn a_bucket_knows_both_addresses_of_its_flows() {
+        for (now, before) in [(0, 0), (3, 3), (15, 15)] {
+            let bucket = Bucket::new(now, before);
+            assert_eq!(
+                (bucket.now(), bucket.before(), bucket.is_settled()),
+                (now.into(), before.into(), true)
+            );
+        }
+        for (now, before) in [(0, 1), (1, 0), (15, 2)] {
+            let bucket = Bucket::new(now, before);
+            assert_eq!(
+                (bucket.now(), bucket.before(), bucket.is_settled()),
+                (now.into(), before.into(), false)
+            );
+        }
     }
 
     #[test]

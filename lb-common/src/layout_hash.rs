@@ -14,9 +14,9 @@ use crate::{
     flow::{Family as _, V4, V6},
     hash::Key,
     layout::{
-        ALLOW_SERVICE_BITS, BACKENDS, BUCKETS, Backend, Classifier, Config, Control, Dialled, FOLLOWED,
-        Followed, Hook, LISTENERS, LISTENERS_PER_PORT, Listener, NEXT_HOPS, NextHop, OverflowMarks, PARTNERS,
-        PORTS, Port, ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS,
+        ALLOW_SERVICE_BITS, BACKENDS, BUCKETS, Backend, Bucket, Classifier, Config, Control, Dialled,
+        FOLLOWED, Followed, Hook, LISTENERS, LISTENERS_PER_PORT, Listener, NEXT_HOPS, NextHop, OverflowMarks,
+        PARTNERS, PORTS, Port, ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS,
         SNAT_ADDRESSES, SNAT_PLACES, SNAT_SHARED, Service, Set4, Set6, WAYS, Way4, Way6, allow_key,
         backend_flag, family, snat_place,
     },
@@ -202,6 +202,9 @@ fn words(digest: Digest) -> Digest {
         ("IPv6 tuple", V6::hash(&KEY, V6::tuple(address, 0x1234, 0x56)).0),
         ("IPv4 snat place", snat_place(address[0], 4) as u64),
         ("IPv6 snat place", snat_place(address[0], 8) as u64),
+        ("bucket now", Bucket::new(3, 5).now().into()),
+        ("bucket before", Bucket::new(3, 5).before().into()),
+        ("settled bucket", Bucket::new(3, 3).is_settled().into()),
         ("allow bits", ALLOW_SERVICE_BITS.into()),
     ]);
     allow.iter().fold(digest, |digest, word| digest.fact("allow key", *word))

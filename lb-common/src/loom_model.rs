@@ -12,7 +12,7 @@ use crate::{
     black_box::{Note, Record},
     flow::{CANDIDATES, Claim, Claimer, Clock, Family, Found, Query, Slot, V4, V6, claim, find, take},
     kill::kill,
-    layout::WAYS,
+    layout::{BUCKETS, Bucket, SETS_PER_ADDRESS, WAYS},
     maps::Maps as _,
     memory::Memory,
     meta::{CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
@@ -66,9 +66,16 @@ fn word<F: Family>(memory: &Memory, slot: Slot) -> Meta {
     Meta(F::meta(F::set(&memory, slot.set).unwrap(), slot.way).load())
 }
 
+/// The sets of all SNAT addresses.
+fn all_sets(memory: &Memory) -> impl Iterator<Item = u32> {
+    let sets = memory.config.sets;
+    (0..memory.config.snat4_count)
+        .flat_map(move |address| (0..sets).map(move |set| address * SETS_PER_ADDRESS + set))
+}
+
 /// Where a tuple lives.
 fn live<F: Family>(memory: &Memory, query: &Query<F::Tuple>) -> Vec<Slot> {
-    (0..memory.config.sets)
+    all_sets(memory)
         .flat_map(|set| (0..WAYS as u32).map(move |way| Slot { set, way }))
         .filter(|slot| {
             word::<F>(memory, *slot).is_live()
@@ -98,7 +105,7 @@ fn assert_one_owner<F: Family>(memory: &Memory, query: &Query<F::Tuple>, claims:
     let won: Vec<_> =
         claims.iter().filter_map(|claim| claim.failure().is_none().then(|| claim.slot())).collect();
     assert_eq!(won, live, "the winner has it, and nobody else");
-    for set in 0..memory.config.sets {
+    for set in all_sets(memory) {
         assert!(!word::<F>(memory, only_way(set)).is(Kind::Claiming), "a way was left behind");
     }
 }
@@ -150,6 +157,39 @@ fn two_copies_of_a_syn_choose_and_take() {
         assert_one_owner::<V4>(&memory, &query, [one, other]);
         assert!(one != Claim::FULL && other != Claim::FULL, "there was room for both");
     });
+}
+
+/// Two copies of a SYN while the flow's bucket moves to another SNAT address: the program that works on one of them has
+/// not seen the last of it.
+fn two_copies_at_two_addresses(early: Bucket, late: Bucket) {
+    explore(Some(3), move || {
+        let mut memory = table(2);
+        memory.add_snat_address();
+        let tuple = query::<V4>(&memory, 0).tuple;
+        let queries = [early, late].map(|bucket| {
+            let mut config = memory.config;
+            config.bucket4 = [bucket; BUCKETS];
+            Query::new::<V4>(&config, tuple)
+        });
+        let memory = Arc::new(memory);
+        let rival = memory.clone();
+        let (one, other) = race(
+            move || claim::<V4, _>(&&*rival, &queries[0], &claimer(&rival, 1)),
+            || claim::<V4, _>(&&*memory, &queries[1], &claimer(&memory, 2)),
+        );
+        assert_one_owner::<V4>(&memory, &queries[1], [one, other]);
+    });
+}
+
+#[test]
+fn two_copies_of_a_syn_meet_while_their_flows_move_to_another_address() {
+    two_copies_at_two_addresses(Bucket::new(0, 1), Bucket::new(1, 0));
+}
+
+#[test]
+#[should_panic(expected = "two live ways with one tuple")]
+fn moving_in_one_step_would_be_caught() {
+    two_copies_at_two_addresses(Bucket::new(0, 0), Bucket::new(1, 0));
 }
 
 /// The order and the means by which a wrong `take` publishes.

@@ -16,8 +16,8 @@ use crate::{
     hash::Key,
     headers::Be16,
     layout::{
-        BUCKETS, Backend, Config, LISTENERS, Listener, NextHop, PARTNERS, PORTS, Port, ReturnHops, SERVICES,
-        SNAT_ADDRESSES, Service, Set4, Set6, backend_flag, family,
+        BUCKETS, Backend, Bucket, Config, LISTENERS, Listener, NextHop, PARTNERS, PORTS, Port, ReturnHops,
+        SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Service, Set4, Set6, backend_flag, family,
     },
     maglev::TABLE_SIZE,
     maps::Maps,
@@ -96,8 +96,8 @@ impl Memory {
             ports: [Port::default(); PORTS],
             snat4: [0; SNAT_ADDRESSES],
             snat6: [[0; 2]; SNAT_ADDRESSES],
-            bucket4: [0; BUCKETS],
-            bucket6: [0; BUCKETS],
+            bucket4: [Bucket::default(); BUCKETS],
+            bucket6: [Bucket::default(); BUCKETS],
         };
         let all = first_set + sets;
         Self {
@@ -121,6 +121,24 @@ impl Memory {
             counters: zeroed(SERVICES * COUNTERS as u32),
             notes: Mutex::default(),
         }
+    }
+
+    /// Takes another SNAT address of each family into use.
+    pub(crate) fn add_snat_address(&mut self) {
+        let all = self.sets4.len() + self.blocked.len();
+        self.sets4.resize_with(all, Set4::default);
+        self.sets6.resize_with(all, Set6::default);
+        self.return_hops4.resize_with(all, ReturnHops::default);
+        self.return_hops6.resize_with(all, ReturnHops::default);
+        self.overflow4.resize_with(all, Cell8::default);
+        self.overflow6.resize_with(all, Cell8::default);
+        self.config.snat4_count += 1;
+        self.config.snat6_count += 1;
+    }
+
+    /// Where a set is: here an address has no more of them than are used.
+    fn place(&self, set: u32) -> usize {
+        (set / SETS_PER_ADDRESS) as usize * self.blocked.len() + (set % SETS_PER_ADDRESS) as usize
     }
 
     /// Takes a port into use. Returns its index.
@@ -267,7 +285,7 @@ impl Maps for &Memory {
     }
 
     fn blocked(&self, set: u32) -> u8 {
-        self.blocked.get(set as usize).copied().unwrap_or(0x0f)
+        self.blocked.get((set % SETS_PER_ADDRESS) as usize).copied().unwrap_or(0x0f)
     }
 
     fn allows(&self, service: u16, client: [u64; 2]) -> bool {
@@ -292,26 +310,26 @@ impl Maps for &Memory {
     }
 
     fn set4(&self, index: u32) -> Option<&Set4> {
-        self.sets4.get(index as usize)
+        self.sets4.get(self.place(index))
     }
 
     fn set6(&self, index: u32) -> Option<&Set6> {
-        self.sets6.get(index as usize)
+        self.sets6.get(self.place(index))
     }
 
     fn return_hop4(&self, set: u32, way: u32) -> Option<&Cell16> {
-        self.return_hops4.get(set as usize)?.ways.get(way as usize)
+        self.return_hops4.get(self.place(set))?.ways.get(way as usize)
     }
 
     fn return_hop6(&self, set: u32, way: u32) -> Option<&Cell16> {
-        self.return_hops6.get(set as usize)?.ways.get(way as usize)
+        self.return_hops6.get(self.place(set))?.ways.get(way as usize)
     }
 
     fn overflow4(&self, set: u32) -> Option<&Cell8> {
-        self.overflow4.get(set as usize)
+        self.overflow4.get(self.place(set))
     }
 
     fn overflow6(&self, set: u32) -> Option<&Cell8> {
-        self.overflow6.get(set as usize)
+        self.overflow6.get(self.place(set))
     }
 }

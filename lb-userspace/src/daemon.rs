@@ -266,6 +266,7 @@ fn load(settings: &Settings, key_is_given: bool, pins: Pins) -> Result<Dataplane
     // Maps that are in use are written to by what the controller does next.
     if dataplane.adopted() {
         dataplane.take_over()?;
+        dataplane.set_snat_addresses(&settings.snat_addresses)?;
     }
     Ok(dataplane)
 }

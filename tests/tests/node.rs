@@ -310,6 +310,7 @@ fn a_kernel_without_errors_of_our_choice_refuses_by_a_port_where_nobody_listens(
     let cgroup = std::fs::File::open(cgroup_of(lab.directory()).unwrap()).unwrap();
     let settings = dataplane::Settings {
         snat_addresses: vec![],
+        snat_room: 1,
         snat_ports: 1024..=65_535,
         secret: [1, 2],
         log_one_in: None,

@@ -312,12 +312,10 @@ fn a_flow_table_that_does_not_fit_is_refused_with_what_is_different() {
     let settings = cluster.settings().unwrap();
     daemon.process().kill().unwrap();
 
-    let mut other_source = settings.clone();
-    let address = cluster.lb.link().unwrap();
-    let (v4, v6) = (address.v4, address.v6);
-    other_source.dataplane.push(format!("snat_addresses = [\"{v4}\", \"{v6}\"]"));
-    let message = refused(&cluster, &other_source);
-    assert!(message.contains(&v4.to_string()) && message.contains(&cluster.vip4.to_string()), "{message}");
+    let mut other_ports = settings.clone();
+    other_ports.dataplane.push("snat_ports = \"2048-32767\"".to_owned());
+    let message = refused(&cluster, &other_ports);
+    assert!(message.contains("1024-65535") && message.contains("2048-32767"), "{message}");
     assert!(message.contains("--replace-layout"), "{message}");
 
     let key = cluster.lab.directory().join("hash.key");

@@ -103,11 +103,10 @@ fn names(recorded: &Recorded, config: Option<&Config>, socket: &SocketArgument) 
         let backends = status.services.into_iter().flat_map(|service| service.backends);
         called.extend(backends.map(|backend| (backend.address, backend.name)));
     }
-    let (snat4, snat6) = recorded.snat_addresses.iter().copied().partition(std::net::IpAddr::is_ipv4);
     Names {
         backends: recorded.backends.iter().copied().collect(),
         listeners: recorded.listeners.iter().copied().collect(),
-        snat: [snat4, snat6],
+        snat: recorded.snat_addresses.clone(),
         called,
     }
 }

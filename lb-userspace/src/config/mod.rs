@@ -26,6 +26,7 @@ use std::{
 pub(crate) use address::not_a_backend;
 use diagnostic::Problem;
 pub use diagnostic::{Diagnostic, Warning};
+use lb_common::layout::SNAT_ADDRESSES;
 pub use model::*;
 use section::{Document, Section};
 use toml::de::DeTable;
@@ -110,6 +111,7 @@ fn read_dataplane(root: &Section, document: &Document) -> Result<Dataplane, Prob
             "interfaces",
             "xdp_mode",
             "snat_addresses",
+            "snat_addresses_max",
             "snat_ports",
             "hash_key_file",
             "state_dir",
@@ -126,6 +128,9 @@ fn read_dataplane(root: &Section, document: &Document) -> Result<Dataplane, Prob
             &[],
         )?,
         snat_addresses: address::snat_addresses(&section)?,
+        snat_addresses_max: section
+            .integer("snat_addresses_max", 1..=SNAT_ADDRESSES as i64)?
+            .unwrap_or(Dataplane::SNAT_ADDRESSES_MAX),
         snat_ports: values::snat_ports(&section)?,
         hash_key_file: section.path("hash_key_file", document)?,
         state_dir: section
@@ -177,6 +182,8 @@ fn read_admin(root: &Section, document: &Document) -> Result<Admin, Problem> {
 impl Dataplane {
     /// `state_dir` where the file names none.
     pub const STATE_DIR: &str = "/var/lib/sheave";
+    /// `snat_addresses_max` where the file names none.
+    pub const SNAT_ADDRESSES_MAX: usize = 4;
     /// `pin_dir` where the file names none.
     pub const PIN_DIR: &str = "/sys/fs/bpf/sheave";
 }

@@ -28,6 +28,9 @@ pub struct Dataplane {
     pub xdp_mode: XdpMode,
     /// Source addresses towards the backends. Empty: the VIPs themselves.
     pub snat_addresses: Vec<std::net::IpAddr>,
+    /// How many addresses of a family that is used the flow table has places for, at least; more are made if more are named
+    /// when it is made.
+    pub snat_addresses_max: usize,
     /// Source ports towards the backends. Absent: all of 1024-65535 for addresses of our own, those below the host's
     /// ephemeral ports for an address that this host uses as well.
     pub snat_ports: Option<RangeInclusive<u16>>,

@@ -814,6 +814,9 @@ impl Controller {
         }
         match self.dataplane.reap(&idle) {
             Ok(reaped) => {
+                for address in &reaped.left {
+                    tracing::info!("the last flow that left from {address} has ended");
+                }
                 (self.reaped, self.reaped_at) = (reaped, Instant::now());
                 self.release_numbers();
             }

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     config::{Config, Interfaces},
-    dataplane::{Known, Previous, Settings, sets_error},
+    dataplane::{Known, Previous, Settings, sets_error, usable_ports},
     health::{State, Target, TargetId},
     network::{LocalAddress, Network, NetworkError, Route, first_ephemeral_port},
 };
@@ -38,6 +38,7 @@ pub struct Plan {
     pub(super) backends: Vec<Backend>,
     pub(super) ports: Ports,
     pub(super) source: Source,
+    snat_room: usize,
     /// Checks leave from an address and ports that flows leave from as well.
     pub(super) checks_use_slots: bool,
     here: BTreeSet<IpAddr>,
@@ -70,12 +71,10 @@ impl Plan {
         }
         let source = Source::choose(config, &homes, &reach, &addresses, first_ephemeral_port());
         source.notes.iter().for_each(|note| tracing::warn!("{note}"));
-        let checks_use_slots = reach.iter().any(|reach| {
-            reach.route.preferred_source.is_some_and(|address| source.addresses.contains(&address))
-                && *source.ports.end() >= first_ephemeral_port()
-        });
+        let checks_use_slots = source.is_used_by_checks(&reach);
         let services = Services::of(config, &roster);
-        Ok(Self { roster, steps, services, backends, ports, source, checks_use_slots, here })
+        let snat_room = config.dataplane.snat_addresses_max;
+        Ok(Self { roster, steps, services, backends, ports, source, snat_room, checks_use_slots, here })
     }
 
     /// Goes on with the SNAT addresses of the flows that there are, `before`, where the configuration leaves the choice.
@@ -126,6 +125,7 @@ impl Plan {
     pub fn settings(&self, secret: [u64; 2], log_one_in: Option<u32>) -> Settings {
         Settings {
             snat_addresses: self.source.addresses.clone(),
+            snat_room: self.snat_room,
             snat_ports: self.source.ports.clone(),
             secret,
             log_one_in,
@@ -276,8 +276,9 @@ impl Source {
         Self { addresses: chosen, ports, notes }
     }
 
-    /// Another choice moves every flow to another slot, so that all of them are lost: as long as the one `before`
-    /// (addresses and slots) works, it stays. Says so when these are not the addresses that would be chosen now.
+    /// Other slots would be another flow table, and other addresses of our own choice help nobody: as long as those `before`
+    /// work, they stay. Says so when these are not the addresses that would be chosen now. A family that has no VIP any
+    /// more keeps its addresses for the flows that it has.
     pub(super) fn keep(
         &mut self,
         before: &[IpAddr],
@@ -286,20 +287,23 @@ impl Source {
         addresses: &[LocalAddress],
     ) -> Option<String> {
         let set = |addresses: &[IpAddr]| addresses.iter().copied().collect::<BTreeSet<_>>();
+        let has = |addresses: &[IpAddr], v4: bool| addresses.iter().any(|address| address.is_ipv4() == v4);
+        for v4 in [true, false] {
+            if !has(&self.addresses, v4) {
+                self.addresses.extend(before.iter().filter(|address| address.is_ipv4() == v4));
+            }
+        }
         let same = set(before) == set(&self.addresses);
         if !same {
             let vips = vips(config);
             let works = |address: &IpAddr| {
                 vips.contains(address) || addresses.iter().any(|local| local.address == *address)
             };
-            let has =
-                |addresses: &[IpAddr], v4: bool| addresses.iter().any(|address| address.is_ipv4() == v4);
             let enough = [true, false].iter().all(|v4| !has(&self.addresses, *v4) || has(before, *v4));
             if !config.dataplane.snat_addresses.is_empty() || !enough || !before.iter().all(works) {
                 return None;
             }
         }
-        // The order is part of it: the flow table is divided by it.
         let chosen = std::mem::replace(&mut self.addresses, before.to_vec());
         if config.dataplane.snat_ports.is_none() {
             self.ports = ports;
@@ -308,12 +312,27 @@ impl Source {
             |addresses: &[IpAddr]| addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         (!same).then(|| {
             format!(
-                "flows go on leaving from {}, as those that there are; without them it would be {} (`sheave unload` \
-                 first to change that)",
+                "flows go on leaving from {}, as those that there are; without them it would be {} (name these as \
+                 dataplane.snat_addresses to change that)",
                 names(before),
                 names(&chosen)
             )
         })
+    }
+}
+
+impl Source {
+    /// Do checks leave from an address and ports that flows leave from as well?
+    pub(super) fn is_used_by_checks(&self, reach: &[Reach]) -> bool {
+        let shared = |reach: &Reach| {
+            reach.route.preferred_source.is_some_and(|address| self.addresses.contains(&address))
+        };
+        *self.ports.end() >= first_ephemeral_port() && reach.iter().any(shared)
+    }
+
+    /// Are its slots those of a flow table with these?
+    pub(super) fn fits(&self, ports: &RangeInclusive<u16>) -> bool {
+        usable_ports(&self.ports) == *ports
     }
 }
 

@@ -31,7 +31,7 @@ use crate::{
     dataplane::{DataplaneError, wait_grace_period},
     discovery::absent_kubeconfigs,
     health::{Event, State, TargetId},
-    network::first_ephemeral_port,
+    network::{first_ephemeral_port, used_tcp_ports},
     sources::Sources,
 };
 
@@ -50,6 +50,8 @@ pub(super) struct Pending {
     sources: Sources,
     roster: Roster,
     steps: Vec<Step>,
+    snat: Vec<IpAddr>,
+    checks_use_slots: bool,
     awaited: BTreeSet<TargetId>,
     /// No longer than this.
     pub(super) deadline: Instant,
@@ -93,6 +95,9 @@ pub(super) struct Decided {
     steps: Vec<Step>,
     backends: Vec<backends::Backend>,
     ports: Ports,
+    /// What new flows are to leave from.
+    snat: Vec<IpAddr>,
+    checks_use_slots: bool,
 }
 
 fn conflict(error: impl Into<String>) -> Refusal {
@@ -240,7 +245,7 @@ impl Controller {
         let survey = Survey::make(&config, &self.network)
             .await
             .map_err(|error| Refusal::new(RefusalKind::Failed, error.to_string()))?;
-        self.check_sources(&config, &survey)?;
+        let source = self.check_sources(&config, &survey)?;
         let ports =
             if config.forwards_packets() { self.check_interfaces(&survey)? } else { self.ports.clone() };
         let local = |address: IpAddr| survey.here.contains(&address);
@@ -248,35 +253,62 @@ impl Controller {
         let backends = backends::enumerate(&config, &roster).map_err(|error| wrong(error.to_string()))?;
         let steps = self.roster.steps_to(&roster);
         self.check_listener_ports(&roster, &steps)?;
-        let reloaded = Reloaded { changes: difference::changes(&self.config, &config), warnings };
-        Ok(Decided { config, sources, reloaded, roster, steps, backends, ports })
+        self.keep_slots_from_sockets_on(&source.addresses).await?;
+        let mut reloaded = Reloaded { changes: difference::changes(&self.config, &config), warnings };
+        reloaded.changes.extend(difference::of_snat_addresses(&self.snat, &source.addresses));
+        let checks_use_slots = source.is_used_by_checks(&survey.reach);
+        let snat = source.addresses;
+        Ok(Decided { config, sources, reloaded, roster, steps, backends, ports, snat, checks_use_slots })
     }
 
-    /// The flow table is made for its SNAT addresses: they must do for the new configuration as well.
-    fn check_sources(&self, config: &Config, survey: &Survey) -> Result<(), Refusal> {
+    /// Of addresses that flows may leave from soon: what sockets of this host hold there must not become a slot.
+    async fn keep_slots_from_sockets_on(&mut self, addresses: &[IpAddr]) -> Result<(), Refusal> {
+        let new: Vec<_> = addresses.iter().filter(|address| !self.snat.contains(address)).copied().collect();
+        if !new.is_empty() {
+            let failed = |error| format!("cannot list the sockets of this host: {error}");
+            let used =
+                used_tcp_ports(&new).await.map_err(|it| Refusal::new(RefusalKind::Failed, failed(it)))?;
+            self.used_ports.extend(used);
+            self.block();
+        }
+        Ok(())
+    }
+
+    /// What flows are to leave from: addresses that the flow table has room for, and its slots.
+    fn check_sources(&self, config: &Config, survey: &Survey) -> Result<Source, Refusal> {
         let restart = "that needs a restart (`systemctl restart sheave`)";
         let mut source =
             Source::choose(config, &survey.homes, &survey.reach, &survey.addresses, first_ephemeral_port());
+        let ports = self.dataplane.snat_ports();
         // As a start would, which finds the flow table with these.
-        let ports = source.ports.clone();
-        source.keep(&self.snat, ports, config, &survey.addresses);
-        if let Some(lost) = self.snat.iter().find(|address| !source.addresses.contains(address)) {
-            return Err(conflict(format!(
-                "flows leave from {lost}, which the new configuration would not use \
-                 (see dataplane.snat_addresses): {restart}"
-            )));
-        }
+        source.keep(&self.snat, ports.clone(), config, &survey.addresses);
         let vips = plan::vips(config);
         let family = |vip: &&IpAddr| self.snat.iter().any(|address| address.is_ipv4() == vip.is_ipv4());
         if let Some(vip) = vips.iter().find(|vip| !family(vip)) {
             return Err(conflict(format!("listener address {vip} is the first of its family: {restart}")));
+        }
+        self.dataplane
+            .check_snat_addresses(&source.addresses)
+            .map_err(|error| conflict(error.to_string()))?;
+        // As the flow table is divided: in whole groups of sets.
+        if !source.fits(&ports) {
+            return Err(conflict(format!(
+                "flows would leave from {}, with ports {}-{}, and the flow table was made for ports {}-{}: name these as \
+                 dataplane.snat_ports, or make another table (`sheave run --replace-layout`), in which open connections \
+                 end",
+                difference::list(&source.addresses),
+                source.ports.start(),
+                source.ports.end(),
+                ports.start(),
+                ports.end()
+            )));
         }
         let before = plan::vips(&self.config);
         let same = vips.iter().all(|vip| before.contains(vip)) && vips.len() == before.len();
         if self.config.vip.mode == VipMode::Own && !same {
             return Err(conflict(format!("with vip.mode = \"own\", other VIPs than before: {restart}")));
         }
-        Ok(())
+        Ok(source)
     }
 
     /// Whatever leads to a new backend or VIP must have the program.
@@ -334,7 +366,8 @@ impl Controller {
     /// Adds what is new, so that it can be checked. Of the old nothing is taken away; services that stay have their new
     /// settings from now on.
     async fn prepare(&mut self, decided: Decided, by: String) -> Result<Pending, DataplaneError> {
-        let Decided { config, sources, reloaded, roster, steps, backends, ports } = decided;
+        let Decided { config, sources, reloaded, roster, steps, backends, ports, snat, checks_use_slots } =
+            decided;
         let mut services = Services::of(&config, &roster);
         services.keep(&self.services);
         let before = std::mem::replace(&mut self.services, services);
@@ -355,6 +388,8 @@ impl Controller {
             sources,
             roster,
             steps,
+            snat,
+            checks_use_slots,
             awaited,
             deadline: Instant::now() + FIRST_CHECKS,
             by,
@@ -403,7 +438,13 @@ impl Controller {
     /// Lets the new configuration take over from the old.
     pub(super) fn finish_reload(&mut self) {
         let Some(pending) = self.pending.take() else { return };
-        let Pending { config, sources, roster, steps, by, answer, reloaded, .. } = pending;
+        let Pending { config, sources, roster, steps, snat, checks_use_slots, by, answer, reloaded, .. } =
+            pending;
+        // Before a new listener may need them.
+        let moved = self.dataplane.set_snat_addresses(&snat).map_err(|error| error.to_string());
+        if moved.is_ok() {
+            (self.snat, self.checks_use_slots) = (snat, checks_use_slots);
+        }
         let (before, before_config) = (self.services.clone(), self.config.clone());
         let old_listeners = self.roster.listeners().clone();
         let allow: BTreeMap<_, _> =
@@ -440,6 +481,7 @@ impl Controller {
         }
         self.set_pods();
         let mut failures = self.change_allow_lists(&allow);
+        failures.extend(moved.err());
         failures.extend(self.change_over(steps, |id| {
             let service = old_listeners.get(&id).and_then(Seat::service);
             service.and_then(|number| before.get(number)).map(|it| it.idle_timeout)

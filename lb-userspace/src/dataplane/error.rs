@@ -42,6 +42,9 @@ pub enum DataplaneError {
     /// The build was told to leave the program out.
     #[error("this build has no kernel program in it (SHEAVE_SKIP_EBPF was set): build it again without")]
     Empty,
+    /// Other SNAT addresses cannot be had now.
+    #[error(transparent)]
+    Snat(#[from] super::SnatError),
     /// A map of another type.
     #[error("map {name} is not an array: this build is broken, build it again with `cargo xtask build`")]
     NotAnArray {

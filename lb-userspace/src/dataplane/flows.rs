@@ -3,17 +3,17 @@
 //! The daemon only ever frees, and only by compare-and-exchange on the word it has examined: a slot that changed
 //! meanwhile is somebody's, and left alone (`lb_common::flow`).
 
-use std::{collections::HashSet, time::Duration};
+use std::{collections::HashSet, net::IpAddr, time::Duration};
 
 use lb_common::{
     cell::Cell8,
     flow::{Family, LONG_QUARANTINE, Query, Slot, V4, V6},
-    layout::{Config, OverflowMarks, WAYS},
+    layout::{Config, OverflowMarks, SETS_PER_ADDRESS, WAYS},
     meta::{BACKEND_TOLD, CLIENT_FIN, Kind, Meta, RESET},
     transition::RESET_QUARANTINE,
 };
 
-use super::{BlackBox, Dataplane, DataplaneError, Mapped, black_box::forgotten, grace};
+use super::{BlackBox, Dataplane, DataplaneError, Mapped, black_box::forgotten, grace, snat::Moved};
 
 /// How long a handshake may take, and a proven flow that nobody finished: RFC 5382 REQ-5, the transitory timeout.
 const TRANSITORY: Duration = Duration::from_secs(240);
@@ -33,6 +33,8 @@ pub struct Reaped {
     pub named_backends: Vec<bool>,
     /// Whether any slot in use names a listener, by id.
     pub named_listeners: Vec<bool>,
+    /// SNAT addresses that had no new flows, and have none at all any more.
+    pub left: Vec<IpAddr>,
 }
 
 /// What the reaper knows when it looks at a slot.
@@ -119,12 +121,12 @@ impl Dataplane {
             ..Reaped::default()
         };
         let config = self.settings();
-        if config.snat4_count > 0 {
-            sweep::<V4>(&self.flows4, &self.black_box, &round, &mut reaped, &mut self.claims);
-        }
-        if config.snat6_count > 0 {
-            sweep::<V6>(&self.flows6, &self.black_box, &round, &mut reaped, &mut self.claims);
-        }
+        let mut moved = [Moved::begin::<V4>(&config), Moved::begin::<V6>(&config)];
+        let [moved4, moved6] = &mut moved;
+        let sweep = Sweep { config: &config, black_box: &self.black_box, round: &round };
+        sweep.all::<V4>(&self.flows4, &mut reaped, &mut self.claims, moved4.as_mut());
+        sweep.all::<V6>(&self.flows6, &mut reaped, &mut self.claims, moved6.as_mut());
+        reaped.left = self.settle_snat_addresses(moved)?;
         for (id, sockets) in self.open_sockets()?.into_iter().enumerate() {
             reaped.active[id] += sockets;
             reaped.named_backends[id] |= sockets > 0;
@@ -152,51 +154,83 @@ impl Dataplane {
     }
 }
 
-fn sweep<F: Family>(
-    flows: &Mapped<F::Set>,
-    black_box: &BlackBox,
-    round: &Round<'_>,
-    reaped: &mut Reaped,
-    claims: &mut HashSet<Meta>,
-) {
-    for index in 0..flows.len() {
-        let Some(set) = flows.get(index) else {
-            continue;
-        };
-        for way in 0..WAYS as u32 {
-            reaped.slots += 1;
-            let word = F::meta(set, way);
-            let meta = Meta(word.load());
-            if meta.is(Kind::Free) {
+/// A look at every slot.
+struct Sweep<'a> {
+    config: &'a Config,
+    black_box: &'a BlackBox,
+    round: &'a Round<'a>,
+}
+
+impl Sweep<'_> {
+    fn all<F: Family>(
+        &self,
+        flows: &Mapped<F::Set>,
+        reaped: &mut Reaped,
+        claims: &mut HashSet<Meta>,
+        mut moved: Option<&mut Moved>,
+    ) {
+        for index in 0..sets_in_use::<F>(self.config) {
+            let Some(set) = flows.get(index) else {
                 continue;
-            }
-            let tuple = F::load(set, way);
-            let (_, _, listener) = F::parts(tuple);
-            if let Some(next) = round.verdict(meta, listener)
-                && word.compare_exchange(meta.0, next.0) == meta.0
-            {
-                reaped.freed += 1;
-                if is_news(meta) {
-                    let slot = Slot { set: index as u32, way };
-                    black_box.note(&forgotten::<F>(tuple, slot, meta), round.jiffies);
+            };
+            for way in 0..WAYS as u32 {
+                reaped.slots += 1;
+                let found = Meta(F::meta(set, way).load());
+                if found.is(Kind::Free) {
+                    continue;
                 }
-                continue;
-            }
-            reaped.occupied += 1;
-            if meta.is(Kind::Claiming) {
-                claims.insert(meta);
-            }
-            reaped.named_backends[usize::from(meta.backend())] = true;
-            if let Some(named) = reaped.named_listeners.get_mut(usize::from(listener)) {
-                *named = true;
-            }
-            let ending =
-                meta.has(RESET) || meta.is(Kind::Killed) || (meta.is(Kind::HalfOpen) && meta.has(CLIENT_FIN));
-            if meta.is_live() && !meta.is_closed() && !ending {
-                reaped.active[usize::from(meta.backend())] += 1;
+                let (slot, tuple) = (Slot { set: index as u32, way }, F::load(set, way));
+                let meta = self.judge::<F>(set, slot, found, tuple);
+                reaped.freed += u64::from(meta != found);
+                // One that was only closed is in use still.
+                if meta.is(Kind::Free) {
+                    continue;
+                }
+                if meta.is(Kind::Claiming) {
+                    claims.insert(meta);
+                }
+                if let Some(moved) = &mut moved {
+                    moved.see::<F>(self.config, slot, tuple);
+                }
+                let (_, _, listener) = F::parts(tuple);
+                reaped.count(meta, listener);
             }
         }
     }
+
+    /// Frees or closes a slot that is over. Returns what it is now.
+    fn judge<F: Family>(&self, set: &F::Set, slot: Slot, meta: Meta, tuple: F::Tuple) -> Meta {
+        let (_, _, listener) = F::parts(tuple);
+        let Some(next) = self.round.verdict(meta, listener) else { return meta };
+        if F::meta(set, slot.way).compare_exchange(meta.0, next.0) != meta.0 {
+            return meta;
+        }
+        if is_news(meta) {
+            self.black_box.note(&forgotten::<F>(tuple, slot, meta), self.round.jiffies);
+        }
+        next
+    }
+}
+
+impl Reaped {
+    /// Takes note of a slot in use.
+    fn count(&mut self, meta: Meta, listener: u16) {
+        self.occupied += 1;
+        self.named_backends[usize::from(meta.backend())] = true;
+        if let Some(named) = self.named_listeners.get_mut(usize::from(listener)) {
+            *named = true;
+        }
+        let ending =
+            meta.has(RESET) || meta.is(Kind::Killed) || (meta.is(Kind::HalfOpen) && meta.has(CLIENT_FIN));
+        if meta.is_live() && !meta.is_closed() && !ending {
+            self.active[usize::from(meta.backend())] += 1;
+        }
+    }
+}
+
+/// The sets of the SNAT addresses that there are: nothing is in those of the places behind them.
+pub(super) fn sets_in_use<F: Family>(config: &Config) -> usize {
+    (F::snat_count(config) * SETS_PER_ADDRESS) as usize
 }
 
 /// Nothing has told of the flow's end before.
@@ -212,13 +246,15 @@ fn any_marks(marks: &Mapped<OverflowMarks>) -> bool {
 
 fn clear<F: Family>(flows: &Mapped<F::Set>, marks: &Mapped<OverflowMarks>, config: &Config) {
     let mut needed = HashSet::new();
-    for index in 0..flows.len() {
+    for index in 0..sets_in_use::<F>(config) {
         let Some(set) = flows.get(index) else {
             continue;
         };
         for way in 0..WAYS as u32 {
             if Meta(F::meta(set, way).load()).is_live() {
-                let query = Query::new::<F>(config, F::load(set, way));
+                // At the address where it is, which new flows of its bucket may not leave from.
+                let slot = Slot { set: index as u32, way };
+                let query = Query::at::<F>(config, F::load(set, way), slot.address() as u8);
                 if query.candidate(0) != index as u32 && query.candidate(1) != index as u32 {
                     needed.insert(query.candidate(0));
                 }

@@ -10,11 +10,17 @@ use aya::maps::{Map, MapData};
 use lb_common::{
     flow::{Family, V4, V6},
     hash,
-    layout::{self, BACKENDS, LISTENERS, SELECTION_WORDS, WAYS, backend_flag, family},
+    layout::{self, BACKENDS, LISTENERS, SELECTION_WORDS, SETS_PER_ADDRESS, Set4, Set6, WAYS, backend_flag},
     meta::{Kind, Meta},
 };
 
-use super::{CONTROL, Dataplane, Mapped, Port, Settings, address_of, pins::Pins, sets};
+use super::{
+    CONTROL, Dataplane, Mapped, Port, Settings, address_of,
+    flows::sets_in_use,
+    pins::Pins,
+    sets,
+    snat::{self, Places},
+};
 
 /// Everything that has a number.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -105,8 +111,9 @@ impl Dataplane {
             backends: vec![false; BACKENDS as usize],
             listeners: vec![false; usize::from(u16::MAX) + 1],
         };
-        named.look_through::<V4>(&self.flows4);
-        named.look_through::<V6>(&self.flows6);
+        let config = self.settings();
+        named.look_through::<V4>(&self.flows4, sets_in_use::<V4>(&config));
+        named.look_through::<V6>(&self.flows6, sets_in_use::<V6>(&config));
         match self.open_sockets() {
             Ok(sockets) => {
                 named.backends.iter_mut().zip(sockets).for_each(|(named, count)| *named |= count > 0)
@@ -148,6 +155,12 @@ impl Dataplane {
         selected
     }
 
+    /// Source ports towards the backends.
+    pub fn snat_ports(&self) -> RangeInclusive<u16> {
+        let config = self.settings();
+        ports_of(config.first_set, config.sets)
+    }
+
     fn ports(&self) -> Vec<Port> {
         let config = self.settings();
         config.ports.iter().take(config.port_count as usize).map(Port::of_layout).collect()
@@ -161,8 +174,8 @@ struct Named {
 }
 
 impl Named {
-    fn look_through<F: Family>(&mut self, flows: &Mapped<F::Set>) {
-        for set in (0..flows.len()).filter_map(|index| flows.get(index)) {
+    fn look_through<F: Family>(&mut self, flows: &Mapped<F::Set>, sets: usize) {
+        for set in (0..sets).filter_map(|index| flows.get(index)) {
             for way in 0..WAYS as u32 {
                 let meta = Meta(F::meta(set, way).load());
                 if !meta.is(Kind::Free) {
@@ -193,6 +206,8 @@ impl Port {
 #[derive(Clone, Debug)]
 pub struct Previous {
     config: layout::Config,
+    /// Places for SNAT addresses, of IPv4 and of IPv6.
+    rooms: [usize; 2],
 }
 
 impl Previous {
@@ -200,21 +215,15 @@ impl Previous {
     pub fn read(pins: &Pins) -> Option<Self> {
         let map = MapData::from_pin(pins.map(CONTROL)?).and_then(Map::from_map_data).ok()?;
         let config = Mapped::<layout::Control>::new(CONTROL, &map).ok()?.config().read(0)?;
+        let rooms = [room::<Set4>(pins, "FLOW4")?, room::<Set6>(pins, "FLOW6")?];
         // Nothing was ever configured.
-        (config.sets != 0).then_some(Self { config })
+        (config.sets != 0).then_some(Self { config, rooms })
     }
 
-    pub(super) fn of(config: layout::Config) -> Self {
-        Self { config }
-    }
-
-    /// Source addresses towards the backends, in the order that the flow table is divided by.
+    /// Source addresses of new flows towards the backends, IPv4 first.
     pub fn snat_addresses(&self) -> Vec<IpAddr> {
-        let (count4, count6) = (self.config.snat4_count as usize, self.config.snat6_count as usize);
-        let v4 =
-            self.config.snat4.iter().take(count4).map(|word| address_of(family::IPV4, [(*word).into(), 0]));
-        let v6 = self.config.snat6.iter().take(count6).map(|words| address_of(family::IPV6, *words));
-        v4.chain(v6).collect()
+        let [v4, v6] = self.rooms;
+        [Places::of::<V4>(&self.config, v4).in_use(), Places::of::<V6>(&self.config, v6).in_use()].concat()
     }
 
     /// Source ports towards the backends.
@@ -222,29 +231,21 @@ impl Previous {
         ports_of(self.config.first_set, self.config.sets)
     }
 
+    /// How many SNAT addresses of IPv4 and of IPv6 the flow table has places for.
+    pub fn rooms(&self) -> [usize; 2] {
+        self.rooms
+    }
+
     /// Why flows would be lost with these settings, in words.
     pub(super) fn conflict(&self, settings: &Settings, key_is_given: bool) -> Option<String> {
-        let config = &self.config;
+        let config = self.config;
         if key_is_given && hash::Key::new(settings.secret) != config.key {
             return Some(
                 "it was made with another hash key than the one in dataplane.hash_key_file".to_owned(),
             );
         }
-        let before = self.snat_addresses();
-        // Each family in its order; how they are mixed does not matter.
-        let by_family = |addresses: &[IpAddr]| -> Vec<IpAddr> {
-            let v4 = addresses.iter().filter(|address| address.is_ipv4());
-            v4.chain(addresses.iter().filter(|address| address.is_ipv6())).copied().collect()
-        };
-        if before != by_family(&settings.snat_addresses) {
-            let names = |addresses: &[IpAddr]| {
-                addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-            };
-            return Some(format!(
-                "its flows leave from {} (dataplane.snat_addresses), and now they would from {}",
-                names(&before),
-                names(&settings.snat_addresses)
-            ));
+        if let Err(error) = snat::next_places(&config, self.rooms, &settings.snat_addresses) {
+            return Some(error.to_string());
         }
         let (first, count, partners) = sets(&settings.snat_ports);
         ((first, count, partners) != (config.first_set, config.sets, config.partners)).then(|| {
@@ -260,9 +261,21 @@ impl Previous {
     }
 }
 
+/// Places for SNAT addresses in a pinned flow table; None: there is none.
+fn room<T>(pins: &Pins, name: &'static str) -> Option<usize> {
+    let map = MapData::from_pin(pins.map(name)?).and_then(Map::from_map_data).ok()?;
+    Some(Mapped::<T>::new(name, &map).ok()?.len() / SETS_PER_ADDRESS as usize)
+}
+
 fn ports_of(first: u32, count: u32) -> RangeInclusive<u16> {
     let ways = WAYS as u32;
     (first * ways) as u16..=((first + count) * ways).saturating_sub(1) as u16
+}
+
+/// Of these ports those that are slots: whole groups of sets.
+pub fn usable_ports(ports: &RangeInclusive<u16>) -> RangeInclusive<u16> {
+    let (first, count, _) = sets(ports);
+    ports_of(first, count)
 }
 
 pub(super) fn endpoint(family: u8, words: [u64; 2], port: u16) -> SocketAddr {
@@ -271,6 +284,8 @@ pub(super) fn endpoint(family: u8, words: [u64; 2], port: u16) -> SocketAddr {
 
 #[cfg(test)]
 mod tests {
+    use lb_common::layout::family;
+
     use super::{super::words, *};
 
     #[test]

@@ -8,7 +8,7 @@ use lb_common::{
     meta::{BACKEND_FIN, CLIENT_FIN, Kind, Meta, RESET},
 };
 
-use super::{Dataplane, DataplaneError, Mapped, address_of};
+use super::{Dataplane, DataplaneError, Mapped, address_of, flows::sets_in_use};
 
 /// What a slot in use is, for people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,12 +108,8 @@ impl Dataplane {
         let now = (self.jiffies()? >> self.ticks.shift()) as u16;
         let config = self.settings();
         let unit = self.ticks.unit();
-        let count = |addresses: u32, flows: usize| if addresses > 0 { flows } else { 0 };
-        let (first, length) = if from.ipv6 {
-            (from.set, count(config.snat6_count, self.flows6.len()))
-        } else {
-            (from.set, count(config.snat4_count, self.flows4.len()))
-        };
+        let length = if from.ipv6 { sets_in_use::<V6>(&config) } else { sets_in_use::<V4>(&config) };
+        let first = from.set;
         let last = first.saturating_add(sets).min(length);
         for set in first..last {
             let more = if from.ipv6 {

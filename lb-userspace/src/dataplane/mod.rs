@@ -21,6 +21,7 @@ mod pins;
 mod recorded;
 mod reset;
 mod signals;
+mod snat;
 mod sockets;
 
 use std::{
@@ -38,12 +39,10 @@ use aya::{
 };
 use lb_common::{
     cell::Cell64,
-    flow::{Family as _, V4, V6},
     hash,
     layout::{
-        self, AllowKey, BACKENDS, BUCKETS, LISTENERS, NextHop, OverflowMarks, PARTNERS, PORTS, ReturnHops,
-        SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Set4, Set6, WAYS, backend_flag,
-        enter_snat, family,
+        self, AllowKey, BACKENDS, LISTENERS, NextHop, OverflowMarks, PARTNERS, PORTS, ReturnHops,
+        SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Set4, Set6, WAYS, backend_flag, family,
     },
     maglev::{self, TABLE_SIZE},
     meta::Meta,
@@ -59,7 +58,7 @@ pub use flows::Reaped;
 use grace::Grace;
 pub use grace::wait as wait_grace_period;
 pub use hook::sets_error;
-pub use known::{Known, KnownBackend, KnownListener, Previous};
+pub use known::{Known, KnownBackend, KnownListener, Previous, usable_ports};
 pub use list::{Cursor, FlowState, ListedFlow};
 pub use mapped::Mapped;
 use pins::Definition;
@@ -67,6 +66,7 @@ pub use pins::{Pins, PinsError, Removed};
 pub use recorded::{Recorded, RecordedError};
 pub use reset::{Flow, FlowFilter, Hop, Walk};
 pub use signals::Signal;
+pub use snat::SnatError;
 pub use sockets::{FollowedSocket, SocketTable};
 
 /// The kernel programs, as the build script compiled them. Empty if it was told to leave them out.
@@ -87,6 +87,8 @@ pub type PacketLog = aya_log::EbpfLogger<&'static dyn log::Log>;
 pub struct Settings {
     /// Source addresses towards the backends, of both families, at most [`SNAT_ADDRESSES`] of each.
     pub snat_addresses: Vec<IpAddr>,
+    /// Places for SNAT addresses, of each family that has any: as many as there are at least.
+    pub snat_room: usize,
     /// Source ports towards the backends.
     pub snat_ports: RangeInclusive<u16>,
     /// What flows are hashed with: shared by the load balancers of a VIP, else random.
@@ -156,6 +158,8 @@ pub struct Dataplane {
     hook_watch: (u64, BTreeMap<&'static str, link::RawLink>),
     /// The words of claims that the last look through the flow table found.
     claims: HashSet<Meta>,
+    /// The SNAT addresses that new flows should leave from, in the end.
+    snat_wanted: Vec<IpAddr>,
     /// What keeps the program attached, by interface index, where pins do so too.
     links: BTreeMap<u32, FdLink>,
     /// None: everything goes with this value.
@@ -186,11 +190,12 @@ impl Dataplane {
         }
         let mut adopted = BTreeMap::new();
         if pins.adopts() {
-            let conflict =
-                Previous::read(&pins).and_then(|previous| previous.conflict(settings, key_is_given));
+            let previous = Previous::read(&pins);
+            let conflict = previous.as_ref().and_then(|previous| previous.conflict(settings, key_is_given));
+            let rooms = previous.map_or(settings.rooms(), |previous| previous.rooms());
             let fitting = match conflict {
                 Some(what) => Err(pins.different(what)),
-                None => pins.adopt(&definitions(object, settings)?),
+                None => pins.adopt(&definitions(object, rooms)?),
             };
             match fitting {
                 Ok(fitting) => adopted = fitting,
@@ -232,7 +237,7 @@ impl Dataplane {
         load_program(&mut dataplane.ebpf, "sheave")?;
         (dataplane.pins, dataplane.adopted) = (pins, !adopted.is_empty());
         if !dataplane.adopted {
-            dataplane.configure(settings);
+            dataplane.configure(settings)?;
         }
         Ok(dataplane)
     }
@@ -271,6 +276,7 @@ impl Dataplane {
             hook_links: BTreeMap::new(),
             hook_watch: (0, BTreeMap::new()),
             claims: HashSet::new(),
+            snat_wanted: Vec::new(),
             links: BTreeMap::new(),
             pins: None,
             adopted: false,
@@ -278,30 +284,12 @@ impl Dataplane {
         })
     }
 
-    fn configure(&self, settings: &Settings) {
-        let Some(classifier) = self.classifier.get(0) else { return };
+    fn configure(&mut self, settings: &Settings) -> Result<(), DataplaneError> {
         let mut config = layout::Config { key: hash::Key::new(settings.secret), epoch: 1, ..self.settings() };
         (config.first_set, config.sets, config.partners) = sets(&settings.snat_ports);
-        for address in &settings.snat_addresses {
-            match address {
-                IpAddr::V4(_) => {
-                    let index = config.snat4_count as usize;
-                    config.snat4[index] = words(*address)[0] as u32;
-                    enter_snat(&classifier.snat4, V4::snat_place(words(*address)), index);
-                    config.snat4_count += 1;
-                }
-                IpAddr::V6(_) => {
-                    let index = config.snat6_count as usize;
-                    config.snat6[index] = words(*address);
-                    enter_snat(&classifier.snat6, V6::snat_place(words(*address)), index);
-                    config.snat6_count += 1;
-                }
-            }
-        }
-        config.bucket4 = deal_buckets(&settings.snat_addresses, IpAddr::is_ipv4);
-        config.bucket6 = deal_buckets(&settings.snat_addresses, IpAddr::is_ipv6);
         self.apply_ticks(&mut config);
         self.config.write(0, config);
+        self.set_snat_addresses(&settings.snat_addresses)
     }
 
     /// Finds out how fast the kernel's clock ticks, for which some time must have passed since loading. To be called
@@ -535,20 +523,25 @@ impl Settings {
         (count4, self.snat_addresses.len() - count4)
     }
 
-    /// How large the maps are that grow with the number of addresses.
-    fn map_sizes(&self) -> [(&'static str, u32); 6] {
+    /// Places for SNAT addresses of IPv4 and of IPv6.
+    fn rooms(&self) -> [usize; 2] {
         let (count4, count6) = self.addresses();
-        // A map of a family without addresses is never looked at, and cannot be empty.
-        let sets = |addresses: usize, share: u32| (SETS_PER_ADDRESS * addresses as u32 / share).max(1);
-        [
-            ("FLOW4", sets(count4, 1)),
-            ("RETURN_HOP4", sets(count4, 1)),
-            ("OVERFLOW4", sets(count4, 8)),
-            ("FLOW6", sets(count6, 1)),
-            ("RETURN_HOP6", sets(count6, 1)),
-            ("OVERFLOW6", sets(count6, 8)),
-        ]
+        [count4, count6].map(|count| if count > 0 { count.max(self.snat_room) } else { 0 })
     }
+}
+
+/// How large the maps are that grow with the number of places for SNAT addresses, of IPv4 and of IPv6.
+fn map_sizes([room4, room6]: [usize; 2]) -> [(&'static str, u32); 6] {
+    // A map of a family without addresses is never looked at, and cannot be empty.
+    let sets = |room: usize, share: u32| (SETS_PER_ADDRESS * room as u32 / share).max(1);
+    [
+        ("FLOW4", sets(room4, 1)),
+        ("RETURN_HOP4", sets(room4, 1)),
+        ("OVERFLOW4", sets(room4, 8)),
+        ("FLOW6", sets(room6, 1)),
+        ("RETURN_HOP6", sets(room6, 1)),
+        ("OVERFLOW6", sets(room6, 8)),
+    ]
 }
 
 /// Whether a map is pinned: not constants of the program, and not its log.
@@ -557,10 +550,10 @@ fn outlives(map: &str) -> bool {
 }
 
 /// The maps that this build pins, as it makes them.
-fn definitions(object: &[u8], settings: &Settings) -> Result<BTreeMap<String, Definition>, DataplaneError> {
+fn definitions(object: &[u8], rooms: [usize; 2]) -> Result<BTreeMap<String, Definition>, DataplaneError> {
     let object = aya_obj::Object::parse(object)
         .map_err(|error| DataplaneError::Load(Box::new(aya::EbpfError::ParseError(error))))?;
-    let mut sizes = BTreeMap::from(settings.map_sizes());
+    let mut sizes = BTreeMap::from(map_sizes(rooms));
     sizes.extend([black_box::Size::of_host()?.map_size()]);
     let definition = |(name, map): (&String, &aya_obj::Map)| {
         let definition = Definition {
@@ -582,7 +575,8 @@ fn load_object(
 ) -> Result<Ebpf, DataplaneError> {
     let log_one_in = settings.log_one_in;
     let mut loader = EbpfLoader::new();
-    for (name, entries) in settings.map_sizes() {
+    // Those that are adopted stay as they are.
+    for (name, entries) in map_sizes(settings.rooms()) {
         loader.map_max_entries(name, entries);
     }
     // Their definitions have been compared: aya takes whatever is there.
@@ -657,25 +651,6 @@ fn sets(ports: &RangeInclusive<u16>) -> (u32, u32, u32) {
     }
 }
 
-/// Deals the buckets out to the SNAT addresses of a family by rendezvous: one more address moves only its own share.
-fn deal_buckets(addresses: &[IpAddr], wanted: fn(&IpAddr) -> bool) -> [u8; BUCKETS] {
-    let addresses: Vec<_> = addresses.iter().filter(|address| wanted(address)).collect();
-    let load = BUCKETS.div_ceil(addresses.len().max(1));
-    let mut loads = vec![0; addresses.len()];
-    std::array::from_fn(|bucket| {
-        let score = |index: &usize| {
-            let [high, low] = words(*addresses[*index]);
-            hash::split_mix(hash::split_mix(high ^ low.rotate_left(1)) ^ bucket as u64)
-        };
-        // Bounded, because an address that got more than its share would be full before the others.
-        let best = (0..addresses.len()).filter(|index| loads[*index] < load).max_by_key(score).unwrap_or(0);
-        if let Some(load) = loads.get_mut(best) {
-            *load += 1;
-        }
-        best as u8
-    })
-}
-
 /// An address as the maps have it: network bytes as native words, IPv4 in the lower half of the first.
 pub fn words(address: IpAddr) -> [u64; 2] {
     match address {
@@ -729,16 +704,6 @@ mod tests {
         for text in ["10.1.2.3", "255.254.253.252", "2001:db8:1:2:3:4:5:6"] {
             let address: IpAddr = text.parse().unwrap();
             assert_eq!(address_of(family_of(address), words(address)), address);
-        }
-    }
-
-    #[test]
-    fn buckets_are_dealt_out_evenly() {
-        let addresses: Vec<IpAddr> = (1..=5).map(|last| IpAddr::from([10, 0, 0, last])).collect();
-        let buckets = deal_buckets(&addresses, IpAddr::is_ipv4);
-        for index in 0..5 {
-            let share = buckets.iter().filter(|bucket| **bucket == index).count();
-            assert!((48..=52).contains(&share), "address {index} has {share} of 256 buckets");
         }
     }
 

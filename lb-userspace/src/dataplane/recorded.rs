@@ -7,13 +7,12 @@ use std::{
 };
 
 use aya::maps::{Map, MapData};
-use lb_common::layout;
-
-use super::{
-    BlackBox, CONTROL, DataplaneError, Mapped,
-    known::{Previous, endpoint},
-    pins,
+use lb_common::{
+    flow::{V4, V6},
+    layout::{self, SNAT_ADDRESSES},
 };
+
+use super::{BlackBox, CONTROL, DataplaneError, Mapped, known::endpoint, pins, snat::Places};
 
 /// Why there is nothing to look at.
 #[derive(Debug, thiserror::Error)]
@@ -56,8 +55,8 @@ pub struct Recorded {
     pub backends: Vec<(u8, SocketAddr)>,
     /// Ids and addresses of listeners.
     pub listeners: Vec<(u8, SocketAddr)>,
-    /// In the order that slots number them, family by family.
-    pub snat_addresses: Vec<IpAddr>,
+    /// By the numbers that slots have for them, of IPv4 and of IPv6.
+    pub snat_addresses: [Vec<Option<IpAddr>>; 2],
 }
 
 impl Recorded {
@@ -84,9 +83,11 @@ impl Recorded {
             black_box: BlackBox::over(open(&directory, super::black_box::MAP)?)?,
             backends: (0..backends.len()).filter_map(backend).collect(),
             listeners: (0..listeners.len()).filter_map(listener).collect(),
-            snat_addresses: config
-                .read(0)
-                .map_or_else(Vec::new, |config| Previous::of(config).snat_addresses()),
+            snat_addresses: config.read(0).map_or_else(Default::default, |config| {
+                let (v4, v6) =
+                    (Places::of::<V4>(&config, SNAT_ADDRESSES), Places::of::<V6>(&config, SNAT_ADDRESSES));
+                [v4.addresses(), v6.addresses()]
+            }),
         })
     }
 }

@@ -15,7 +15,7 @@ use lb_common::{
     meta::{Kind, Meta},
 };
 
-use super::{Dataplane, DataplaneError, Mapped, address_of};
+use super::{Dataplane, DataplaneError, Mapped, address_of, flows::sets_in_use};
 
 /// Sets that are looked at in one go: a megabyte of IPv4's table. The daemon has other work, too.
 const SETS: usize = 16_384;
@@ -193,8 +193,7 @@ impl Dataplane {
     ) -> Vec<Flow> {
         let maps = Lookup { dataplane: self, config: self.settings() };
         let mut flows = Vec::new();
-        let sets4 = if maps.config.snat4_count > 0 { self.flows4.len() } else { 0 };
-        let sets6 = if maps.config.snat6_count > 0 { self.flows6.len() } else { 0 };
+        let (sets4, sets6) = (sets_in_use::<V4>(&maps.config), sets_in_use::<V6>(&maps.config));
         let end = cursor.next + SETS;
         while cursor.next < sets4 + sets6 {
             if flows.len() >= limit || cursor.next >= end {

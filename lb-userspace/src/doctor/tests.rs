@@ -38,6 +38,7 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
             interfaces: Interfaces::Auto,
             xdp_mode: XdpMode::Auto,
             snat_addresses: vec![],
+            snat_addresses_max: 4,
             snat_ports: None,
             hash_key_file: None,
             state_dir: "/nonexistent".into(),

@@ -13,7 +13,7 @@ pub struct Names {
     /// Where listeners are, by id.
     pub listeners: BTreeMap<u8, SocketAddr>,
     /// SNAT addresses, by number, of IPv4 and IPv6.
-    pub snat: [Vec<IpAddr>; 2],
+    pub snat: [Vec<Option<IpAddr>>; 2],
     /// What a backend at an address is called.
     pub called: BTreeMap<SocketAddr, String>,
 }
@@ -39,7 +39,8 @@ impl Names {
     /// What a backend sees as the other end of a client's flow.
     pub(super) fn source(&self, client: SocketAddr, (number, port): (u8, u16)) -> Option<SocketAddr> {
         let addresses = &self.snat[usize::from(client.is_ipv6())];
-        addresses.get(usize::from(number)).map(|address| SocketAddr::new(*address, port))
+        let address = addresses.get(usize::from(number)).copied().flatten()?;
+        Some(SocketAddr::new(address, port))
     }
 }
 

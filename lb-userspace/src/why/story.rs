@@ -360,7 +360,7 @@ mod tests {
         Names {
             backends: (1..=3).map(|id| (id, address(id))).collect(),
             listeners: BTreeMap::from([(1, "10.0.0.100:6443".parse().unwrap())]),
-            snat: [vec!["172.16.0.1".parse().unwrap()], vec![]],
+            snat: [vec![Some("172.16.0.1".parse().unwrap())], vec![]],
             called: (1..=3).map(|id| (address(id), format!("master-{id}"))).collect(),
         }
     }

@@ -408,6 +408,7 @@ fn prove<F: Family>(flows: &Mapped<F::Set>, places: &Mapped<u64>, ipv6: bool) ->
 fn settings(ipv6: bool, addresses: u32) -> Settings {
     Settings {
         snat_addresses: (0..addresses).map(|index| vip(ipv6, index)).collect(),
+        snat_room: 1,
         snat_ports: 1024..=65_535,
         secret: [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210],
         log_one_in: None,

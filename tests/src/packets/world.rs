@@ -163,6 +163,7 @@ impl World {
     pub fn around(object: &[u8], shape: &Shape) -> Self {
         let settings = Settings {
             snat_addresses: shape.snat.clone(),
+            snat_room: 1,
             snat_ports: shape.snat_ports.clone(),
             secret: [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210],
             log_one_in: None,
