@@ -82,7 +82,7 @@ fn hosts_reach_each_other_and_two_labs_do_not_meet() {
         lab.plug(&mut right, segment, 2).unwrap();
         let require_reached = || {
             for address in addresses(&right) {
-                eventually(Duration::from_secs(10), "it is reached", || reach(&left, &right, address))
+                eventually(Duration::from_secs(30), "it is reached", || reach(&left, &right, address))
                     .unwrap();
             }
         };
@@ -388,7 +388,7 @@ fn a_raw_frame_arrives_as_it_was_sent() {
     ]
     .concat();
     sending.send(&frame).unwrap();
-    let received = receiving.receive(Duration::from_secs(5), |frame| frame[12..14] == [0x88, 0xb5]).unwrap();
+    let received = receiving.receive(Duration::from_secs(30), |frame| frame[12..14] == [0x88, 0xb5]).unwrap();
     assert_eq!(received, frame);
 }
 
