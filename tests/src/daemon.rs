@@ -18,9 +18,9 @@ use crate::lab::{
 };
 
 /// Loading, first checks and attaching take well under a second on an idle machine; the suite shares two cores.
-const READY_LIMIT: Duration = Duration::from_secs(30);
+const READY_LIMIT: Duration = Duration::from_secs(60);
 /// For an orderly end.
-const STOP_LIMIT: Duration = Duration::from_secs(20);
+const STOP_LIMIT: Duration = Duration::from_secs(60);
 
 /// What a test's `sheave.toml` says. Everything not named here keeps its default.
 #[derive(Clone, Debug)]

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::lab::{Host, eventually, process::sibling_program};
 
 /// For an order to be carried out.
-const ORDER: Duration = Duration::from_secs(30);
+const ORDER: Duration = Duration::from_secs(60);
 
 /// Connections of which each of three servers, chosen by chance, has some, but for once in some million times.
 pub const SOME_AT_EACH: usize = 40;

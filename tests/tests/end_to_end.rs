@@ -14,11 +14,11 @@ use lb_tests::{
     stub::{Door, Health, TOKEN},
 };
 
-/// A verdict takes at most a reply timeout (5 s), a fresh connection's (1 s) and the pauses between; twice that
+/// A verdict takes at most a reply timeout (5 s), a fresh connection's (1 s) and the pauses between; some times that
 /// on a busy machine.
-const VERDICT: Duration = Duration::from_secs(20);
+const VERDICT: Duration = Duration::from_secs(60);
 /// More than the first checks, a start or a takeover need.
-const MOMENT: Duration = Duration::from_secs(20);
+const MOMENT: Duration = Duration::from_secs(60);
 
 /// Downloads `length` bytes through `vip` with curl and compares every one.
 fn download(cluster: &Cluster, vip: IpAddr, length: u64) {

@@ -61,7 +61,7 @@ impl Watch {
     fn open(cluster: &Cluster, vip: IpAddr) -> Self {
         let mut curl = cluster.curl(vip, "/watch");
         let mut child =
-            curl.args(["--no-buffer", "--max-time", "120"]).stdout(Stdio::piped()).spawn().unwrap();
+            curl.args(["--no-buffer", "--max-time", "600"]).stdout(Stdio::piped()).spawn().unwrap();
         let stream = BufReader::new(child.stdout.take().unwrap());
         let lines = Arc::<Mutex<Vec<String>>>::default();
         let seen = Arc::clone(&lines);

@@ -29,9 +29,9 @@ use lb_userspace::{
     hook::own_network,
 };
 
-/// A verdict takes at most a reply timeout (5 s), a fresh connection's (1 s) and the pauses between; twice that
+/// A verdict takes at most a reply timeout (5 s), a fresh connection's (1 s) and the pauses between; some times that
 /// on a busy machine.
-const VERDICT: Duration = Duration::from_secs(20);
+const VERDICT: Duration = Duration::from_secs(60);
 const REFUSED: &str = "Connection refused (os error 111)";
 const LOCAL4: &str = "127.0.0.1:16443";
 const LOCAL6: &str = "[::1]:16443";

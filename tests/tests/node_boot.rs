@@ -23,7 +23,7 @@ use lb_tests::{
 use serde_json::Value;
 
 /// For a start, or a verdict, on a busy machine.
-const MOMENT: Duration = Duration::from_secs(20);
+const MOMENT: Duration = Duration::from_secs(60);
 const REFUSED: &str = "Connection refused (os error 111)";
 const LOCAL4: &str = "127.0.0.1:16443";
 const MANIFEST: &str = include_str!("../../packaging/sheave-node.yaml");

@@ -14,9 +14,9 @@ use lb_tests::{
     stub::{PORT, TOKEN},
 };
 
-/// A verdict takes at most a reply timeout (5 s), a fresh connection's (1 s) and the pauses between; twice that
+/// A verdict takes at most a reply timeout (5 s), a fresh connection's (1 s) and the pauses between; some times that
 /// on a busy machine.
-const VERDICT: Duration = Duration::from_secs(20);
+const VERDICT: Duration = Duration::from_secs(60);
 const REFUSED: &str = "Connection refused (os error 111)";
 const LOCAL4: &str = "127.0.0.1:16443";
 /// As sockets of every kind dial a node's listeners; the last is an IPv6 socket with an IPv4 address.

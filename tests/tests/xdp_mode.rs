@@ -13,7 +13,7 @@ use lb_tests::{
 };
 
 /// More than a start that fails needs.
-const MOMENT: Duration = Duration::from_secs(20);
+const MOMENT: Duration = Duration::from_secs(60);
 
 /// The usual settings, with this mode.
 fn settings(cluster: &Cluster, mode: &str) -> Settings {

@@ -41,7 +41,7 @@ pub const TOKEN: &str = "lab-token";
 /// The port every stub listens on.
 pub const PORT: u16 = 6443;
 /// A process start, a TLS configuration and a bind take this long at most, on a busy machine.
-const START_LIMIT: Duration = Duration::from_secs(20);
+const START_LIMIT: Duration = Duration::from_secs(60);
 
 /// A stub apiserver running on a host.
 #[derive(Debug)]
