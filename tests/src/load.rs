@@ -5,6 +5,7 @@ use std::{
     io,
     net::SocketAddr,
     path::Path,
+    pin::Pin,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -16,14 +17,19 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Empty};
-use hyper::{Request, Response, StatusCode, body::Incoming, client::conn::http1, header::HOST};
-use hyper_util::rt::TokioIo;
+use hyper::{
+    Request, Response, StatusCode,
+    body::Incoming,
+    client::conn::{http1, http2},
+    header::{AUTHORIZATION, HOST},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
 use socket2::{Domain, Socket, Type};
 use tokio::{net::TcpStream, runtime::Runtime, task::JoinSet, time::timeout};
-use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio_rustls::TlsConnector;
 
 use crate::{
     lab::Host,
@@ -95,21 +101,28 @@ pub struct Client {
     /// Whom the certificate must be for.
     name: ServerName<'static>,
     limit: Duration,
+    /// It speaks HTTP/2, and this is its bearer token. Else HTTP/1.1, anonymously.
+    token: Option<&'static str>,
 }
 
-/// One open HTTP/1.1 connection.
+/// One open connection.
 #[derive(Debug)]
 pub struct Connection {
-    sender: http1::SendRequest<Empty<Bytes>>,
+    sender: Sender,
     host: String,
     limit: Duration,
 }
 
+#[derive(Debug)]
+enum Sender {
+    Http1(http1::SendRequest<Empty<Bytes>>),
+    Http2(http2::SendRequest<Empty<Bytes>>, &'static str),
+}
+
 /// What must be polled for a connection to live.
-pub type Driver = http1::Connection<TokioIo<TlsStream<TcpStream>>, Empty<Bytes>>;
+pub type Driver = Pin<Box<dyn Future<Output = hyper::Result<()>> + Send>>;
 
 /// A connection that was just opened, and what must be polled for it to live.
-#[derive(Debug)]
 pub struct Dialled {
     /// To ask on.
     pub connection: Connection,
@@ -137,7 +150,15 @@ impl Client {
             .with_root_certificates(roots(ca_file)?)
             .with_no_client_auth();
         config.resumption = rustls::client::Resumption::disabled();
-        Ok(Self { tls: Arc::new(config).into(), target, name: ServerName::from(target.ip()), limit })
+        let name = ServerName::from(target.ip());
+        Ok(Self { tls: Arc::new(config).into(), target, name, limit, token: None })
+    }
+
+    /// The same client, speaking HTTP/2 with a bearer token: who has none is sent away after each answer.
+    pub fn http2(self, token: &'static str) -> Self {
+        let mut config = ClientConfig::clone(self.tls.config());
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Self { tls: Arc::new(config).into(), token: Some(token), ..self }
     }
 
     /// The same client, for servers whose certificate is for `name` instead of the address.
@@ -192,7 +213,16 @@ impl Client {
     async fn handshakes(&self, tcp: TcpStream) -> Result<(Connection, Driver)> {
         tcp.set_nodelay(true)?;
         let tls = self.tls.connect(self.name.clone(), tcp).await.context("TLS")?;
-        let (sender, driver) = http1::handshake(TokioIo::new(tls)).await?;
+        let (sender, driver): (_, Driver) = match self.token {
+            None => {
+                let (sender, driver) = http1::handshake(TokioIo::new(tls)).await?;
+                (Sender::Http1(sender), Box::pin(driver))
+            }
+            Some(token) => {
+                let (sender, driver) = http2::handshake(TokioExecutor::new(), TokioIo::new(tls)).await?;
+                (Sender::Http2(sender, token), Box::pin(driver))
+            }
+        };
         Ok((Connection { sender, host: self.target.to_string(), limit: self.limit }, driver))
     }
 
@@ -238,8 +268,18 @@ impl Connection {
     /// # Errors
     /// When the connection is gone, the answer late, or the status not 200.
     pub async fn get(&mut self, path: &str) -> Result<Response<Incoming>> {
-        let request = Request::get(path).header(HOST, &self.host).body(Empty::new())?;
-        let response = timeout(self.limit, self.sender.send_request(request)).await.context("waiting")??;
+        let answer = match &mut self.sender {
+            Sender::Http1(sender) => {
+                let request = Request::get(path).header(HOST, &self.host).body(Empty::new())?;
+                timeout(self.limit, sender.send_request(request)).await
+            }
+            Sender::Http2(sender, token) => {
+                let request = Request::get(format!("https://{}{path}", self.host));
+                let request = request.header(AUTHORIZATION, format!("Bearer {token}")).body(Empty::new())?;
+                timeout(self.limit, sender.send_request(request)).await
+            }
+        };
+        let response = answer.context("waiting")??;
         ensure!(response.status() == StatusCode::OK, "GET {path}: {}", response.status());
         Ok(response)
     }

@@ -6,6 +6,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
 use tokio::{
     sync::{mpsc as questions, oneshot},
     task::JoinSet,
@@ -16,6 +18,7 @@ use crate::background::Background;
 use crate::{
     lab::{Host, eventually},
     load::{Client, Connection, Dialled},
+    stub::TOKEN,
 };
 
 /// Handshakes under way at the same time.
@@ -34,6 +37,15 @@ pub(super) struct End {
     pub(super) how: Failure,
 }
 
+/// What goes on over them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Over {
+    /// HTTP/1.1, and nothing.
+    Nothing,
+    /// HTTP/2, and a watch that has had one event and gets no other.
+    Watch,
+}
+
 /// Open connections, each of which was answered once.
 #[derive(Debug)]
 pub(super) struct Silent {
@@ -45,14 +57,18 @@ pub(super) struct Silent {
 
 impl Silent {
     /// Opens `count` connections from a host.
-    pub(super) fn open(host: &Host, client: &Client, count: usize) -> Result<Self> {
+    pub(super) fn open(host: &Host, client: &Client, count: usize, over: Over) -> Result<Self> {
         let ends: Arc<Mutex<Vec<End>>> = Arc::default();
         let (opened, opening) = mpsc::channel();
         let (questions, asked) = questions::unbounded_channel();
-        let (client, shared) = (client.clone(), Arc::clone(&ends));
+        let client = match over {
+            Over::Nothing => client.clone(),
+            Over::Watch => client.clone().http2(TOKEN),
+        };
+        let shared = Arc::clone(&ends);
         let background = Background::start(host, move |stop| async move {
-            let held = open_all(&client, count, &shared).await;
-            let servers = held.as_ref().map(|held| held.iter().map(|(server, _)| server.clone()).collect());
+            let held = open_all(&client, count, over, &shared).await;
+            let servers = held.as_ref().map(|held| held.iter().map(|held| held.server.clone()).collect());
             let told = opened.send(servers.map_err(|error| format!("{error:#}")));
             if let (Ok(held), Ok(())) = (held, told) {
                 hold(held, asked, stop).await;
@@ -96,15 +112,16 @@ impl Silent {
 async fn open_all(
     client: &Client,
     count: usize,
+    over: Over,
     ends: &Arc<Mutex<Vec<End>>>,
-) -> Result<Vec<(String, Connection)>> {
+) -> Result<Vec<Held>> {
     let mut held = Vec::with_capacity(count);
     let mut opening = JoinSet::new();
     for begun in 0..count {
         if begun >= AT_ONCE {
             held.push(opening.join_next().await.context("no connection")???);
         }
-        opening.spawn(open(client.clone(), Arc::clone(ends)));
+        opening.spawn(open(client.clone(), over, Arc::clone(ends)));
     }
     while let Some(opened) = opening.join_next().await {
         held.push(opened??);
@@ -112,7 +129,14 @@ async fn open_all(
     Ok(held)
 }
 
-async fn open(client: Client, ends: Arc<Mutex<Vec<End>>>) -> Result<(String, Connection)> {
+/// One of them.
+struct Held {
+    server: String,
+    connection: Connection,
+    _watch: Option<Incoming>,
+}
+
+async fn open(client: Client, over: Over, ends: Arc<Mutex<Vec<End>>>) -> Result<Held> {
     let Dialled { mut connection, driver, .. } = client.dial().await?;
     let (is_at, server) = oneshot::channel::<String>();
     tokio::spawn(async move {
@@ -123,29 +147,36 @@ async fn open(client: Client, ends: Arc<Mutex<Vec<End>>>) -> Result<(String, Con
             ends.lock().unwrap_or_else(PoisonError::into_inner).push(End { server, at, how });
         }
     });
-    let name = connection.name().await?;
-    let _ = is_at.send(name.clone());
-    Ok((name, connection))
+    let server = connection.name().await?;
+    let watch = match over {
+        Over::Nothing => None,
+        Over::Watch => {
+            let mut events = connection.get("/watch/silent").await?.into_body();
+            events.frame().await.context("a watch without its first event")??;
+            Some(events)
+        }
+    };
+    let _ = is_at.send(server.clone());
+    Ok(Held { server, connection, _watch: watch })
 }
 
 /// Keeps them open until told to stop, and asks on all of them when told to.
 async fn hold(
-    held: Vec<(String, Connection)>,
+    mut held: Vec<Held>,
     mut asked: questions::UnboundedReceiver<mpsc::Sender<usize>>,
     mut stop: oneshot::Receiver<()>,
 ) {
-    let mut connections: Vec<_> = held.into_iter().map(|(_, connection)| connection).collect();
     loop {
         tokio::select! {
             _ = &mut stop => return,
             Some(reply) = asked.recv() => {
                 let mut asking = JoinSet::new();
-                for mut connection in connections.drain(..) {
-                    asking.spawn(async move { (connection.name().await.is_ok(), connection) });
+                for mut held in held.drain(..) {
+                    asking.spawn(async move { (held.connection.name().await.is_ok(), held) });
                 }
                 let answers = asking.join_all().await;
                 let _ = reply.send(answers.iter().filter(|(answered, _)| *answered).count());
-                connections.extend(answers.into_iter().map(|(_, connection)| connection));
+                held.extend(answers.into_iter().map(|(_, held)| held));
             }
         }
     }

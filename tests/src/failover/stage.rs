@@ -8,7 +8,7 @@ use super::{
     arrivals::Arrivals,
     balancer::{Balancer, Contender, Setup},
     machine::Watch,
-    silent::Silent,
+    silent::{Over, Silent},
     transfer::Transfer,
 };
 use crate::{
@@ -83,7 +83,12 @@ impl Stage {
 
     /// Connections that are open and silent.
     pub(super) fn silent(&self, count: usize) -> Result<Silent> {
-        Silent::open(&self.cluster.client, &self.client()?, count)
+        Silent::open(&self.cluster.client, &self.client()?, count, Over::Nothing)
+    }
+
+    /// Watches over HTTP/2 that have no events.
+    pub(super) fn silent_watches(&self, count: usize) -> Result<Silent> {
+        Silent::open(&self.cluster.client, &self.client()?, count, Over::Watch)
     }
 
     /// Watches with events.

@@ -8,6 +8,7 @@ pub mod faults;
 pub mod hostile;
 mod responses;
 mod server;
+mod shared;
 mod slices;
 mod startup;
 

@@ -30,6 +30,8 @@ pub(super) type Body = BoxBody<Bytes, hyper::Error>;
 
 /// Between two lines of a watch.
 const WATCH_INTERVAL: Duration = Duration::from_millis(200);
+/// The same, of one that says nothing while anybody is looking.
+const SILENCE: Duration = Duration::from_secs(24 * 3600);
 /// One etcd check of a health request gives up after this long.
 const ETCD_CHECK_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -167,7 +169,10 @@ fn data(server: &Server, path: &str, method: &Method) -> Option<Response<Body>> 
         return Some(text(StatusCode::OK, server.options.name.clone()));
     }
     if path == "/watch" {
-        return Some(Response::new(watch(server)));
+        return Some(Response::new(watch(server, WATCH_INTERVAL)));
+    }
+    if path == "/watch/silent" {
+        return Some(Response::new(watch(server, SILENCE)));
     }
     let length = path.strip_prefix("/bytes/")?;
     if method != Method::GET {
@@ -181,9 +186,9 @@ fn data(server: &Server, path: &str, method: &Method) -> Option<Response<Body>> 
     })
 }
 
-/// A line with the server's name and a number every [`WATCH_INTERVAL`], until the client leaves, or the server has
+/// A line with the server's name and a number at once and every `pause`, until the client leaves, or the server has
 /// closed its port and the time of a request is over.
-fn watch(server: &Server) -> Body {
+fn watch(server: &Server, pause: Duration) -> Body {
     let (mut sender, body) = Channel::<Bytes, hyper::Error>::new(1);
     let (name, limit) = (server.options.name.clone(), server.options.request_timeout);
     let mut phase = server.phase.subscribe();
@@ -193,7 +198,7 @@ fn watch(server: &Server) -> Body {
             sleep(limit).await;
         };
         tokio::pin!(time_is_over);
-        let mut ticks = interval(WATCH_INTERVAL);
+        let mut ticks = interval(pause);
         for event in 0_u64.. {
             tokio::select! {
                 _ = ticks.tick() => {}

@@ -35,6 +35,7 @@ use super::{
     credentials,
     faults::{Door, Health, Order},
     responses::{self, Body, Caller},
+    shared::Shared,
     slices::Slices,
     startup::{Stage, Startup},
 };
@@ -216,16 +217,20 @@ async fn connection(server: Arc<Server>, acceptor: TlsAcceptor, tcp: TcpStream, 
         return;
     }
     let _ = tcp.set_nodelay(true);
-    let Ok((tcp, twin)) = duplicate(tcp) else { return };
+    let tcp = Shared::new(tcp);
     let handshake = async {
-        if speaks_tls(&tcp).await { acceptor.accept(tcp).await.ok() } else { refuse_plain_http(tcp).await }
+        if speaks_tls(tcp.tcp()).await {
+            acceptor.accept(tcp.clone()).await.ok()
+        } else {
+            refuse_plain_http(tcp.clone()).await
+        }
     };
     let Ok(Some(tls)) = timeout(HANDSHAKE_TIMEOUT, handshake).await else { return };
     serve_connection(server, tls, peer).await;
-    linger(twin).await;
+    linger(tcp).await;
 }
 
-async fn serve_connection(server: Arc<Server>, tls: TlsStream<TcpStream>, peer: SocketAddr) {
+async fn serve_connection(server: Arc<Server>, tls: TlsStream<Shared>, peer: SocketAddr) {
     let presented = tls.get_ref().1.peer_certificates().unwrap_or_default();
     let certificate = credentials::of_certificates(&*server.client_verifier, presented);
 
@@ -256,16 +261,9 @@ async fn serve_connection(server: Arc<Server>, tls: TlsStream<TcpStream>, peer: 
     }
 }
 
-/// Two handles for one socket: it closes when both are gone.
-fn duplicate(tcp: TcpStream) -> std::io::Result<(TcpStream, TcpStream)> {
-    let tcp = tcp.into_std()?;
-    let twin = tcp.try_clone()?;
-    Ok((TcpStream::from_std(tcp)?, TcpStream::from_std(twin)?))
-}
-
 /// Reads what the client still sends until it closes as well. A socket closed with something unread in it sends a
 /// RST, which takes from the client what it has not read yet.
-async fn linger(mut tcp: TcpStream) {
+async fn linger(mut tcp: Shared) {
     let mut rest = [0; 4096];
     let _ = timeout(LINGER_TIMEOUT, async { while matches!(tcp.read(&mut rest).await, Ok(1..)) {} }).await;
 }
@@ -294,7 +292,7 @@ async fn speaks_tls(tcp: &TcpStream) -> bool {
     matches!(tcp.peek(&mut first).await, Ok(1) if first == [TLS_HANDSHAKE])
 }
 
-async fn refuse_plain_http<T>(mut tcp: TcpStream) -> Option<T> {
+async fn refuse_plain_http<T>(mut tcp: Shared) -> Option<T> {
     let answer = b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n";
     let _ = tcp.write_all(answer).await;
     None

@@ -13,9 +13,9 @@ use crate::{
 
 /// Idle connections: of three servers each has some.
 const CONNECTIONS: usize = 60;
-/// Where many are measured, if a stub may have so many descriptors: two for each.
+/// Where many are measured, if a process may have so many descriptors.
 const MANY: usize = 10_000;
-/// Descriptors that a stub needs for everything else.
+/// Descriptors that a client or a stub needs for everything else.
 const OTHER_DESCRIPTORS: u64 = 200;
 /// How long the end of flows is waited for after the verdict.
 const END_LIMIT: Duration = Duration::from_secs(30);
@@ -26,7 +26,7 @@ const OUTAGE: Duration = Duration::from_secs(10);
 
 /// Cut off for good: how soon those who only listen are told.
 pub(super) fn watch(stage: &mut Stage) -> Result<Vec<Measure>> {
-    let silent = stage.silent(CONNECTIONS)?;
+    let silent = stage.silent_watches(CONNECTIONS)?;
     let (cut, dead) = cut_off_for_good(stage)?;
     let ends = silent.wait_ended("api-1", END_LIMIT);
     let told = ends.len() == silent.at("api-1");
@@ -63,7 +63,7 @@ fn many(stage: &mut Stage, limit: u32) -> Result<Vec<Measure>> {
     let mark = stage.balancer.mark();
     stage.cluster.apiservers[1].stub.health(Health::Status(500))?;
     stage.balancer.wait_said(mark, &["api-2", "is DOWN"], VERDICT)?;
-    let possible = load::raise_descriptor_limit()?.saturating_sub(OTHER_DESCRIPTORS) / 2;
+    let possible = load::raise_descriptor_limit()?.saturating_sub(OTHER_DESCRIPTORS);
     let flows = usize::try_from(possible)?.min(MANY);
     let silent = stage.silent(flows)?;
     ensure!(silent.at("api-1") == flows, "some went to the other");
