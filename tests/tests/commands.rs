@@ -11,7 +11,7 @@ use std::{
 
 use lb_tests::{
     cluster::{Cluster, Shape},
-    daemon::{Settings, has_xdp, program},
+    daemon::{Daemon, Settings, has_xdp, program},
     lab::pins_of,
     load,
 };
@@ -147,6 +147,110 @@ fn doctor_finds_nothing_to_fix_where_all_is_well_and_says_what_is_not() {
     let said = String::from_utf8_lossy(&ill.stdout).into_owned();
     assert_eq!(ill.status.code(), Some(1), "{said}");
     assert!(said.contains("eth9"), "{said}");
+}
+
+/// What doctor complains of: subject, what and fix. Anything but SNAT addresses is as it should be.
+fn failures_of_doctor(cluster: &Cluster, config: &Path) -> Vec<[String; 3]> {
+    let output = sheave(cluster, &["doctor", "--json"], config);
+    let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let findings = said["findings"].as_array().unwrap();
+    let text = |finding: &serde_json::Value, key: &str| finding[key].as_str().unwrap_or_default().to_owned();
+    let failures: Vec<_> = findings
+        .iter()
+        .filter(|finding| finding["level"] == "failure")
+        .map(|finding| ["subject", "what", "fix"].map(|key| text(finding, key)))
+        .collect();
+    assert_eq!(output.status.code(), Some(i32::from(!failures.is_empty())), "{said:#}");
+    assert!(failures.iter().all(|[subject, ..]| subject.starts_with("SNAT address")), "{said:#}");
+    failures
+}
+
+/// How many backends answer each SNAT address, as doctor says; nothing is wrong with any.
+fn answered(cluster: &Cluster, config: &Path) -> Vec<(String, String)> {
+    let output = sheave(cluster, &["doctor", "--json"], config);
+    let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let findings = said["findings"].as_array().unwrap().iter();
+    let about = findings.filter_map(|finding| {
+        let address = finding["subject"].as_str()?.strip_prefix("SNAT address ")?;
+        assert_eq!(finding["level"], "ok", "{said:#}");
+        Some((address.to_owned(), finding["what"].as_str()?.to_owned()))
+    });
+    about.collect()
+}
+
+#[test]
+fn doctor_names_the_backend_that_does_not_answer_the_address_that_flows_leave_from() {
+    let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let ill = &cluster.apiservers[1].host;
+    let (vip4, vip6) = (cluster.vip4, cluster.vip6);
+    let all_well = [vip4, vip6].map(|vip| (vip.to_string(), "is answered by 2 of 2 backends".to_owned()));
+    let (_, before) = configured(&cluster, "before", &cluster.settings().unwrap());
+    let mut daemon = None;
+    for config in [before, cluster.daemon_directory().join("sheave.toml")] {
+        assert_eq!(answered(&cluster, &config), all_well);
+        ill.nft(&format!(
+            "add table inet guard; add chain inet guard in {{ type filter hook input priority 0; }}; \
+             add rule inet guard in ip saddr {vip4} drop"
+        ))
+        .unwrap();
+        ill.ip(&format!("-6 route add blackhole {vip6}/128")).unwrap();
+        let failures = failures_of_doctor(&cluster, &config);
+        let named: Vec<_> = failures
+            .iter()
+            .map(|[subject, what, _]| (subject.clone(), what.split(' ').nth(1).unwrap().to_owned()))
+            .collect();
+        let expected = [(vip4, "kube-apiserver/api-2"), (vip6, "kube-apiserver-v6/api-2")]
+            .map(|(vip, backend)| (format!("SNAT address {vip}"), backend.to_owned()));
+        assert_eq!(named, expected, "{failures:#?}");
+        ill.ip(&format!("-6 route del blackhole {vip6}/128")).unwrap();
+        ill.nft("delete table inet guard").unwrap();
+        assert_eq!(answered(&cluster, &config), all_well);
+        // With the program on the interface the answers pass it.
+        daemon.get_or_insert_with(|| cluster.balance().unwrap());
+    }
+    let packets = daemon.unwrap().status().unwrap().packets;
+    assert_eq!(packets["reply_unknown_slot"], 0, "what doctor sends comes from no slot: {packets:?}");
+    assert!(has_xdp(&cluster.lb, "eth0").unwrap());
+    require_served(&cluster);
+}
+
+#[test]
+fn doctor_tries_the_way_back_from_another_subnet() {
+    let cluster = Cluster::start(Shape::TwoArm, 2).unwrap();
+    let mut settings = cluster.settings().unwrap();
+    settings.dataplane.clear();
+    let inside = cluster.lb.links().last().unwrap();
+    let inside = [inside.v4.to_string(), inside.v6.to_string()];
+    let (_, chosen) = configured(&cluster, "chosen", &settings);
+    let well = inside.clone().map(|address| (address, "is answered by 2 of 2 backends".to_owned()));
+    assert_eq!(answered(&cluster, &chosen), well);
+    // The backends have no route to the VIPs.
+    settings.dataplane.push(format!("snat_addresses = {:?}", cluster.vips().map(|vip| vip.to_string())));
+    let (_, named) = configured(&cluster, "named", &settings);
+    let failures = failures_of_doctor(&cluster, &named);
+    assert_eq!(failures.len(), 4, "two backends, two families: {failures:#?}");
+    for ([subject, what, fix], own) in failures.iter().zip([0, 0, 1, 1].map(|family| &inside[family])) {
+        assert!(
+            what.contains(&format!(
+                "answers this host's own {own}, where checks come from, and not this one"
+            )),
+            "{subject}: {what}"
+        );
+        assert!(fix.contains(&format!("snat_addresses = [{own:?}")), "{subject}: {fix}");
+    }
+    // Where flows leave from an address already, it stays that one, whatever would be chosen now.
+    let other = cluster.lb.links().last().unwrap().segment.v4(3);
+    cluster.lb.ip(&format!("address add {other}/24 dev eth1")).unwrap();
+    settings.dataplane = vec![format!("snat_addresses = {:?}", [&other.to_string(), &inside[1]])];
+    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
+    daemon.wait_ready(cluster.apiservers.len()).unwrap();
+    settings.dataplane.clear();
+    let running = cluster.daemon_directory().join("unnamed.toml");
+    fs::write(&running, settings.to_toml(&cluster.daemon_directory())).unwrap();
+    let well = [other.to_string(), inside[1].clone()]
+        .map(|address| (address, "is answered by 2 of 2 backends".to_owned()));
+    assert_eq!(answered(&cluster, &running), well);
+    require_served(&cluster);
 }
 
 #[test]

@@ -66,7 +66,7 @@ use hook::Hook;
 use journal::Journal;
 use next_hops::{Found, Hop, LearnedHops};
 use orders::Orders;
-pub use plan::Plan;
+pub use plan::{Plan, snat_addresses};
 use ports::Ports;
 use reload::{Naming, Pending};
 use resets::Resets;

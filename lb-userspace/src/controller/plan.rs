@@ -148,8 +148,15 @@ pub(super) struct Survey {
 }
 
 impl Survey {
-    /// Asks the kernel.
+    /// Asks the kernel. Says to which backends there is no way.
     pub(super) async fn make(config: &Config, network: &Network) -> Result<Self, ControllerError> {
+        let (survey, unreachable) = Self::look(config, network).await?;
+        unreachable.iter().for_each(|sentence| tracing::warn!("{sentence}"));
+        Ok(survey)
+    }
+
+    /// The same, with what there is to be said.
+    async fn look(config: &Config, network: &Network) -> Result<(Self, Vec<String>), ControllerError> {
         let addresses = network.local_addresses();
         let targets: BTreeSet<_> = config
             .services
@@ -158,7 +165,7 @@ impl Survey {
             .map(|backend| backend.address.ip())
             .collect();
         let routes = join_all(targets.iter().map(|address| network.route_to(*address))).await;
-        let mut reach = Vec::new();
+        let (mut reach, mut unreachable) = (Vec::new(), Vec::new());
         let mut here: BTreeSet<IpAddr> = addresses.iter().map(|local| local.address).collect();
         for (address, route) in targets.into_iter().zip(routes) {
             match route {
@@ -166,13 +173,29 @@ impl Survey {
                     here.insert(address);
                 }
                 Ok(route) => reach.push(Reach { address, route }),
-                Err(error @ NetworkError::NoRoute { .. }) => tracing::warn!("backend {address}: {error}"),
+                Err(error @ NetworkError::NoRoute { .. }) => {
+                    unreachable.push(format!("backend {address}: {error}"));
+                }
                 Err(error) => return Err(error.into()),
             }
         }
         let homes = homes(&vips(config), &addresses, |interface| network.port_of(interface).is_ok());
-        Ok(Self { addresses, here, reach, homes })
+        Ok((Self { addresses, here, reach, homes }, unreachable))
     }
+}
+
+/// What flows to backends leave from, or would with this configuration: the choice of a daemon that is started now, on
+/// the flow table that there may be.
+///
+/// # Errors
+/// When the kernel does not answer.
+pub async fn snat_addresses(config: &Config, network: &Network) -> Result<Vec<IpAddr>, ControllerError> {
+    let (Survey { addresses, reach, homes, .. }, _) = Survey::look(config, network).await?;
+    let mut source = Source::choose(config, &homes, &reach, &addresses, first_ephemeral_port());
+    if let Some(before) = Previous::recorded(&config.dataplane.pin_dir) {
+        source.keep(&before.snat_addresses(), before.snat_ports(), config, &addresses);
+    }
+    Ok(source.addresses)
 }
 
 /// The slots of a SNAT address of our own.

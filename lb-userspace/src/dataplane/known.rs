@@ -4,6 +4,7 @@ use std::{
     collections::BTreeSet,
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
+    path::{Path, PathBuf},
 };
 
 use aya::maps::{Map, MapData};
@@ -17,7 +18,7 @@ use lb_common::{
 use super::{
     CONTROL, Dataplane, Mapped, Port, Settings, address_of,
     flows::sets_in_use,
-    pins::Pins,
+    pins::{self, Pins},
     sets,
     snat::{self, Places},
 };
@@ -213,9 +214,19 @@ pub struct Previous {
 impl Previous {
     /// Reads it; None where there are no such maps, or where they are not this build's.
     pub fn read(pins: &Pins) -> Option<Self> {
-        let map = MapData::from_pin(pins.map(CONTROL)?).and_then(Map::from_map_data).ok()?;
+        Self::pinned_at(|name| pins.map(name))
+    }
+
+    /// The same, below a `dataplane.pin_dir` that may be a daemon's: without its lock.
+    pub fn recorded(root: &Path) -> Option<Self> {
+        let directory = pins::layout_directory(root);
+        Self::pinned_at(|name| Some(pins::map_path(&directory, name)))
+    }
+
+    fn pinned_at(pin: impl Fn(&str) -> Option<PathBuf>) -> Option<Self> {
+        let map = MapData::from_pin(pin(CONTROL)?).and_then(Map::from_map_data).ok()?;
         let config = Mapped::<layout::Control>::new(CONTROL, &map).ok()?.config().read(0)?;
-        let rooms = [room::<Set4>(pins, "FLOW4")?, room::<Set6>(pins, "FLOW6")?];
+        let rooms = [room::<Set4>("FLOW4", pin("FLOW4")?)?, room::<Set6>("FLOW6", pin("FLOW6")?)?];
         // Nothing was ever configured.
         (config.sets != 0).then_some(Self { config, rooms })
     }
@@ -262,8 +273,8 @@ impl Previous {
 }
 
 /// Places for SNAT addresses in a pinned flow table; None: there is none.
-fn room<T>(pins: &Pins, name: &'static str) -> Option<usize> {
-    let map = MapData::from_pin(pins.map(name)?).and_then(Map::from_map_data).ok()?;
+fn room<T>(name: &'static str, pin: PathBuf) -> Option<usize> {
+    let map = MapData::from_pin(pin).and_then(Map::from_map_data).ok()?;
     Some(Mapped::<T>::new(name, &map).ok()?.len() / SETS_PER_ADDRESS as usize)
 }
 

@@ -19,7 +19,9 @@ mod mtu;
 mod names;
 mod neighbours;
 mod sockets;
+mod syn;
 mod vips;
+mod way_back;
 
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -103,6 +105,7 @@ pub async fn examine(config: Option<&Config>) -> Vec<Finding> {
         findings.extend(mtu::examine(&network, config).await);
         findings.extend(vips::examine(&network, config).await);
         findings.extend(neighbours::examine(&network, config).await);
+        findings.extend(way_back::examine(&network, config).await);
         findings.extend(hook::examine(config));
         findings.extend(sockets::examine(&network, config).await);
         findings.extend(firewall::examine(config).await);

@@ -218,7 +218,8 @@ fn a_local_apiserver_that_listens_on_its_own_address_alone_is_a_failure() {
 #[test]
 fn what_is_between_clients_and_backends_must_let_the_same_packets_through() {
     in_namespace(async || {
-        let _clients = lan();
+        let clients = lan();
+        clients.ip("route add 10.2.0.0/24 via 10.1.0.1");
         let inside = Peer::behind("inside", "rear");
         ip("addr add 10.1.0.140/32 dev lan");
         ip("addr add 10.2.0.1/24 dev inside");
@@ -287,6 +288,127 @@ fn firewall_rules_that_xdp_passes_by_are_listed() {
         expect(&findings, Level::Note, "firewall", "chain inet filter input drops");
         let rules = findings.iter().filter(|it| it.subject == "firewall" && it.level == Level::Warning);
         assert_eq!(rules.count(), 2, "{findings:#?}");
+    });
+}
+
+/// A server on that host that nobody ever asks for its connections.
+fn server(peer: &Peer, address: &str) -> TcpListener {
+    let listener = peer.run(|| TcpListener::bind(address)).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    listener
+}
+
+fn far_rule(peer: &Peer, rule: &str) {
+    peer.run(|| {
+        let chain = "add chain inet far in { type filter hook input priority 0; }";
+        let rules = format!("add table inet far; {chain}; flush chain inet far in; {rule}");
+        assert!(Command::new("nft").arg(rules).status().unwrap().success());
+    });
+}
+
+#[test]
+fn a_backend_that_drops_or_refuses_the_address_that_flows_leave_from_is_named() {
+    in_namespace(async || {
+        let peer = lan();
+        ip("addr add 10.1.0.140/32 dev lan");
+        let (network, _) = Network::open().await.unwrap();
+        let accepted = server(&peer, "10.1.0.151:6443");
+        let config = config("10.1.0.140:6443", &[socket("10.1.0.151:6443")]);
+        let subject = "SNAT address 10.1.0.140";
+        let reject = "add rule inet far in ip saddr 10.1.0.140 tcp dport 6443 reject with";
+        for (rule, said) in [
+            (
+                "add rule inet far in ip saddr 10.1.0.140 drop",
+                "answers this host's own 10.1.0.1, where checks come from, and not this one (no answer)",
+            ),
+            (
+                &format!("{reject} icmp admin-prohibited"),
+                "answers this host's own 10.1.0.1, where checks come from, and not this one (No route to host",
+            ),
+            (
+                &format!("{reject} tcp reset"),
+                "accepts this host's own 10.1.0.1, where checks come from, and refuses this one",
+            ),
+        ] {
+            far_rule(&peer, rule);
+            let findings = way_back::examine(&network, &config).await;
+            let found = expect(&findings, Level::Failure, subject, said);
+            assert!(found.what.contains("backend api/10.1.0.151:6443"), "{found:?}");
+            assert!(found.fix.unwrap().contains("snat_addresses = [\"10.1.0.1\"]"));
+        }
+        far_rule(&peer, "add rule inet far in tcp sport < 1024 drop");
+        let findings = way_back::examine(&network, &config).await;
+        expect(&findings, Level::Note, subject, "answers no port below 1024");
+        far_rule(&peer, "add rule inet far in tcp dport 6443 drop");
+        let findings = way_back::examine(&network, &config).await;
+        expect(&findings, Level::Note, subject, "no backend answers this host at all");
+        far_rule(&peer, "");
+        let findings = way_back::examine(&network, &config).await;
+        expect(&findings, Level::Ok, subject, "is answered by 1 of 1 backends");
+        drop(accepted);
+        let findings = way_back::examine(&network, &config).await;
+        expect(&findings, Level::Ok, subject, "is answered by 1 of 1 backends");
+    });
+}
+
+#[test]
+fn a_server_never_hears_of_the_syn_that_tried_the_way_back() {
+    in_namespace(async || {
+        let peer = lan();
+        ip("addr add 10.1.0.140/32 dev lan");
+        let server = server(&peer, "10.1.0.151:6443");
+        let to = socket("10.1.0.151:6443");
+        // The same port each time: none of them waits in TIME_WAIT.
+        let all_but_one = (513..=1023).collect();
+        let from = syn::Origin::Reserved(Some("10.1.0.140".parse().unwrap()), &all_but_one);
+        for _ in 0..3 {
+            assert_eq!(syn::send(from, to).await.unwrap(), syn::Answer::Accepted);
+        }
+        let taken = TcpListener::bind("10.1.0.140:512").unwrap();
+        assert!(syn::send(from, to).await.unwrap_err().to_string().contains("512-1023 are in use"));
+        let all_but_two = (514..=1023).collect();
+        let from = syn::Origin::Reserved(Some(taken.local_addr().unwrap().ip()), &all_but_two);
+        assert_eq!(syn::send(from, to).await.unwrap(), syn::Answer::Accepted, "from the next");
+        // Its own connection comes after all of them.
+        let usual = TcpStream::connect("10.1.0.151:6443").unwrap();
+        let (_, heard_of) = server.accept().unwrap();
+        assert_eq!(heard_of, usual.local_addr().unwrap());
+        assert_eq!(server.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    });
+}
+
+#[test]
+fn without_the_privilege_for_low_ports_the_way_back_is_left_out() {
+    in_namespace(async || {
+        let peer = lan();
+        ip("addr add 10.1.0.140/32 dev lan");
+        let _server = server(&peer, "10.1.0.151:6443");
+        let config = config("10.1.0.140:6443", &[socket("10.1.0.151:6443")]);
+        let (network, _) = Network::open().await.unwrap();
+        // Of this thread alone.
+        caps::drop(None, caps::CapSet::Effective, caps::Capability::CAP_NET_BIND_SERVICE).unwrap();
+        let findings = way_back::examine(&network, &config).await;
+        expect(&findings, Level::Note, "SNAT address 10.1.0.140", "needs CAP_NET_BIND_SERVICE");
+        assert_eq!(findings.len(), 1, "{findings:#?}");
+    });
+}
+
+#[test]
+fn addresses_that_flows_would_leave_from_elsewhere_are_tried_there() {
+    in_namespace(async || {
+        let peer = lan();
+        let (network, _) = Network::open().await.unwrap();
+        let _server = server(&peer, "10.1.0.151:6443");
+        let mut config = config("10.1.0.140:6443", &[socket("10.1.0.151:6443")]);
+        let findings = way_back::examine(&network, &config).await;
+        expect(&findings, Level::Note, "SNAT address 10.1.0.140", "is not on this host now");
+        config.dataplane.snat_addresses = vec!["10.1.0.9".parse().unwrap()];
+        let findings = way_back::examine(&network, &config).await;
+        expect(&findings, Level::Warning, "SNAT address 10.1.0.9", "backends find nobody there");
+        ip("addr add 10.1.0.9/24 dev lan");
+        let (network, _) = Network::open().await.unwrap();
+        let findings = way_back::examine(&network, &config).await;
+        expect(&findings, Level::Ok, "SNAT address 10.1.0.9", "is answered by 1 of 1 backends");
     });
 }
 
