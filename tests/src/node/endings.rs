@@ -15,7 +15,8 @@ use crate::{
     cluster::{Cluster, NODE_PORT, Shape},
     daemon::Daemon,
     hold::{Holder, Order, Said},
-    lab::eventually,
+    lab::{Host, eventually},
+    stub::PORT,
 };
 
 /// At the server that dies. The other one has as many.
@@ -26,9 +27,48 @@ const LIMIT_MS: f64 = 300.0;
 const PATIENCE: Duration = Duration::from_secs(60);
 const SERVER: &str = "api-1";
 
+/// Whose sockets they are.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Where {
+    /// A process of the host, which dials a loopback address.
+    Host,
+    /// A process in a network namespace of its own, which dials the VIP. The daemon has to find and enter the namespace.
+    Pod,
+}
+
+impl Where {
+    const ALL: [Self; 2] = [Self::Host, Self::Pod];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Pod => "pod",
+        }
+    }
+
+    /// What such a process dials.
+    fn listener(self, cluster: &Cluster) -> SocketAddr {
+        match self {
+            Self::Host => (Ipv4Addr::LOCALHOST, NODE_PORT).into(),
+            Self::Pod => (cluster.vip4, PORT).into(),
+        }
+    }
+
+    /// Where it runs. The client's network namespace stands for a pod's: it has a way to the servers, and nobody has the VIP.
+    fn ground(self, cluster: &Cluster) -> &Host {
+        match self {
+            Self::Host => &cluster.lb,
+            Self::Pod => &cluster.client,
+        }
+    }
+}
+
 /// What was seen.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Endings {
+    #[serde(rename = "where")]
+    whose: Where,
     /// How many sockets were ended in a round.
     sockets: Spread,
     /// From the verdict until the first was ended, in milliseconds.
@@ -39,18 +79,26 @@ pub(super) struct Endings {
     met: bool,
 }
 
-/// Has a server die so many times, and come back.
-pub(super) fn measure(rounds: usize) -> Result<Endings> {
+/// Has a server die so many times, and come back, under a process of the host; and then under one of a pod.
+pub(super) fn measure(rounds: usize) -> Result<Vec<Endings>> {
+    Where::ALL.into_iter().map(|whose| measure_one(whose, rounds)).collect()
+}
+
+fn measure_one(whose: Where, rounds: usize) -> Result<Endings> {
     let cluster = Cluster::start_without_vips(Shape::OneArm, 2)?;
     let mut settings = cluster.settings_of_a_node()?;
-    let listener = SocketAddr::from((Ipv4Addr::LOCALHOST, NODE_PORT));
+    let listener = whose.listener(&cluster);
     settings.listen = vec![listener];
     settings.service.push("reset_after = \"1500ms\"".to_owned());
+    if matches!(whose, Where::Pod) {
+        settings.dataplane.push("interfaces = []".to_owned());
+        settings.service.push("pods = true".to_owned());
+    }
     let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings)?;
     let mut seen = Vec::new();
     for round in 1..=rounds {
         daemon.wait_ready(2)?;
-        let mut holder = Holder::start(&cluster.lb, true, &cluster.ca_file(), listener)?;
+        let mut holder = Holder::start(whose.ground(&cluster), true, &cluster.ca_file(), listener)?;
         holder.order(Order::OpenPlain(2 * SOCKETS))?;
         // The daemon counts them every few seconds.
         let open = eventually(PATIENCE, "all connections are counted", || {
@@ -72,6 +120,7 @@ pub(super) fn measure(rounds: usize) -> Result<Endings> {
     }
     let last_ms = Spread::of(seen.iter().map(|(.., last)| *last));
     Ok(Endings {
+        whose,
         sockets: Spread::of(seen.iter().map(|(sockets, ..)| *sockets)),
         first_ms: Spread::of(seen.iter().map(|(_, first, _)| *first)),
         met: last_ms.median <= LIMIT_MS,
@@ -102,16 +151,26 @@ fn since_1970(at: Instant) -> f64 {
     since.saturating_sub(at.elapsed()).as_secs_f64() * 1e3
 }
 
-/// A line of a table.
-pub(super) fn table(endings: &Endings) -> String {
-    let Endings { sockets, first_ms, last_ms, limit_ms, met } = endings;
-    let head = ["a dead server's sockets", "the first is told after", "the last after", "limit", "met"];
-    let row = [
-        sockets.shown(0),
-        format!("{} ms", first_ms.shown(0)),
-        format!("{} ms", last_ms.shown(0)),
-        format!("<= {limit_ms:.0} ms"),
-        if *met { "yes" } else { "NO" }.to_owned(),
+/// A table of them.
+pub(super) fn table(endings: &[Endings]) -> String {
+    let head = [
+        "a process of the",
+        "a dead server's sockets",
+        "the first is told after",
+        "the last after",
+        "limit",
+        "met",
     ];
-    aligned(&[head.map(str::to_owned), row], [true, true, true, true, false])
+    let mut rows = vec![head.map(str::to_owned)];
+    for Endings { whose, sockets, first_ms, last_ms, limit_ms, met } in endings {
+        rows.push([
+            whose.name().to_owned(),
+            sockets.shown(0),
+            format!("{} ms", first_ms.shown(0)),
+            format!("{} ms", last_ms.shown(0)),
+            format!("<= {limit_ms:.0} ms"),
+            if *met { "yes" } else { "NO" }.to_owned(),
+        ]);
+    }
+    aligned(&rows, [false, true, true, true, true, false])
 }

@@ -50,6 +50,7 @@ const CHECK_TIME: Duration = Duration::from_secs(2);
 const PROGRAMS: &str = "programs";
 /// A server dies, with many sockets.
 const ENDINGS: &str = "endings";
+/// At most.
 const ENDING_ROUNDS: usize = 5;
 
 /// What to measure.
@@ -108,14 +109,15 @@ pub fn run(options: &Options) -> Result<()> {
     }
     // Both have a cluster of their own.
     drop(cluster);
-    let (mut programs, mut endings) = (Vec::new(), None);
+    let (mut programs, mut endings) = (Vec::new(), Vec::new());
     if wanted(PROGRAMS) {
         eprintln!("sheave-bench: {PROGRAMS}, {rounds} rounds");
         programs = programs::measure(*rounds)?;
     }
     if wanted(ENDINGS) {
-        eprintln!("sheave-bench: {ENDINGS}, {ENDING_ROUNDS} rounds");
-        endings = Some(endings::measure(ENDING_ROUNDS)?);
+        let rounds = ENDING_ROUNDS.min(*rounds);
+        eprintln!("sheave-bench: {ENDINGS}, {rounds} rounds");
+        endings = endings::measure(rounds)?;
     }
     show(*json, &Results { measured, costs, programs, endings, played });
     Ok(())
@@ -126,7 +128,7 @@ struct Results {
     measured: Vec<Figure>,
     costs: Vec<Cost>,
     programs: Vec<Taken>,
-    endings: Option<Endings>,
+    endings: Vec<Endings>,
     played: Vec<Round>,
 }
 
@@ -166,7 +168,7 @@ fn show(json: bool, results: &Results) {
     if !programs.is_empty() {
         println!("{}", programs::table(programs));
     }
-    if let Some(endings) = endings {
+    if !endings.is_empty() {
         println!("{}", endings::table(endings));
     }
 }
