@@ -21,6 +21,7 @@ use lb_common::{
     layout::{Dialled, Hook, family},
     maps::Maps as _,
     outcome::Event,
+    process,
 };
 
 use crate::{
@@ -124,11 +125,12 @@ pub fn connect4(context: &SockAddrContext) -> i32 {
     let Some(maps) = KernelMaps::new() else {
         return PROCEED;
     };
-    if maps.first_listener(u16::from_be(address.port())) == 0 {
+    let first = maps.first_listener(u16::from_be(address.port()));
+    if first == 0 {
         return PROCEED;
     }
     let dialled = address.v4();
-    let verdict = decide(context, &maps, family::IPV4, [dialled.into(), 0]);
+    let verdict = decide(context, &maps, first, family::IPV4, [dialled.into(), 0]);
     if verdict == Verdict::NOT_OURS {
         return PROCEED;
     }
@@ -151,16 +153,17 @@ pub fn connect6(context: &SockAddrContext) -> i32 {
     let Some(maps) = KernelMaps::new() else {
         return PROCEED;
     };
-    if maps.first_listener(u16::from_be(address.port())) == 0 {
+    let first = maps.first_listener(u16::from_be(address.port()));
+    if first == 0 {
         return PROCEED;
     }
     let dialled = joined(address.v6());
     let [.., ipv4] = split(dialled);
     let is_mapped = dialled == mapped(ipv4);
     let verdict = if is_mapped {
-        decide(context, &maps, family::IPV4, [ipv4.into(), 0])
+        decide(context, &maps, first, family::IPV4, [ipv4.into(), 0])
     } else {
-        decide(context, &maps, family::IPV6, dialled)
+        decide(context, &maps, first, family::IPV6, dialled)
     };
     if verdict == Verdict::NOT_OURS {
         return PROCEED;
@@ -206,20 +209,37 @@ pub fn getpeername6(context: &SockAddrContext) -> i32 {
     PROCEED
 }
 
-/// What becomes of a connection to this address, which may be a listener's.
+/// The listener at this address (words) and port; `first` is the first on that port. 0: there is none, which is known at once
+/// where no more than two share the port: anybody's connections to that port come here.
 #[inline(always)]
-fn decide(context: &SockAddrContext, maps: &KernelMaps, family: u8, to: [u64; 2]) -> Verdict {
+fn listener_at(maps: &KernelMaps, first: u16, family: u8, to: [u64; 2], port: u16) -> u16 {
+    let mut id = first;
+    for _ in 0..2 {
+        let Some(listener) = maps.listener(id) else {
+            return 0;
+        };
+        if listener.family == family && process::same(listener.address, to) {
+            return id;
+        }
+        id = listener.next;
+        if id == 0 {
+            return 0;
+        }
+    }
+    maps.find_listener(family, to, port)
+}
+
+/// What becomes of a connection to this address, which may be a listener's; `first` is the first on its port.
+#[inline(always)]
+fn decide(context: &SockAddrContext, maps: &KernelMaps, first: u16, family: u8, to: [u64; 2]) -> Verdict {
     let address = Address::new(context);
-    if !address.is_tcp() {
+    let listener = listener_at(maps, first, family, to, address.port());
+    if listener == 0 || !address.is_tcp() {
         return Verdict::NOT_OURS;
     }
-    let listener = maps.find_listener(family, to, address.port());
     let Some(hook) = HOOK.get(0) else {
         return Verdict::NOT_OURS;
     };
-    if listener == 0 {
-        return Verdict::NOT_OURS;
-    }
     // SAFETY: the helpers take the kernel's context, and nothing.
     let (own, random) =
         unsafe { (bpf_get_netns_cookie(context.sock_addr.cast()) == hook.network, bpf_get_prandom_u32()) };
