@@ -3,7 +3,7 @@
 //!
 //! They run in the system call, before a route or a port is chosen (`bpf-docs.readthedocs.io`, program type
 //! `BPF_PROG_TYPE_CGROUP_SOCK_ADDR`; `tcp_v4_pre_connect` in the kernel's `net/ipv4/tcp_ipv4.c`). Whoever connects to
-//! an address that is no listener's pays for one look into an array.
+//! an address that is no listener's pays for one look into an array, and on a listener's port for a comparison or two.
 
 use core::ptr;
 

@@ -38,8 +38,8 @@ pub(super) enum Answer {
     Nothing(String),
 }
 
-/// Sends it and waits. A server that accepts is told by a RST instead of the handshake's last ACK: neither its process nor
-/// its log ever hears of it, and no port of this host waits in TIME_WAIT.
+/// Sends it and waits. A server that accepts is told by a RST instead of the handshake's last ACK: unless this thread is held
+/// up for longer than the kernel delays an ACK, neither its process nor its log hears of it. In any case no port of this host waits in TIME_WAIT.
 ///
 /// # Errors
 /// When there is no such socket: it is not this host's address, or ports below 1024 are not for us.
