@@ -1,6 +1,6 @@
 //! The flow table: a flat array of 4-way sets in which the slot number *is* the SNAT port.
 //!
-//! A tuple hashes to ten candidate sets of one SNAT address. It is put into the emptier of the first two, else into
+//! A tuple hashes to ten candidate sets of one SNAT address (and to as many of another, while flows move there). It is put into the emptier of the first two, else into
 //! the next that has room; a mark on its first candidate says that a look-up has to go beyond the second. At 80 %
 //! fill that refuses fewer than 0.1 % of new flows; first-fit over two would refuse 19 %.
 //!
@@ -170,7 +170,7 @@ pub trait Family: Copy + 'static {
     fn snat_place(address: [u64; 2]) -> usize;
     /// What is looked up there.
     fn snat_at(classifier: &Classifier, address: [u64; 2]) -> u8;
-    /// Which SNAT address a bucket belongs to.
+    /// Which SNAT addresses a bucket belongs to.
     fn bucket(config: &Config, bucket: usize) -> Bucket;
     /// The half of the selection table in use, plus one; 0: none.
     fn selection(service: &crate::layout::Service) -> u32;

@@ -214,7 +214,7 @@ async fn start(
     sources.first_answers(FIRST_NAMES).await;
     let (config, mut plan) = plan_with(&sources, &network).await?;
     if let Some(previous) = Previous::read(&pins) {
-        plan.keep_source(&previous, &config, &network);
+        plan.keep_source(&previous, &config, &network, options.replace_layout);
     }
     let settings = plan.settings(secret, options.log_one_in);
     let loading = tokio::task::spawn_blocking(move || load(&settings, key_is_given, pins));
@@ -266,7 +266,6 @@ fn load(settings: &Settings, key_is_given: bool, pins: Pins) -> Result<Dataplane
     // Maps that are in use are written to by what the controller does next.
     if dataplane.adopted() {
         dataplane.take_over()?;
-        dataplane.set_snat_addresses(&settings.snat_addresses)?;
     }
     Ok(dataplane)
 }

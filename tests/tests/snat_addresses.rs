@@ -158,7 +158,7 @@ fn addresses_come_and_go_under_open_connections() {
 #[test]
 fn a_restart_with_other_addresses_loses_nothing() {
     let cluster = Cluster::start(Shape::TwoArm, 2).unwrap();
-    let [one, two, _] = addresses(&cluster);
+    let [one, two, three] = addresses(&cluster);
     let directory = cluster.lab.directory();
     let mut daemon = Daemon::start(&cluster.lb, directory, &leaving_from(&cluster, &[one])).unwrap();
     daemon.wait_ready(2).unwrap();
@@ -170,6 +170,50 @@ fn a_restart_with_other_addresses_loses_nothing() {
     require_alive(&mut before);
     let (after, seen) = open_and_see(&cluster, &daemon);
     require_spread(&seen, &[two]);
-    require_alive(&mut before);
+    let [before] = before;
+    let mut both = [before, after];
+    require_alive(&mut both);
+
+    // Flows are at two addresses: a third cannot be had yet, and that keeps nobody from being served.
+    daemon.process().kill().unwrap();
+    let mut daemon = Daemon::start(&cluster.lb, directory, &leaving_from(&cluster, &[three])).unwrap();
+    daemon.wait_ready(2).unwrap();
+    assert!(daemon.log().contains("new flows go on leaving from"), "{}", daemon.log());
+    let (after, seen) = open_and_see(&cluster, &daemon);
+    require_spread(&seen, &[two]);
+    require_alive(&mut both);
     require_alive(&mut [after]);
+}
+
+/// From the VIPs to this host's own address there are fewer ports, unless the operator says otherwise; from a flow table with
+/// fewer of them everything goes.
+#[test]
+fn flows_leave_from_vips_and_from_this_hosts_own_address_in_turn() {
+    let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let own = cluster.lb.link().unwrap();
+    let own: Pair = [own.v4.into(), own.v6.into()];
+    let leaving_from = |pair: Option<Pair>, ports: Option<&str>| {
+        let mut settings = cluster.settings().unwrap();
+        let addresses = pair.map(|pair| pair.map(|address| address.to_string()));
+        settings.dataplane.extend(addresses.map(|addresses| format!("snat_addresses = {addresses:?}")));
+        settings.dataplane.extend(ports.map(|ports| format!("snat_ports = {ports:?}")));
+        settings
+    };
+    let mut daemon = cluster.balance().unwrap();
+    let (first, seen) = open_and_see(&cluster, &daemon);
+    let vips = cluster.vips();
+    require_spread(&seen, &[vips]);
+    let said = reload(&daemon, &leaving_from(Some(own), None)).unwrap_err();
+    assert!(said.contains("name these as dataplane.snat_ports"), "{said}");
+    reload(&daemon, &leaving_from(Some(own), Some("1024-65535"))).unwrap();
+    let (second, seen) = open_and_see(&cluster, &daemon);
+    require_spread(&seen, &[own]);
+    let mut both = [first, second];
+    require_alive(&mut both);
+    reload(&daemon, &leaving_from(Some(vips), None)).unwrap();
+    let (third, seen) = open_and_see(&cluster, &daemon);
+    require_spread(&seen, &[vips]);
+    require_alive(&mut both);
+    require_alive(&mut [third]);
+    daemon.process().kill().unwrap();
 }

@@ -5,8 +5,7 @@ use std::net::IpAddr;
 use crate::config::{Backend, Config, Service};
 
 /// Keys that the flow table was made for: a restart does not change them either.
-pub(super) const FLOW_TABLE: [&str; 3] =
-    ["dataplane.snat_addresses_max", "dataplane.snat_ports", "dataplane.hash_key_file"];
+pub(super) const FLOW_TABLE: [&str; 2] = ["dataplane.snat_addresses_max", "dataplane.hash_key_file"];
 
 /// What cannot change while the daemon runs, and is different: keys of the file.
 pub(super) fn needs_restart(old: &Config, new: &Config) -> Vec<&'static str> {
@@ -15,7 +14,6 @@ pub(super) fn needs_restart(old: &Config, new: &Config) -> Vec<&'static str> {
         ("dataplane.interfaces", before.interfaces != after.interfaces),
         ("dataplane.xdp_mode", before.xdp_mode != after.xdp_mode),
         ("dataplane.snat_addresses_max", before.snat_addresses_max != after.snat_addresses_max),
-        ("dataplane.snat_ports", before.snat_ports != after.snat_ports),
         ("dataplane.hash_key_file", before.hash_key_file != after.hash_key_file),
         ("dataplane.state_dir", before.state_dir != after.state_dir),
         ("dataplane.pin_dir", before.pin_dir != after.pin_dir),
@@ -59,7 +57,8 @@ pub(super) fn of_snat_addresses(old: &[IpAddr], new: &[IpAddr]) -> Vec<String> {
         these.iter().filter(|address| !others.contains(address)).copied().collect()
     };
     let (come, go) = (only_in(new, old), only_in(old, new));
-    let come = (!come.is_empty()).then(|| format!("new connections leave from {} as well", list(&come)));
+    let as_well = if go.len() < old.len() { " as well" } else { "" };
+    let come = (!come.is_empty()).then(|| format!("new connections leave from {}{as_well}", list(&come)));
     let go = (!go.is_empty())
         .then(|| format!("no new connection leaves from {}: those that do live on", list(&go)));
     come.into_iter().chain(go).collect()
@@ -161,7 +160,6 @@ mod tests {
             ("[dataplane]\ninterfaces = [\"eth0\"]\n", "dataplane.interfaces"),
             ("[dataplane]\nxdp_mode = \"generic\"\n", "dataplane.xdp_mode"),
             ("[dataplane]\nsnat_addresses_max = 5\n", "dataplane.snat_addresses_max"),
-            ("[dataplane]\nsnat_ports = \"20000-32767\"\n", "dataplane.snat_ports"),
             ("[dataplane]\nhash_key_file = \"/key\"\n", "dataplane.hash_key_file"),
             ("[dataplane]\nstate_dir = \"/tmp/other\"\n", "dataplane.state_dir"),
             ("[vip]\nmode = \"own\"\n", "vip.mode"),

@@ -272,6 +272,8 @@ impl Controller {
             .await
             .map_err(|source| ControllerError::System { doing: "list the sockets of this host", source })?;
         controller.block();
+        // Now that no socket's port on them becomes a slot.
+        controller.dataplane.set_snat_addresses(&controller.snat)?;
         Ok(controller)
     }
 
@@ -525,7 +527,8 @@ impl Controller {
                     }
                     self.follow(&changes).await;
                 }
-                Some(used) = sockets.recv() => {
+                // Those of the addresses that a reload is about to bring are not among them.
+                Some(used) = sockets.recv(), if self.pending.is_none() => {
                     self.used_ports = used;
                     self.block();
                 }

@@ -39,6 +39,8 @@ pub struct Plan {
     pub(super) ports: Ports,
     pub(super) source: Source,
     snat_room: usize,
+    /// Backends on other hosts, and the ways there.
+    reach: Vec<Reach>,
     /// Checks leave from an address and ports that flows leave from as well.
     pub(super) checks_use_slots: bool,
     here: BTreeSet<IpAddr>,
@@ -74,16 +76,35 @@ impl Plan {
         let checks_use_slots = source.is_used_by_checks(&reach);
         let services = Services::of(config, &roster);
         let snat_room = config.dataplane.snat_addresses_max;
-        Ok(Self { roster, steps, services, backends, ports, source, snat_room, checks_use_slots, here })
+        Ok(Self {
+            roster,
+            steps,
+            services,
+            backends,
+            ports,
+            source,
+            snat_room,
+            reach,
+            checks_use_slots,
+            here,
+        })
     }
 
-    /// Goes on with the SNAT addresses of the flows that there are, `before`, where the configuration leaves the choice.
-    pub fn keep_source(&mut self, before: &Previous, config: &Config, network: &Network) {
+    /// Goes on with the SNAT addresses of the flows that there are, `before`, where the configuration leaves the choice, and
+    /// where others cannot be had yet; but not if another flow table may be made (`replaces`).
+    pub fn keep_source(&mut self, before: &Previous, config: &Config, network: &Network, replaces: bool) {
         let (addresses, ports) = (before.snat_addresses(), before.snat_ports());
         let kept = self.source.keep(&addresses, ports, config, &network.local_addresses());
         if let Some(note) = kept {
             tracing::info!("{note}");
         }
+        if !replaces && let Err(error) = before.check_snat_addresses(&self.source.addresses) {
+            let former = before.snat_addresses();
+            let names = super::difference::list(&former);
+            tracing::warn!("new flows go on leaving from {names} for now: {error}. Then `sheave reload`");
+            self.source.addresses = former;
+        }
+        self.checks_use_slots = self.source.is_used_by_checks(&self.reach);
     }
 
     /// Goes on with the numbers of a daemon before this one: whoever was there keeps theirs, and backends that had new
@@ -309,6 +330,23 @@ impl Source {
         config: &Config,
         addresses: &[LocalAddress],
     ) -> Option<String> {
+        let given = config.dataplane.snat_ports.clone();
+        let kept = self.keep_addresses(before, config, addresses);
+        // Fewer slots than there could be will do.
+        let are_within = self.ports.contains(ports.start()) && self.ports.contains(ports.end());
+        if given.is_none() && (are_within || self.addresses == before) {
+            self.ports = ports;
+        }
+        kept
+    }
+
+    /// Of [`Source::keep`] what is about addresses.
+    fn keep_addresses(
+        &mut self,
+        before: &[IpAddr],
+        config: &Config,
+        addresses: &[LocalAddress],
+    ) -> Option<String> {
         let set = |addresses: &[IpAddr]| addresses.iter().copied().collect::<BTreeSet<_>>();
         let has = |addresses: &[IpAddr], v4: bool| addresses.iter().any(|address| address.is_ipv4() == v4);
         for v4 in [true, false] {
@@ -328,9 +366,6 @@ impl Source {
             }
         }
         let chosen = std::mem::replace(&mut self.addresses, before.to_vec());
-        if config.dataplane.snat_ports.is_none() {
-            self.ports = ports;
-        }
         let names =
             |addresses: &[IpAddr]| addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         (!same).then(|| {
@@ -502,6 +537,29 @@ mod tests {
             "the operator has chosen"
         );
         assert_eq!(source.addresses, [ip("10.0.2.2")]);
+    }
+
+    #[test]
+    fn a_flow_table_with_fewer_slots_than_there_could_be_will_do() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let beside = [reach("10.0.1.11", FRONT, None, "10.0.1.2")];
+        let elsewhere = [reach("10.0.2.12", BACK, None, "10.0.2.2")];
+        let narrow = 1024..=32_767;
+        // From this host's own address to the VIP: the table's ports are among those of the VIP.
+        let to_vip = config("snat_addresses = [\"10.0.1.100\"]");
+        let mut source = choose(&to_vip, &beside);
+        assert_eq!(source.ports, EVERY_PORT);
+        source.keep(&[ip("10.0.2.2")], narrow.clone(), &to_vip, &host());
+        assert_eq!((source.addresses.clone(), source.fits(&narrow)), (vec![ip("10.0.1.100")], true));
+        // The other way they are not, unless the operator says so.
+        let to_own = config("snat_addresses = [\"10.0.2.2\"]");
+        let mut source = choose(&to_own, &elsewhere);
+        source.keep(&[ip("10.0.1.100")], EVERY_PORT, &to_own, &host());
+        assert!(!source.fits(&EVERY_PORT), "{source:?}");
+        let named = config("snat_addresses = [\"10.0.2.2\"]\nsnat_ports = \"1024-65535\"");
+        let mut source = choose(&named, &elsewhere);
+        source.keep(&[ip("10.0.1.100")], EVERY_PORT, &named, &host());
+        assert!(source.fits(&EVERY_PORT));
     }
 
     #[test]

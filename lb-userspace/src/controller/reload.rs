@@ -285,7 +285,10 @@ impl Controller {
         let vips = plan::vips(config);
         let family = |vip: &&IpAddr| self.snat.iter().any(|address| address.is_ipv4() == vip.is_ipv4());
         if let Some(vip) = vips.iter().find(|vip| !family(vip)) {
-            return Err(conflict(format!("listener address {vip} is the first of its family: {restart}")));
+            return Err(conflict(format!(
+                "listener address {vip} is the first of its family, for which there is no flow table: `sheave run \
+                 --replace-layout` makes another, in which open connections end"
+            )));
         }
         self.dataplane
             .check_snat_addresses(&source.addresses)

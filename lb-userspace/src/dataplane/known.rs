@@ -20,7 +20,7 @@ use super::{
     flows::sets_in_use,
     pins::{self, Pins},
     sets,
-    snat::{self, Places},
+    snat::{self, Places, SnatError},
 };
 
 /// Everything that has a number.
@@ -240,6 +240,17 @@ impl Previous {
     /// Source ports towards the backends.
     pub fn snat_ports(&self) -> RangeInclusive<u16> {
         ports_of(self.config.first_set, self.config.sets)
+    }
+
+    /// Whether new flows could leave from these addresses.
+    ///
+    /// # Errors
+    /// Why not, where that passes; what never does is found when the flow table is taken over.
+    pub fn check_snat_addresses(&self, wanted: &[IpAddr]) -> Result<(), SnatError> {
+        match snat::next_places(&self.config, self.rooms, wanted) {
+            Err(error @ (SnatError::NoPlace { .. } | SnatError::Unsettled(_))) => Err(error),
+            Err(SnatError::NoFamily(_)) | Ok(_) => Ok(()),
+        }
     }
 
     /// How many SNAT addresses of IPv4 and of IPv6 the flow table has places for.

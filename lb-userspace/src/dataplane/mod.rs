@@ -82,7 +82,7 @@ const CONTROL: &str = "CONTROL";
 /// Reads what the program logs about packets, and hands it to the logger of this process.
 pub type PacketLog = aya_log::EbpfLogger<&'static dyn log::Log>;
 
-/// What must be known before the maps exist, and does not change afterwards.
+/// What must be known before the maps exist. Only the SNAT addresses change afterwards.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Source addresses towards the backends, of both families, at most [`SNAT_ADDRESSES`] of each.
@@ -193,6 +193,7 @@ impl Dataplane {
             let previous = Previous::read(&pins);
             let conflict = previous.as_ref().and_then(|previous| previous.conflict(settings, key_is_given));
             let rooms = previous.map_or(settings.rooms(), |previous| previous.rooms());
+            let conflict = conflict.or_else(|| other_rooms(rooms, settings).filter(|_| pins.replaces()));
             let fitting = match conflict {
                 Some(what) => Err(pins.different(what)),
                 None => pins.adopt(&definitions(object, rooms)?),
@@ -201,6 +202,11 @@ impl Dataplane {
                 Ok(fitting) => adopted = fitting,
                 Err(error @ PinsError::Different { .. }) => pins.give_up(error)?,
                 Err(error) => return Err(error.into()),
+            }
+            if let Some(note) = other_rooms(rooms, settings).filter(|_| !adopted.is_empty()) {
+                tracing::warn!(
+                    "the flow table was made before: {note}; `sheave unload` first to change that"
+                );
             }
         }
         Self::build(object, settings, Some(pins), adopted)
@@ -528,6 +534,16 @@ impl Settings {
         let (count4, count6) = self.addresses();
         [count4, count6].map(|count| if count > 0 { count.max(self.snat_room) } else { 0 })
     }
+}
+
+/// Where the places of a flow table are not those that it would be made with, in words.
+fn other_rooms(rooms: [usize; 2], settings: &Settings) -> Option<String> {
+    let wanted = settings.rooms();
+    // A family that is not used now may be used again.
+    let differs = rooms.iter().zip(wanted).any(|(room, wanted)| wanted != 0 && *room != wanted);
+    let names = |[v4, v6]: [usize; 2]| format!("{v4} SNAT addresses of IPv4 and {v6} of IPv6");
+    let differ = || format!("it has places for {}, and now it would be {}", names(rooms), names(wanted));
+    differs.then(differ)
 }
 
 /// How large the maps are that grow with the number of places for SNAT addresses, of IPv4 and of IPv6.

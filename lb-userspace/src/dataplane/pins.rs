@@ -236,6 +236,11 @@ impl Pins {
         self.directory.exists()
     }
 
+    /// Whether maps that do not fit may be given up.
+    pub(super) fn replaces(&self) -> bool {
+        self.replace
+    }
+
     /// Whether something of sheave was in the kernel already when this was opened.
     pub fn inherited(&self) -> bool {
         self.inherited

@@ -165,7 +165,10 @@ impl Dataplane {
     /// Frees the slots that were killed a quarantine ago, of a backend that has been ready for as long. How many.
     pub fn release_killed(&mut self, backend: u8) -> Result<u64, DataplaneError> {
         let now = (self.jiffies()? >> self.ticks.shift()) as u16;
-        Ok(release::<V4>(&self.flows4, backend, now) + release::<V6>(&self.flows6, backend, now))
+        let config = self.settings();
+        let (sets4, sets6) = (sets_in_use::<V4>(&config), sets_in_use::<V6>(&config));
+        Ok(release::<V4>(&self.flows4, sets4, backend, now)
+            + release::<V6>(&self.flows6, sets6, backend, now))
     }
 
     /// How long ago each backend, by id, last sent payload to a client. None: not since the maps exist.
@@ -194,17 +197,23 @@ impl Dataplane {
         let maps = Lookup { dataplane: self, config: self.settings() };
         let mut flows = Vec::new();
         let (sets4, sets6) = (sets_in_use::<V4>(&maps.config), sets_in_use::<V6>(&maps.config));
-        let end = cursor.next + SETS;
-        while cursor.next < sets4 + sets6 {
-            if flows.len() >= limit || cursor.next >= end {
+        // Sets come into use and go out of it: numbers that tell the families apart must not depend on how many there are.
+        let first6 = self.flows4.len();
+        let mut looked_at = 0;
+        while cursor.next < first6 + sets6 {
+            if flows.len() >= limit || looked_at == SETS {
                 return flows;
             }
             if cursor.next < sets4 {
                 maps.visit::<V4>(&self.flows4, cursor.next, filter, wanted, &mut act, &mut flows);
+            } else if cursor.next < first6 {
+                cursor.next = first6;
+                continue;
             } else {
-                maps.visit::<V6>(&self.flows6, cursor.next - sets4, filter, wanted, &mut act, &mut flows);
+                maps.visit::<V6>(&self.flows6, cursor.next - first6, filter, wanted, &mut act, &mut flows);
             }
             cursor.next += 1;
+            looked_at += 1;
         }
         cursor.ended = true;
         flows
@@ -336,9 +345,9 @@ fn still_killed<F: Family>(flows: &Mapped<F::Set>, flow: &Flow) -> Option<u32> {
     same.then_some(last_ack)
 }
 
-fn release<F: Family>(flows: &Mapped<F::Set>, backend: u8, now: u16) -> u64 {
+fn release<F: Family>(flows: &Mapped<F::Set>, sets: usize, backend: u8, now: u16) -> u64 {
     let mut released = 0;
-    for set in (0..flows.len()).filter_map(|index| flows.get(index)) {
+    for set in (0..sets).filter_map(|index| flows.get(index)) {
         for way in 0..WAYS as u32 {
             let word = F::meta(set, way);
             let meta = Meta(word.load());

@@ -96,10 +96,11 @@ impl Places {
         now.into_iter().filter_map(|index| self.addresses.get(index).copied().flatten()).collect()
     }
 
-    /// Those that only older flows leave from.
-    fn leaving(&self) -> Vec<IpAddr> {
-        let in_use = self.in_use();
-        self.addresses.iter().flatten().filter(|address| !in_use.contains(address)).copied().collect()
+    /// Those from which older flows leave whose bucket has new ones elsewhere.
+    fn unsettled(&self) -> Vec<IpAddr> {
+        let moved = self.buckets.iter().filter(|bucket| !bucket.is_settled());
+        let before: BTreeSet<_> = moved.map(|bucket| bucket.before() as usize).collect();
+        before.into_iter().filter_map(|index| self.addresses.get(index).copied().flatten()).collect()
     }
 
     /// The same with these addresses for new flows. Those that are here keep their places. A bucket whose flows are
@@ -131,7 +132,7 @@ impl Places {
             } else if let Some(other) = [now, before].into_iter().find(may_stay) {
                 other
             } else {
-                return Err(SnatError::Unsettled(self.leaving()));
+                return Err(SnatError::Unsettled(self.unsettled()));
             };
             *bucket = match moves_to {
                 _ if was_empty => Bucket::new(moves_to, moves_to),
@@ -171,6 +172,7 @@ impl Places {
         places.filter(is_over).filter_map(|(_, place)| place.take()).collect()
     }
 
+    #[cfg(test)]
     fn is_settled(&self) -> bool {
         self.buckets.iter().all(|bucket| bucket.is_settled())
     }
@@ -218,14 +220,6 @@ impl Dataplane {
         sets / SETS_PER_ADDRESS as usize
     }
 
-    /// The addresses that new flows leave from, IPv4 first.
-    pub fn snat_addresses(&self) -> Vec<IpAddr> {
-        let config = self.settings();
-        let (v4, v6) =
-            (Places::of::<V4>(&config, self.room::<V4>()), Places::of::<V6>(&config, self.room::<V6>()));
-        [v4.in_use(), v6.in_use()].concat()
-    }
-
     /// Whether [`Dataplane::set_snat_addresses`] would take these.
     ///
     /// # Errors
@@ -261,18 +255,16 @@ impl Dataplane {
         &mut self,
         moved: [Option<Moved>; 2],
     ) -> Result<Vec<IpAddr>, DataplaneError> {
-        if moved.iter().all(Option::is_none) {
-            return Ok(Vec::new());
-        }
         let config = self.settings();
-        let [moved4, moved6] = moved;
-        let (mut places4, mut places6) =
+        let [moved4, moved6] = moved.map(|moved| moved.map_or([false; BUCKETS], |moved| moved.0));
+        let (now4, now6) =
             (Places::of::<V4>(&config, self.room::<V4>()), Places::of::<V6>(&config, self.room::<V6>()));
-        let mut left = moved4.map_or_else(Vec::new, |moved| places4.settle(&moved.0, &self.snat_wanted));
-        left.extend(moved6.map_or_else(Vec::new, |moved| places6.settle(&moved.0, &self.snat_wanted)));
-        self.write_places(&places4, &places6);
-        // What could not move then may move now.
-        if places4.is_settled() && places6.is_settled() {
+        let (mut places4, mut places6) = (now4.clone(), now6.clone());
+        let mut left = places4.settle(&moved4, &self.snat_wanted);
+        left.extend(places6.settle(&moved6, &self.snat_wanted));
+        if (&now4, &now6) != (&places4, &places6) {
+            self.write_places(&places4, &places6);
+            // What could not move then may move now.
             let wanted = self.snat_wanted.clone();
             self.set_snat_addresses(&wanted)?;
         }
@@ -380,7 +372,7 @@ mod tests {
     fn an_address_leaves_when_its_last_flow_has() {
         let two = Places::empty(2).with(&ips([1, 2])).unwrap();
         let mut one = two.with(&ips([2])).unwrap();
-        assert_eq!((one.in_use(), one.leaving()), (ips([2]), ips([1])));
+        assert_eq!((one.in_use(), one.unsettled()), (ips([2]), ips([1])));
         let mut moved = NOBODY;
         moved[one.buckets.iter().position(|bucket| !bucket.is_settled()).unwrap()] = true;
         assert_eq!(one.settle(&moved, &ips([2])), ips([]), "one flow is left");
@@ -414,6 +406,8 @@ mod tests {
         let one = Places::empty(4).with(&ips([1])).unwrap();
         let two = one.with(&ips([2])).unwrap();
         assert_eq!(two.with(&ips([3])), Err(SnatError::Unsettled(ips([1]))));
+        let three = Places::empty(4).with(&ips([1])).unwrap().with(&ips([1, 2])).unwrap();
+        assert_eq!(three.with(&ips([3])), Err(SnatError::Unsettled(ips([1]))), "both are in use");
         // One of the two may stay: the third has to wait for its share.
         let mut three = two.with(&ips([2, 3])).unwrap();
         assert_eq!(shares(&three), [0, 256, 0, 0]);
