@@ -8,7 +8,7 @@
 //! one decision holds for the whole connection, and there is nothing to hash: its own port is chosen later. A hash of
 //! the socket's cookie would spread as evenly, but send a socket that is tried again to the same backend again.
 
-use crate::{hash::scale, layout::family, maglev::TABLE_SIZE, maps::Maps};
+use crate::{hash::scale, layout::family, maglev::TABLE_SIZE, maps::Maps, process::same};
 
 /// What becomes of a connection: one word, so that it stays in a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +67,26 @@ impl Verdict {
     pub const fn from_word(word: u32) -> Self {
         Self(word)
     }
+}
+
+/// The id of the listener at this address (words) and port (word), where `first` is the first on that port; 0: there is none.
+/// That is known at once where no more than two share the port: anybody's connections to that port are looked up here.
+#[inline(always)]
+pub fn listener_at<M: Maps>(maps: &M, first: u16, family: u8, address: [u64; 2], port: u16) -> u16 {
+    let mut id = first;
+    for _ in 0..2 {
+        let Some(listener) = maps.listener(id) else {
+            return 0;
+        };
+        if listener.family == family && same(listener.address, address) {
+            return id;
+        }
+        id = listener.next;
+        if id == 0 {
+            return 0;
+        }
+    }
+    maps.find_listener(family, address, port)
 }
 
 /// What becomes of a connection to the listener `id`. `own_network`: the process is in the network namespace that is
@@ -148,8 +168,7 @@ mod tests {
     use super::*;
     use crate::{
         layout::NextHop,
-        memory::{Memory, words},
-        process,
+        memory::{Memory, port_word, words},
     };
 
     fn at(address: &str) -> SocketAddr {
@@ -173,8 +192,8 @@ mod tests {
     fn connect(memory: &Memory, to: &str, own_network: bool) -> Verdict {
         let to = at(to);
         let family = if to.is_ipv4() { family::IPV4 } else { family::IPV6 };
-        let port = crate::memory::port_word(to.port());
-        let id = process::listener(&memory, family, words(to.ip()), port);
+        let first = memory.first_listener(to.port());
+        let id = listener_at(&memory, first, family, words(to.ip()), port_word(to.port()));
         if id == 0 { Verdict::NOT_OURS } else { verdict(&memory, id, own_network, 0) }
     }
 
@@ -188,6 +207,20 @@ mod tests {
         }
         for to in ["127.0.0.1:6443", "127.0.0.2:16443", "10.0.0.100:16443", "[::2]:16443"] {
             assert_eq!(connect(&memory, to, true), Verdict::NOT_OURS, "{to}");
+        }
+    }
+
+    #[test]
+    fn a_listener_is_found_among_many_on_its_port() {
+        let mut memory = world();
+        let more: Vec<_> = (1..=4).map(|last| at(&format!("10.0.1.{last}:6443"))).collect();
+        for (number, listener) in more.iter().enumerate() {
+            memory.add_listener(*listener, 1, 0);
+            for known in &more[..=number] {
+                assert_eq!(connect(&memory, &known.to_string(), true), Verdict::redirected(1, 1), "{known}");
+            }
+            assert_eq!(connect(&memory, "10.0.0.100:6443", true), Verdict::redirected(1, 1));
+            assert_eq!(connect(&memory, "10.0.1.9:6443", true), Verdict::NOT_OURS);
         }
     }
 

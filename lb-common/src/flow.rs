@@ -1,8 +1,9 @@
 //! The flow table: a flat array of 4-way sets in which the slot number *is* the SNAT port.
 //!
-//! A tuple hashes to ten candidate sets of one SNAT address (and to as many of another, while flows move there). It is put into the emptier of the first two, else into
-//! the next that has room; a mark on its first candidate says that a look-up has to go beyond the second. At 80 %
-//! fill that refuses fewer than 0.1 % of new flows; first-fit over two would refuse 19 %.
+//! A tuple hashes to ten candidate sets of one SNAT address (and to as many of another, while flows move there). It is
+//! put into the emptier of the first two, else into the next that has room; a mark on its first candidate says that a
+//! look-up has to go beyond the second. At 80 % fill that refuses fewer than 0.1 % of new flows; first-fit over two
+//! would refuse 19 %.
 //!
 //! # The claim protocol
 //!

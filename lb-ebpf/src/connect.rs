@@ -21,7 +21,6 @@ use lb_common::{
     layout::{Dialled, Hook, family},
     maps::Maps as _,
     outcome::Event,
-    process,
 };
 
 use crate::{
@@ -209,31 +208,11 @@ pub fn getpeername6(context: &SockAddrContext) -> i32 {
     PROCEED
 }
 
-/// The listener at this address (words) and port; `first` is the first on that port. 0: there is none, which is known at once
-/// where no more than two share the port: anybody's connections to that port come here.
-#[inline(always)]
-fn listener_at(maps: &KernelMaps, first: u16, family: u8, to: [u64; 2], port: u16) -> u16 {
-    let mut id = first;
-    for _ in 0..2 {
-        let Some(listener) = maps.listener(id) else {
-            return 0;
-        };
-        if listener.family == family && process::same(listener.address, to) {
-            return id;
-        }
-        id = listener.next;
-        if id == 0 {
-            return 0;
-        }
-    }
-    maps.find_listener(family, to, port)
-}
-
 /// What becomes of a connection to this address, which may be a listener's; `first` is the first on its port.
 #[inline(always)]
 fn decide(context: &SockAddrContext, maps: &KernelMaps, first: u16, family: u8, to: [u64; 2]) -> Verdict {
     let address = Address::new(context);
-    let listener = listener_at(maps, first, family, to, address.port());
+    let listener = connect::listener_at(maps, first, family, to, address.port());
     if listener == 0 || !address.is_tcp() {
         return Verdict::NOT_OURS;
     }

@@ -477,8 +477,7 @@ impl Controller {
         let interfaces: Vec<_> = interfaces.collect();
         if !interfaces.is_empty() {
             parts.push(format!("attached to {}", interfaces.join(", ")));
-            let sources = self.snat.iter().map(ToString::to_string);
-            parts.push(format!("flows leave from {}", sources.collect::<Vec<_>>().join(", ")));
+            parts.push(format!("flows leave from {}", difference::list(&self.snat)));
         }
         parts.extend(self.hook_place());
         parts.join("; ")

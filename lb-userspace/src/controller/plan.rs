@@ -14,6 +14,7 @@ use ipnet::IpNet;
 use super::{
     ControllerError,
     backends::{self, Backend},
+    difference,
     ports::Ports,
     roster::{Roster, Step},
     services::Services,
@@ -100,7 +101,7 @@ impl Plan {
         }
         if !replaces && let Err(error) = before.check_snat_addresses(&self.source.addresses) {
             let former = before.snat_addresses();
-            let names = super::difference::list(&former);
+            let names = difference::list(&former);
             tracing::warn!("new flows go on leaving from {names} for now: {error}. Then `sheave reload`");
             self.source.addresses = former;
         }
@@ -366,14 +367,12 @@ impl Source {
             }
         }
         let chosen = std::mem::replace(&mut self.addresses, before.to_vec());
-        let names =
-            |addresses: &[IpAddr]| addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         (!same).then(|| {
             format!(
                 "flows go on leaving from {}, as those that there are; without them it would be {} (name these as \
                  dataplane.snat_addresses to change that)",
-                names(before),
-                names(&chosen)
+                difference::list(before),
+                difference::list(&chosen)
             )
         })
     }
