@@ -136,8 +136,8 @@ pub(crate) fn refusal(status: u16, verb: &str, namespace: &str) -> String {
                 .to_owned()
         }
         403 => format!(
-            "the kubeconfig's user may not {verb} endpointslices in the namespace {namespace} (403): let it \
-             (`sheave rbac --discover {namespace}`), or use one that may"
+            "the kubeconfig's user may not {verb} endpointslices in the namespace {namespace} (403): use one \
+             that may, such as kubeadm's /etc/kubernetes/admin.conf or that of `sheave rbac --discover {namespace}`"
         ),
         404 => "the server has no discovery.k8s.io/v1 (404): is it an apiserver of 1.21 or newer?".to_owned(),
         other => format!("the apiserver answered {other}"),
