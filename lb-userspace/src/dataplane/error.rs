@@ -39,6 +39,12 @@ pub enum DataplaneError {
     /// The object is not the one this code was written for.
     #[error("the embedded program has no {0}: this build is broken, build it again with `cargo xtask build`")]
     Missing(&'static str),
+    /// The kernel's clock could not be told from others like it.
+    #[error(
+        "cannot find out how fast the kernel's clock ticks: the measurement was interrupted again and again for 10 s; start \
+         sheave again when this host is less busy"
+    )]
+    Clock,
     /// The build was told to leave the program out.
     #[error("this build has no kernel program in it (SHEAVE_SKIP_EBPF was set): build it again without")]
     Empty,

@@ -52,6 +52,7 @@ use lb_common::{
 
 pub use attach::{Attached, Mode, Target};
 pub use black_box::{Account, BlackBox, Clock, Entry, Rings, What};
+use clock::Reading;
 pub use clock::Ticks;
 pub use error::DataplaneError;
 pub use flows::Reaped;
@@ -147,7 +148,8 @@ pub struct Dataplane {
     /// The sockets that the connect hook has redirected. None: somebody else looks after them.
     sockets: Option<SocketTable>,
     ticks: Ticks,
-    loaded: (u64, Instant),
+    /// The clock when the maps were there.
+    loaded: Reading,
     grace: Grace,
     /// Idle timeouts of the flows of listeners that belong to no service any more, by listener id.
     kept_idle: BTreeMap<u16, Duration>,
@@ -239,7 +241,7 @@ impl Dataplane {
         // The clock first: it is measured over the time that the verifier takes for the other.
         load_program(&mut ebpf, "read_clock")?;
         let mut dataplane = Self::over_maps(ebpf)?;
-        dataplane.loaded = (dataplane.jiffies()?, Instant::now());
+        dataplane.loaded = dataplane.read_clock()?;
         load_program(&mut dataplane.ebpf, "sheave")?;
         (dataplane.pins, dataplane.adopted) = (pins, !adopted.is_empty());
         if !dataplane.adopted {
@@ -275,7 +277,7 @@ impl Dataplane {
             sockets_missed: mapped(&mut ebpf, "SOCKETS_MISSED")?,
             sockets: Some(SocketTable::of(&mut ebpf)?),
             ticks: Ticks { frequency: 250 },
-            loaded: (0, Instant::now()),
+            loaded: Reading { jiffies: 0, before: Instant::now(), after: Instant::now() },
             grace: Grace::default(),
             kept_idle: BTreeMap::new(),
             attached: Vec::new(),
@@ -293,36 +295,57 @@ impl Dataplane {
     fn configure(&mut self, settings: &Settings) -> Result<(), DataplaneError> {
         let mut config = layout::Config { key: hash::Key::new(settings.secret), epoch: 1, ..self.settings() };
         (config.first_set, config.sets, config.partners) = sets(&settings.snat_ports);
-        self.apply_ticks(&mut config);
+        self.ticks.apply(&mut config);
         self.config.write(0, config);
         self.set_snat_addresses(&settings.snat_addresses)
     }
 
-    /// Finds out how fast the kernel's clock ticks, for which some time must have passed since loading. To be called
-    /// once, before anything is attached.
+    /// Finds out how fast the kernel's clock ticks: from the flow table where there was one, as its slots are dated by that;
+    /// else by measuring. To be called once, before anything is attached.
     pub fn calibrate(&mut self) -> Result<(), DataplaneError> {
-        /// Ten ticks at 250 Hz, four at 100: enough to tell the four frequencies apart.
-        const ENOUGH: Duration = Duration::from_millis(40);
-        let (jiffies, at) = self.loaded;
-        std::thread::sleep(ENOUGH.saturating_sub(at.elapsed()));
-        let now = self.jiffies()?;
-        self.ticks = Ticks::measured(now.wrapping_sub(jiffies), at.elapsed());
-        self.unattended = self.black_box.unattended(jiffies).unwrap_or_default();
-        self.black_box.anchor(now, self.ticks.frequency);
+        let first = self.loaded;
         let mut config = self.settings();
-        self.apply_ticks(&mut config);
+        let known = Ticks::of_table(&config).filter(|_| self.adopted);
+        self.ticks = match known {
+            Some(ticks) => ticks,
+            None => self.measure_ticks(&first)?,
+        };
+        self.unattended = self.black_box.unattended(first.jiffies).unwrap_or_default();
+        let now = self.jiffies()?;
+        self.black_box.anchor(now, self.ticks.frequency);
+        self.ticks.apply(&mut config);
         self.config.write(0, config);
         Ok(())
     }
 
-    fn apply_ticks(&self, config: &mut layout::Config) {
-        config.jiffies_shift = self.ticks.shift();
-        config.half_open_jiffies = self.ticks.jiffies(Duration::from_millis(200));
+    fn measure_ticks(&mut self, first: &Reading) -> Result<Ticks, DataplaneError> {
+        /// Ten ticks at 250 Hz, four at 100: mostly enough to tell the four frequencies apart.
+        const ENOUGH: Duration = Duration::from_millis(40);
+        /// Only a host that stands still again and again takes longer.
+        const LONGEST: Duration = Duration::from_secs(10);
+        let mut wait = ENOUGH.saturating_sub(first.after.elapsed());
+        loop {
+            std::thread::sleep(wait);
+            let second = self.read_clock()?;
+            if let Some(ticks) = Ticks::between(first, &second) {
+                return Ok(ticks);
+            }
+            if first.after.elapsed() > LONGEST {
+                return Err(DataplaneError::Clock);
+            }
+            wait = ENOUGH;
+        }
     }
 
     /// How long, before this one, no daemon has looked after the flow table ([`Dataplane::reap`]).
     pub fn unattended(&self) -> Duration {
         self.unattended
+    }
+
+    fn read_clock(&mut self) -> Result<Reading, DataplaneError> {
+        let before = Instant::now();
+        let jiffies = self.jiffies()?;
+        Ok(Reading { jiffies, before, after: Instant::now() })
     }
 
     /// The tick counter as it is now.
