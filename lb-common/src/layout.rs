@@ -3,6 +3,7 @@
 use crate::{
     cell::{Cell8, Cell16, Cell32, Cell64},
     hash::Key,
+    word::packed_word,
 };
 
 /// Ways of one set of the flow table.
@@ -147,12 +148,14 @@ pub struct Config {
     pub bucket6: [Bucket; BUCKETS],
 }
 
-/// Where the flows of a bucket are: the index of the SNAT address that new ones leave from (bits 0-7), and of the one that
-/// older ones may still leave from (bits 8-15), as the difference between the two: 0 where there is no other. One word,
-/// so that both change at once.
-#[repr(transparent)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Bucket(u16);
+packed_word! {
+    /// Where the flows of a bucket are: the index of the SNAT address that new ones leave from (bits 0-7), and of the one that
+    /// older ones may still leave from (bits 8-15), as the difference between the two: 0 where there is no other. One word,
+    /// so that both change at once.
+    #[repr(transparent)]
+    #[derive(Default)]
+    pub struct Bucket(u16) as u64;
+}
 
 impl Bucket {
     /// New flows leave from one address, older ones may be at the other.
@@ -173,20 +176,6 @@ impl Bucket {
     #[must_use]
     pub const fn before(self) -> u32 {
         (self.0 ^ self.0 >> 8) as u32 & 0xff
-    }
-
-    /// As one word.
-    #[inline(always)]
-    #[must_use]
-    pub const fn word(self) -> u64 {
-        self.0 as u64
-    }
-
-    /// From one word.
-    #[inline(always)]
-    #[must_use]
-    pub const fn from_word(word: u64) -> Self {
-        Self(word as u16)
     }
 
     /// Is there no other address than that of new flows?

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use loom::{model::Builder, thread};
 
 use crate::{
-    black_box::{Note, Record},
+    flight_recorder::{Note, Record},
     flow::{CANDIDATES, Claim, Claimer, Clock, Family, Found, Query, Slot, V4, V6, claim, find, take},
     kill::kill,
     layout::{BUCKETS, Bucket, SETS_PER_ADDRESS, WAYS},

@@ -7,6 +7,7 @@ use crate::{
     layout::{Config, NextHop, PORTS, family},
     outcome::Outcome,
     parse::{Link, Packet, Ports},
+    subprograms::Subprograms,
 };
 
 /// What a packet's addresses become.
@@ -31,8 +32,8 @@ pub const fn endpoint_sum(address: [u64; 2], port: u16) -> u32 {
 
 /// Rewrites a TCP packet and readies it for its next hop. Returns the index of the interface to leave by.
 #[inline(always)]
-pub fn send<F: Frame>(
-    frame: &mut F,
+pub fn send<S: Subprograms>(
+    frame: &mut S::Frame,
     config: &Config,
     link: &Link,
     packet: &Packet,
@@ -44,7 +45,7 @@ pub fn send<F: Frame>(
     tcp.destination = Be16::from_word(translation.ports.destination);
     tcp.checksum = Be16::from_word(translation.delta.apply(tcp.checksum.word()));
     network(frame, packet, translation.source, translation.destination).ok_or(Outcome::Malformed)?;
-    deliver(frame, config, link, hop)
+    deliver::<S>(frame, config, link, hop)
 }
 
 /// Rewrites the network header: addresses, and one hop less to live.
@@ -81,11 +82,16 @@ pub fn network<F: Frame>(
 
 /// Readies the Ethernet header and VLAN tags for the next hop. Returns the index of the interface to leave by.
 #[inline(always)]
-pub fn deliver<F: Frame>(frame: &mut F, config: &Config, link: &Link, hop: NextHop) -> Result<u32, Outcome> {
+pub fn deliver<S: Subprograms>(
+    frame: &mut S::Frame,
+    config: &Config,
+    link: &Link,
+    hop: NextHop,
+) -> Result<u32, Outcome> {
     let port = &config.ports[usize::from(hop.port()) % PORTS];
     let untagged = size_of::<Ethernet>();
     if (link.network != untagged || port.tag_count != 0)
-        && !frame.retag(config, link.network, link.kind, hop.port())
+        && !S::retag(frame, config, link.network, link.kind, hop.port())
     {
         return Err(Outcome::NoRoom);
     }

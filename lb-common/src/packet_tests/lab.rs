@@ -10,14 +10,14 @@ use etherparse::{
 
 use crate::{
     Outcome,
+    bytes::Bytes,
     flow::{self, Family, Found, Query, V4, V6},
-    frame::Bytes,
     headers::{Mac, tcp_flag},
     layout::{NextHop, Port, WAYS, family},
     memory::{Memory, port_word, words},
     meta::{Kind, Meta},
     outcome::{Action, Counter, Event},
-    process,
+    pipeline,
 };
 
 pub(super) const FIN: u8 = tcp_flag::FIN;
@@ -214,8 +214,8 @@ impl Lab {
 
     /// Takes a packet through. Whatever becomes of it, what is passed is untouched, and what is sent is in order.
     pub(super) fn run(&self, interface: u32, packet: &[u8]) -> Ran {
-        let mut frame = Bytes::<2048>::new(packet, interface).expect("a packet that fits");
-        let done = process(&mut frame, &&self.memory);
+        let mut frame = Bytes::new(packet, interface).expect("a packet that fits");
+        let done = pipeline(&mut frame, &&self.memory);
         let outcome = done.outcome().expect("an outcome from the list");
         match outcome.action() {
             Action::Pass => assert_eq!(frame.bytes(), packet, "{outcome:?}: passed, but not untouched"),

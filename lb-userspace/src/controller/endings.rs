@@ -7,7 +7,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use lb_common::black_box::Verdict;
+use lb_common::flight_recorder::Verdict;
 use tokio::sync::oneshot;
 
 use super::{

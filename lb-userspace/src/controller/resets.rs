@@ -14,7 +14,7 @@ use std::{
 };
 
 use lb_common::{
-    black_box::{Silence, Verdict},
+    flight_recorder::{Silence, Verdict},
     kill::KILLED_QUARANTINE,
 };
 

@@ -1,4 +1,4 @@
-//! The black box from the daemon's side (`lb_common::black_box`): what it writes itself, and reading all of it.
+//! The black box from the daemon's side (`lb_common::flight_recorder`): what it writes itself, and reading all of it.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -8,7 +8,7 @@ use std::{
 
 use aya::Ebpf;
 use lb_common::{
-    black_box::{
+    flight_recorder::{
         Anchor, Happening, Note, Record, Refusal, Silence, Verdict, Written, append, in_order, records, state,
     },
     flow::{Family, Slot, V4, V6},

@@ -9,7 +9,7 @@ use std::{
 };
 
 use lb_common::{
-    black_box::{Refusal, Silence, Verdict},
+    flight_recorder::{Refusal, Silence, Verdict},
     meta::{CLIENT_ACK, Kind, Meta, SYN_ACK},
 };
 

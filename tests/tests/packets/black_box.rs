@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use lb_common::{
-    black_box::{Refusal, Silence, Verdict},
+    flight_recorder::{Refusal, Silence, Verdict},
     meta::{BACKEND_FIN, CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
     outcome::Outcome,
 };
@@ -243,7 +243,7 @@ fn the_box_forgets_the_oldest_and_goes_on() {
     world.select(0, &[]);
     let syn = Frame::syn(Ip::V4.client(1), Ip::V4.listener()).bytes();
     let processor = world.processor();
-    let places = lb_common::black_box::RECORDS_MAX as usize;
+    let places = lb_common::flight_recorder::RECORDS_MAX as usize;
     for _ in 0..places {
         processor.run(&syn);
     }

@@ -12,8 +12,9 @@
 
 use crate::{
     cell::Cell64,
-    flow::{Family, Slot},
+    flow::{family::Family, slot::Slot},
     layout::{SNAT_ADDRESSES, family},
+    list::list,
     meta::Meta,
     outcome::Outcome,
 };
@@ -36,29 +37,8 @@ pub const fn records(rings: u32) -> u32 {
     records
 }
 
-macro_rules! numbered {
-    ($(#[doc = $doc:literal])+ $name:ident; $($(#[doc = $variant_doc:literal])+ $variant:ident = $number:literal;)+) => {
-        $(#[doc = $doc])+
-        #[repr(u8)]
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        pub enum $name {
-            $($(#[doc = $variant_doc])+ $variant = $number,)+
-        }
-
-        impl $name {
-            /// All of them.
-            pub const ALL: &[Self] = &[$(Self::$variant),+];
-
-            /// The one with this number.
-            #[must_use]
-            pub fn from_number(number: u8) -> Option<Self> {
-                Self::ALL.iter().copied().find(|it| *it as u8 == number)
-            }
-        }
-    };
-}
-
-numbered! {
+list! {
+    numbered;
     /// What happened to a flow. At most 15 of them, none is 0.
     Happening;
     /// A client's SYN was given a slot and sent to a backend.
@@ -91,7 +71,8 @@ numbered! {
     Forgotten = 14;
 }
 
-numbered! {
+list! {
+    numbered;
     /// Why a SYN went to no backend: `detail` of [`Happening::Refused`].
     Refusal;
     /// The service has no usable backend: answered with a RST.
@@ -106,7 +87,8 @@ numbered! {
     NoNextHop = 5;
 }
 
-numbered! {
+list! {
+    numbered;
     /// Why the daemon reset a flow or asked about it: the lower half of `detail`.
     Verdict;
     /// The backend is dead; the upper half of `detail` is how its last check failed: see [`Silence`].
@@ -121,7 +103,8 @@ numbered! {
     Drained = 5;
 }
 
-numbered! {
+list! {
+    numbered;
     /// How the last check of a dead backend failed. At most 15.
     Silence;
     /// TCP did not complete.
