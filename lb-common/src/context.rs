@@ -20,11 +20,11 @@ pub struct Context<'a> {
     pub packet: Packet,
     /// The ports.
     pub ports: Ports,
-    /// The port (interface and VLAN) it came in by.
-    pub port: u16,
+    /// The number of the interface it came in by.
+    pub interface: u16,
 }
 
-/// Finds the port a packet came in by, and makes sure that the frame was meant for this host: a bridge or a switch
+/// Finds the interface a packet came in by, and makes sure that the frame was meant for this host: a bridge or a switch
 /// also floods frames for others, and a standby with the same configuration must not answer them.
 #[inline(always)]
 pub fn enter<'a, S: Subprograms>(
@@ -35,16 +35,16 @@ pub fn enter<'a, S: Subprograms>(
     packet: Packet,
     ports: Ports,
 ) -> Option<Context<'a>> {
-    // Most have one port.
-    let first = &config.ports[0];
-    let interface = frame.interface();
-    let differs = u64::from((first.interface ^ interface) | (first.vlan ^ link.vlan));
-    let port = if differs | (first.mac ^ link.destination) == 0 {
+    // Most hosts have one interface.
+    let first = &config.interfaces[0];
+    let index = frame.interface();
+    let differs = u64::from((first.index ^ index) | (first.vlan ^ link.vlan));
+    let interface = if differs | (first.mac ^ link.destination) == 0 {
         0
     } else {
-        maps.arrival(interface, link.vlan, link.destination)?
+        maps.arrival(index, link.vlan, link.destination)?
     };
-    Some(Context { config, link: *link, packet, ports, port })
+    Some(Context { config, link: *link, packet, ports, interface })
 }
 
 /// Everything that must hold before a packet of a flow is touched.

@@ -3,7 +3,7 @@
 use crate::{
     flow::{family::Family, slot::Slot},
     layout::{
-        Config, LISTENERS_PER_PORT, Listener, PORTS, SETS_PER_ADDRESS, SNAT_ADDRESSES, SNAT_SHARED, WAYS,
+        Config, INTERFACES, LISTENERS_PER_PORT, Listener, SETS_PER_ADDRESS, SNAT_ADDRESSES, SNAT_SHARED, WAYS,
     },
     subprograms::Subprograms,
 };
@@ -109,17 +109,17 @@ pub fn snat_index<A: Family, S: Subprograms>(maps: &S, address: [u64; 2]) -> Opt
     None
 }
 
-/// The port with this interface and VLAN, if `mac` is its own.
+/// The number of the interface with this kernel's index and VLAN, if `mac` is its own.
 #[inline(always)]
 pub fn arrival<S: Subprograms>(maps: &S, interface: u32, vlan: u32, mac: u64) -> Option<u16> {
     let config = maps.config()?;
-    for index in 0..PORTS {
-        if index as u32 >= config.port_count {
+    for index in 0..INTERFACES {
+        if index as u32 >= config.interface_count {
             break;
         }
-        let port = &config.ports[index];
-        if port.interface == interface && port.vlan == vlan {
-            return (port.mac == mac).then_some(index as u16);
+        let known = &config.interfaces[index];
+        if known.index == interface && known.vlan == vlan {
+            return (known.mac == mac).then_some(index as u16);
         }
     }
     None

@@ -4,7 +4,7 @@ use crate::{
     checksum::{Delta, sum64},
     context::{self, Context},
     disposition::Disposition,
-    flight_recorder::{Happening, Note, Refusal, mapped, state},
+    flight_recorder::{FlowEvent, Note, Refusal, mapped, state},
     flow::{
         claim::claim,
         claimer::{Claimer, Clock},
@@ -24,7 +24,7 @@ use crate::{
     parse::{self, Ports, Segment},
     rewrite,
     subprograms::Subprograms,
-    transition::{self, Step},
+    transition::{self, Transition},
     witness,
 };
 
@@ -41,15 +41,15 @@ pub fn forward<A: Family, S: Subprograms>(
     query: &Query<A::Tuple>,
     hit: Hit<'_, A>,
 ) -> Disposition {
-    if listener.ports & 1 << (context.port & 31) == 0 {
+    if listener.interfaces & 1 << (context.interface & 31) == 0 {
         return Disposition::NOT_OURS;
     }
-    match step::<A, S>(frame, maps, context, listener, query, hit) {
+    match send::<A, S>(frame, maps, context, listener, query, hit) {
         Ok(done) => done,
         Err(outcome) => {
             let refusal = Refusal::of(outcome);
             if refusal != 0 {
-                maps.note(note::<A>(Happening::Refused, query).detail(refusal));
+                maps.note(note::<A>(FlowEvent::Refused, query).detail(refusal));
             }
             Disposition::with(outcome, listener.service)
         }
@@ -58,12 +58,12 @@ pub fn forward<A: Family, S: Subprograms>(
 
 /// A note about the flow that was looked for.
 #[inline(always)]
-fn note<A: Family>(happening: Happening, query: &Query<A::Tuple>) -> Note {
-    Note::new::<A>(happening, A::parts(query.tuple))
+fn note<A: Family>(event: FlowEvent, query: &Query<A::Tuple>) -> Note {
+    Note::new::<A>(event, A::parts(query.tuple))
 }
 
 #[inline(always)]
-fn step<A: Family, S: Subprograms>(
+fn send<A: Family, S: Subprograms>(
     frame: &mut S::Frame,
     maps: &S,
     context: &Context<'_>,
@@ -76,17 +76,17 @@ fn step<A: Family, S: Subprograms>(
         return Err(if hit.ways.is_some() { Outcome::Malformed } else { Outcome::NoFlow });
     }
     if hit.ways.is_none() {
-        // Opaque, or LLVM puts both conditions together by arithmetic, which takes four times as long.
-        let flags = maps.opaque(segment.flags.into()) as u8;
+        // By a barrier, or LLVM puts both conditions together by arithmetic, which takes four times as long.
+        let flags = maps.barrier_var(segment.flags.into()) as u8;
         if !(Segment { flags, ..segment }).opens() {
             return Err(Outcome::NoFlow);
         }
     }
     context::check::<A, S>(frame, &context.packet)?;
     let flow = if hit.ways.is_some() {
-        known::<A, S>(frame, maps, context, listener, query, &hit, &segment)?
+        existing_flow::<A, S>(frame, maps, context, listener, query, &hit, &segment)?
     } else {
-        begin::<A, S>(frame, maps, context, listener, query)?
+        new_flow::<A, S>(frame, maps, context, listener, query)?
     };
     transmit::<A, S>(frame, maps, context, listener, query, flow, &segment)
 }
@@ -96,7 +96,7 @@ type Flow = (Slot, Meta);
 
 /// A packet of a flow that has a slot.
 #[inline(always)]
-fn known<A: Family, S: Subprograms>(
+fn existing_flow<A: Family, S: Subprograms>(
     frame: &mut S::Frame,
     maps: &S,
     context: &Context<'_>,
@@ -110,33 +110,41 @@ fn known<A: Family, S: Subprograms>(
     let word = A::meta(ways, slot.way);
     let clock = Clock::read(maps, context.config);
     match transition::client(meta, segment, clock.seen) {
-        Step::Set(flags) => {
+        Transition::SetFlags(flags) => {
             let before = Meta(word.fetch_or(flags));
             // Of two that see it at the same time one notes it.
             if segment.has(tcp_flag::RST) && !before.has(flags) {
-                end::<A, S>(maps, Happening::ResetByClient, query, hit.found());
+                end::<A, S>(maps, FlowEvent::ResetByClient, query, hit.found());
             }
             meta = before.with(flags);
         }
-        Step::Finish { flag, other, closed } => {
+        Transition::Fin { flag, other, closed } => {
             let before = Meta(word.fetch_or(flag));
             if !before.has(other) && !before.has(flag) {
-                end::<A, S>(maps, Happening::ClosedByClient, query, hit.found());
+                end::<A, S>(maps, FlowEvent::ClosedByClient, query, hit.found());
             }
             meta = close(word, before.with(flag), other, closed);
         }
-        step @ (Step::Reopen | Step::Return | Step::Retry) if begins_anew(maps, meta, step) => {
+        syn @ (Transition::NewConnection | Transition::SynAfterReset | Transition::SynRetransmitted)
+            if begins_anew(maps, meta, syn) =>
+        {
             return reopen::<A, S>(frame, maps, context, listener, query, hit.found(), clock);
         }
-        Step::Retry => return Ok((slot, retry::<A, S>(maps, listener, query, hit.found())?)),
-        Step::Answer => {
+        Transition::SynRetransmitted => {
+            return Ok((slot, retry::<A, S>(maps, listener, query, hit.found())?));
+        }
+        Transition::AnswerWithReset => {
             // What a RST that the daemon repeats must carry.
             if segment.has(tcp_flag::ACK) {
                 A::last_ack(ways, slot.way).store(segment.acknowledgement);
             }
             return Err(Outcome::ResetClient);
         }
-        Step::Keep | Step::Reopen | Step::Return | Step::Become(_) | Step::Refused => {}
+        Transition::Unchanged
+        | Transition::NewConnection
+        | Transition::SynAfterReset
+        | Transition::Enter(_)
+        | Transition::ConnectionRefused => {}
     }
     if !segment.opens() {
         // Once a second is enough to follow a client to another router: on every packet it cost 8 of 80 ns.
@@ -154,9 +162,9 @@ fn known<A: Family, S: Subprograms>(
 
 /// Notes for later that the client has ended its flow, or wants to.
 #[inline(always)]
-fn end<A: Family, S: Subprograms>(maps: &S, happening: Happening, query: &Query<A::Tuple>, found: Found) {
+fn end<A: Family, S: Subprograms>(maps: &S, event: FlowEvent, query: &Query<A::Tuple>, found: Found) {
     let meta = found.meta();
-    maps.note(note::<A>(happening, query).of(meta.backend()).at(found.slot()).detail(state(meta)));
+    maps.note(note::<A>(event, query).of(meta.backend()).at(found.slot()).detail(state(meta)));
 }
 
 /// A SYN on a slot that its own tuple has closed, or that was reset on purpose: a new flow, in the same slot.
@@ -214,12 +222,14 @@ fn accepts<S: Subprograms>(maps: &S, meta: Meta) -> bool {
 
 /// Is a SYN that met a slot of its own tuple a new flow's?
 #[inline(always)]
-fn begins_anew<S: Subprograms>(maps: &S, meta: Meta, step: Step) -> bool {
-    match step {
-        Step::Return => flags(maps, meta) & KEEPS == 0,
+fn begins_anew<S: Subprograms>(maps: &S, meta: Meta, syn: Transition) -> bool {
+    match syn {
+        Transition::SynAfterReset => flags(maps, meta) & KEEPS == 0,
         // The client has ended its flow to this host, whose own segments are not seen, and uses its port again within
         // seconds. The local socket would refuse it, where it takes no new flows.
-        Step::Retry => meta.has(CLIENT_FIN) && flags(maps, meta) & KEEPS == backend_flag::LOCAL,
+        Transition::SynRetransmitted => {
+            meta.has(CLIENT_FIN) && flags(maps, meta) & KEEPS == backend_flag::LOCAL
+        }
         _ => true,
     }
 }
@@ -254,7 +264,7 @@ fn retry<A: Family, S: Subprograms>(
     if word.compare_exchange(meta.0, meta.on(other).0) != meta.0 {
         return Ok(meta);
     }
-    maps.note(note::<A>(Happening::Moved, query).of(meta.backend()).at(found.slot()).other(other));
+    maps.note(note::<A>(FlowEvent::Moved, query).of(meta.backend()).at(found.slot()).other(other));
     maps.count_event(listener.service, Event::Rebalanced);
     maps.count_flow(other);
     Ok(meta.on(other))
@@ -279,7 +289,7 @@ pub fn another<A: Family, S: Subprograms>(maps: &S, service: u16, hash: FlowHash
 
 /// A SYN of a tuple that has no slot.
 #[inline(always)]
-fn begin<A: Family, S: Subprograms>(
+fn new_flow<A: Family, S: Subprograms>(
     frame: &mut S::Frame,
     maps: &S,
     context: &Context<'_>,
@@ -323,7 +333,7 @@ fn won<A: Family, S: Subprograms>(
     slot: Slot,
 ) -> Flow {
     let (service, backend) = (claimer.service as u16, claimer.backend as u8);
-    maps.note(note::<A>(Happening::Claimed, query).of(backend).at(slot));
+    maps.note(note::<A>(FlowEvent::Claimed, query).of(backend).at(slot));
     maps.count_event(service, Event::FlowClaimed);
     maps.count_flow(backend);
     next_hop::remember::<A, S>(maps, service, slot, arrived_from(frame, context));
@@ -333,7 +343,7 @@ fn won<A: Family, S: Subprograms>(
 /// The neighbour that sent the packet.
 #[inline(always)]
 fn arrived_from<F: Frame>(frame: &mut F, context: &Context<'_>) -> NextHop {
-    NextHop::new(parse::source_mac(frame), context.port)
+    NextHop::new(parse::source_mac(frame), context.interface)
 }
 
 /// Sends a flow's packet to its backend.
@@ -354,7 +364,7 @@ fn transmit<A: Family, S: Subprograms>(
     let hop = NextHop(backend.next_hop.load());
     if hop == NextHop::UNKNOWN {
         if segment.opens() {
-            let note = note::<A>(Happening::Refused, query).of(meta.backend()).at(slot);
+            let note = note::<A>(FlowEvent::Refused, query).of(meta.backend()).at(slot);
             maps.note(note.detail(Refusal::NoNextHop as u8));
         }
         return Err(Outcome::NextHopUnknown);

@@ -43,7 +43,7 @@ pub trait Maps: FlowTables + Copy {
     fn note(&self, note: Note);
     /// The same number, of which the compiler no longer knows where it comes from: otherwise it makes branches of
     /// arithmetic with it.
-    fn opaque(&self, number: u32) -> u32;
+    fn barrier_var(&self, number: u32) -> u32;
     /// Runs `body` with 0, 1, … until it says that it is done, `count` times at most.
     fn repeat<B: LoopBody>(&self, count: u32, body: &mut B);
 

@@ -22,8 +22,8 @@ use crate::{
     headers::Be16,
     icmp,
     layout::{
-        BUCKETS, Backend, Bucket, Config, LISTENERS, Listener, NextHop, PARTNERS, PORTS, Port, ReturnHops,
-        SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Service, Set4, Set6, backend_flag, family,
+        BUCKETS, Backend, Bucket, Config, INTERFACES, Interface, LISTENERS, Listener, NextHop, PARTNERS,
+        ReturnHops, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Service, Set4, Set6, backend_flag, family,
     },
     maglev::TABLE_SIZE,
     maps::{LoopBody, Maps},
@@ -96,14 +96,14 @@ impl Memory {
             sets,
             snat4_count: 1,
             snat6_count: 1,
-            port_count: 0,
+            interface_count: 0,
             jiffies_shift: JIFFIES.trailing_zeros(),
             half_open_jiffies: (JIFFIES / 5) as u32,
             epoch: 1,
             partners: (1 << (sets | (PARTNERS + 1)).trailing_zeros()) - 1,
             last_backend: 0,
             zero: 0,
-            ports: [Port::default(); PORTS],
+            interfaces: [Interface::default(); INTERFACES],
             snat4: [0; SNAT_ADDRESSES],
             snat6: [[0; 2]; SNAT_ADDRESSES],
             bucket4: [Bucket::default(); BUCKETS],
@@ -151,11 +151,11 @@ impl Memory {
         (set / SETS_PER_ADDRESS) as usize * self.blocked.len() + (set % SETS_PER_ADDRESS) as usize
     }
 
-    /// Takes a port into use. Returns its index.
-    pub(crate) fn add_port(&mut self, port: Port) -> u16 {
-        let index = self.config.port_count;
-        self.config.ports[index as usize] = port;
-        self.config.port_count += 1;
+    /// Takes an interface into use. Returns its number.
+    pub(crate) fn add_interface(&mut self, interface: Interface) -> u16 {
+        let index = self.config.interface_count;
+        self.config.interfaces[index as usize] = interface;
+        self.config.interface_count += 1;
         index as u16
     }
 
@@ -179,8 +179,8 @@ impl Memory {
         (self.services.len() - 1) as u16
     }
 
-    /// Adds a listener for the packets of `ports` (by bit), and keeps its port from being a slot. Returns its id.
-    pub(crate) fn add_listener(&mut self, at: SocketAddr, service: u16, ports: u32) -> u16 {
+    /// Adds a listener for the packets of `interfaces` (by bit), and keeps its port from being a slot. Returns its id.
+    pub(crate) fn add_listener(&mut self, at: SocketAddr, service: u16, interfaces: u32) -> u16 {
         let id = self.listeners.len() as u16;
         assert!(u32::from(id) < LISTENERS);
         let (address, port) = (words(at.ip()), port_word(at.port()));
@@ -191,7 +191,7 @@ impl Memory {
             reserved: 0,
             service,
             next: self.first_listeners.insert(at.port(), id).unwrap_or(0),
-            ports,
+            interfaces,
             sum: endpoint_sum(address, port),
         });
         if let Some(blocked) = self.blocked.get_mut(usize::from(at.port() / 4)) {
@@ -319,7 +319,7 @@ impl Maps for &Memory {
         self.notes.lock().unwrap().push(note);
     }
 
-    fn opaque(&self, number: u32) -> u32 {
+    fn barrier_var(&self, number: u32) -> u32 {
         number
     }
 
@@ -414,8 +414,8 @@ impl Subprograms for &Memory {
         parse::option_sum(frame, offset, end)
     }
 
-    fn retag(frame: &mut Bytes, config: &Config, network: usize, kind: u16, port: u16) -> bool {
-        rewrite::retag(frame, config, network, kind, port)
+    fn retag(frame: &mut Bytes, config: &Config, network: usize, kind: u16, interface: u16) -> bool {
+        rewrite::retag(frame, config, network, kind, interface)
     }
 
     fn routed(&self, frame: &mut Bytes, family: u8, address: [u64; 2]) -> u64 {

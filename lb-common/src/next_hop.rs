@@ -8,7 +8,7 @@ use crate::{
     flow::{family::Family, slot::Slot},
     frame::Frame,
     hash::{scale, split_mix},
-    layout::{Config, NEXT_HOPS, NextHop, PORTS},
+    layout::{Config, INTERFACES, NEXT_HOPS, NextHop},
     maps::Maps,
     outcome::Event,
     subprograms::Subprograms,
@@ -76,12 +76,12 @@ pub fn routed<F: Frame>(frame: &mut F, config: &Config, family: u8, address: [u6
     let Some(route) = frame.route(family, address) else {
         return 0;
     };
-    for index in 0..PORTS {
-        if index as u32 >= config.port_count {
+    for index in 0..INTERFACES {
+        if index as u32 >= config.interface_count {
             break;
         }
-        let port = &config.ports[index];
-        if port.interface == route.interface && port.mac == route.source_mac {
+        let interface = &config.interfaces[index];
+        if interface.index == route.interface && interface.mac == route.source_mac {
             return NextHop::new(route.mac, index as u16).0;
         }
     }

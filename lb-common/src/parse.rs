@@ -27,7 +27,7 @@ const FRAGMENT_OFFSET: u16 = 0x1fff;
 pub struct Link {
     /// To whom: see [`crate::headers::Mac::number`].
     pub destination: u64,
-    /// VLAN ids, as in [`crate::layout::Port::vlan`].
+    /// VLAN ids, as in [`crate::layout::Interface::vlan`].
     pub vlan: u32,
     /// What follows, as a number.
     pub kind: u16,

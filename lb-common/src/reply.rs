@@ -4,7 +4,7 @@ use crate::{
     checksum::{Delta, sum64},
     context::{self, Context},
     disposition::Disposition,
-    flight_recorder::{Happening, Note, state},
+    flight_recorder::{FlowEvent, Note, state},
     flow::{claimer::Clock, close::close, family::Family, slot::Slot},
     headers::tcp_flag,
     layout::{Backend, Listener, NextHop},
@@ -14,7 +14,7 @@ use crate::{
     parse::{self, Ports},
     rewrite,
     subprograms::Subprograms,
-    transition::{self, Step},
+    transition::{self, Transition},
     witness,
 };
 
@@ -36,24 +36,24 @@ pub fn reply<A: Family, S: Subprograms>(
     let return_hop = A::return_hop(maps, slot).map_or(0, |index| index.load());
     let meta = Meta(A::meta(ways, slot.way).load());
     let Some(backend) = maps.backend(meta.backend()) else {
-        return stranger::<A, S>(maps, context);
+        return unknown_slot::<A, S>(maps, context);
     };
     let from_backend = backend.family == A::NUMBER
         && backend.address == context.packet.source
         && backend.port == context.ports.source;
     if !from_backend || !meta.is_live() {
-        return stranger::<A, S>(maps, context);
+        return unknown_slot::<A, S>(maps, context);
     }
     let (address, port, listener_id) = A::parts(A::load(ways, slot.way));
     // A claimer may have come between: the slot is another flow's now.
     if !Meta(A::meta(ways, slot.way).load()).same_owner(meta) {
-        return stranger::<A, S>(maps, context);
+        return unknown_slot::<A, S>(maps, context);
     }
     let Some(listener) = maps.listener(listener_id) else {
         return Disposition::NOT_OURS;
     };
     let client = Client { backend, listener, listener_id, address, port, slot, return_hop };
-    match step::<A, S>(frame, maps, context, ways, meta, &client) {
+    match send::<A, S>(frame, maps, context, ways, meta, &client) {
         Ok(done) => done,
         Err(outcome) => Disposition::with(outcome, listener.service),
     }
@@ -73,14 +73,15 @@ struct Client<'a> {
 impl Client<'_> {
     /// A note about its flow, whose word is `meta`.
     #[inline(always)]
-    fn note<A: Family>(&self, happening: Happening, meta: Meta) -> Note {
+    fn note<A: Family>(&self, event: FlowEvent, meta: Meta) -> Note {
         let tuple = (self.address, self.port, self.listener_id);
-        Note::new::<A>(happening, tuple).of(meta.backend()).at(self.slot).detail(state(meta))
+        Note::new::<A>(event, tuple).of(meta.backend()).at(self.slot).detail(state(meta))
     }
 }
 
+/// A packet of the flow's own backend.
 #[inline(always)]
-fn step<A: Family, S: Subprograms>(
+fn send<A: Family, S: Subprograms>(
     frame: &mut S::Frame,
     maps: &S,
     context: &Context<'_>,
@@ -100,39 +101,42 @@ fn step<A: Family, S: Subprograms>(
         witness::hear(client.backend, clock.jiffies);
     }
     match transition::backend(meta, &segment) {
-        Step::Set(flags) => {
+        Transition::SetFlags(flags) => {
             let before = Meta(word.fetch_or(flags));
             // Of two that see it at the same time one notes it.
             if segment.has(tcp_flag::RST) && !before.has(flags) {
-                maps.note(client.note::<A>(Happening::ResetByBackend, meta));
+                maps.note(client.note::<A>(FlowEvent::ResetByBackend, meta));
             }
             meta = before.with(flags);
         }
-        Step::Finish { flag, other, closed } => {
+        Transition::Fin { flag, other, closed } => {
             let before = Meta(word.fetch_or(flag));
             if !before.has(other) && !before.has(flag) {
-                maps.note(client.note::<A>(Happening::ClosedByBackend, meta));
+                maps.note(client.note::<A>(FlowEvent::ClosedByBackend, meta));
             }
             meta = close(word, before.with(flag), other, closed);
         }
-        Step::Become(next) => {
+        Transition::Enter(next) => {
             if word.compare_exchange(meta.0, next.0) == meta.0 {
                 if meta.is(Kind::HalfOpen) {
-                    maps.note(client.note::<A>(Happening::Established, meta));
+                    maps.note(client.note::<A>(FlowEvent::Established, meta));
                     maps.count_event(service, Event::FlowEstablished);
                 }
                 meta = next;
             }
         }
-        Step::Refused => {
+        Transition::ConnectionRefused => {
             client.backend.refused.store(clock.jiffies);
             second_chance::<A, S>(maps, context, word, meta, client)?;
         }
-        Step::Answer => {
+        Transition::AnswerWithReset => {
             word.compare_exchange(meta.0, meta.with(BACKEND_TOLD).0);
             return Err(Outcome::ResetBackend);
         }
-        Step::Keep | Step::Reopen | Step::Retry | Step::Return => {}
+        Transition::Unchanged
+        | Transition::NewConnection
+        | Transition::SynRetransmitted
+        | Transition::SynAfterReset => {}
     }
     // Not in every unit: the client's next packet is to find it old, and to look where it came from.
     if meta.age(clock.seen) >= 2 {
@@ -156,13 +160,13 @@ fn second_chance<A: Family, S: Subprograms>(
         let hash = A::hash(&context.config.key, tuple);
         let other = maps.another::<A>(client.listener.service, hash, meta.backend());
         if other != 0 && word.compare_exchange(meta.0, meta.on(other).with(RESET).0) == meta.0 {
-            maps.note(client.note::<A>(Happening::SecondChance, meta).other(other));
+            maps.note(client.note::<A>(FlowEvent::SecondChance, meta).other(other));
             maps.count_flow(other);
             return Err(Outcome::SecondChance);
         }
     }
     if word.compare_exchange(meta.0, meta.without(RESET).become_kind(Kind::ClosedByClient).0) == meta.0 {
-        maps.note(client.note::<A>(Happening::RefusedByBackend, meta));
+        maps.note(client.note::<A>(FlowEvent::RefusedByBackend, meta));
     }
     Ok(())
 }
@@ -216,7 +220,7 @@ fn to_client(
 /// A packet to a slot that is not its own: the network stack's, whose RST it is to give if it is anybody's. Counted
 /// when a backend of ours sent it: another load balancer may own the VIP, too.
 #[inline(always)]
-fn stranger<A: Family, S: Subprograms>(maps: &S, context: &Context<'_>) -> Disposition {
+fn unknown_slot<A: Family, S: Subprograms>(maps: &S, context: &Context<'_>) -> Disposition {
     if maps.is_backend(A::NUMBER, context.packet.source, context.ports.source) {
         Disposition::with(Outcome::ReplyUnknown, 0)
     } else {

@@ -4,7 +4,7 @@ use crate::{
     checksum::{Delta, sum64},
     frame::Frame,
     headers::{Be16, Be32, Be64, Ethernet, Ipv4, Ipv6, MacPair, Tcp},
-    layout::{Config, NextHop, PORTS, family},
+    layout::{Config, INTERFACES, NextHop, family},
     outcome::Outcome,
     parse::{Link, Packet, Ports},
     subprograms::Subprograms,
@@ -88,15 +88,15 @@ pub fn deliver<S: Subprograms>(
     link: &Link,
     hop: NextHop,
 ) -> Result<u32, Outcome> {
-    let port = &config.ports[usize::from(hop.port()) % PORTS];
+    let interface = &config.interfaces[usize::from(hop.interface()) % INTERFACES];
     let untagged = size_of::<Ethernet>();
-    if (link.network != untagged || port.tag_count != 0)
-        && !S::retag(frame, config, link.network, link.kind, hop.port())
+    if (link.network != untagged || interface.tag_count != 0)
+        && !S::retag(frame, config, link.network, link.kind, hop.interface())
     {
         return Err(Outcome::NoRoom);
     }
-    write_macs(frame, hop.mac(), port.mac).ok_or(Outcome::NoRoom)?;
-    Ok(port.interface)
+    write_macs(frame, hop.mac(), interface.mac).ok_or(Outcome::NoRoom)?;
+    Ok(interface.index)
 }
 
 /// Writes destination and source of a frame.
@@ -106,19 +106,19 @@ pub fn write_macs<F: Frame>(frame: &mut F, destination: u64, source: u64) -> Opt
     Some(())
 }
 
-/// Gives a frame, whose network header of EtherType `kind` begins at `network`, the tags of port number `port` in
+/// Gives a frame, whose network header of EtherType `kind` begins at `network`, the tags of interface number `interface` in
 /// place of its own. The addresses in front are to be written afterwards.
 #[inline(always)]
-pub fn retag<F: Frame>(frame: &mut F, config: &Config, network: usize, kind: u16, port: u16) -> bool {
-    let port = &config.ports[usize::from(port) % PORTS];
+pub fn retag<F: Frame>(frame: &mut F, config: &Config, network: usize, kind: u16, interface: u16) -> bool {
+    let interface = &config.interfaces[usize::from(interface) % INTERFACES];
     let had = network as i32 - size_of::<Ethernet>() as i32;
-    let needs = port.tag_count as i32 * 4;
+    let needs = interface.tag_count as i32 * 4;
     if had != needs && !frame.grow_front(needs - had) {
         return false;
     }
     let mut offset = size_of::<Ethernet>() - 2;
-    for (number, tag) in port.tags.iter().enumerate() {
-        if number as u32 >= port.tag_count {
+    for (number, tag) in interface.tags.iter().enumerate() {
+        if number as u32 >= interface.tag_count {
             break;
         }
         let Some(place) = frame.at::<Be32>(offset) else {

@@ -53,7 +53,7 @@ pub trait Subprograms: Maps {
     /// See [`crate::parse::option_sum`].
     fn option_sum(frame: &mut Self::Frame, offset: usize, end: usize) -> u64;
     /// See [`crate::rewrite::retag`].
-    fn retag(frame: &mut Self::Frame, config: &Config, network: usize, kind: u16, port: u16) -> bool;
+    fn retag(frame: &mut Self::Frame, config: &Config, network: usize, kind: u16, interface: u16) -> bool;
     /// See [`crate::next_hop::routed`].
     fn routed(&self, frame: &mut Self::Frame, family: u8, address: [u64; 2]) -> u64;
 

@@ -102,7 +102,7 @@ impl KernelMaps {
 
 impl Maps for KernelMaps {
     #[inline(always)]
-    fn opaque(&self, number: u32) -> u32 {
+    fn barrier_var(&self, number: u32) -> u32 {
         barrier_var(number.into()) as u32
     }
 

@@ -15,7 +15,7 @@ use lb_common::{
     forward,
     hash::FlowHash,
     icmp,
-    layout::{Config, PORTS, SNAT_ADDRESSES, family},
+    layout::{Config, INTERFACES, SNAT_ADDRESSES, family},
     maps::Maps as _,
     meta::Meta,
     next_hop, parse, pipeline, refuse, reply, rewrite,
@@ -42,8 +42,8 @@ impl Subprograms for KernelMaps {
 
     #[inline(always)]
     fn arrival(&self, interface: u32, vlan: u32, mac: u64) -> Option<u16> {
-        let port = barrier_var(map_arrival(interface.into(), vlan.into(), mac));
-        (port < PORTS as u64).then_some(port as u16)
+        let number = barrier_var(map_arrival(interface.into(), vlan.into(), mac));
+        (number < INTERFACES as u64).then_some(number as u16)
     }
 
     #[inline(always)]
@@ -121,9 +121,9 @@ impl Subprograms for KernelMaps {
     }
 
     #[inline(always)]
-    fn retag(frame: &mut XdpFrame, _: &Config, network: usize, kind: u16, port: u16) -> bool {
-        let (network, kind, port) = (network as u64, kind.into(), port.into());
-        let done = barrier_var(frame_retag(frame.context(), network, kind, port));
+    fn retag(frame: &mut XdpFrame, _: &Config, network: usize, kind: u16, interface: u16) -> bool {
+        let (network, kind, interface) = (network as u64, kind.into(), interface.into());
+        let done = barrier_var(frame_retag(frame.context(), network, kind, interface));
         frame.reload_bounds();
         done != 0
     }
@@ -201,11 +201,11 @@ extern "C" fn frame_routed(context: *mut xdp_md, family: u64, high: u64, low: u6
 /// See [`rewrite::retag`]: 1 or 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn frame_retag(context: *mut xdp_md, network: u64, kind: u64, port: u64) -> u64 {
+extern "C" fn frame_retag(context: *mut xdp_md, network: u64, kind: u64, interface: u64) -> u64 {
     match KernelMaps::new().as_ref().and_then(KernelMaps::config) {
         Some(config) => {
             let frame = &mut XdpFrame::new(context);
-            rewrite::retag(frame, config, network as usize & 0xff, kind as u16, port as u16).into()
+            rewrite::retag(frame, config, network as usize & 0xff, kind as u16, interface as u16).into()
         }
         None => 0,
     }
@@ -235,13 +235,13 @@ extern "C" fn map_snat_index(family_number: u64, high: u64, low: u64) -> u64 {
     index.map_or(SNAT_ADDRESSES as u64, u64::from)
 }
 
-/// See [`destination::arrival`]; [`PORTS`] for none.
+/// See [`destination::arrival`]; [`INTERFACES`] for none.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn map_arrival(interface: u64, vlan: u64, mac: u64) -> u64 {
     KernelMaps::new()
         .and_then(|maps| destination::arrival(&maps, interface as u32, vlan as u32, mac))
-        .map_or(PORTS as u64, u64::from)
+        .map_or(INTERFACES as u64, u64::from)
 }
 
 /// See [`forward::another`].

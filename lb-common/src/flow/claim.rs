@@ -2,7 +2,7 @@
 
 use crate::{
     cell::Cell32,
-    flight_recorder::{Happening, Note, state},
+    flight_recorder::{FlowEvent, Note, state},
     flow::{
         claimer::Claimer,
         eviction::EvictionPriority,
@@ -53,7 +53,7 @@ fn evict<F: Family, M: Maps>(maps: &M, found: Found) -> Found {
     if F::meta(ways, slot.way).compare_exchange(meta.0, Meta::FREE.0) != meta.0 {
         return Found::NONE;
     }
-    let note = Note::new::<F>(Happening::Reclaimed, F::parts(tuple));
+    let note = Note::new::<F>(FlowEvent::Reclaimed, F::parts(tuple));
     maps.note(note.of(meta.backend()).at(slot).detail(state(meta)));
     Found::new(slot, Meta::FREE)
 }
@@ -68,7 +68,8 @@ pub fn choose<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &C
         return Choice::NONE;
     };
     let swapped = emptier(maps, free_ways::<F>(home), free_ways::<F>(second));
-    let mut weighing = Weighing::<F, M> { maps: *maps, query, claimer, swapped, best: config.blur(u64::MAX) };
+    let mut weighing =
+        Weighing::<F, M> { maps: *maps, query, claimer, swapped, best: config.hide_from_verifier(u64::MAX) };
     maps.repeat(CANDIDATES * WAYS as u32, &mut weighing);
     let best = weighing.best;
     if best >> 32 == u64::from(EvictionPriority::PROTECTED.0) {
@@ -111,7 +112,7 @@ impl<F: Family, M: Maps> LoopBody for Weighing<'_, F, M> {
         // A blocked way is as protected as a way can be.
         let blocked = u32::from(self.maps.blocked(set)) >> way & 1;
         let priority = priority.0 | blocked.wrapping_neg();
-        let numbered = config.blur(u64::from(priority) << 32 | u64::from(number << 2 | way));
+        let numbered = config.hide_from_verifier(u64::from(priority) << 32 | u64::from(number << 2 | way));
         if numbered < self.best {
             self.best = numbered;
         }
@@ -136,7 +137,7 @@ fn emptier<M: Maps>(maps: &M, first: u32, second: u32) -> u32 {
     /// Four bits for each mask: how many bits it has.
     const COUNT: u64 = 0x4332_3221_3221_2110;
     let count = |mask: u32| (COUNT >> (mask * 4)) as u32 & 0xf;
-    maps.opaque(count(first)).wrapping_sub(count(second)) >> 31
+    maps.barrier_var(count(first)).wrapping_sub(count(second)) >> 31
 }
 
 /// The lowest bit of a mask of four that is not 0.
@@ -175,7 +176,7 @@ pub fn claim_free<F: Family, M: Subprograms>(maps: &M, query: &Query<F::Tuple>, 
     if !meta.is(Kind::Free) || !publish::<F>(ways, slot.way, meta, query.tuple, claimer, || {}) {
         return Claim::UNDECIDED;
     }
-    let own = maps.opaque(1 << (swapped * WAYS as u32 + slot.way));
+    let own = maps.barrier_var(1 << (swapped * WAYS as u32 + slot.way));
     let again = query.has_moved()
         || mark.load() != 0
         || is_elsewhere::<F>(first_ways, query.tuple, own)

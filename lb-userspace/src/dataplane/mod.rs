@@ -41,7 +41,7 @@ use lb_common::{
     cell::Cell64,
     hash,
     layout::{
-        self, AllowKey, BACKENDS, LISTENERS, NextHop, OverflowMarks, PARTNERS, PORTS, ReturnHops,
+        self, AllowKey, BACKENDS, INTERFACES, LISTENERS, NextHop, OverflowMarks, PARTNERS, ReturnHops,
         SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Set4, Set6, WAYS, backend_flag, family,
     },
     maglev::{self, TABLE_SIZE},
@@ -344,15 +344,15 @@ impl Dataplane {
     /// Tells the program about interfaces and VLANs. Ports keep their numbers for as long as the daemon runs: new ones
     /// are to be appended.
     pub fn set_ports(&mut self, ports: &[Port]) -> Result<(), DataplaneError> {
-        if ports.len() > PORTS {
-            return Err(DataplaneError::TooMany { what: "interfaces and VLANs", limit: PORTS });
+        if ports.len() > INTERFACES {
+            return Err(DataplaneError::TooMany { what: "interfaces and VLANs", limit: INTERFACES });
         }
         let mut config = self.settings();
-        for (entry, port) in config.ports.iter_mut().zip(ports) {
+        for (entry, port) in config.interfaces.iter_mut().zip(ports) {
             *entry = port.layout();
         }
         // A packet may meet the count before the entry: one of zeros is no packet's.
-        config.port_count = ports.len() as u32;
+        config.interface_count = ports.len() as u32;
         self.config.write(0, config);
         Ok(())
     }
@@ -486,7 +486,7 @@ impl Dataplane {
 }
 
 impl Port {
-    fn layout(&self) -> layout::Port {
+    fn layout(&self) -> layout::Interface {
         let mut tags = [0; 2];
         let mut vlan = 0;
         for (place, (protocol, id)) in tags.iter_mut().zip(&self.tags) {
@@ -494,8 +494,8 @@ impl Port {
             *place = u32::from_ne_bytes([p0, p1, i0, i1]);
             vlan = vlan << 16 | u32::from(*id);
         }
-        layout::Port {
-            interface: self.interface,
+        layout::Interface {
+            index: self.interface,
             vlan,
             mac: lb_common::headers::Mac::new(self.mac).number(),
             tags,

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use lb_common::{
-    flight_recorder::{Refusal, Silence, Verdict},
+    flight_recorder::{Refusal, ResetReason, Silence},
     meta::{BACKEND_FIN, CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
     outcome::Outcome,
 };
@@ -199,13 +199,13 @@ fn the_daemon_writes_down_what_it_does_to_flows_and_why() {
         let flow = world.establish(ip.client(1));
         let filter = FlowFilter::of_backend(1);
         let asked = world.dataplane.flows_to_ask(&filter, &mut Walk::default(), usize::MAX);
-        world.dataplane.write_down(&asked, Account::Asked(Verdict::Returned)).unwrap();
+        world.dataplane.write_down(&asked, Account::Asked(ResetReason::Returned)).unwrap();
         let killed = world.dataplane.kill_flows(&filter, &mut Walk::default(), usize::MAX).unwrap();
         world.dataplane.write_down(&killed, Account::Dead(Silence::Connect, 7)).unwrap();
         let entries = written(&world, flow.client);
-        let dead = What::Killed { verdict: Verdict::Dead, silence: Some(Silence::Connect), seconds: 7 };
+        let dead = What::Killed { reason: ResetReason::Dead, silence: Some(Silence::Connect), seconds: 7 };
         let whats: Vec<_> = entries.iter().map(|entry| entry.what).collect();
-        assert_eq!(whats, [What::Claimed, What::Established, What::Asked(Verdict::Returned), dead]);
+        assert_eq!(whats, [What::Claimed, What::Established, What::Asked(ResetReason::Returned), dead]);
         assert!(entries.iter().all(|it| it.backend == 1 && it.slot == Some((0, flow.snat.port()))));
         assert!(entries.is_sorted_by_key(|it| it.jiffies));
         // What the program answers then is no news.
