@@ -5,10 +5,10 @@
 //! one word that makes them count, and what was taken out is not reused before a grace period is over.
 
 mod attach;
-mod black_box;
 mod change;
 mod clock;
 mod error;
+mod flight_recorder;
 mod flows;
 mod grace;
 mod hook;
@@ -51,9 +51,9 @@ use lb_common::{
 };
 
 pub use attach::{Attached, Mode, Target};
-pub use black_box::{Account, BlackBox, Clock, Entry, Rings, What};
 pub use clock::Ticks;
 pub use error::DataplaneError;
+pub use flight_recorder::{Account, Clock, Entry, FlightRecorder, Rings, What};
 pub use flows::Reaped;
 use grace::Grace;
 pub use grace::wait as wait_grace_period;
@@ -137,7 +137,7 @@ pub struct Dataplane {
     blocked: Mapped<u64>,
     next_hops: Mapped<Cell64>,
     clock: Mapped<u64>,
-    black_box: BlackBox,
+    flight_recorder: FlightRecorder,
     unattended: Duration,
     allow: LpmTrie<MapData, AllowKey, u32>,
     counters: PerCpuArray<MapData, u64>,
@@ -266,7 +266,7 @@ impl Dataplane {
             blocked: mapped(&mut ebpf, "BLOCKED")?,
             next_hops: mapped(&mut ebpf, "NEXT_HOP")?,
             clock: mapped(&mut ebpf, "CLOCK")?,
-            black_box: BlackBox::of(&mut ebpf)?,
+            flight_recorder: FlightRecorder::of(&mut ebpf)?,
             unattended: Duration::ZERO,
             allow: typed(&mut ebpf, "ALLOW")?,
             counters: typed(&mut ebpf, "COUNTER")?,
@@ -307,8 +307,8 @@ impl Dataplane {
         std::thread::sleep(ENOUGH.saturating_sub(at.elapsed()));
         let now = self.jiffies()?;
         self.ticks = Ticks::measured(now.wrapping_sub(jiffies), at.elapsed());
-        self.unattended = self.black_box.unattended(jiffies).unwrap_or_default();
-        self.black_box.anchor(now, self.ticks.frequency);
+        self.unattended = self.flight_recorder.unattended(jiffies).unwrap_or_default();
+        self.flight_recorder.anchor(now, self.ticks.frequency);
         let mut config = self.settings();
         self.apply_ticks(&mut config);
         self.config.write(0, config);
@@ -570,7 +570,7 @@ fn definitions(object: &[u8], rooms: [usize; 2]) -> Result<BTreeMap<String, Defi
     let object = aya_obj::Object::parse(object)
         .map_err(|error| DataplaneError::Load(Box::new(aya::EbpfError::ParseError(error))))?;
     let mut sizes = BTreeMap::from(map_sizes(rooms));
-    sizes.extend([black_box::Size::of_host()?.map_size()]);
+    sizes.extend([flight_recorder::Size::of_host()?.map_size()]);
     let definition = |(name, map): (&String, &aya_obj::Map)| {
         let definition = Definition {
             kind: map.map_type(),
@@ -607,8 +607,8 @@ fn load_object(
     // The benchmark's object has no connect hook.
     let sets_error = u32::from(settings.sets_error);
     loader.override_global("SET_ERROR", &sets_error, false);
-    let black_box = black_box::Size::of_host()?;
-    black_box.apply(&mut loader);
+    let flight_recorder = flight_recorder::Size::of_host()?;
+    flight_recorder.apply(&mut loader);
     loader.load(object).map_err(|error| DataplaneError::Load(Box::new(error)))
 }
 

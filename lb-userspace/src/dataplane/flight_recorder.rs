@@ -50,12 +50,12 @@ impl Size {
 }
 
 /// The rings, in this process's memory.
-pub struct BlackBox {
+pub struct FlightRecorder {
     places: Mapped<Record>,
     rings: usize,
 }
 
-impl BlackBox {
+impl FlightRecorder {
     pub(super) fn of(ebpf: &mut Ebpf) -> Result<Self, DataplaneError> {
         Self::over(mapped(ebpf, MAP)?)
     }
@@ -354,14 +354,14 @@ impl Dataplane {
             let tuple = (words(flow.client.ip()), Be16::new(flow.client.port()).word(), flow.listener_id());
             let note =
                 if flow.client.is_ipv4() { account.note::<V4>(tuple) } else { account.note::<V6>(tuple) };
-            self.black_box.note(&note.of(flow.backend_id()).at(flow.slot()), jiffies);
+            self.flight_recorder.note(&note.of(flow.backend_id()).at(flow.slot()), jiffies);
         }
         Ok(())
     }
 
     /// The black box.
-    pub fn black_box(&self) -> &BlackBox {
-        &self.black_box
+    pub fn flight_recorder(&self) -> &FlightRecorder {
+        &self.flight_recorder
     }
 }
 

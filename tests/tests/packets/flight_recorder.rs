@@ -12,7 +12,7 @@ use lb_userspace::dataplane::{Account, Entry, FlowFilter, Walk, What};
 
 /// What is written about a client, and not what was before.
 fn written(world: &World, client: SocketAddr) -> Vec<Entry> {
-    world.dataplane.black_box().read().of(|it| it == client)
+    world.dataplane.flight_recorder().read().of(|it| it == client)
 }
 
 fn whats(world: &World, client: SocketAddr) -> Vec<What> {
@@ -251,7 +251,7 @@ fn the_box_forgets_the_oldest_and_goes_on() {
     for _ in 0..10 {
         processor.run(&Frame::syn(last, Ip::V4.listener()).bytes());
     }
-    let rings = world.dataplane.black_box().read();
+    let rings = world.dataplane.flight_recorder().read();
     let count = rings.of(|_| true).len();
     assert!((places / 2..=rings.capacity()).contains(&count), "{count} records");
     assert_eq!(rings.of(|client| client == last).len(), 10);
