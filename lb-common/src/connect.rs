@@ -8,11 +8,15 @@
 //! one decision holds for the whole connection, and there is nothing to hash: its own port is chosen later. A hash of
 //! the socket's cookie would spread as evenly, but send a socket that is tried again to the same backend again.
 
-use crate::{hash::scale, layout::family, maglev::TABLE_SIZE, maps::Maps, process::same};
+use crate::{
+    destination::same, hash::scale, layout::family, maglev::TABLE_SIZE, subprograms::Subprograms,
+    word::packed_word,
+};
 
-/// What becomes of a connection: one word, so that it stays in a register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Verdict(u32);
+packed_word! {
+    /// What becomes of a connection: one word, so that it stays in a register.
+    pub struct Verdict(u32) as u32;
+}
 
 impl Verdict {
     /// For no listener that serves this process: left alone.
@@ -53,26 +57,12 @@ impl Verdict {
     pub const fn service(self) -> u16 {
         (self.0 >> 16) as u16
     }
-
-    /// As one word.
-    #[inline(always)]
-    #[must_use]
-    pub const fn word(self) -> u32 {
-        self.0
-    }
-
-    /// From one word.
-    #[inline(always)]
-    #[must_use]
-    pub const fn from_word(word: u32) -> Self {
-        Self(word)
-    }
 }
 
 /// The id of the listener at this address (words) and port (word), where `first` is the first on that port; 0: there is none.
 /// That is known at once where no more than two share the port: anybody's connections to that port are looked up here.
 #[inline(always)]
-pub fn listener_at<M: Maps>(maps: &M, first: u16, family: u8, address: [u64; 2], port: u16) -> u16 {
+pub fn listener_at<S: Subprograms>(maps: &S, first: u16, family: u8, address: [u64; 2], port: u16) -> u16 {
     let mut id = first;
     for _ in 0..2 {
         let Some(listener) = maps.listener(id) else {
@@ -92,7 +82,7 @@ pub fn listener_at<M: Maps>(maps: &M, first: u16, family: u8, address: [u64; 2],
 /// What becomes of a connection to the listener `id`. `own_network`: the process is in the network namespace that is
 /// served; `random`: 32 even bits.
 #[inline(always)]
-pub fn verdict<M: Maps>(maps: &M, id: u16, own_network: bool, random: u32) -> Verdict {
+pub fn verdict<S: Subprograms>(maps: &S, id: u16, own_network: bool, random: u32) -> Verdict {
     let Some(listener) = maps.listener(id) else {
         return Verdict::NOT_OURS;
     };
@@ -168,6 +158,7 @@ mod tests {
     use super::*;
     use crate::{
         layout::NextHop,
+        maps::Maps as _,
         memory::{Memory, port_word, words},
     };
 

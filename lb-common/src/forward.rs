@@ -1,21 +1,30 @@
 //! A packet for a listener: find its flow or begin one, and send it to the backend.
 
 use crate::{
-    black_box::{Happening, Note, Refusal, mapped, state},
     checksum::{Delta, sum64},
-    flow::{self, Claimer, Clock, Family, Found, Hit, Query, Slot},
+    context::{self, Context},
+    disposition::Disposition,
+    flight_recorder::{FlowEvent, Note, Refusal, mapped, state},
+    flow::{
+        claim::claim,
+        claimer::{Claimer, Clock},
+        close::close,
+        family::Family,
+        look_up::Hit,
+        query::Query,
+        slot::{Found, Slot},
+    },
     frame::Frame,
     hash::FlowHash,
-    headers::{Be16, tcp_flag},
+    headers::tcp_flag,
     layout::{Backend, Listener, NextHop, Service, backend_flag},
-    maps::Maps,
     meta::{CLIENT_FIN, Kind, Meta, SYN_ACK},
     next_hop,
     outcome::{Event, Outcome},
     parse::{self, Ports, Segment},
-    process::{self, Context, Done},
     rewrite,
-    transition::{self, Step},
+    subprograms::Subprograms,
+    transition::{self, Transition},
     witness,
 };
 
@@ -24,62 +33,62 @@ const ALTERNATIVES: u32 = 8;
 
 /// Forwards a packet for a listener, whose flow was searched for.
 #[inline(always)]
-pub fn forward<A: Family, F: Frame, M: Maps>(
-    frame: &mut F,
-    maps: &M,
+pub fn forward<A: Family, S: Subprograms>(
+    frame: &mut S::Frame,
+    maps: &S,
     context: &Context<'_>,
     listener: &Listener,
     query: &Query<A::Tuple>,
     hit: Hit<'_, A>,
-) -> Done {
-    if listener.ports & 1 << (context.port & 31) == 0 {
-        return Done::NOT_OURS;
+) -> Disposition {
+    if listener.interfaces & 1 << (context.interface & 31) == 0 {
+        return Disposition::NOT_OURS;
     }
-    match step::<A, F, M>(frame, maps, context, listener, query, hit) {
+    match send::<A, S>(frame, maps, context, listener, query, hit) {
         Ok(done) => done,
         Err(outcome) => {
             let refusal = Refusal::of(outcome);
             if refusal != 0 {
-                maps.note(note::<A>(Happening::Refused, query).detail(refusal));
+                maps.note(note::<A>(FlowEvent::Refused, query).detail(refusal));
             }
-            Done::with(outcome, listener.service)
+            Disposition::with(outcome, listener.service)
         }
     }
 }
 
 /// A note about the flow that was looked for.
 #[inline(always)]
-fn note<A: Family>(happening: Happening, query: &Query<A::Tuple>) -> Note {
-    Note::new::<A>(happening, A::parts(query.tuple))
+fn note<A: Family>(event: FlowEvent, query: &Query<A::Tuple>) -> Note {
+    Note::new::<A>(event, A::parts(query.tuple))
 }
 
 #[inline(always)]
-fn step<A: Family, F: Frame, M: Maps>(
-    frame: &mut F,
-    maps: &M,
+fn send<A: Family, S: Subprograms>(
+    frame: &mut S::Frame,
+    maps: &S,
     context: &Context<'_>,
     listener: &Listener,
     query: &Query<A::Tuple>,
     hit: Hit<'_, A>,
-) -> Result<Done, Outcome> {
+) -> Result<Disposition, Outcome> {
     let segment = parse::segment(frame, &context.packet);
     if !segment.valid {
         return Err(if hit.ways.is_some() { Outcome::Malformed } else { Outcome::NoFlow });
     }
     if hit.ways.is_none() {
-        // Opaque, or LLVM puts both conditions together by arithmetic, which takes four times as long.
-        let flags = maps.opaque(segment.flags.into()) as u8;
+        // By a barrier, or LLVM puts both conditions together by arithmetic, which takes four times as long.
+        let flags = maps.barrier_var(segment.flags.into()) as u8;
         if !(Segment { flags, ..segment }).opens() {
             return Err(Outcome::NoFlow);
         }
     }
-    process::check::<A, F>(frame, &context.packet)?;
+    context::check::<A, S>(frame, &context.packet)?;
     let flow = if hit.ways.is_some() {
-        known::<A, F, M>(frame, maps, context, listener, query, &hit, &segment)?
+        existing_flow::<A, S>(frame, maps, context, listener, query, &hit, &segment)?
     } else {
-        begin::<A, F, M>(frame, maps, context, listener, query)?
+        new_flow::<A, S>(frame, maps, context, listener, query)?
     };
-    transmit::<A, F, M>(frame, maps, context, listener, query, flow, &segment)
+    transmit::<A, S>(frame, maps, context, listener, query, flow, &segment)
 }
 
 /// A flow's slot, and its word as it is now.
@@ -87,9 +96,9 @@ type Flow = (Slot, Meta);
 
 /// A packet of a flow that has a slot.
 #[inline(always)]
-fn known<A: Family, F: Frame, M: Maps>(
-    frame: &mut F,
-    maps: &M,
+fn existing_flow<A: Family, S: Subprograms>(
+    frame: &mut S::Frame,
+    maps: &S,
     context: &Context<'_>,
     listener: &Listener,
     query: &Query<A::Tuple>,
@@ -101,39 +110,47 @@ fn known<A: Family, F: Frame, M: Maps>(
     let word = A::meta(ways, slot.way);
     let clock = Clock::read(maps, context.config);
     match transition::client(meta, segment, clock.seen) {
-        Step::Set(flags) => {
+        Transition::SetFlags(flags) => {
             let before = Meta(word.fetch_or(flags));
             // Of two that see it at the same time one notes it.
             if segment.has(tcp_flag::RST) && !before.has(flags) {
-                end::<A, M>(maps, Happening::ResetByClient, query, hit.found());
+                end::<A, S>(maps, FlowEvent::ResetByClient, query, hit.found());
             }
             meta = before.with(flags);
         }
-        Step::Finish { flag, other, closed } => {
+        Transition::Fin { flag, other, closed } => {
             let before = Meta(word.fetch_or(flag));
             if !before.has(other) && !before.has(flag) {
-                end::<A, M>(maps, Happening::ClosedByClient, query, hit.found());
+                end::<A, S>(maps, FlowEvent::ClosedByClient, query, hit.found());
             }
             meta = close(word, before.with(flag), other, closed);
         }
-        step @ (Step::Reopen | Step::Return | Step::Retry) if begins_anew(maps, meta, step) => {
-            return reopen::<A, F, M>(frame, maps, context, listener, query, hit.found(), clock);
+        syn @ (Transition::NewConnection | Transition::SynAfterReset | Transition::SynRetransmitted)
+            if begins_anew(maps, meta, syn) =>
+        {
+            return reopen::<A, S>(frame, maps, context, listener, query, hit.found(), clock);
         }
-        Step::Retry => return Ok((slot, retry::<A, M>(maps, listener, query, hit.found())?)),
-        Step::Answer => {
+        Transition::SynRetransmitted => {
+            return Ok((slot, retry::<A, S>(maps, listener, query, hit.found())?));
+        }
+        Transition::AnswerWithReset => {
             // What a RST that the daemon repeats must carry.
             if segment.has(tcp_flag::ACK) {
                 A::last_ack(ways, slot.way).store(segment.acknowledgement);
             }
             return Err(Outcome::ResetClient);
         }
-        Step::Keep | Step::Reopen | Step::Return | Step::Become(_) | Step::Refused => {}
+        Transition::Unchanged
+        | Transition::NewConnection
+        | Transition::SynAfterReset
+        | Transition::Enter(_)
+        | Transition::ConnectionRefused => {}
     }
     if !segment.opens() {
         // Once a second is enough to follow a client to another router: on every packet it cost 8 of 80 ns.
         if meta.seen() != clock.seen {
             word.store_high(clock.seen);
-            next_hop::remember::<A, M>(maps, listener.service, slot, arrived_from(frame, context));
+            next_hop::remember::<A, S>(maps, listener.service, slot, arrived_from(frame, context));
         }
         // Until the backend has answered, the field holds the time of the claim.
         if segment.has(tcp_flag::ACK) && (meta.has(SYN_ACK) || !meta.is(Kind::HalfOpen)) {
@@ -145,33 +162,16 @@ fn known<A: Family, F: Frame, M: Maps>(
 
 /// Notes for later that the client has ended its flow, or wants to.
 #[inline(always)]
-fn end<A: Family, M: Maps>(maps: &M, happening: Happening, query: &Query<A::Tuple>, found: Found) {
+fn end<A: Family, S: Subprograms>(maps: &S, event: FlowEvent, query: &Query<A::Tuple>, found: Found) {
     let meta = found.meta();
-    maps.note(note::<A>(happening, query).of(meta.backend()).at(found.slot()).detail(state(meta)));
-}
-
-/// Closes a flow, with one side's FIN noted in its word `meta`, if the `other`'s is there as well.
-#[inline(always)]
-pub fn close(word: &crate::cell::Cell32, mut meta: Meta, other: u32, closed: Kind) -> Meta {
-    // The word may be refreshed or cleared of a RST meanwhile; a slot that stays open here is closed by the reaper.
-    for _ in 0..2 {
-        if !meta.has(other) || meta.is_closed() {
-            break;
-        }
-        let now = Meta(word.compare_exchange(meta.0, meta.become_kind(closed).0));
-        if now == meta {
-            return meta.become_kind(closed);
-        }
-        meta = now;
-    }
-    meta
+    maps.note(note::<A>(event, query).of(meta.backend()).at(found.slot()).detail(state(meta)));
 }
 
 /// A SYN on a slot that its own tuple has closed, or that was reset on purpose: a new flow, in the same slot.
 #[inline(always)]
-fn reopen<A: Family, F: Frame, M: Maps>(
-    frame: &mut F,
-    maps: &M,
+fn reopen<A: Family, S: Subprograms>(
+    frame: &mut S::Frame,
+    maps: &S,
     context: &Context<'_>,
     listener: &Listener,
     query: &Query<A::Tuple>,
@@ -179,7 +179,7 @@ fn reopen<A: Family, F: Frame, M: Maps>(
     clock: Clock,
 ) -> Result<Flow, Outcome> {
     let service = maps.service(listener.service).ok_or(Outcome::Malformed)?;
-    if !admits::<A, M>(maps, listener.service, service, context) {
+    if !admits::<A, S>(maps, listener.service, service, context) {
         return Err(Outcome::RefusedNotAllowed);
     }
     let chosen = match A::selection(service) {
@@ -202,7 +202,7 @@ fn reopen<A: Family, F: Frame, M: Maps>(
     if claim.failure().is_some() {
         return Err(Outcome::SynRace);
     }
-    Ok(won::<A, F, M>(frame, maps, context, query, &claimer, claim.slot()))
+    Ok(won::<A, S>(frame, maps, context, query, &claimer, claim.slot()))
 }
 
 /// A backend with one of these takes new flows. One that is this host always keeps its own: whether such a flow is
@@ -210,32 +210,34 @@ fn reopen<A: Family, F: Frame, M: Maps>(
 const KEEPS: u32 = backend_flag::ACCEPTS | backend_flag::LOCAL;
 
 #[inline(always)]
-fn flags<M: Maps>(maps: &M, meta: Meta) -> u32 {
+fn flags<S: Subprograms>(maps: &S, meta: Meta) -> u32 {
     maps.backend(meta.backend()).map_or(0, |backend| backend.flags.load())
 }
 
 /// Does the slot's backend take new flows?
 #[inline(always)]
-fn accepts<M: Maps>(maps: &M, meta: Meta) -> bool {
+fn accepts<S: Subprograms>(maps: &S, meta: Meta) -> bool {
     flags(maps, meta) & KEEPS != 0
 }
 
 /// Is a SYN that met a slot of its own tuple a new flow's?
 #[inline(always)]
-fn begins_anew<M: Maps>(maps: &M, meta: Meta, step: Step) -> bool {
-    match step {
-        Step::Return => flags(maps, meta) & KEEPS == 0,
+fn begins_anew<S: Subprograms>(maps: &S, meta: Meta, syn: Transition) -> bool {
+    match syn {
+        Transition::SynAfterReset => flags(maps, meta) & KEEPS == 0,
         // The client has ended its flow to this host, whose own segments are not seen, and uses its port again within
         // seconds. The local socket would refuse it, where it takes no new flows.
-        Step::Retry => meta.has(CLIENT_FIN) && flags(maps, meta) & KEEPS == backend_flag::LOCAL,
+        Transition::SynRetransmitted => {
+            meta.has(CLIENT_FIN) && flags(maps, meta) & KEEPS == backend_flag::LOCAL
+        }
         _ => true,
     }
 }
 
 /// A retransmitted SYN: on to its backend, or to another if that one takes no new flows any more.
 #[inline(always)]
-fn retry<A: Family, M: Maps>(
-    maps: &M,
+fn retry<A: Family, S: Subprograms>(
+    maps: &S,
     listener: &Listener,
     query: &Query<A::Tuple>,
     found: Found,
@@ -262,7 +264,7 @@ fn retry<A: Family, M: Maps>(
     if word.compare_exchange(meta.0, meta.on(other).0) != meta.0 {
         return Ok(meta);
     }
-    maps.note(note::<A>(Happening::Moved, query).of(meta.backend()).at(found.slot()).other(other));
+    maps.note(note::<A>(FlowEvent::Moved, query).of(meta.backend()).at(found.slot()).other(other));
     maps.count_event(listener.service, Event::Rebalanced);
     maps.count_flow(other);
     Ok(meta.on(other))
@@ -270,7 +272,7 @@ fn retry<A: Family, M: Maps>(
 
 /// A backend for a flow with this hash that takes new flows and is not `refused`; 0: there is none.
 #[inline(always)]
-pub fn another<A: Family, M: Maps>(maps: &M, service: u16, hash: FlowHash, refused: u8) -> u8 {
+pub fn another<A: Family, S: Subprograms>(maps: &S, service: u16, hash: FlowHash, refused: u8) -> u8 {
     let half = maps.service(service).map_or(0, A::selection);
     if half == 0 {
         return 0;
@@ -287,15 +289,15 @@ pub fn another<A: Family, M: Maps>(maps: &M, service: u16, hash: FlowHash, refus
 
 /// A SYN of a tuple that has no slot.
 #[inline(always)]
-fn begin<A: Family, F: Frame, M: Maps>(
-    frame: &mut F,
-    maps: &M,
+fn new_flow<A: Family, S: Subprograms>(
+    frame: &mut S::Frame,
+    maps: &S,
     context: &Context<'_>,
     listener: &Listener,
     query: &Query<A::Tuple>,
 ) -> Result<Flow, Outcome> {
     let service = maps.service(listener.service).ok_or(Outcome::Malformed)?;
-    if !admits::<A, M>(maps, listener.service, service, context) {
+    if !admits::<A, S>(maps, listener.service, service, context) {
         return Err(Outcome::RefusedNotAllowed);
     }
     let backend = match A::selection(service) {
@@ -307,62 +309,62 @@ fn begin<A: Family, F: Frame, M: Maps>(
         backend: backend.into(),
         clock: Clock::read(maps, context.config),
     };
-    let claim = flow::claim::<A, M>(maps, query, &claimer);
+    let claim = claim::<A, S>(maps, query, &claimer);
     if let Some(outcome) = claim.failure() {
         return Err(outcome);
     }
-    Ok(won::<A, F, M>(frame, maps, context, query, &claimer, claim.slot()))
+    Ok(won::<A, S>(frame, maps, context, query, &claimer, claim.slot()))
 }
 
 /// May the client use the service?
 #[inline(always)]
-fn admits<A: Family, M: Maps>(maps: &M, id: u16, service: &Service, context: &Context<'_>) -> bool {
+fn admits<A: Family, S: Subprograms>(maps: &S, id: u16, service: &Service, context: &Context<'_>) -> bool {
     service.restricted == 0 || maps.allows(id, mapped::<A>(context.packet.source))
 }
 
 /// Counts a flow that was given a slot, and remembers the way back to its client.
 #[inline(always)]
-fn won<A: Family, F: Frame, M: Maps>(
-    frame: &mut F,
-    maps: &M,
+fn won<A: Family, S: Subprograms>(
+    frame: &mut S::Frame,
+    maps: &S,
     context: &Context<'_>,
     query: &Query<A::Tuple>,
     claimer: &Claimer,
     slot: Slot,
 ) -> Flow {
     let (service, backend) = (claimer.service as u16, claimer.backend as u8);
-    maps.note(note::<A>(Happening::Claimed, query).of(backend).at(slot));
+    maps.note(note::<A>(FlowEvent::Claimed, query).of(backend).at(slot));
     maps.count_event(service, Event::FlowClaimed);
     maps.count_flow(backend);
-    next_hop::remember::<A, M>(maps, service, slot, arrived_from(frame, context));
+    next_hop::remember::<A, S>(maps, service, slot, arrived_from(frame, context));
     (slot, Meta::new(Kind::HalfOpen, backend, claimer.clock.seen))
 }
 
 /// The neighbour that sent the packet.
 #[inline(always)]
 fn arrived_from<F: Frame>(frame: &mut F, context: &Context<'_>) -> NextHop {
-    NextHop::new(parse::source_mac(frame), context.port)
+    NextHop::new(parse::source_mac(frame), context.interface)
 }
 
 /// Sends a flow's packet to its backend.
 #[inline(always)]
-fn transmit<A: Family, F: Frame, M: Maps>(
-    frame: &mut F,
-    maps: &M,
+fn transmit<A: Family, S: Subprograms>(
+    frame: &mut S::Frame,
+    maps: &S,
     context: &Context<'_>,
     listener: &Listener,
     query: &Query<A::Tuple>,
     (slot, meta): Flow,
     segment: &Segment,
-) -> Result<Done, Outcome> {
+) -> Result<Disposition, Outcome> {
     let backend = maps.backend(meta.backend()).ok_or(Outcome::NextHopUnknown)?;
     if backend.flags.load() & backend_flag::LOCAL != 0 {
-        return Ok(Done::with(Outcome::ForwardedLocal, listener.service));
+        return Ok(Disposition::with(Outcome::ForwardedLocal, listener.service));
     }
     let hop = NextHop(backend.next_hop.load());
     if hop == NextHop::UNKNOWN {
         if segment.opens() {
-            let note = note::<A>(Happening::Refused, query).of(meta.backend()).at(slot);
+            let note = note::<A>(FlowEvent::Refused, query).of(meta.backend()).at(slot);
             maps.note(note.detail(Refusal::NoNextHop as u8));
         }
         return Err(Outcome::NextHopUnknown);
@@ -371,8 +373,9 @@ fn transmit<A: Family, F: Frame, M: Maps>(
         witness::ask(backend, Clock::read(maps, context.config).jiffies);
     }
     let translation = to_backend::<A>(context, listener, backend, slot);
-    let interface = rewrite::send(frame, context.config, &context.link, &context.packet, &translation, hop)?;
-    Ok(Done::leaving(Outcome::Forwarded, listener.service, interface))
+    let interface =
+        rewrite::send::<S>(frame, context.config, &context.link, &context.packet, &translation, hop)?;
+    Ok(Disposition::leaving(Outcome::Forwarded, listener.service, interface))
 }
 
 /// What a client's packet becomes on its way to the backend.
@@ -384,7 +387,7 @@ pub fn to_backend<A: Family>(
     slot: Slot,
 ) -> rewrite::Translation {
     let snat = A::snat(context.config, slot.address());
-    let port = Be16::new(slot.port()).word();
+    let port = slot.port_word();
     let client = context.packet.source;
     rewrite::Translation {
         source: snat,

@@ -7,16 +7,18 @@
 
 use crate::{
     checksum::{Delta, sum64},
-    flow::{self, Family, Query},
+    destination,
+    disposition::Disposition,
+    flow::{family::Family, look_up, query::Query},
     frame::Frame,
     headers::{Be16, Be32, Be64, Icmp, Ipv4, Ipv6, TcpStart, protocol},
-    layout::{NextHop, backend_flag, family},
-    maps::Maps,
+    layout::{Config, NextHop, backend_flag, family},
     meta::Meta,
+    next_hop::learned,
     outcome::Outcome,
-    parse::{self, Link, Packet, Ports, ipv4_checksum_holds},
-    process::{self, Done},
-    reply, rewrite,
+    parse::{self, Link, Packet, Ports},
+    rewrite,
+    subprograms::Subprograms,
 };
 
 /// ICMP types that quote a packet: unreachable (with "fragmentation needed"), time exceeded, parameter problem.
@@ -50,38 +52,38 @@ struct Target {
 
 /// Translates an ICMP error about a flow; anything else is not ours.
 #[inline(always)]
-pub fn translate<A: Family, F: Frame, M: Maps>(frame: &mut F, maps: &M) -> Done {
-    let (Some(config), Some(link)) = (maps.config(), parse::link(frame)) else {
-        return Done::NOT_OURS;
+pub fn translate<A: Family, S: Subprograms>(frame: &mut S::Frame, maps: &S) -> Disposition {
+    let (Some(config), Some(link)) = (maps.config(), parse::link::<S>(frame)) else {
+        return Disposition::NOT_OURS;
     };
-    let Some((packet, _)) = parse::packet::<A, F>(frame, &link) else {
-        return Done::NOT_OURS;
+    let Some((packet, _)) = parse::packet::<A, S>(frame, &link) else {
+        return Disposition::NOT_OURS;
     };
-    let Some(quoted) = quoted::<A, F>(frame, &packet) else {
-        return Done::NOT_OURS;
+    let Some(quoted) = quoted::<A, S>(frame, &packet) else {
+        return Disposition::NOT_OURS;
     };
     if quoted.source != packet.destination
         || maps.arrival(frame.interface(), link.vlan, link.destination).is_none()
     {
-        return Done::NOT_OURS;
+        return Disposition::NOT_OURS;
     }
     let target = match maps.find_listener(A::NUMBER, quoted.source, quoted.ports.source) {
-        0 => to_client::<A, M>(maps, config, &quoted),
-        id => to_backend::<A, M>(maps, config, &quoted, id),
+        0 => to_client::<A, S>(maps, config, &quoted),
+        id => to_backend::<A, S>(maps, config, &quoted, id),
     };
     let Some(target) = target else {
-        return Done::NOT_OURS;
+        return Disposition::NOT_OURS;
     };
-    let sent = send::<A, F>(frame, config, &link, &packet, &quoted, &target);
+    let sent = send::<A, S>(frame, maps, config, &link, &packet, &quoted, &target);
     match sent {
-        Ok(interface) => Done::leaving(Outcome::IcmpTranslated, target.service, interface),
-        Err(outcome) => Done::with(outcome, target.service),
+        Ok(interface) => Disposition::leaving(Outcome::IcmpTranslated, target.service, interface),
+        Err(outcome) => Disposition::with(outcome, target.service),
     }
 }
 
 /// Reads what the error quotes, if it is an error and quotes TCP.
 #[inline(always)]
-fn quoted<A: Family, F: Frame>(frame: &mut F, packet: &Packet) -> Option<Quoted> {
+fn quoted<A: Family, S: Subprograms>(frame: &mut S::Frame, packet: &Packet) -> Option<Quoted> {
     if packet.fragment {
         return None;
     }
@@ -114,7 +116,7 @@ fn quoted<A: Family, F: Frame>(frame: &mut F, packet: &Packet) -> Option<Quoted>
         (header.source.map(Be64::word), header.destination.map(Be64::word), network + size_of::<Ipv6>())
     };
     // The verifier's comparison first: after ours, LLVM would leave it out.
-    let ports = crate::parse::ports(frame, transport)?;
+    let ports = parse::ports(frame, transport)?;
     // What is read must be the packet's, not padding behind it, and all of the packet must be there.
     if transport + size_of::<TcpStart>() > packet.end || frame.remaining(packet.end) < 0 {
         return None;
@@ -124,16 +126,16 @@ fn quoted<A: Family, F: Frame>(frame: &mut F, packet: &Packet) -> Option<Quoted>
 
 /// The quoted packet was on its way to a client: its backend must know.
 #[inline(always)]
-fn to_backend<A: Family, M: Maps>(
-    maps: &M,
-    config: &crate::layout::Config,
+fn to_backend<A: Family, S: Subprograms>(
+    maps: &S,
+    config: &Config,
     quoted: &Quoted,
     id: u16,
 ) -> Option<Target> {
     let listener = maps.listener(id)?;
     let tuple = A::tuple(quoted.destination, quoted.ports.destination, id);
     let query = Query::new::<A>(config, tuple);
-    let hit = flow::find::<A, M>(maps, config, &query);
+    let hit = look_up::find::<A, S>(maps, config, &query);
     hit.ways?;
     let backend = maps.backend(hit.meta.backend())?;
     if backend.flags.load() & backend_flag::LOCAL != 0 {
@@ -144,7 +146,7 @@ fn to_backend<A: Family, M: Maps>(
         service: listener.service,
         source: backend.address,
         destination: snat,
-        ports: Ports { source: backend.port, destination: reply::port_word(hit.slot) },
+        ports: Ports { source: backend.port, destination: hit.slot.port_word() },
         from: snat,
         hop: NextHop(backend.next_hop.load()),
     })
@@ -152,12 +154,8 @@ fn to_backend<A: Family, M: Maps>(
 
 /// The quoted packet was on its way to a backend: its client must know.
 #[inline(always)]
-fn to_client<A: Family, M: Maps>(
-    maps: &M,
-    config: &crate::layout::Config,
-    quoted: &Quoted,
-) -> Option<Target> {
-    let slot = process::slot::<A, M>(maps, config, quoted.source, quoted.ports.source)?;
+fn to_client<A: Family, S: Subprograms>(maps: &S, config: &Config, quoted: &Quoted) -> Option<Target> {
+    let slot = destination::slot::<A, S>(maps, config, quoted.source, quoted.ports.source)?;
     let ways = A::set(maps, slot.set)?;
     let meta = Meta(A::meta(ways, slot.way).load());
     let backend = maps.backend(meta.backend())?;
@@ -176,14 +174,15 @@ fn to_client<A: Family, M: Maps>(
         destination: listener.address,
         ports: Ports { source: port, destination: listener.port },
         from: listener.address,
-        hop: reply::learned(maps, A::return_hop(maps, slot).map_or(0, |index| index.load())),
+        hop: learned(maps, A::return_hop(maps, slot).map_or(0, |index| index.load())),
     })
 }
 
 #[inline(always)]
-fn send<A: Family, F: Frame>(
-    frame: &mut F,
-    config: &crate::layout::Config,
+fn send<A: Family, S: Subprograms>(
+    frame: &mut S::Frame,
+    maps: &S,
+    config: &Config,
     link: &Link,
     packet: &Packet,
     quoted: &Quoted,
@@ -192,25 +191,25 @@ fn send<A: Family, F: Frame>(
     if packet.ttl <= 1 {
         return Err(Outcome::TtlExpired);
     }
-    if A::NUMBER == family::IPV4 && !ipv4_checksum_holds(frame, packet) {
+    if A::NUMBER == family::IPV4 && !parse::ipv4_checksum_holds::<S>(frame, packet) {
         return Err(Outcome::BadChecksum);
     }
     let hop = match target.hop {
-        NextHop::UNKNOWN => NextHop(frame.routed(A::NUMBER, target.source)),
+        NextHop::UNKNOWN => NextHop(maps.routed(frame, A::NUMBER, target.source)),
         hop => hop,
     };
     if hop == NextHop::UNKNOWN {
         return Err(Outcome::NextHopUnknown);
     }
-    rewrite_quoted::<A, F>(frame, packet, quoted, target).ok_or(Outcome::Malformed)?;
+    rewrite_quoted::<A, S>(frame, packet, quoted, target).ok_or(Outcome::Malformed)?;
     rewrite::network(frame, packet, target.from, target.source).ok_or(Outcome::Malformed)?;
-    rewrite::deliver(frame, config, link, hop)
+    rewrite::deliver::<S>(frame, config, link, hop)
 }
 
 /// Rewrites what is quoted, and the ICMP checksum that covers it.
 #[inline(always)]
-fn rewrite_quoted<A: Family, F: Frame>(
-    frame: &mut F,
+fn rewrite_quoted<A: Family, S: Subprograms>(
+    frame: &mut S::Frame,
     packet: &Packet,
     quoted: &Quoted,
     target: &Target,

@@ -3,6 +3,7 @@
 use crate::{
     cell::{Cell8, Cell16, Cell32, Cell64},
     hash::Key,
+    word::packed_word,
 };
 
 /// Ways of one set of the flow table.
@@ -27,8 +28,8 @@ pub const LISTENERS_PER_PORT: usize = 32;
 pub const SERVICES: u32 = 65;
 /// Backend ids, 0 included, which is nobody's: an id is eight bits of a slot's word.
 pub const BACKENDS: u32 = 256;
-/// Interface and VLAN pairs that packets come from and go to.
-pub const PORTS: usize = 32;
+/// Interfaces that packets come from and go to; a VLAN on one counts as another.
+pub const INTERFACES: usize = 32;
 /// Sockets of the connect hook that are known by cookie, at most. More than these are counted, and no more.
 pub const FOLLOWED: u32 = 65_536;
 /// Learned next hops, 0 included, which says "not known".
@@ -120,8 +121,8 @@ pub struct Config {
     pub snat4_count: u32,
     /// How many of `snat6` there are.
     pub snat6_count: u32,
-    /// How many of `ports` there are.
-    pub port_count: u32,
+    /// How many of `interfaces` there are.
+    pub interface_count: u32,
     /// Bits to shift jiffies by, so that they count in units of about one second.
     pub jiffies_shift: u32,
     /// Jiffies in 200 ms: a younger half-open slot is not reclaimed.
@@ -133,10 +134,10 @@ pub struct Config {
     pub partners: u32,
     /// Backend ids from 1 to this may be in use.
     pub last_backend: u32,
-    /// Zero, which the verifier does not know: see [`Config::blur`].
+    /// Zero, which the verifier does not know: see [`Config::hide_from_verifier`].
     pub zero: u64,
     /// Where packets come from and go to.
-    pub ports: [Port; PORTS],
+    pub interfaces: [Interface; INTERFACES],
     /// IPv4 SNAT addresses, as words.
     pub snat4: [u32; SNAT_ADDRESSES],
     /// IPv6 SNAT addresses, as words.
@@ -147,12 +148,14 @@ pub struct Config {
     pub bucket6: [Bucket; BUCKETS],
 }
 
-/// Where the flows of a bucket are: the index of the SNAT address that new ones leave from (bits 0-7), and of the one that
-/// older ones may still leave from (bits 8-15), as the difference between the two: 0 where there is no other. One word,
-/// so that both change at once.
-#[repr(transparent)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Bucket(u16);
+packed_word! {
+    /// Where the flows of a bucket are: the index of the SNAT address that new ones leave from (bits 0-7), and of the one that
+    /// older ones may still leave from (bits 8-15), as the difference between the two: 0 where there is no other. One word,
+    /// so that both change at once.
+    #[repr(transparent)]
+    #[derive(Default)]
+    pub struct Bucket(u16) as u64;
+}
 
 impl Bucket {
     /// New flows leave from one address, older ones may be at the other.
@@ -173,20 +176,6 @@ impl Bucket {
     #[must_use]
     pub const fn before(self) -> u32 {
         (self.0 ^ self.0 >> 8) as u32 & 0xff
-    }
-
-    /// As one word.
-    #[inline(always)]
-    #[must_use]
-    pub const fn word(self) -> u64 {
-        self.0 as u64
-    }
-
-    /// From one word.
-    #[inline(always)]
-    #[must_use]
-    pub const fn from_word(word: u64) -> Self {
-        Self(word as u16)
     }
 
     /// Is there no other address than that of new flows?
@@ -247,17 +236,17 @@ impl Config {
     /// are all the same to it.
     #[inline(always)]
     #[must_use]
-    pub const fn blur(&self, number: u64) -> u64 {
+    pub const fn hide_from_verifier(&self, number: u64) -> u64 {
         number ^ self.zero
     }
 }
 
-/// An interface, or a VLAN on one.
+/// An interface, or a VLAN on one. Its number is its place in [`Config::interfaces`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Port {
-    /// Interface index.
-    pub interface: u32,
+pub struct Interface {
+    /// The kernel's interface index.
+    pub index: u32,
     /// VLAN ids: the outer in bits 16-27, the only or inner one in bits 0-11. Without a tag 0; a tag of VLAN 0
     /// carries only a priority and counts as none.
     pub vlan: u32,
@@ -287,8 +276,8 @@ pub struct Listener {
     pub service: u16,
     /// The next listener on the same port number; 0 ends the list.
     pub next: u16,
-    /// The ports (by bit) whose packets are for it.
-    pub ports: u32,
+    /// The interfaces (by bit) whose packets are for it.
+    pub interfaces: u32,
     /// The one's-complement sum of address and port.
     pub sum: u32,
 }
@@ -436,7 +425,7 @@ pub mod backend_flag {
     pub const LOCAL: u32 = 1 << 1;
 }
 
-/// A neighbour: its MAC address (bits 0-47) and the port it is reached through (bits 48-63).
+/// A neighbour: its MAC address (bits 0-47) and the number of the interface that it is reached through (bits 48-63).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NextHop(pub u64);
 
@@ -444,11 +433,11 @@ impl NextHop {
     /// Not known.
     pub const UNKNOWN: Self = Self(0);
 
-    /// The neighbour with MAC address `mac` (see [`crate::headers::Mac::number`]) behind port `port`.
+    /// The neighbour with MAC address `mac` (see [`crate::headers::Mac::number`]) behind interface number `interface`.
     #[inline(always)]
     #[must_use]
-    pub const fn new(mac: u64, port: u16) -> Self {
-        Self(mac | (port as u64) << 48)
+    pub const fn new(mac: u64, interface: u16) -> Self {
+        Self(mac | (interface as u64) << 48)
     }
 
     /// Its MAC address.
@@ -458,10 +447,10 @@ impl NextHop {
         self.0 & 0xffff_ffff_ffff
     }
 
-    /// The port it is reached through.
+    /// The number of the interface that it is reached through.
     #[inline(always)]
     #[must_use]
-    pub const fn port(self) -> u16 {
+    pub const fn interface(self) -> u16 {
         (self.0 >> 48) as u16
     }
 }
@@ -501,7 +490,7 @@ mod tests {
             (16, 20, 24)
         );
         assert_eq!((size_of::<ReturnHops>(), size_of::<OverflowMarks>()), (8, 8));
-        assert_eq!(size_of::<Port>(), 4 + 4 + 8 + 8 + 4 + 4);
+        assert_eq!(size_of::<Interface>(), 4 + 4 + 8 + 8 + 4 + 4);
         assert_eq!(size_of::<Listener>(), 16 + 2 + 1 + 1 + 2 + 2 + 4 + 4);
         assert_eq!(size_of::<Service>(), 16);
         assert_eq!((size_of::<Hook>(), size_of::<Dialled>(), align_of::<Dialled>()), (16, 48, 8));
@@ -513,7 +502,7 @@ mod tests {
             size_of::<Key>()
                 + 10 * 4
                 + 8
-                + PORTS * size_of::<Port>()
+                + INTERFACES * size_of::<Interface>()
                 + SNAT_ADDRESSES * (4 + 16)
                 + 2 * BUCKETS * size_of::<Bucket>()
         );
@@ -527,7 +516,7 @@ mod tests {
                 + size_of::<Classifier>()
         );
         assert!(offset_of!(Control, classifier) + offset_of!(Classifier, listeners) < 32_768);
-        assert_eq!(offset_of!(Config, ports), 80);
+        assert_eq!(offset_of!(Config, interfaces), 80);
     }
 
     #[test]
@@ -579,6 +568,6 @@ mod tests {
     #[test]
     fn a_next_hop_is_one_word() {
         let hop = NextHop::new(0x0605_0403_0201, 31);
-        assert_eq!((hop.mac(), hop.port()), (0x0605_0403_0201, 31));
+        assert_eq!((hop.mac(), hop.interface()), (0x0605_0403_0201, 31));
     }
 }

@@ -15,10 +15,10 @@ use crate::{
     hash::Key,
     layout::{
         ALLOW_SERVICE_BITS, BACKENDS, BUCKETS, Backend, Bucket, Classifier, Config, Control, Dialled,
-        FOLLOWED, Followed, Hook, LISTENERS, LISTENERS_PER_PORT, Listener, NEXT_HOPS, NextHop, OverflowMarks,
-        PARTNERS, PORTS, Port, ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS,
-        SNAT_ADDRESSES, SNAT_PLACES, SNAT_SHARED, Service, Set4, Set6, WAYS, Way4, Way6, allow_key,
-        backend_flag, family, snat_place,
+        FOLLOWED, Followed, Hook, INTERFACES, Interface, LISTENERS, LISTENERS_PER_PORT, Listener, NEXT_HOPS,
+        NextHop, OverflowMarks, PARTNERS, ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES,
+        SETS_PER_ADDRESS, SNAT_ADDRESSES, SNAT_PLACES, SNAT_SHARED, Service, Set4, Set6, WAYS, Way4, Way6,
+        allow_key, backend_flag, family, snat_place,
     },
     maglev::TABLE_SIZE,
     meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
@@ -62,14 +62,17 @@ const fn size_of_field<T, F>(_field: fn(&T) -> &F) -> usize {
     size_of::<F>()
 }
 
-/// Adds a structure: its size, and name, offset and size of every field.
+/// Adds a structure: its size, and name, offset and size of every field. A name that was changed without changing what
+/// it means stands in the hash as it was: `field as "former name"`.
 macro_rules! structure {
-    ($digest:expr, $type:ident { $($field:ident),* $(,)? }) => {{
+    (@name $name:ident) => { stringify!($name) };
+    (@name $name:ident $former:literal) => { $former };
+    ($digest:expr, $type:ident $(as $former_type:literal)? { $($field:ident $(as $former:literal)?),* $(,)? }) => {{
         // A field that is not listed does not compile.
         const _: fn(&$type) = |value| { let $type { $($field: _),* } = value; };
-        $digest.fact(stringify!($type), size_of::<$type>() as u64)
+        $digest.fact(structure!(@name $type $($former_type)?), size_of::<$type>() as u64)
             $(
-                .fact(stringify!($field), offset_of!($type, $field) as u64)
+                .fact(structure!(@name $field $($former)?), offset_of!($type, $field) as u64)
                 .fact("size", size_of_field::<$type, _>(|value| &value.$field) as u64)
             )*
     }};
@@ -90,14 +93,14 @@ fn structures(digest: Digest) -> Digest {
             sets,
             snat4_count,
             snat6_count,
-            port_count,
+            interface_count as "port_count",
             jiffies_shift,
             half_open_jiffies,
             epoch,
             partners,
             last_backend,
             zero,
-            ports,
+            interfaces as "ports",
             snat4,
             snat6,
             bucket4,
@@ -106,8 +109,8 @@ fn structures(digest: Digest) -> Digest {
     );
     let digest = structure!(digest, Classifier { snat4, snat6, listeners });
     let digest = structure!(digest, Control { config, services, listeners, backends, classifier });
-    let digest = structure!(digest, Port { interface, vlan, mac, tags, tag_count, reserved });
-    let digest = structure!(digest, Listener { address, port, family, reserved, service, next, ports, sum });
+    let digest = structure!(digest, Interface as "Port" { index as "interface", vlan, mac, tags, tag_count, reserved });
+    let digest = structure!(digest, Listener { address, port, family, reserved, service, next, interfaces as "ports", sum });
     let digest = structure!(digest, Service { selection4, selection6, restricted, pods });
     let digest = structure!(digest, Hook { network, epoch, reserved });
     let digest =
@@ -146,7 +149,7 @@ fn limits(digest: Digest) -> Digest {
         ("listeners a port", LISTENERS_PER_PORT as u64),
         ("services", SERVICES.into()),
         ("backends", BACKENDS.into()),
-        ("ports", PORTS as u64),
+        ("ports", INTERFACES as u64),
         ("followed sockets", FOLLOWED.into()),
         ("next hops", NEXT_HOPS.into()),
         ("selection words", SELECTION_WORDS.into()),

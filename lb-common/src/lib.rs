@@ -4,17 +4,25 @@
 //! tests lend it a byte vector and plain memory. It allocates nothing, calls nobody and never panics: the
 //! verifier has to see the end of every path.
 //!
-//! A packet goes through [`process`]: *parse* ([`parse`]), *decide* ([`forward`], [`reply`], [`icmp`]), *act*
-//! ([`rewrite`], [`refuse`]), and ends as exactly one [`Outcome`].
+//! A packet goes through [`pipeline()`]: *parse* ([`parse`], [`classify`]), *decide* ([`forward`], [`reply`], [`icmp`]),
+//! *act* ([`rewrite`], [`refuse`]), and ends as exactly one [`Outcome`].
 #![cfg_attr(not(any(test, loom)), no_std)]
 // The kernel's atomic instructions are reached by inline assembly: core has no atomics for this target.
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
 pub mod bench;
-pub mod black_box;
+#[cfg(test)]
+#[cfg_attr(loom, expect(dead_code, reason = "the model needs only the flow tables"))]
+mod bytes;
 pub mod cell;
 pub mod checksum;
+pub mod class;
+pub mod classify;
 pub mod connect;
+pub mod context;
+pub mod destination;
+pub mod disposition;
+pub mod flight_recorder;
 pub mod flow;
 #[cfg(test)]
 #[cfg(not(loom))]
@@ -28,6 +36,7 @@ pub mod kill;
 pub mod layout;
 #[cfg(not(any(loom, target_arch = "bpf")))]
 pub mod layout_hash;
+mod list;
 #[cfg(test)]
 #[cfg(loom)]
 mod loom_model;
@@ -43,12 +52,15 @@ pub mod outcome;
 #[cfg(not(loom))]
 mod packet_tests;
 pub mod parse;
-pub mod process;
+pub mod pipeline;
 pub mod refuse;
 pub mod reply;
 pub mod rewrite;
+pub mod subprograms;
+pub mod tables;
 pub mod transition;
 pub mod witness;
+mod word;
 
 pub use outcome::Outcome;
-pub use process::process;
+pub use pipeline::pipeline;

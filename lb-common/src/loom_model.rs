@@ -9,13 +9,13 @@ use std::sync::Arc;
 use loom::{model::Builder, thread};
 
 use crate::{
-    black_box::{Note, Record},
+    flight_recorder::{Note, Record},
     flow::{CANDIDATES, Claim, Claimer, Clock, Family, Found, Query, Slot, V4, V6, claim, find, take},
     kill::kill,
     layout::{BUCKETS, Bucket, SETS_PER_ADDRESS, WAYS},
-    maps::Maps as _,
     memory::Memory,
     meta::{CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
+    subprograms::Subprograms as _,
 };
 
 /// The daemon's and everybody else's "now", in units.

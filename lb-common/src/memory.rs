@@ -10,19 +10,29 @@ use std::{
 };
 
 use crate::{
-    black_box::Note,
+    bytes::Bytes,
     cell::{Cell8, Cell16, Cell32, Cell64},
-    flow::{Family, V4, V6},
-    hash::Key,
+    class::Class,
+    destination,
+    disposition::Disposition,
+    flight_recorder::Note,
+    flow::{self, Choice, Claim, Claimer, Family, Found, Query, Slot, V4, V6},
+    forward,
+    hash::{FlowHash, Key},
     headers::Be16,
+    icmp,
     layout::{
-        BUCKETS, Backend, Bucket, Config, LISTENERS, Listener, NextHop, PARTNERS, PORTS, Port, ReturnHops,
-        SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Service, Set4, Set6, backend_flag, family,
+        BUCKETS, Backend, Bucket, Config, INTERFACES, Interface, LISTENERS, Listener, NextHop, PARTNERS,
+        ReturnHops, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Service, Set4, Set6, backend_flag, family,
     },
     maglev::TABLE_SIZE,
-    maps::Maps,
+    maps::{LoopBody, Maps},
+    next_hop,
     outcome::{COUNTERS, Counter},
-    rewrite::endpoint_sum,
+    parse, pipeline, refuse, reply,
+    rewrite::{self, endpoint_sum},
+    subprograms::Subprograms,
+    tables::FlowTables,
 };
 
 /// Jiffies in a unit of [`Memory::advance`], for a kernel of 1024 Hz.
@@ -86,14 +96,14 @@ impl Memory {
             sets,
             snat4_count: 1,
             snat6_count: 1,
-            port_count: 0,
+            interface_count: 0,
             jiffies_shift: JIFFIES.trailing_zeros(),
             half_open_jiffies: (JIFFIES / 5) as u32,
             epoch: 1,
             partners: (1 << (sets | (PARTNERS + 1)).trailing_zeros()) - 1,
             last_backend: 0,
             zero: 0,
-            ports: [Port::default(); PORTS],
+            interfaces: [Interface::default(); INTERFACES],
             snat4: [0; SNAT_ADDRESSES],
             snat6: [[0; 2]; SNAT_ADDRESSES],
             bucket4: [Bucket::default(); BUCKETS],
@@ -141,11 +151,11 @@ impl Memory {
         (set / SETS_PER_ADDRESS) as usize * self.blocked.len() + (set % SETS_PER_ADDRESS) as usize
     }
 
-    /// Takes a port into use. Returns its index.
-    pub(crate) fn add_port(&mut self, port: Port) -> u16 {
-        let index = self.config.port_count;
-        self.config.ports[index as usize] = port;
-        self.config.port_count += 1;
+    /// Takes an interface into use. Returns its number.
+    pub(crate) fn add_interface(&mut self, interface: Interface) -> u16 {
+        let index = self.config.interface_count;
+        self.config.interfaces[index as usize] = interface;
+        self.config.interface_count += 1;
         index as u16
     }
 
@@ -169,8 +179,8 @@ impl Memory {
         (self.services.len() - 1) as u16
     }
 
-    /// Adds a listener for the packets of `ports` (by bit), and keeps its port from being a slot. Returns its id.
-    pub(crate) fn add_listener(&mut self, at: SocketAddr, service: u16, ports: u32) -> u16 {
+    /// Adds a listener for the packets of `interfaces` (by bit), and keeps its port from being a slot. Returns its id.
+    pub(crate) fn add_listener(&mut self, at: SocketAddr, service: u16, interfaces: u32) -> u16 {
         let id = self.listeners.len() as u16;
         assert!(u32::from(id) < LISTENERS);
         let (address, port) = (words(at.ip()), port_word(at.port()));
@@ -181,7 +191,7 @@ impl Memory {
             reserved: 0,
             service,
             next: self.first_listeners.insert(at.port(), id).unwrap_or(0),
-            ports,
+            interfaces,
             sum: endpoint_sum(address, port),
         });
         if let Some(blocked) = self.blocked.get_mut(usize::from(at.port() / 4)) {
@@ -309,6 +319,20 @@ impl Maps for &Memory {
         self.notes.lock().unwrap().push(note);
     }
 
+    fn barrier_var(&self, number: u32) -> u32 {
+        number
+    }
+
+    fn repeat<B: LoopBody>(&self, count: u32, body: &mut B) {
+        for index in 0..count {
+            if body.run(index) {
+                break;
+            }
+        }
+    }
+}
+
+impl FlowTables for &Memory {
     fn set4(&self, index: u32) -> Option<&Set4> {
         self.sets4.get(self.place(index))
     }
@@ -331,5 +355,82 @@ impl Maps for &Memory {
 
     fn overflow6(&self, set: u32) -> Option<&Cell8> {
         self.overflow6.get(self.place(set))
+    }
+}
+
+/// Every step is the plain function.
+impl Subprograms for &Memory {
+    type Frame = Bytes;
+
+    fn find_listener(&self, family: u8, address: [u64; 2], port: u16) -> u16 {
+        destination::listener(self, family, address, port)
+    }
+
+    fn snat_index<A: Family>(&self, address: [u64; 2]) -> Option<u32> {
+        destination::snat_index::<A, Self>(self, address)
+    }
+
+    fn arrival(&self, interface: u32, vlan: u32, mac: u64) -> Option<u16> {
+        destination::arrival(self, interface, vlan, mac)
+    }
+
+    fn another<A: Family>(&self, service: u16, hash: FlowHash, refused: u8) -> u8 {
+        forward::another::<A, Self>(self, service, hash, refused)
+    }
+
+    fn learn(&self, hop: u64) -> u16 {
+        next_hop::learn(self, hop)
+    }
+
+    fn is_backend(&self, family: u8, address: [u64; 2], port: u16) -> bool {
+        reply::is_backend(self, family, address, port)
+    }
+
+    fn find_in<A: Family>(&self, query: &Query<A::Tuple>, candidates: u32, except: Slot) -> Found {
+        flow::find_in::<A, Self>(self, query, candidates, except)
+    }
+
+    fn claim_free<A: Family>(&self, query: &Query<A::Tuple>, claimer: &Claimer) -> Claim {
+        flow::claim_free::<A, Self>(self, query, claimer)
+    }
+
+    fn choose<A: Family>(&self, query: &Query<A::Tuple>, claimer: &Claimer) -> Choice {
+        flow::choose::<A, Self>(self, query, claimer)
+    }
+
+    fn take<A: Family>(&self, query: &Query<A::Tuple>, claimer: &Claimer, found: Found) -> Claim {
+        flow::take::<A, Self>(self, query, claimer, found)
+    }
+
+    fn tags(frame: &mut Bytes) -> u64 {
+        parse::tags(frame)
+    }
+
+    fn upper_layer(frame: &mut Bytes, transport: usize, next: u8) -> u64 {
+        parse::upper_layer(frame, transport, next)
+    }
+
+    fn option_sum(frame: &mut Bytes, offset: usize, end: usize) -> u64 {
+        parse::option_sum(frame, offset, end)
+    }
+
+    fn retag(frame: &mut Bytes, config: &Config, network: usize, kind: u16, interface: u16) -> bool {
+        rewrite::retag(frame, config, network, kind, interface)
+    }
+
+    fn routed(&self, frame: &mut Bytes, family: u8, address: [u64; 2]) -> u64 {
+        next_hop::routed(frame, &self.config, family, address)
+    }
+
+    fn segments<A: Family>(&self, frame: &mut Bytes, class: Class) -> Disposition {
+        pipeline::segments::<A, Self>(frame, self, class)
+    }
+
+    fn translate_icmp<A: Family>(&self, frame: &mut Bytes) -> Disposition {
+        icmp::translate::<A, Self>(frame, self)
+    }
+
+    fn refuse<A: Family>(frame: &mut Bytes, refused: Disposition) -> Disposition {
+        refuse::answer::<A, Self>(frame, refused)
     }
 }

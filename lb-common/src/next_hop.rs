@@ -5,11 +5,13 @@
 //! share an entry. The daemon watches the entries and points one whose MAC has left at the route's.
 
 use crate::{
-    flow::{Family, Slot},
+    flow::{family::Family, slot::Slot},
+    frame::Frame,
     hash::{scale, split_mix},
-    layout::{NEXT_HOPS, NextHop},
+    layout::{Config, INTERFACES, NEXT_HOPS, NextHop},
     maps::Maps,
     outcome::Event,
+    subprograms::Subprograms,
 };
 
 /// Entries that are looked at for one neighbour.
@@ -17,8 +19,8 @@ const PROBES: u32 = 8;
 
 /// Makes sure that the slot's replies go to `hop`, where its client's packet came from.
 #[inline(always)]
-pub fn remember<F: Family, M: Maps>(maps: &M, service: u16, slot: Slot, hop: NextHop) {
-    let Some(index) = F::return_hop(maps, slot) else {
+pub fn remember<A: Family, S: Subprograms>(maps: &S, service: u16, slot: Slot, hop: NextHop) {
+    let Some(index) = A::return_hop(maps, slot) else {
         return;
     };
     let known = index.load();
@@ -54,6 +56,33 @@ pub fn learn<M: Maps>(maps: &M, hop: u64) -> u16 {
             if previous == 0 || previous == hop {
                 return index;
             }
+        }
+    }
+    0
+}
+
+/// The way back that the client's packets taught, if any is known.
+#[inline(always)]
+pub fn learned<S: Subprograms>(maps: &S, return_hop: u16) -> NextHop {
+    if return_hop == 0 {
+        return NextHop::UNKNOWN;
+    }
+    NextHop(maps.learned_hop(return_hop).map_or(0, |hop| hop.load()))
+}
+
+/// The way back by the routing table, see [`NextHop`]: for clients whose neighbour could not be remembered.
+#[inline(always)]
+pub fn routed<F: Frame>(frame: &mut F, config: &Config, family: u8, address: [u64; 2]) -> u64 {
+    let Some(route) = frame.route(family, address) else {
+        return 0;
+    };
+    for index in 0..INTERFACES {
+        if index as u32 >= config.interface_count {
+            break;
+        }
+        let interface = &config.interfaces[index];
+        if interface.index == route.interface && interface.mac == route.source_mac {
+            return NextHop::new(route.mac, index as u16).0;
         }
     }
     0

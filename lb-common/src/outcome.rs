@@ -1,6 +1,8 @@
 //! What can become of a packet: the one list that the program's verdicts, the counters, the metric names and the
 //! documentation come from.
 
+use crate::list::list;
+
 /// What the kernel is told to do with the packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -12,58 +14,10 @@ pub enum Action {
     Drop,
 }
 
-macro_rules! outcomes {
-    ($($(#[doc = $doc:literal])+ $variant:ident = $action:ident, $name:literal;)+) => {
-        /// What became of a packet. Every packet has exactly one, and every one but the first is a counter.
-        #[repr(u8)]
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum Outcome {
-            $($(#[doc = $doc])+ $variant,)+
-        }
-
-        impl Outcome {
-            /// All of them, in the order of their counters.
-            pub const ALL: &[Self] = &[$(Self::$variant),+];
-
-            /// What the kernel is told to do.
-            #[inline(always)]
-            #[must_use]
-            pub const fn action(self) -> Action {
-                match self {
-                    $(Self::$variant => Action::$action,)+
-                }
-            }
-
-            /// What the kernel is told to do with the outcome whose counter has this place.
-            #[inline(always)]
-            #[must_use]
-            pub const fn action_of(index: u16) -> Action {
-                $(if index == Self::$variant as u16 {
-                    return Action::$action;
-                })+
-                Action::Drop
-            }
-
-            /// The counter's name, in snake case.
-            #[must_use]
-            pub const fn name(self) -> &'static str {
-                match self {
-                    $(Self::$variant => $name,)+
-                }
-            }
-
-            /// One sentence for an operator.
-            #[must_use]
-            pub const fn description(self) -> &'static str {
-                match self {
-                    $(Self::$variant => concat!($($doc),+),)+
-                }
-            }
-        }
-    };
-}
-
-outcomes! {
+list! {
+    outcomes;
+    /// What became of a packet. Every packet has exactly one, and every one but the first is a counter.
+    Outcome;
     /// Neither for a listener nor a reply of a backend: left to the network stack, untouched. The only one that is not counted.
     NotOurs = Pass, "not_ours";
     /// For a listener, but of no flow of ours and not opening one: left to a local socket, or to the kernel's RST.
@@ -108,39 +62,10 @@ outcomes! {
     NoRoom = Drop, "dropped_no_room";
 }
 
-macro_rules! events {
-    ($($(#[doc = $doc:literal])+ $variant:ident, $name:literal;)+) => {
-        /// What happened on the way, beside the packet's [`Outcome`].
-        #[repr(u8)]
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum Event {
-            $($(#[doc = $doc])+ $variant,)+
-        }
-
-        impl Event {
-            /// All of them, in the order of their counters.
-            pub const ALL: &[Self] = &[$(Self::$variant),+];
-
-            /// The counter's name, in snake case.
-            #[must_use]
-            pub const fn name(self) -> &'static str {
-                match self {
-                    $(Self::$variant => $name,)+
-                }
-            }
-
-            /// One sentence for an operator.
-            #[must_use]
-            pub const fn description(self) -> &'static str {
-                match self {
-                    $(Self::$variant => concat!($($doc),+),)+
-                }
-            }
-        }
-    };
-}
-
-events! {
+list! {
+    named;
+    /// What happened on the way, beside the packet's [`Outcome`].
+    Event;
     /// A new flow was given a slot.
     FlowClaimed, "flows_claimed";
     /// A flow was proven established by its backend.

@@ -1,4 +1,4 @@
-//! One packet in, one packet out: [`crate::process()`] over plain memory. Packets are built and read by another
+//! One packet in, one packet out: [`crate::pipeline()`] over plain memory. Packets are built and read by another
 //! library, and everything that is sent has its checksums verified.
 
 mod flows;

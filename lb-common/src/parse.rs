@@ -2,12 +2,13 @@
 
 use crate::{
     checksum::fold,
-    flow::Family,
+    flow::family::Family,
     frame::Frame,
     headers::{
         Ethernet, IPV4, IPV6, Ipv4, Ipv6, SERVICE_VLAN, Tcp, TcpStart, VLAN, VlanTag, protocol, tcp_flag,
     },
     layout::family,
+    subprograms::Subprograms,
 };
 
 /// VLAN tags that are looked through.
@@ -26,7 +27,7 @@ const FRAGMENT_OFFSET: u16 = 0x1fff;
 pub struct Link {
     /// To whom: see [`crate::headers::Mac::number`].
     pub destination: u64,
-    /// VLAN ids, as in [`crate::layout::Port::vlan`].
+    /// VLAN ids, as in [`crate::layout::Interface::vlan`].
     pub vlan: u32,
     /// What follows, as a number.
     pub kind: u16,
@@ -36,10 +37,10 @@ pub struct Link {
 
 /// Reads the Ethernet header and up to two VLAN tags.
 #[inline(always)]
-pub fn link<F: Frame>(frame: &mut F) -> Option<Link> {
+pub fn link<S: Subprograms>(frame: &mut S::Frame) -> Option<Link> {
     let ethernet = *frame.at::<Ethernet>(0)?;
     let untagged = Tags { kind: ethernet.kind.get(), network: size_of::<Ethernet>(), vlan: 0 };
-    let tags = if is_tag(untagged.kind) { Tags::unpack(frame.tags())? } else { untagged };
+    let tags = if is_tag(untagged.kind) { Tags::unpack(S::tags(frame))? } else { untagged };
     let destination = ethernet.macs.destination();
     Some(Link { destination, vlan: tags.vlan, kind: tags.kind, network: tags.network })
 }
@@ -71,7 +72,7 @@ impl Tags {
     }
 }
 
-/// Reads the tags of a frame that has some, as one word; 0: it is cut short. See [`Frame::tags`].
+/// Reads the tags of a frame that has some, as one word; 0: it is cut short. See [`Subprograms::tags`].
 #[inline(always)]
 pub fn tags<F: Frame>(frame: &mut F) -> u64 {
     let mut tags = Tags { kind: VLAN, network: size_of::<Ethernet>(), vlan: 0 };
@@ -161,14 +162,14 @@ pub fn ipv4<F: Frame>(frame: &mut F, network: usize) -> Option<(Packet, Carries)
 
 /// Reads an IPv6 header and what extension headers follow. None: cut short, or not IPv6.
 #[inline(always)]
-pub fn ipv6<F: Frame>(frame: &mut F, network: usize) -> Option<(Packet, Carries)> {
+pub fn ipv6<S: Subprograms>(frame: &mut S::Frame, network: usize) -> Option<(Packet, Carries)> {
     let header = *frame.at::<Ipv6>(network)?;
     if header.version_class_flow.get() >> 28 != 6 {
         return None;
     }
     let mut upper = Upper { next: header.next_header, fragment: 0, transport: network + size_of::<Ipv6>() };
     if is_extension(upper.next) {
-        upper = Upper::unpack(frame.upper_layer(upper.transport, upper.next))?;
+        upper = Upper::unpack(S::upper_layer(frame, upper.transport, upper.next))?;
     }
     let carries = match upper.next {
         _ if upper.fragment == LATER_FRAGMENT => Carries::Other,
@@ -219,7 +220,7 @@ impl Upper {
 }
 
 /// Walks the extension headers from `transport` on, the first of which is a `next`. The result is one word; 0: the
-/// packet is cut short. See [`Frame::upper_layer`].
+/// packet is cut short. See [`Subprograms::upper_layer`].
 #[inline(always)]
 pub fn upper_layer<F: Frame>(frame: &mut F, transport: usize, next: u8) -> u64 {
     let mut upper = Upper { next, fragment: 0, transport };
@@ -258,10 +259,10 @@ pub const fn is_extension(next: u8) -> bool {
 
 /// Reads the network header that follows `link`, if it is of this family.
 #[inline(always)]
-pub fn packet<A: Family, F: Frame>(frame: &mut F, link: &Link) -> Option<(Packet, Carries)> {
+pub fn packet<A: Family, S: Subprograms>(frame: &mut S::Frame, link: &Link) -> Option<(Packet, Carries)> {
     match link.kind {
         IPV4 if A::NUMBER == family::IPV4 => ipv4(frame, link.network),
-        IPV6 if A::NUMBER == family::IPV6 => ipv6(frame, link.network),
+        IPV6 if A::NUMBER == family::IPV6 => ipv6::<S>(frame, link.network),
         _ => None,
     }
 }
@@ -343,7 +344,7 @@ pub fn segment<F: Frame>(frame: &mut F, packet: &Packet) -> Segment {
 
 /// Is the IPv4 header's checksum right? (RFC 791; a router drops what is not, RFC 1812 §5.2.2.)
 #[inline(always)]
-pub fn ipv4_checksum_holds<F: Frame>(frame: &mut F, packet: &Packet) -> bool {
+pub fn ipv4_checksum_holds<S: Subprograms>(frame: &mut S::Frame, packet: &Packet) -> bool {
     let Some(words) = frame.at::<[[u8; 4]; 5]>(packet.network) else {
         return false;
     };
@@ -353,7 +354,7 @@ pub fn ipv4_checksum_holds<F: Frame>(frame: &mut F, packet: &Packet) -> bool {
     }
     let options = packet.network + size_of::<Ipv4>();
     if packet.transport > options {
-        sum += frame.option_sum(options, packet.transport);
+        sum += S::option_sum(frame, options, packet.transport);
     }
     fold(sum) == 0xffff
 }

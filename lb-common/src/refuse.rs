@@ -7,14 +7,15 @@
 
 use crate::{
     checksum::{Delta, sum64},
-    flow::Family,
+    disposition::Disposition,
+    flow::family::Family,
     frame::Frame,
     headers::{Be16, Be32, Be64, Ipv4, Ipv6, Tcp, protocol, tcp_flag},
     layout::family,
     outcome::Outcome,
     parse::{self, Link, Packet, Ports, Segment},
-    process::Done,
     rewrite::write_macs,
+    subprograms::Subprograms,
 };
 
 /// The initial TTL, as RFC 1700 recommends it.
@@ -23,17 +24,17 @@ const TCP_LENGTH: u16 = size_of::<Tcp>() as u16;
 
 /// Turns a segment into the RST that answers it, to be sent back where it came from. (It is no RST itself.)
 #[inline(always)]
-pub fn answer<A: Family, F: Frame>(frame: &mut F, refused: Done) -> Done {
-    match parsed::<A, F>(frame) {
+pub fn answer<A: Family, S: Subprograms>(frame: &mut S::Frame, refused: Disposition) -> Disposition {
+    match parsed::<A, S>(frame) {
         Ok(()) => refused.by(frame.interface()),
-        Err(outcome) => Done::with(outcome, refused.service()),
+        Err(outcome) => Disposition::with(outcome, refused.service()),
     }
 }
 
 #[inline(always)]
-fn parsed<A: Family, F: Frame>(frame: &mut F) -> Result<(), Outcome> {
-    let link = parse::link(frame).ok_or(Outcome::NoRoom)?;
-    let (packet, _) = parse::packet::<A, F>(frame, &link).ok_or(Outcome::NoRoom)?;
+fn parsed<A: Family, S: Subprograms>(frame: &mut S::Frame) -> Result<(), Outcome> {
+    let link = parse::link::<S>(frame).ok_or(Outcome::NoRoom)?;
+    let (packet, _) = parse::packet::<A, S>(frame, &link).ok_or(Outcome::NoRoom)?;
     let ports = parse::ports(frame, packet.transport).ok_or(Outcome::NoRoom)?;
     let segment = parse::segment(frame, &packet);
     build(frame, &link, &packet, ports, &segment)

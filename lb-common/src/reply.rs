@@ -1,20 +1,20 @@
 //! A packet for a slot: if it comes from the slot's backend, it goes to the slot's client.
 
 use crate::{
-    black_box::{Happening, Note, state},
     checksum::{Delta, sum64},
-    flow::{Clock, Family, Slot},
-    forward::close,
-    frame::Frame,
-    headers::{Be16, tcp_flag},
-    layout::{Backend, Config, Listener, NextHop, PORTS},
-    maps::Maps,
+    context::{self, Context},
+    disposition::Disposition,
+    flight_recorder::{FlowEvent, Note, state},
+    flow::{claimer::Clock, close::close, family::Family, slot::Slot},
+    headers::tcp_flag,
+    layout::{Backend, Listener, NextHop},
     meta::{BACKEND_TOLD, Kind, Meta, RESET},
+    next_hop::learned,
     outcome::{Event, Outcome},
     parse::{self, Ports},
-    process::{self, Context, Done},
     rewrite,
-    transition::{self, Step},
+    subprograms::Subprograms,
+    transition::{self, Transition},
     witness,
 };
 
@@ -23,39 +23,39 @@ const NAMED_BACKENDS: u8 = 12;
 
 /// Sends a backend's packet to the client whose slot it names.
 #[inline(always)]
-pub fn reply<A: Family, F: Frame, M: Maps>(
-    frame: &mut F,
-    maps: &M,
+pub fn reply<A: Family, S: Subprograms>(
+    frame: &mut S::Frame,
+    maps: &S,
     context: &Context<'_>,
     slot: Slot,
-) -> Done {
+) -> Disposition {
     let Some(ways) = A::set(maps, slot.set) else {
-        return Done::NOT_OURS;
+        return Disposition::NOT_OURS;
     };
     // Asked for before the slot is looked at: both lines may be far away, and so they come together.
     let return_hop = A::return_hop(maps, slot).map_or(0, |index| index.load());
     let meta = Meta(A::meta(ways, slot.way).load());
     let Some(backend) = maps.backend(meta.backend()) else {
-        return stranger::<A, M>(maps, context);
+        return unknown_slot::<A, S>(maps, context);
     };
     let from_backend = backend.family == A::NUMBER
         && backend.address == context.packet.source
         && backend.port == context.ports.source;
     if !from_backend || !meta.is_live() {
-        return stranger::<A, M>(maps, context);
+        return unknown_slot::<A, S>(maps, context);
     }
     let (address, port, listener_id) = A::parts(A::load(ways, slot.way));
     // A claimer may have come between: the slot is another flow's now.
     if !Meta(A::meta(ways, slot.way).load()).same_owner(meta) {
-        return stranger::<A, M>(maps, context);
+        return unknown_slot::<A, S>(maps, context);
     }
     let Some(listener) = maps.listener(listener_id) else {
-        return Done::NOT_OURS;
+        return Disposition::NOT_OURS;
     };
     let client = Client { backend, listener, listener_id, address, port, slot, return_hop };
-    match step::<A, F, M>(frame, maps, context, ways, meta, &client) {
+    match send::<A, S>(frame, maps, context, ways, meta, &client) {
         Ok(done) => done,
-        Err(outcome) => Done::with(outcome, listener.service),
+        Err(outcome) => Disposition::with(outcome, listener.service),
     }
 }
 
@@ -73,22 +73,23 @@ struct Client<'a> {
 impl Client<'_> {
     /// A note about its flow, whose word is `meta`.
     #[inline(always)]
-    fn note<A: Family>(&self, happening: Happening, meta: Meta) -> Note {
+    fn note<A: Family>(&self, event: FlowEvent, meta: Meta) -> Note {
         let tuple = (self.address, self.port, self.listener_id);
-        Note::new::<A>(happening, tuple).of(meta.backend()).at(self.slot).detail(state(meta))
+        Note::new::<A>(event, tuple).of(meta.backend()).at(self.slot).detail(state(meta))
     }
 }
 
+/// A packet of the flow's own backend.
 #[inline(always)]
-fn step<A: Family, F: Frame, M: Maps>(
-    frame: &mut F,
-    maps: &M,
+fn send<A: Family, S: Subprograms>(
+    frame: &mut S::Frame,
+    maps: &S,
     context: &Context<'_>,
     ways: &A::Set,
     mut meta: Meta,
     client: &Client<'_>,
-) -> Result<Done, Outcome> {
-    process::check::<A, F>(frame, &context.packet)?;
+) -> Result<Disposition, Outcome> {
+    context::check::<A, S>(frame, &context.packet)?;
     let segment = parse::segment(frame, &context.packet);
     if !segment.valid {
         return Err(Outcome::Malformed);
@@ -100,52 +101,55 @@ fn step<A: Family, F: Frame, M: Maps>(
         witness::hear(client.backend, clock.jiffies);
     }
     match transition::backend(meta, &segment) {
-        Step::Set(flags) => {
+        Transition::SetFlags(flags) => {
             let before = Meta(word.fetch_or(flags));
             // Of two that see it at the same time one notes it.
             if segment.has(tcp_flag::RST) && !before.has(flags) {
-                maps.note(client.note::<A>(Happening::ResetByBackend, meta));
+                maps.note(client.note::<A>(FlowEvent::ResetByBackend, meta));
             }
             meta = before.with(flags);
         }
-        Step::Finish { flag, other, closed } => {
+        Transition::Fin { flag, other, closed } => {
             let before = Meta(word.fetch_or(flag));
             if !before.has(other) && !before.has(flag) {
-                maps.note(client.note::<A>(Happening::ClosedByBackend, meta));
+                maps.note(client.note::<A>(FlowEvent::ClosedByBackend, meta));
             }
             meta = close(word, before.with(flag), other, closed);
         }
-        Step::Become(next) => {
+        Transition::Enter(next) => {
             if word.compare_exchange(meta.0, next.0) == meta.0 {
                 if meta.is(Kind::HalfOpen) {
-                    maps.note(client.note::<A>(Happening::Established, meta));
+                    maps.note(client.note::<A>(FlowEvent::Established, meta));
                     maps.count_event(service, Event::FlowEstablished);
                 }
                 meta = next;
             }
         }
-        Step::Refused => {
+        Transition::ConnectionRefused => {
             client.backend.refused.store(clock.jiffies);
-            second_chance::<A, M>(maps, context, word, meta, client)?;
+            second_chance::<A, S>(maps, context, word, meta, client)?;
         }
-        Step::Answer => {
+        Transition::AnswerWithReset => {
             word.compare_exchange(meta.0, meta.with(BACKEND_TOLD).0);
             return Err(Outcome::ResetBackend);
         }
-        Step::Keep | Step::Reopen | Step::Retry | Step::Return => {}
+        Transition::Unchanged
+        | Transition::NewConnection
+        | Transition::SynRetransmitted
+        | Transition::SynAfterReset => {}
     }
     // Not in every unit: the client's next packet is to find it old, and to look where it came from.
     if meta.age(clock.seen) >= 2 {
         word.store_high(clock.seen);
     }
-    transmit::<A, F, M>(frame, maps, context, client)
+    transmit::<A, S>(frame, maps, context, client)
 }
 
 /// A backend refused a SYN. Once, the flow moves to another backend and the client hears nothing: its own next SYN
 /// goes there. Otherwise the refusal is the answer.
 #[inline(always)]
-fn second_chance<A: Family, M: Maps>(
-    maps: &M,
+fn second_chance<A: Family, S: Subprograms>(
+    maps: &S,
     context: &Context<'_>,
     word: &crate::cell::Cell32,
     meta: Meta,
@@ -156,36 +160,37 @@ fn second_chance<A: Family, M: Maps>(
         let hash = A::hash(&context.config.key, tuple);
         let other = maps.another::<A>(client.listener.service, hash, meta.backend());
         if other != 0 && word.compare_exchange(meta.0, meta.on(other).with(RESET).0) == meta.0 {
-            maps.note(client.note::<A>(Happening::SecondChance, meta).other(other));
+            maps.note(client.note::<A>(FlowEvent::SecondChance, meta).other(other));
             maps.count_flow(other);
             return Err(Outcome::SecondChance);
         }
     }
     if word.compare_exchange(meta.0, meta.without(RESET).become_kind(Kind::ClosedByClient).0) == meta.0 {
-        maps.note(client.note::<A>(Happening::RefusedByBackend, meta));
+        maps.note(client.note::<A>(FlowEvent::RefusedByBackend, meta));
     }
     Ok(())
 }
 
 /// Sends the packet to the client, by the way its own packets came.
 #[inline(always)]
-fn transmit<A: Family, F: Frame, M: Maps>(
-    frame: &mut F,
-    maps: &M,
+fn transmit<A: Family, S: Subprograms>(
+    frame: &mut S::Frame,
+    maps: &S,
     context: &Context<'_>,
     client: &Client<'_>,
-) -> Result<Done, Outcome> {
+) -> Result<Disposition, Outcome> {
     let translation = to_client(context, client.listener, client.address, client.port);
     let service = client.listener.service;
     let hop = match learned(maps, client.return_hop) {
-        NextHop::UNKNOWN => NextHop(frame.routed(A::NUMBER, client.address)),
+        NextHop::UNKNOWN => NextHop(maps.routed(frame, A::NUMBER, client.address)),
         hop => hop,
     };
     if hop == NextHop::UNKNOWN {
         return Err(Outcome::NextHopUnknown);
     }
-    let interface = rewrite::send(frame, context.config, &context.link, &context.packet, &translation, hop)?;
-    Ok(Done::leaving(Outcome::Replied, service, interface))
+    let interface =
+        rewrite::send::<S>(frame, context.config, &context.link, &context.packet, &translation, hop)?;
+    Ok(Disposition::leaving(Outcome::Replied, service, interface))
 }
 
 /// What a backend's packet becomes on its way to the client at `address` (words) and `port` (word).
@@ -212,47 +217,20 @@ fn to_client(
     }
 }
 
-/// The way back that the client's packets taught, if any is known.
-#[inline(always)]
-pub fn learned<M: Maps>(maps: &M, return_hop: u16) -> NextHop {
-    if return_hop == 0 {
-        return NextHop::UNKNOWN;
-    }
-    NextHop(maps.learned_hop(return_hop).map_or(0, |hop| hop.load()))
-}
-
-/// The way back by the routing table, see [`NextHop`]: for clients whose neighbour could not be remembered.
-#[inline(always)]
-pub fn routed<F: Frame>(frame: &mut F, config: &Config, family: u8, address: [u64; 2]) -> u64 {
-    let Some(route) = frame.route(family, address) else {
-        return 0;
-    };
-    for index in 0..PORTS {
-        if index as u32 >= config.port_count {
-            break;
-        }
-        let port = &config.ports[index];
-        if port.interface == route.interface && port.mac == route.source_mac {
-            return NextHop::new(route.mac, index as u16).0;
-        }
-    }
-    0
-}
-
 /// A packet to a slot that is not its own: the network stack's, whose RST it is to give if it is anybody's. Counted
 /// when a backend of ours sent it: another load balancer may own the VIP, too.
 #[inline(always)]
-fn stranger<A: Family, M: Maps>(maps: &M, context: &Context<'_>) -> Done {
+fn unknown_slot<A: Family, S: Subprograms>(maps: &S, context: &Context<'_>) -> Disposition {
     if maps.is_backend(A::NUMBER, context.packet.source, context.ports.source) {
-        Done::with(Outcome::ReplyUnknown, 0)
+        Disposition::with(Outcome::ReplyUnknown, 0)
     } else {
-        Done::NOT_OURS
+        Disposition::NOT_OURS
     }
 }
 
 /// Is this the address (words) and port (word) of one of the first backends?
 #[inline(always)]
-pub fn is_backend<M: Maps>(maps: &M, family: u8, address: [u64; 2], port: u16) -> bool {
+pub fn is_backend<S: Subprograms>(maps: &S, family: u8, address: [u64; 2], port: u16) -> bool {
     let Some(config) = maps.config() else {
         return false;
     };
@@ -268,10 +246,4 @@ pub fn is_backend<M: Maps>(maps: &M, family: u8, address: [u64; 2], port: u16) -
         }
     }
     false
-}
-
-/// The slot's SNAT port as a word.
-#[inline(always)]
-pub fn port_word(slot: Slot) -> u16 {
-    Be16::new(slot.port()).word()
 }

@@ -4,9 +4,10 @@ use crate::{
     checksum::{Delta, sum64},
     frame::Frame,
     headers::{Be16, Be32, Be64, Ethernet, Ipv4, Ipv6, MacPair, Tcp},
-    layout::{Config, NextHop, PORTS, family},
+    layout::{Config, INTERFACES, NextHop, family},
     outcome::Outcome,
     parse::{Link, Packet, Ports},
+    subprograms::Subprograms,
 };
 
 /// What a packet's addresses become.
@@ -31,8 +32,8 @@ pub const fn endpoint_sum(address: [u64; 2], port: u16) -> u32 {
 
 /// Rewrites a TCP packet and readies it for its next hop. Returns the index of the interface to leave by.
 #[inline(always)]
-pub fn send<F: Frame>(
-    frame: &mut F,
+pub fn send<S: Subprograms>(
+    frame: &mut S::Frame,
     config: &Config,
     link: &Link,
     packet: &Packet,
@@ -44,7 +45,7 @@ pub fn send<F: Frame>(
     tcp.destination = Be16::from_word(translation.ports.destination);
     tcp.checksum = Be16::from_word(translation.delta.apply(tcp.checksum.word()));
     network(frame, packet, translation.source, translation.destination).ok_or(Outcome::Malformed)?;
-    deliver(frame, config, link, hop)
+    deliver::<S>(frame, config, link, hop)
 }
 
 /// Rewrites the network header: addresses, and one hop less to live.
@@ -81,16 +82,21 @@ pub fn network<F: Frame>(
 
 /// Readies the Ethernet header and VLAN tags for the next hop. Returns the index of the interface to leave by.
 #[inline(always)]
-pub fn deliver<F: Frame>(frame: &mut F, config: &Config, link: &Link, hop: NextHop) -> Result<u32, Outcome> {
-    let port = &config.ports[usize::from(hop.port()) % PORTS];
+pub fn deliver<S: Subprograms>(
+    frame: &mut S::Frame,
+    config: &Config,
+    link: &Link,
+    hop: NextHop,
+) -> Result<u32, Outcome> {
+    let interface = &config.interfaces[usize::from(hop.interface()) % INTERFACES];
     let untagged = size_of::<Ethernet>();
-    if (link.network != untagged || port.tag_count != 0)
-        && !frame.retag(config, link.network, link.kind, hop.port())
+    if (link.network != untagged || interface.tag_count != 0)
+        && !S::retag(frame, config, link.network, link.kind, hop.interface())
     {
         return Err(Outcome::NoRoom);
     }
-    write_macs(frame, hop.mac(), port.mac).ok_or(Outcome::NoRoom)?;
-    Ok(port.interface)
+    write_macs(frame, hop.mac(), interface.mac).ok_or(Outcome::NoRoom)?;
+    Ok(interface.index)
 }
 
 /// Writes destination and source of a frame.
@@ -100,19 +106,19 @@ pub fn write_macs<F: Frame>(frame: &mut F, destination: u64, source: u64) -> Opt
     Some(())
 }
 
-/// Gives a frame, whose network header of EtherType `kind` begins at `network`, the tags of port number `port` in
+/// Gives a frame, whose network header of EtherType `kind` begins at `network`, the tags of interface number `interface` in
 /// place of its own. The addresses in front are to be written afterwards.
 #[inline(always)]
-pub fn retag<F: Frame>(frame: &mut F, config: &Config, network: usize, kind: u16, port: u16) -> bool {
-    let port = &config.ports[usize::from(port) % PORTS];
+pub fn retag<F: Frame>(frame: &mut F, config: &Config, network: usize, kind: u16, interface: u16) -> bool {
+    let interface = &config.interfaces[usize::from(interface) % INTERFACES];
     let had = network as i32 - size_of::<Ethernet>() as i32;
-    let needs = port.tag_count as i32 * 4;
+    let needs = interface.tag_count as i32 * 4;
     if had != needs && !frame.grow_front(needs - had) {
         return false;
     }
     let mut offset = size_of::<Ethernet>() - 2;
-    for (number, tag) in port.tags.iter().enumerate() {
-        if number as u32 >= port.tag_count {
+    for (number, tag) in interface.tags.iter().enumerate() {
+        if number as u32 >= interface.tag_count {
             break;
         }
         let Some(place) = frame.at::<Be32>(offset) else {

@@ -1,8 +1,11 @@
 //! What a segment makes of its flow's state. Pure: the caller does the atomic part.
 //!
-//! RST, FIN and SYN are not believed on their own: anyone can forge them, and a backend ignores one that is out of
-//! its window (RFC 5961 §3). They are noted, the flow goes on being forwarded, and only a segment that the backend
-//! sends *after* the handshake proves anything. So a forged segment frees nothing.
+//! The states are those of RFC 9293 §3.3.2 as far as a third party can tell them apart: *half-open* is SYN-SENT and
+//! SYN-RECEIVED, *closed by* one of the two ends is TIME-WAIT at that end, and *killed* is CLOSED at both.
+//!
+//! RST, FIN and SYN are not believed on their own: anyone can forge them, and a backend ignores one that is outside its
+//! window (RFC 5961 §3). They are noted, and the flow goes on being forwarded. Only a segment that the backend sends
+//! *after* the handshake proves anything. So a forged segment frees nothing.
 
 use crate::{
     headers::tcp_flag,
@@ -13,122 +16,145 @@ use crate::{
 /// Units (about seconds) without a segment after which a slot that saw a RST may be reused.
 pub const RESET_QUARANTINE: u16 = 10;
 
-/// What to do with the slot's word.
+/// What a segment does to the slot's word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// Nothing.
-    Keep,
-    /// Set flags.
-    Set(u32),
-    /// Set this side's FIN flag; if the other side's is set already, the flow becomes that kind of closed.
-    Finish {
+pub enum Transition {
+    /// The state stays.
+    Unchanged,
+    /// The state stays; these flags are set.
+    SetFlags(u32),
+    /// A FIN: this side's flag is set. If the other side's is set already, both have closed.
+    Fin {
         /// This side's flag.
         flag: u32,
         /// The other side's.
         other: u32,
-        /// What the flow becomes when both are set.
+        /// The state when both are set.
         closed: Kind,
     },
-    /// Exchange the word for this one, if it has not changed.
-    Become(Meta),
-    /// A SYN takes the slot for a new flow of the same tuple.
-    Reopen,
-    /// A SYN goes on to its backend; if that takes no new flows any more, to another.
-    Retry,
-    /// A SYN on a slot that saw a RST a moment ago: on to its backend, which knows whether the RST was real; but a new
-    /// flow if that backend takes no new ones any more. (A client that closes in a hurry ends with a RST, has no
-    /// TIME_WAIT, and uses its port again within seconds.)
-    Return,
-    /// A backend refused a SYN: another one may not.
-    Refused,
-    /// The flow was reset on purpose: the segment is answered with a RST.
-    Answer,
+    /// The word becomes this one, if it has not changed since it was examined.
+    Enter(Meta),
+    /// A SYN in TIME-WAIT or CLOSED: a new flow of the same tuple takes the slot.
+    NewConnection,
+    /// A SYN in SYN-SENT: sent to the flow's backend again; if that takes no new flows any more, to another.
+    SynRetransmitted,
+    /// A SYN a moment after a RST: sent to the flow's backend, which knows whether the RST was real; but a new flow if
+    /// that backend takes no new ones any more. (A client that closes in a hurry ends with a RST, has no TIME-WAIT, and
+    /// uses its port again within seconds.)
+    SynAfterReset,
+    /// The backend's RST in SYN-SENT: it refused the SYN. Another backend may not.
+    ConnectionRefused,
+    /// A segment in CLOSED: the flow was reset on purpose, and the segment is answered with a RST.
+    AnswerWithReset,
 }
 
 /// After a segment of the client.
 #[inline(always)]
 #[must_use]
-pub const fn client(meta: Meta, segment: &Segment, now: u16) -> Step {
+pub const fn client(meta: Meta, segment: &Segment, now: u16) -> Transition {
+    // CLOSED (RFC 9293 §3.10.7.1).
     if meta.is(Kind::Killed) {
-        return if segment.opens() { Step::Reopen } else { killed(segment, Step::Keep) };
+        return if segment.opens() {
+            Transition::NewConnection
+        } else {
+            closed(segment, Transition::Unchanged)
+        };
     }
+    // SYN received.
     if segment.opens() {
         return if meta.is(Kind::HalfOpen) {
-            Step::Retry
+            // SYN-SENT, SYN-RECEIVED: the client has had no answer.
+            Transition::SynRetransmitted
         } else if meta.is_closed() || (meta.has(RESET) && meta.age(now) >= RESET_QUARANTINE) {
-            Step::Reopen
+            // TIME-WAIT (§3.10.7.4: a new SYN may reopen the connection).
+            Transition::NewConnection
         } else if meta.has(RESET) {
-            Step::Return
+            Transition::SynAfterReset
         } else {
-            Step::Keep
+            // ESTABLISHED: the backend answers with a challenge ACK (RFC 5961 §4).
+            Transition::Unchanged
         };
     }
+    // RST received.
     if segment.has(tcp_flag::RST) {
-        // All that is heard of the end of a flow to a backend that is this host, whose own segments are not seen.
+        // SYN-SENT: all that is heard of the end of a flow to a backend that is this host, whose own segments are not seen.
         let unanswered = meta.is(Kind::HalfOpen) && !meta.has(SYN_ACK);
         return if meta.is(Kind::Established) && !meta.has(RESET) {
-            Step::Set(RESET)
+            Transition::SetFlags(RESET)
         } else if unanswered && !meta.has(CLIENT_FIN) {
-            Step::Set(CLIENT_FIN)
+            Transition::SetFlags(CLIENT_FIN)
         } else {
-            Step::Keep
+            Transition::Unchanged
         };
     }
+    // FIN received.
     if segment.has(tcp_flag::FIN) && !meta.has(CLIENT_FIN) && !meta.is_closed() {
-        return Step::Finish { flag: CLIENT_FIN, other: BACKEND_FIN, closed: Kind::ClosedByBackend };
+        return Transition::Fin { flag: CLIENT_FIN, other: BACKEND_FIN, closed: Kind::ClosedByBackend };
     }
+    // SYN-RECEIVED, ACK received: the client has had the SYN-ACK.
     if meta.is(Kind::HalfOpen) && meta.has(SYN_ACK) && !meta.has(CLIENT_ACK) && segment.has(tcp_flag::ACK) {
-        return Step::Set(CLIENT_ACK);
+        return Transition::SetFlags(CLIENT_ACK);
     }
-    Step::Keep
+    Transition::Unchanged
 }
 
 /// After a segment of the backend.
 #[inline(always)]
 #[must_use]
-pub const fn backend(meta: Meta, segment: &Segment) -> Step {
+pub const fn backend(meta: Meta, segment: &Segment) -> Transition {
+    // CLOSED (RFC 9293 §3.10.7.1).
     if meta.is(Kind::Killed) {
-        return killed(segment, Step::Become(meta.with(BACKEND_TOLD)));
+        return closed(segment, Transition::Enter(meta.with(BACKEND_TOLD)));
     }
+    // RST received.
     if segment.has(tcp_flag::RST) {
         return if meta.is(Kind::HalfOpen) && !meta.has(SYN_ACK) {
-            Step::Refused
+            // SYN-SENT (§3.10.7.3).
+            Transition::ConnectionRefused
         } else if !meta.is_closed() && !meta.has(RESET) {
-            Step::Set(RESET)
+            Transition::SetFlags(RESET)
         } else {
-            Step::Keep
+            Transition::Unchanged
         };
     }
+    // SYN-ACK received.
     if segment.has(tcp_flag::SYN) {
-        return if meta.is(Kind::HalfOpen) && !meta.has(SYN_ACK) { Step::Set(SYN_ACK) } else { Step::Keep };
+        return if meta.is(Kind::HalfOpen) && !meta.has(SYN_ACK) {
+            Transition::SetFlags(SYN_ACK)
+        } else {
+            Transition::Unchanged
+        };
     }
-    // The proof, whatever else the segment says: the FIN of a backend that answers and closes is one, too.
+    // SYN-RECEIVED, any segment after the client's ACK: the backend is in ESTABLISHED. A FIN proves it as well: that of a
+    // backend that answers and closes.
     if meta.is(Kind::HalfOpen) && meta.has(SYN_ACK | CLIENT_ACK) {
-        return Step::Become(meta.become_kind(Kind::Established).without(RESET));
+        return Transition::Enter(meta.become_kind(Kind::Established).without(RESET));
     }
+    // FIN received.
     if segment.has(tcp_flag::FIN) {
         return if !meta.has(BACKEND_FIN) && !meta.is_closed() {
-            Step::Finish { flag: BACKEND_FIN, other: CLIENT_FIN, closed: Kind::ClosedByClient }
+            Transition::Fin { flag: BACKEND_FIN, other: CLIENT_FIN, closed: Kind::ClosedByClient }
         } else {
-            Step::Keep
+            Transition::Unchanged
         };
     }
+    // ESTABLISHED, a segment after a RST: the RST was not believed by its receiver.
     if meta.is(Kind::Established) && meta.has(RESET) {
-        return Step::Become(meta.without(RESET));
+        return Transition::Enter(meta.without(RESET));
     }
-    // Both FINs seen, and yet the backend has more to say: one of them was not its own. Where it was a RST that nobody
-    // contradicted for a while, whatever the backend says does: a bare ACK answers a keepalive.
+    // TIME-WAIT, and the backend sends data: one of the two FINs was forged. Where a RST that was not contradicted for a
+    // while closed the flow, any segment of the backend reopens it: a bare ACK answers a keepalive.
     if meta.is_closed() && (segment.payload > 0 || meta.is_closed_by_reset()) {
-        return Step::Become(meta.become_kind(Kind::Established).without(BACKEND_FIN | RESET));
+        return Transition::Enter(meta.become_kind(Kind::Established).without(BACKEND_FIN | RESET));
     }
-    Step::Keep
+    Transition::Unchanged
 }
 
-/// After a segment of a flow that was reset on purpose. A RST is never answered, but sent on: it is what the other side
-/// should hear, too. The backend's own says that it has forgotten the flow, which is `told`.
+/// After a segment of a flow that was reset on purpose. A RST is never answered (RFC 9293 §3.10.7.1), but sent on: the
+/// other side should hear it. The backend's own RST says that it has forgotten the flow: that is `on_reset`.
 #[inline(always)]
-const fn killed(segment: &Segment, told: Step) -> Step {
-    if segment.has(tcp_flag::RST) { told } else { Step::Answer }
+const fn closed(segment: &Segment, on_reset: Transition) -> Transition {
+    if segment.has(tcp_flag::RST) { on_reset } else { Transition::AnswerWithReset }
 }
 
 #[cfg(test)]
@@ -146,24 +172,27 @@ mod tests {
         Segment { valid: true, flags, sequence: 1, acknowledgement: 1, payload }
     }
 
-    /// The word after a step, as one CPU alone would leave it.
-    fn apply(meta: Meta, step: Step) -> Meta {
-        match step {
-            Step::Keep | Step::Retry | Step::Return | Step::Answer => meta,
-            Step::Set(flags) => meta.with(flags),
-            Step::Finish { flag, other, closed } if meta.has(other) => meta.with(flag).become_kind(closed),
-            Step::Finish { flag, .. } => meta.with(flag),
-            Step::Become(next) => next,
-            Step::Reopen => Meta::new(Kind::HalfOpen, meta.backend(), meta.seen()),
-            Step::Refused => meta.become_kind(Kind::ClosedByClient),
+    /// The word after a transition, as one CPU alone would leave it.
+    fn apply(meta: Meta, transition: Transition) -> Meta {
+        match transition {
+            Transition::Unchanged
+            | Transition::SynRetransmitted
+            | Transition::SynAfterReset
+            | Transition::AnswerWithReset => meta,
+            Transition::SetFlags(flags) => meta.with(flags),
+            Transition::Fin { flag, other, closed } if meta.has(other) => meta.with(flag).become_kind(closed),
+            Transition::Fin { flag, .. } => meta.with(flag),
+            Transition::Enter(next) => next,
+            Transition::NewConnection => Meta::new(Kind::HalfOpen, meta.backend(), meta.seen()),
+            Transition::ConnectionRefused => meta.become_kind(Kind::ClosedByClient),
         }
     }
 
     fn after(mut meta: Meta, story: &[(char, u8, usize)]) -> Meta {
         for (side, flags, payload) in story {
             let segment = segment(*flags, *payload);
-            let step = if *side == 'c' { client(meta, &segment, 0) } else { backend(meta, &segment) };
-            meta = apply(meta, step);
+            let transition = if *side == 'c' { client(meta, &segment, 0) } else { backend(meta, &segment) };
+            meta = apply(meta, transition);
         }
         meta
     }
@@ -229,19 +258,19 @@ mod tests {
 
     #[test]
     fn a_client_may_give_up_in_the_handshake_and_keep_its_slot() {
-        assert_eq!(client(HALF_OPEN, &segment(RST, 0), 0), Step::Set(CLIENT_FIN));
-        assert_eq!(client(HALF_OPEN.with(SYN_ACK), &segment(RST, 0), 0), Step::Keep);
-        assert_eq!(client(HALF_OPEN, &segment(SYN, 0), 0), Step::Retry);
+        assert_eq!(client(HALF_OPEN, &segment(RST, 0), 0), Transition::SetFlags(CLIENT_FIN));
+        assert_eq!(client(HALF_OPEN.with(SYN_ACK), &segment(RST, 0), 0), Transition::Unchanged);
+        assert_eq!(client(HALF_OPEN, &segment(SYN, 0), 0), Transition::SynRetransmitted);
     }
 
     #[test]
     fn a_closed_slot_is_reopened_by_its_own_tuple() {
         for kind in [Kind::ClosedByClient, Kind::ClosedByBackend] {
-            assert_eq!(client(Meta::new(kind, 7, 0), &segment(SYN, 0), 1), Step::Reopen);
+            assert_eq!(client(Meta::new(kind, 7, 0), &segment(SYN, 0), 1), Transition::NewConnection);
         }
         let reset = Meta::new(Kind::Established, 7, 0).with(RESET);
-        assert_eq!(client(reset, &segment(SYN, 0), RESET_QUARANTINE - 1), Step::Return);
-        assert_eq!(client(reset, &segment(SYN, 0), RESET_QUARANTINE), Step::Reopen);
+        assert_eq!(client(reset, &segment(SYN, 0), RESET_QUARANTINE - 1), Transition::SynAfterReset);
+        assert_eq!(client(reset, &segment(SYN, 0), RESET_QUARANTINE), Transition::NewConnection);
     }
 
     const KILLED: Meta = Meta::new(Kind::Killed, 7, 0);
@@ -249,14 +278,18 @@ mod tests {
     #[test]
     fn both_sides_of_a_killed_flow_are_answered_and_a_rst_never_is() {
         for flags in [0, ACK, FIN | ACK, SYN | ACK, FIN, 0x18] {
-            assert_eq!(client(KILLED, &segment(flags, 3), 0), Step::Answer, "{flags:#x}");
-            assert_eq!(backend(KILLED, &segment(flags, 3)), Step::Answer, "{flags:#x}");
+            assert_eq!(client(KILLED, &segment(flags, 3), 0), Transition::AnswerWithReset, "{flags:#x}");
+            assert_eq!(backend(KILLED, &segment(flags, 3)), Transition::AnswerWithReset, "{flags:#x}");
         }
         for flags in [RST, RST | ACK, RST | SYN] {
-            assert_eq!(client(KILLED, &segment(flags, 0), 0), Step::Keep);
-            assert_eq!(backend(KILLED, &segment(flags, 0)), Step::Become(KILLED.with(BACKEND_TOLD)));
+            assert_eq!(client(KILLED, &segment(flags, 0), 0), Transition::Unchanged);
+            assert_eq!(backend(KILLED, &segment(flags, 0)), Transition::Enter(KILLED.with(BACKEND_TOLD)));
         }
-        assert_eq!(client(KILLED, &segment(SYN, 0), 0), Step::Reopen, "the same tuple begins anew");
+        assert_eq!(
+            client(KILLED, &segment(SYN, 0), 0),
+            Transition::NewConnection,
+            "the same tuple begins anew"
+        );
     }
 
     proptest! {

@@ -15,12 +15,13 @@ mod programs {
     use lb_common::{
         bench::{FLOWS, PACKET, Place, Plan, call, client, direction},
         checksum::Delta,
+        destination,
         flow::{Family, V4, V6},
         frame::Frame as _,
         headers::{Be16, Be32, Be64, Ethernet, Ipv4, Ipv6, Tcp},
         maps::Maps as _,
         meta::Meta,
-        process,
+        tables::FlowTables as _,
     };
     use lb_ebpf::{frame::XdpFrame, maps::KernelMaps};
 
@@ -81,7 +82,7 @@ mod programs {
 
     #[inline(always)]
     fn write(context: &XdpContext, plan: &Plan, flow: u32) -> Option<()> {
-        let frame = &mut XdpFrame::new(context);
+        let frame = &mut XdpFrame::new(context.ctx);
         let start = frame.at::<[[u8; 8]; PACKET / 8]>(0)?;
         for (place, word) in start.iter_mut().zip(&plan.packet) {
             // SAFETY: a live reference. Volatile, or LLVM calls memcpy, a loop over bytes.
@@ -108,7 +109,7 @@ mod programs {
 
     /// Sets the last four bytes of the source address. Returns where the TCP header is.
     #[inline(always)]
-    fn set_source(frame: &mut XdpFrame<'_>, ipv6: bool, last: Be32) -> Option<usize> {
+    fn set_source(frame: &mut XdpFrame, ipv6: bool, last: Be32) -> Option<usize> {
         if ipv6 {
             let header = frame.at::<Ipv6>(NETWORK)?;
             header.source[1] = last_four(header.source[1], last);
@@ -123,7 +124,7 @@ mod programs {
 
     /// Sets the last four bytes of the destination address. Returns where the TCP header is.
     #[inline(always)]
-    fn set_destination(frame: &mut XdpFrame<'_>, ipv6: bool, last: Be32) -> Option<usize> {
+    fn set_destination(frame: &mut XdpFrame, ipv6: bool, last: Be32) -> Option<usize> {
         if ipv6 {
             let header = frame.at::<Ipv6>(NETWORK)?;
             header.destination[1] = last_four(header.destination[1], last);
@@ -146,19 +147,19 @@ mod programs {
     #[inline(always)]
     fn free(context: &XdpContext, ipv6: bool, chosen: bool) -> Option<()> {
         let maps = KernelMaps::new()?;
-        let frame = &mut XdpFrame::new(context);
+        let frame = &mut XdpFrame::new(context.ctx);
         let config = maps.config()?;
         let word = if ipv6 {
             let header = frame.at::<Ipv6>(NETWORK)?;
             let address = if chosen { header.source } else { header.destination };
             let port = frame.at::<Tcp>(NETWORK + size_of::<Ipv6>())?.source.word();
-            let slot = process::slot::<V6, _>(&maps, config, address.map(Be64::word), port)?;
+            let slot = destination::slot::<V6, _>(&maps, config, address.map(Be64::word), port)?;
             V6::meta(maps.set6(slot.set)?, slot.way)
         } else {
             let header = frame.at::<Ipv4>(NETWORK)?;
             let address = if chosen { header.source } else { header.destination };
             let port = frame.at::<Tcp>(NETWORK + size_of::<Ipv4>())?.source.word();
-            let slot = process::slot::<V4, _>(&maps, config, [u64::from(address.word()), 0], port)?;
+            let slot = destination::slot::<V4, _>(&maps, config, [u64::from(address.word()), 0], port)?;
             V4::meta(maps.set4(slot.set)?, slot.way)
         };
         word.store(if chosen { Meta::FREE.0 } else { word.load() });

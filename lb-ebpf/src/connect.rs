@@ -24,8 +24,8 @@ use lb_common::{
 };
 
 use crate::{
+    barrier::barrier_var,
     maps::{KernelMaps, count_connect},
-    subprograms::{self, laundered},
 };
 
 /// Lets the system call go on.
@@ -222,7 +222,7 @@ fn decide(context: &SockAddrContext, maps: &KernelMaps, first: u16, family: u8, 
     // SAFETY: the helpers take the kernel's context, and nothing.
     let (own, random) =
         unsafe { (bpf_get_netns_cookie(context.sock_addr.cast()) == hook.network, bpf_get_prandom_u32()) };
-    let verdict = laundered(subprograms::map_connect(listener.into(), own.into(), random.into()));
+    let verdict = barrier_var(map_connect(listener.into(), own.into(), random.into()));
     let verdict = Verdict::from_word(verdict as u32);
     if verdict.is_refused() {
         count_connect(verdict.service(), Event::ConnectRefused);
@@ -276,7 +276,13 @@ fn dialled(context: &SockAddrContext) -> Option<&Dialled> {
 }
 
 /// See [`connect::verdict`].
-#[inline(always)]
-pub(crate) fn verdict(listener: u16, own_network: bool, random: u32) -> Verdict {
-    KernelMaps::new().map_or(Verdict::NOT_OURS, |maps| connect::verdict(&maps, listener, own_network, random))
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn map_connect(listener: u64, own_network: u64, random: u64) -> u64 {
+    KernelMaps::new()
+        .map_or(Verdict::NOT_OURS, |maps| {
+            connect::verdict(&maps, listener as u16, own_network != 0, random as u32)
+        })
+        .word()
+        .into()
 }

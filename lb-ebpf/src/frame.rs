@@ -3,54 +3,63 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{
-    EbpfContext as _,
-    bindings::{BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibParameters},
+    bindings::{BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibParameters, xdp_md},
     helpers::{bpf_fib_lookup, bpf_xdp_adjust_head, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len},
-    programs::XdpContext,
 };
 use lb_common::{
     frame::{Frame, Plain, Route},
-    layout::{Config, family},
+    layout::family,
 };
 
-use crate::subprograms::{self, laundered};
-
 /// The linear part of an XDP packet: in a packet of several fragments, the first; headers are always there.
-pub struct XdpFrame<'a> {
-    context: &'a XdpContext,
+pub struct XdpFrame {
+    context: *mut xdp_md,
     start: usize,
     end: usize,
 }
 
-impl<'a> XdpFrame<'a> {
+impl XdpFrame {
     /// The packet of a program's context.
     #[inline(always)]
-    pub fn new(context: &'a XdpContext) -> Self {
+    pub fn new(context: *mut xdp_md) -> Self {
         let (start, end) = bounds(context);
         Self { context, start, end }
+    }
+
+    /// The kernel's context of this packet.
+    #[inline(always)]
+    #[must_use]
+    pub const fn context(&self) -> *mut xdp_md {
+        self.context
+    }
+
+    /// Reads the packet's bounds again, after another function has moved them.
+    #[inline(always)]
+    pub fn reload_bounds(&mut self) {
+        (self.start, self.end) = bounds(self.context);
     }
 
     /// Bytes of all pieces of the frame.
     #[inline(always)]
     fn whole_length(&self) -> usize {
         // SAFETY: our own context.
-        unsafe { bpf_xdp_get_buff_len(self.context.as_ptr().cast()) as usize }
+        unsafe { bpf_xdp_get_buff_len(self.context.cast()) as usize }
     }
 }
 
 /// First byte, and the one after the last.
 #[inline(always)]
-fn bounds(context: &XdpContext) -> (usize, usize) {
+fn bounds(context: *mut xdp_md) -> (usize, usize) {
     // SAFETY: the context is the one the kernel called us with. Volatile: otherwise LLVM passes data_end on to
     // functions as the u32 it is in the context, and the verifier takes it for a number.
     unsafe {
-        let start = (&raw const (*context.ctx).data).read_volatile();
-        let end = (&raw const (*context.ctx).data_end).read_volatile();
+        let start = (&raw const (*context).data).read_volatile();
+        let end = (&raw const (*context).data_end).read_volatile();
         (start as usize, end as usize)
     }
 }
 
-impl Frame for XdpFrame<'_> {
+impl Frame for XdpFrame {
     #[inline(always)]
     fn at<T: Plain>(&mut self, offset: usize) -> Option<&mut T> {
         let place = self.start + offset;
@@ -64,7 +73,8 @@ impl Frame for XdpFrame<'_> {
 
     #[inline(always)]
     fn interface(&self) -> u32 {
-        self.context.ingress_ifindex() as u32
+        // SAFETY: our own context.
+        unsafe { (*self.context).ingress_ifindex }
     }
 
     #[inline(always)]
@@ -87,7 +97,7 @@ impl Frame for XdpFrame<'_> {
         }
         // SAFETY: our own context, and a parameter block with its true size.
         let result = unsafe {
-            bpf_fib_lookup(self.context.as_ptr(), &raw mut *parameters, size_of::<FibParameters>() as i32, 0)
+            bpf_fib_lookup(self.context.cast(), &raw mut *parameters, size_of::<FibParameters>() as i32, 0)
         };
         if result != i64::from(BPF_FIB_LKUP_RET_SUCCESS) {
             return None;
@@ -97,35 +107,6 @@ impl Frame for XdpFrame<'_> {
             source_mac: mac_number(&parameters.smac),
             mac: mac_number(&parameters.dmac),
         })
-    }
-
-    #[inline(always)]
-    fn tags(&mut self) -> u64 {
-        laundered(subprograms::frame_tags(self.context.ctx))
-    }
-
-    #[inline(always)]
-    fn routed(&mut self, family: u8, address: [u64; 2]) -> u64 {
-        let [high, low] = address;
-        laundered(subprograms::frame_routed(self.context.ctx, family.into(), high, low))
-    }
-
-    #[inline(always)]
-    fn option_sum(&mut self, offset: usize, end: usize) -> u64 {
-        laundered(subprograms::frame_option_sum(self.context.ctx, offset as u64, end as u64))
-    }
-
-    #[inline(always)]
-    fn retag(&mut self, _: &Config, network: usize, kind: u16, port: u16) -> bool {
-        let (network, kind, port) = (network as u64, kind.into(), port.into());
-        let done = laundered(subprograms::frame_retag(self.context.ctx, network, kind, port));
-        (self.start, self.end) = bounds(self.context);
-        done != 0
-    }
-
-    #[inline(always)]
-    fn upper_layer(&mut self, transport: usize, next: u8) -> u64 {
-        laundered(subprograms::frame_upper_layer(self.context.ctx, transport as u64, next.into()))
     }
 
     #[inline(always)]
@@ -142,8 +123,8 @@ impl Frame for XdpFrame<'_> {
     #[inline(always)]
     fn grow_front(&mut self, bytes: i32) -> bool {
         // SAFETY: our own context; the bounds are read again.
-        let result = unsafe { bpf_xdp_adjust_head(self.context.as_ptr().cast(), -bytes) };
-        (self.start, self.end) = bounds(self.context);
+        let result = unsafe { bpf_xdp_adjust_head(self.context.cast(), -bytes) };
+        self.reload_bounds();
         result == 0
     }
 
@@ -151,8 +132,8 @@ impl Frame for XdpFrame<'_> {
     fn truncate(&mut self, length: usize) -> bool {
         let bytes = self.whole_length() as i32 - length as i32;
         // SAFETY: our own context; the bounds are read again.
-        let result = unsafe { bpf_xdp_adjust_tail(self.context.as_ptr().cast(), -bytes) };
-        (self.start, self.end) = bounds(self.context);
+        let result = unsafe { bpf_xdp_adjust_tail(self.context.cast(), -bytes) };
+        self.reload_bounds();
         result == 0
     }
 }

@@ -4,6 +4,8 @@
 #![cfg_attr(target_arch = "bpf", no_std, feature(asm_experimental_arch))]
 
 #[cfg(target_arch = "bpf")]
+pub mod barrier;
+#[cfg(target_arch = "bpf")]
 pub mod connect;
 #[cfg(target_arch = "bpf")]
 pub mod follow;

@@ -3,9 +3,9 @@
 
 use aya_ebpf::{Global, bindings::xdp_md, helpers::bpf_get_prandom_u32, programs::XdpContext};
 use aya_log_ebpf::info;
-use lb_common::process::Done;
+use lb_common::disposition::Disposition;
 
-use crate::subprograms::laundered;
+use crate::barrier::barrier_var;
 
 /// One packet in this many and one, a power of two; `u32::MAX`: none.
 #[unsafe(no_mangle)]
@@ -13,9 +13,9 @@ static LOG_MASK: Global<u32> = Global::new(u32::MAX);
 
 /// Logs what became of a packet, now and then.
 #[inline(always)]
-pub fn sample(context: &XdpContext, done: Done) {
+pub fn sample(context: &XdpContext, done: Disposition) {
     if LOG_MASK.load() != u32::MAX {
-        laundered(log_packet(context.ctx, done.word()));
+        barrier_var(log_packet(context.ctx, done.word()));
     }
 }
 
@@ -25,7 +25,7 @@ pub fn sample(context: &XdpContext, done: Done) {
 extern "C" fn log_packet(context: *mut xdp_md, done: u64) -> u64 {
     // SAFETY: a helper that takes nothing.
     if unsafe { bpf_get_prandom_u32() } & LOG_MASK.load() == 0 {
-        let (context, done) = (XdpContext::new(context), Done::from_word(done));
+        let (context, done) = (XdpContext::new(context), Disposition::from_word(done));
         let from = context.ingress_ifindex() as u32;
         info!(
             &context,

@@ -14,21 +14,20 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use lb_common::{
-    black_box::{self, Note, RECORDS_MIN, Record},
     cell::{Cell8, Cell16, Cell64},
-    flow::{Choice, Claim, Claimer, Family, Found, Query, Slot},
-    hash::FlowHash,
+    flight_recorder::{self, Note, RECORDS_MIN, Record},
+    flow::Family,
     layout::{
         AllowKey, BACKENDS, Backend, Config, Control, FOLLOWED, Followed, Listener, NEXT_HOPS, OverflowMarks,
-        PORTS, ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES,
-        Service, Set4, Set6, WAYS, allow_key, family,
+        ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, Service, Set4, Set6, WAYS,
+        allow_key,
     },
-    maps::{Maps, Step},
-    meta::Meta,
+    maps::{LoopBody, Maps},
     outcome::{COUNTERS, Counter, Event},
+    tables::FlowTables,
 };
 
-use crate::subprograms::{self, laundered};
+use crate::barrier::{barrier_index, barrier_var};
 
 const MAPPED: usize = BPF_F_MMAPABLE as usize;
 /// Sets of one SNAT address: the loader multiplies these maps by the number of addresses.
@@ -103,94 +102,16 @@ impl KernelMaps {
 
 impl Maps for KernelMaps {
     #[inline(always)]
-    fn opaque(&self, number: u32) -> u32 {
-        laundered(number.into()) as u32
+    fn barrier_var(&self, number: u32) -> u32 {
+        barrier_var(number.into()) as u32
     }
 
     #[inline(always)]
-    fn repeat<S: Step>(&self, count: u32, step: &mut S) {
-        // SAFETY: the helper calls the callback with `step`, which outlives the call.
+    fn repeat<B: LoopBody>(&self, count: u32, body: &mut B) {
+        // SAFETY: the helper calls the callback with `body`, which outlives the call.
         unsafe {
-            bpf_loop(count, callback::<S> as *mut c_void, (&raw mut *step).cast(), 0);
+            bpf_loop(count, callback::<B> as *mut c_void, (&raw mut *body).cast(), 0);
         }
-    }
-
-    #[inline(always)]
-    fn find_listener(&self, family: u8, address: [u64; 2], port: u16) -> u16 {
-        let [high, low] = address;
-        laundered(subprograms::map_listener(family.into(), high, low, port.into())) as u16
-    }
-
-    #[inline(always)]
-    fn snat_index<F: Family>(&self, address: [u64; 2]) -> Option<u32> {
-        let [high, low] = address;
-        let index = laundered(subprograms::map_snat_index(F::NUMBER.into(), high, low));
-        (index < SNAT_ADDRESSES as u64).then_some(index as u32)
-    }
-
-    #[inline(always)]
-    fn arrival(&self, interface: u32, vlan: u32, mac: u64) -> Option<u16> {
-        let port = laundered(subprograms::map_arrival(interface.into(), vlan.into(), mac));
-        (port < PORTS as u64).then_some(port as u16)
-    }
-
-    #[inline(always)]
-    fn another<F: Family>(&self, service: u16, hash: FlowHash, refused: u8) -> u8 {
-        let (service, family) = (service.into(), F::NUMBER.into());
-        laundered(subprograms::map_another(family, service, hash.0, refused.into())) as u8
-    }
-
-    #[inline(always)]
-    fn learn(&self, hop: u64) -> u16 {
-        laundered(subprograms::map_learn(hop)) as u16
-    }
-
-    #[inline(always)]
-    fn is_backend(&self, family: u8, address: [u64; 2], port: u16) -> bool {
-        let [high, low] = address;
-        laundered(subprograms::map_is_backend(family.into(), high, low, port.into())) != 0
-    }
-
-    #[inline(always)]
-    fn find_in<F: Family>(&self, query: &Query<F::Tuple>, candidates: u32, except: Slot) -> Found {
-        let except = Found::new(except, Meta::FREE).word();
-        let query = (&raw const *query).cast::<()>();
-        Found::from_word(laundered(if F::NUMBER == family::IPV4 {
-            subprograms::flow4_find(query.cast(), candidates, except)
-        } else {
-            subprograms::flow6_find(query.cast(), candidates, except)
-        }))
-    }
-
-    #[inline(always)]
-    fn claim_free<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer) -> Claim {
-        let query = (&raw const *query).cast::<()>();
-        Claim::from_word(laundered(if F::NUMBER == family::IPV4 {
-            subprograms::flow4_claim_free(query.cast(), claimer)
-        } else {
-            subprograms::flow6_claim_free(query.cast(), claimer)
-        }))
-    }
-
-    #[inline(always)]
-    fn choose<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer) -> Choice {
-        let query = (&raw const *query).cast::<()>();
-        Choice::from_word(laundered(if F::NUMBER == family::IPV4 {
-            subprograms::flow4_choose(query.cast(), claimer)
-        } else {
-            subprograms::flow6_choose(query.cast(), claimer)
-        }))
-    }
-
-    #[inline(always)]
-    fn take<F: Family>(&self, query: &Query<F::Tuple>, claimer: &Claimer, found: Found) -> Claim {
-        let found = found.word();
-        let query = (&raw const *query).cast::<()>();
-        Claim::from_word(laundered(if F::NUMBER == family::IPV4 {
-            subprograms::flow4_take(query.cast(), claimer, found)
-        } else {
-            subprograms::flow6_take(query.cast(), claimer, found)
-        }))
     }
 
     #[inline(always)]
@@ -201,7 +122,7 @@ impl Maps for KernelMaps {
     #[inline(always)]
     fn first_listener(&self, port: u16) -> u16 {
         // The verifier knows nothing of a number whose bytes were swapped.
-        self.control.classifier.listeners[(checked(port.into()) & 0xffff) as usize].load()
+        self.control.classifier.listeners[(barrier_index(port.into()) & 0xffff) as usize].load()
     }
 
     #[inline(always)]
@@ -251,7 +172,7 @@ impl Maps for KernelMaps {
     #[inline(always)]
     fn allows(&self, service: u16, client: [u64; 2]) -> bool {
         let [high, low] = client;
-        laundered(subprograms::map_allows(service.into(), high, low)) != 0
+        barrier_var(map_allows(service.into(), high, low)) != 0
     }
 
     #[inline(always)]
@@ -275,9 +196,11 @@ impl Maps for KernelMaps {
     #[inline(always)]
     fn note(&self, note: Note) {
         let [high, low] = note.address;
-        laundered(subprograms::map_note(high, low, note.what, note.other.into()));
+        barrier_var(map_note(high, low, note.what, note.other.into()));
     }
+}
 
+impl FlowTables for KernelMaps {
     #[inline(always)]
     fn set4(&self, index: u32) -> Option<&Set4> {
         FLOW4.get(index)
@@ -291,25 +214,25 @@ impl Maps for KernelMaps {
     #[inline(always)]
     fn return_hop4(&self, set: u32, way: u32) -> Option<&Cell16> {
         let hops = RETURN_HOP4.get(set)?;
-        Some(&hops.ways[checked(way) as usize % WAYS])
+        Some(&hops.ways[barrier_index(way) as usize % WAYS])
     }
 
     #[inline(always)]
     fn return_hop6(&self, set: u32, way: u32) -> Option<&Cell16> {
         let hops = RETURN_HOP6.get(set)?;
-        Some(&hops.ways[checked(way) as usize % WAYS])
+        Some(&hops.ways[barrier_index(way) as usize % WAYS])
     }
 
     #[inline(always)]
     fn overflow4(&self, set: u32) -> Option<&Cell8> {
         let marks = OVERFLOW4.get(set / 8)?;
-        Some(&marks.sets[checked(set) as usize % 8])
+        Some(&marks.sets[barrier_index(set) as usize % 8])
     }
 
     #[inline(always)]
     fn overflow6(&self, set: u32) -> Option<&Cell8> {
         let marks = OVERFLOW6.get(set / 8)?;
-        Some(&marks.sets[checked(set) as usize % 8])
+        Some(&marks.sets[barrier_index(set) as usize % 8])
     }
 }
 
@@ -391,40 +314,35 @@ fn add(count: *mut u64, number: u64) {
 /// verifier knows nothing.
 #[inline(always)]
 fn entry<T, const COUNT: usize>(entries: &[T; COUNT], id: u16) -> Option<&T> {
-    entries.get(laundered(id.into()) as usize)
+    entries.get(barrier_var(id.into()) as usize)
 }
 
 /// What `bpf_loop` calls.
-extern "C" fn callback<S: Step>(index: u64, step: *mut S) -> i64 {
-    // SAFETY: the step that `repeat` was called with; nobody else has it meanwhile.
-    i64::from(unsafe { &mut *step }.step(index as u32))
+extern "C" fn callback<B: LoopBody>(index: u64, body: *mut B) -> i64 {
+    // SAFETY: the body that `repeat` was called with; nothing else uses it meanwhile.
+    i64::from(unsafe { &mut *body }.run(index as u32))
 }
 
-/// An index, known only after the map's value was found to be there: otherwise LLVM adds it to the pointer first, and
-/// the verifier allows no arithmetic on a pointer that may be null.
-#[inline(always)]
-fn checked(index: u32) -> u32 {
-    let mut index = index;
-    // SAFETY: moves a register onto itself. (Without an instruction two source lines would share one, which the
-    // kernel refuses.)
-    unsafe { core::arch::asm!("{0} = {0}", inout(wreg) index, options(nomem, nostack)) };
-    index
-}
+// Two accessors are functions of their own: what they put on the stack is then not on the stack of their callers.
 
-/// Is the client in one of the service's prefixes?
-#[inline(always)]
-pub fn allows(service: u16, client: [u64; 2]) -> bool {
+/// Is the client (IPv4 mapped) in one of the service's prefixes? 1 or 0.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn map_allows(service: u64, high: u64, low: u64) -> u64 {
     let bits = 8 * size_of::<AllowKey>() as u32;
-    ALLOW.get(&Key::new(bits, allow_key(service, client))).is_some()
+    ALLOW.get(&Key::new(bits, allow_key(service as u16, [high, low]))).is_some().into()
 }
 
-/// Writes into this CPU's ring of the black box.
-#[inline(always)]
-pub fn note(note: &Note) {
+/// Writes a [`Note`], in its parts, into this CPU's ring of the flight recorder.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn map_note(high: u64, low: u64, what: u64, other: u64) -> u64 {
+    let note = Note { address: [high, low], what, other: other as u8 };
     let bits = BLACK_BOX_BITS.load() & 31;
     // SAFETY: takes nothing; inlined by the kernel.
     let ring = unsafe { bpf_get_smp_processor_id() } << bits;
-    black_box::append(|place| BLACK_BOX.get(ring + place), bits, note, jiffies());
+    flight_recorder::append(|place| BLACK_BOX.get(ring + place), bits, &note, jiffies());
+    0
 }
 
 /// Leaves the tick counter where the daemon can read it.

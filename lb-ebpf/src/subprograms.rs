@@ -1,72 +1,199 @@
-//! Functions that the verifier looks at on their own, once, whatever the state of their callers.
+//! Functions that the verifier checks on their own, once, whatever the state of their callers; and
+//! [`Subprograms`], by which the steps call them.
 //!
 //! The searches through forty ways would otherwise be followed again for every path that leads to them. For this they
 //! have to be global functions: exported symbols that take numbers and pointers to structures and return a number
-//! (kernel ≥ 5.18 with all that is used here; `Documentation/bpf/verifier.rst` calls them global subprograms). A pointer that is null is
-//! answered as "nothing found"; ours never are, but the verifier does not know our callers.
+//! (kernel ≥ 5.18 with all that is used here; `Documentation/bpf/verifier.rst` calls them global subprograms). A pointer
+//! that is null is answered as "nothing found"; ours never are, but the verifier does not know our callers.
 
-use aya_ebpf::{bindings::xdp_md, programs::XdpContext};
+use aya_ebpf::bindings::xdp_md;
 use lb_common::{
-    black_box::Note,
-    flow::{Choice, Claim, Claimer, Family, Found, Query, V4, V6, choose, claim_free, find_in, take},
+    class::Class,
+    destination,
+    disposition::Disposition,
+    flow::{Choice, Claim, Claimer, Family, Found, Query, Slot, V4, V6, choose, claim_free, find_in, take},
     forward,
     hash::FlowHash,
     icmp,
-    layout::{PORTS, SNAT_ADDRESSES, family},
+    layout::{Config, INTERFACES, SNAT_ADDRESSES, family},
     maps::Maps as _,
-    next_hop, parse,
-    process::{self, Class, Done, segments},
-    refuse, reply, rewrite,
+    meta::Meta,
+    next_hop, parse, pipeline, refuse, reply, rewrite,
+    subprograms::Subprograms,
 };
 
-use crate::{
-    connect,
-    frame::XdpFrame,
-    maps::{self, KernelMaps},
-};
+use crate::{barrier::barrier_var, frame::XdpFrame, maps::KernelMaps};
 
-/// A subprogram's result, as the verifier sees it: any number. LLVM knows the callee and would leave out the masks that
-/// keep the number in bounds.
-#[inline(always)]
-pub(crate) fn laundered(result: u64) -> u64 {
-    let mut result = result;
-    // SAFETY: moves a register onto itself.
-    unsafe { core::arch::asm!("{0} = {0}", inout(reg) result, options(nomem, nostack)) };
-    result
+impl Subprograms for KernelMaps {
+    type Frame = XdpFrame;
+
+    #[inline(always)]
+    fn find_listener(&self, family: u8, address: [u64; 2], port: u16) -> u16 {
+        let [high, low] = address;
+        barrier_var(map_listener(family.into(), high, low, port.into())) as u16
+    }
+
+    #[inline(always)]
+    fn snat_index<A: Family>(&self, address: [u64; 2]) -> Option<u32> {
+        let [high, low] = address;
+        let index = barrier_var(map_snat_index(A::NUMBER.into(), high, low));
+        (index < SNAT_ADDRESSES as u64).then_some(index as u32)
+    }
+
+    #[inline(always)]
+    fn arrival(&self, interface: u32, vlan: u32, mac: u64) -> Option<u16> {
+        let number = barrier_var(map_arrival(interface.into(), vlan.into(), mac));
+        (number < INTERFACES as u64).then_some(number as u16)
+    }
+
+    #[inline(always)]
+    fn another<A: Family>(&self, service: u16, hash: FlowHash, refused: u8) -> u8 {
+        let (service, family) = (service.into(), A::NUMBER.into());
+        barrier_var(map_another(family, service, hash.0, refused.into())) as u8
+    }
+
+    #[inline(always)]
+    fn learn(&self, hop: u64) -> u16 {
+        barrier_var(map_learn(hop)) as u16
+    }
+
+    #[inline(always)]
+    fn is_backend(&self, family: u8, address: [u64; 2], port: u16) -> bool {
+        let [high, low] = address;
+        barrier_var(map_is_backend(family.into(), high, low, port.into())) != 0
+    }
+
+    #[inline(always)]
+    fn find_in<A: Family>(&self, query: &Query<A::Tuple>, candidates: u32, except: Slot) -> Found {
+        let except = Found::new(except, Meta::FREE).word();
+        let query = (&raw const *query).cast::<()>();
+        Found::from_word(barrier_var(if A::NUMBER == family::IPV4 {
+            flow4_find(query.cast(), candidates, except)
+        } else {
+            flow6_find(query.cast(), candidates, except)
+        }))
+    }
+
+    #[inline(always)]
+    fn claim_free<A: Family>(&self, query: &Query<A::Tuple>, claimer: &Claimer) -> Claim {
+        let query = (&raw const *query).cast::<()>();
+        Claim::from_word(barrier_var(if A::NUMBER == family::IPV4 {
+            flow4_claim_free(query.cast(), claimer)
+        } else {
+            flow6_claim_free(query.cast(), claimer)
+        }))
+    }
+
+    #[inline(always)]
+    fn choose<A: Family>(&self, query: &Query<A::Tuple>, claimer: &Claimer) -> Choice {
+        let query = (&raw const *query).cast::<()>();
+        Choice::from_word(barrier_var(if A::NUMBER == family::IPV4 {
+            flow4_choose(query.cast(), claimer)
+        } else {
+            flow6_choose(query.cast(), claimer)
+        }))
+    }
+
+    #[inline(always)]
+    fn take<A: Family>(&self, query: &Query<A::Tuple>, claimer: &Claimer, found: Found) -> Claim {
+        let found = found.word();
+        let query = (&raw const *query).cast::<()>();
+        Claim::from_word(barrier_var(if A::NUMBER == family::IPV4 {
+            flow4_take(query.cast(), claimer, found)
+        } else {
+            flow6_take(query.cast(), claimer, found)
+        }))
+    }
+
+    #[inline(always)]
+    fn tags(frame: &mut XdpFrame) -> u64 {
+        barrier_var(frame_tags(frame.context()))
+    }
+
+    #[inline(always)]
+    fn upper_layer(frame: &mut XdpFrame, transport: usize, next: u8) -> u64 {
+        barrier_var(frame_upper_layer(frame.context(), transport as u64, next.into()))
+    }
+
+    #[inline(always)]
+    fn option_sum(frame: &mut XdpFrame, offset: usize, end: usize) -> u64 {
+        barrier_var(frame_option_sum(frame.context(), offset as u64, end as u64))
+    }
+
+    #[inline(always)]
+    fn retag(frame: &mut XdpFrame, _: &Config, network: usize, kind: u16, interface: u16) -> bool {
+        let (network, kind, interface) = (network as u64, kind.into(), interface.into());
+        let done = barrier_var(frame_retag(frame.context(), network, kind, interface));
+        frame.reload_bounds();
+        done != 0
+    }
+
+    #[inline(always)]
+    fn routed(&self, frame: &mut XdpFrame, family: u8, address: [u64; 2]) -> u64 {
+        let [high, low] = address;
+        barrier_var(frame_routed(frame.context(), family.into(), high, low))
+    }
+
+    #[inline(always)]
+    fn segments<A: Family>(&self, frame: &mut XdpFrame, class: Class) -> Disposition {
+        let (context, class) = (frame.context(), class.word());
+        Disposition::from_word(barrier_var(if A::NUMBER == family::IPV4 {
+            frame4_segments(context, class)
+        } else {
+            frame6_segments(context, class)
+        }))
+    }
+
+    #[inline(always)]
+    fn translate_icmp<A: Family>(&self, frame: &mut XdpFrame) -> Disposition {
+        let context = frame.context();
+        Disposition::from_word(barrier_var(if A::NUMBER == family::IPV4 {
+            frame4_icmp(context)
+        } else {
+            frame6_icmp(context)
+        }))
+    }
+
+    #[inline(always)]
+    fn refuse<A: Family>(frame: &mut XdpFrame, refused: Disposition) -> Disposition {
+        let (context, refused) = (frame.context(), refused.word());
+        Disposition::from_word(barrier_var(if A::NUMBER == family::IPV4 {
+            frame4_refuse(context, refused)
+        } else {
+            frame6_refuse(context, refused)
+        }))
+    }
 }
 
 /// See [`parse::tags`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn frame_tags(context: *mut xdp_md) -> u64 {
-    parse::tags(&mut XdpFrame::new(&XdpContext::new(context)))
+extern "C" fn frame_tags(context: *mut xdp_md) -> u64 {
+    parse::tags(&mut XdpFrame::new(context))
 }
 
 /// See [`parse::upper_layer`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn frame_upper_layer(context: *mut xdp_md, transport: u64, next: u64) -> u64 {
+extern "C" fn frame_upper_layer(context: *mut xdp_md, transport: u64, next: u64) -> u64 {
     let transport = transport as usize & 0x3fff;
-    parse::upper_layer(&mut XdpFrame::new(&XdpContext::new(context)), transport, next as u8)
+    parse::upper_layer(&mut XdpFrame::new(context), transport, next as u8)
 }
 
 /// See [`parse::option_sum`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn frame_option_sum(context: *mut xdp_md, offset: u64, end: u64) -> u64 {
+extern "C" fn frame_option_sum(context: *mut xdp_md, offset: u64, end: u64) -> u64 {
     let (offset, end) = (offset as usize & 0xff, end as usize & 0xff);
-    parse::option_sum(&mut XdpFrame::new(&XdpContext::new(context)), offset, end)
+    parse::option_sum(&mut XdpFrame::new(context), offset, end)
 }
 
-/// See [`reply::routed`].
+/// See [`next_hop::routed`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn frame_routed(context: *mut xdp_md, family: u64, high: u64, low: u64) -> u64 {
+extern "C" fn frame_routed(context: *mut xdp_md, family: u64, high: u64, low: u64) -> u64 {
     match KernelMaps::new().as_ref().and_then(KernelMaps::config) {
-        Some(config) => {
-            let context = XdpContext::new(context);
-            reply::routed(&mut XdpFrame::new(&context), config, family as u8, [high, low])
-        }
+        Some(config) => next_hop::routed(&mut XdpFrame::new(context), config, family as u8, [high, low]),
         None => 0,
     }
 }
@@ -74,61 +201,53 @@ pub(crate) extern "C" fn frame_routed(context: *mut xdp_md, family: u64, high: u
 /// See [`rewrite::retag`]: 1 or 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn frame_retag(context: *mut xdp_md, network: u64, kind: u64, port: u64) -> u64 {
+extern "C" fn frame_retag(context: *mut xdp_md, network: u64, kind: u64, interface: u64) -> u64 {
     match KernelMaps::new().as_ref().and_then(KernelMaps::config) {
         Some(config) => {
-            let context = XdpContext::new(context);
-            let frame = &mut XdpFrame::new(&context);
-            rewrite::retag(frame, config, network as usize & 0xff, kind as u16, port as u16).into()
+            let frame = &mut XdpFrame::new(context);
+            rewrite::retag(frame, config, network as usize & 0xff, kind as u16, interface as u16).into()
         }
         None => 0,
     }
 }
 
-/// See [`process::listener`].
+/// See [`destination::listener`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn map_listener(family: u64, high: u64, low: u64, port: u64) -> u64 {
+extern "C" fn map_listener(family: u64, high: u64, low: u64, port: u64) -> u64 {
     KernelMaps::new()
-        .map_or(0, |maps| process::listener(&maps, family as u8, [high, low], port as u16))
+        .map_or(0, |maps| destination::listener(&maps, family as u8, [high, low], port as u16))
         .into()
 }
 
-/// See [`process::snat_index`]; [`SNAT_ADDRESSES`] for none.
+/// See [`destination::snat_index`]; [`SNAT_ADDRESSES`] for none.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn map_snat_index(family_number: u64, high: u64, low: u64) -> u64 {
+extern "C" fn map_snat_index(family_number: u64, high: u64, low: u64) -> u64 {
     let Some(maps) = KernelMaps::new() else {
         return SNAT_ADDRESSES as u64;
     };
     let index = if family_number == u64::from(family::IPV4) {
-        process::snat_index::<V4, _>(&maps, [high, low])
+        destination::snat_index::<V4, _>(&maps, [high, low])
     } else {
-        process::snat_index::<V6, _>(&maps, [high, low])
+        destination::snat_index::<V6, _>(&maps, [high, low])
     };
     index.map_or(SNAT_ADDRESSES as u64, u64::from)
 }
 
-/// See [`process::arrival`]; [`PORTS`] for none.
+/// See [`destination::arrival`]; [`INTERFACES`] for none.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn map_arrival(interface: u64, vlan: u64, mac: u64) -> u64 {
+extern "C" fn map_arrival(interface: u64, vlan: u64, mac: u64) -> u64 {
     KernelMaps::new()
-        .and_then(|maps| process::arrival(&maps, interface as u32, vlan as u32, mac))
-        .map_or(PORTS as u64, u64::from)
-}
-
-/// See [`maps::allows`]: 1 or 0.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub(crate) extern "C" fn map_allows(service: u64, high: u64, low: u64) -> u64 {
-    maps::allows(service as u16, [high, low]).into()
+        .and_then(|maps| destination::arrival(&maps, interface as u32, vlan as u32, mac))
+        .map_or(INTERFACES as u64, u64::from)
 }
 
 /// See [`forward::another`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn map_another(family_number: u64, service: u64, hash: u64, refused: u64) -> u64 {
+extern "C" fn map_another(family_number: u64, service: u64, hash: u64, refused: u64) -> u64 {
     let (service, hash, refused) = (service as u16, FlowHash(hash), refused as u8);
     let Some(maps) = KernelMaps::new() else {
         return 0;
@@ -143,71 +262,57 @@ pub(crate) extern "C" fn map_another(family_number: u64, service: u64, hash: u64
 /// See [`next_hop::learn`].
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn map_learn(hop: u64) -> u64 {
+extern "C" fn map_learn(hop: u64) -> u64 {
     KernelMaps::new().map_or(0, |maps| next_hop::learn(&maps, hop)).into()
 }
 
 /// See [`reply::is_backend`]: 1 or 0.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) extern "C" fn map_is_backend(family: u64, high: u64, low: u64, port: u64) -> u64 {
+extern "C" fn map_is_backend(family: u64, high: u64, low: u64, port: u64) -> u64 {
     KernelMaps::new()
         .is_some_and(|maps| reply::is_backend(&maps, family as u8, [high, low], port as u16))
         .into()
 }
 
-/// See [`lb_common::connect::verdict`].
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub(crate) extern "C" fn map_connect(listener: u64, own_network: u64, random: u64) -> u64 {
-    connect::verdict(listener as u16, own_network != 0, random as u32).word().into()
-}
-
-/// See [`maps::note`].
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub(crate) extern "C" fn map_note(high: u64, low: u64, what: u64, other: u64) -> u64 {
-    maps::note(&Note { address: [high, low], what, other: other as u8 });
-    0
-}
-
 macro_rules! subprograms {
     ($family:ty, $find:ident, $free:ident, $choose:ident, $take:ident, $segments:ident, $icmp:ident, $refuse:ident) => {
-        /// See [`segments`].
+        /// See [`pipeline::segments`].
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub(crate) extern "C" fn $segments(context: *mut xdp_md, class: u64) -> u64 {
-            let context = XdpContext::new(context);
+        extern "C" fn $segments(context: *mut xdp_md, class: u64) -> u64 {
             let Some(maps) = KernelMaps::new() else {
-                return Done::NOT_OURS.word();
+                return Disposition::NOT_OURS.word();
             };
             let class = Class::from_word(class);
-            segments::<$family, _, _>(&mut XdpFrame::new(&context), &maps, class).word()
+            pipeline::segments::<$family, _>(&mut XdpFrame::new(context), &maps, class).word()
         }
 
         /// See [`icmp::translate`].
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub(crate) extern "C" fn $icmp(context: *mut xdp_md) -> u64 {
-            let context = XdpContext::new(context);
+        extern "C" fn $icmp(context: *mut xdp_md) -> u64 {
             let Some(maps) = KernelMaps::new() else {
-                return Done::NOT_OURS.word();
+                return Disposition::NOT_OURS.word();
             };
-            icmp::translate::<$family, _, _>(&mut XdpFrame::new(&context), &maps).word()
+            icmp::translate::<$family, _>(&mut XdpFrame::new(context), &maps).word()
         }
 
         /// See [`refuse::answer`].
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub(crate) extern "C" fn $refuse(context: *mut xdp_md, refused: u64) -> u64 {
-            let context = XdpContext::new(context);
-            refuse::answer::<$family, _>(&mut XdpFrame::new(&context), Done::from_word(refused)).word()
+        extern "C" fn $refuse(context: *mut xdp_md, refused: u64) -> u64 {
+            refuse::answer::<$family, KernelMaps>(
+                &mut XdpFrame::new(context),
+                Disposition::from_word(refused),
+            )
+            .word()
         }
 
         /// See [`find_in`]; `except` and the result are packed.
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub(crate) extern "C" fn $find(
+        extern "C" fn $find(
             query: *const Query<<$family as Family>::Tuple>,
             candidates: u32,
             except: u64,
@@ -223,10 +328,7 @@ macro_rules! subprograms {
         /// See [`claim_free`]; the result is packed.
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub(crate) extern "C" fn $free(
-            query: *const Query<<$family as Family>::Tuple>,
-            claimer: *const Claimer,
-        ) -> u64 {
+        extern "C" fn $free(query: *const Query<<$family as Family>::Tuple>, claimer: *const Claimer) -> u64 {
             // SAFETY: null, or the caller's structures.
             let (Some(query), Some(claimer)) = (unsafe { (query.as_ref(), claimer.as_ref()) }) else {
                 return Claim::UNDECIDED.word();
@@ -240,7 +342,7 @@ macro_rules! subprograms {
         /// See [`choose`]; the result is packed.
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub(crate) extern "C" fn $choose(
+        extern "C" fn $choose(
             query: *const Query<<$family as Family>::Tuple>,
             claimer: *const Claimer,
         ) -> u64 {
@@ -257,7 +359,7 @@ macro_rules! subprograms {
         /// See [`take`]; `found` and the result are packed.
         #[unsafe(no_mangle)]
         #[inline(never)]
-        pub(crate) extern "C" fn $take(
+        extern "C" fn $take(
             query: *const Query<<$family as Family>::Tuple>,
             claimer: *const Claimer,
             found: u64,

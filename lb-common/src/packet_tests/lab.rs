@@ -10,14 +10,14 @@ use etherparse::{
 
 use crate::{
     Outcome,
+    bytes::Bytes,
     flow::{self, Family, Found, Query, V4, V6},
-    frame::Bytes,
     headers::{Mac, tcp_flag},
-    layout::{NextHop, Port, WAYS, family},
+    layout::{Interface, NextHop, WAYS, family},
     memory::{Memory, port_word, words},
     meta::{Kind, Meta},
     outcome::{Action, Counter, Event},
-    process,
+    pipeline,
 };
 
 pub(super) const FIN: u8 = tcp_flag::FIN;
@@ -25,7 +25,7 @@ pub(super) const SYN: u8 = tcp_flag::SYN;
 pub(super) const RST: u8 = tcp_flag::RST;
 pub(super) const ACK: u8 = tcp_flag::ACK;
 
-/// Our own MAC address on both interfaces' ports.
+/// Our own MAC address where listeners are.
 pub(super) const OURS: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// On the interface where no listener is.
 pub(super) const OURS_BEHIND: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -37,7 +37,7 @@ pub(super) const FRONT: u32 = 7;
 /// An interface of ours where no listener is.
 pub(super) const BEHIND: u32 = 8;
 
-/// The ports, by index: interface and VLAN ids.
+/// Numbers of the interfaces: the kernel's interface and VLAN ids.
 pub(super) const PLAIN: u16 = 0;
 pub(super) const TAGGED: u16 = 1;
 pub(super) const DOUBLE_TAGGED: u16 = 2;
@@ -129,7 +129,10 @@ impl Lab {
             }
             let mac = Mac::new(mac).number();
             let tag_count = tags_of(index).len() as u32;
-            assert_eq!(memory.add_port(Port { interface, vlan, mac, tags, tag_count, reserved: 0 }), index);
+            assert_eq!(
+                memory.add_interface(Interface { index: interface, vlan, mac, tags, tag_count, reserved: 0 }),
+                index
+            );
         }
         let service = memory.add_service();
         let ids = VERSIONS.map(|version| {
@@ -214,8 +217,8 @@ impl Lab {
 
     /// Takes a packet through. Whatever becomes of it, what is passed is untouched, and what is sent is in order.
     pub(super) fn run(&self, interface: u32, packet: &[u8]) -> Ran {
-        let mut frame = Bytes::<2048>::new(packet, interface).expect("a packet that fits");
-        let done = process(&mut frame, &&self.memory);
+        let mut frame = Bytes::new(packet, interface).expect("a packet that fits");
+        let done = pipeline(&mut frame, &&self.memory);
         let outcome = done.outcome().expect("an outcome from the list");
         match outcome.action() {
             Action::Pass => assert_eq!(frame.bytes(), packet, "{outcome:?}: passed, but not untouched"),

@@ -129,8 +129,8 @@ proptest! {
             let length = bytes.len();
             bytes[offset % length] = value;
         }
-        let mut frame = crate::frame::Bytes::<2048>::new(&bytes, FRONT).unwrap();
-        let done = crate::process(&mut frame, &&lab.memory);
+        let mut frame = crate::bytes::Bytes::new(&bytes, FRONT).unwrap();
+        let done = crate::pipeline(&mut frame, &&lab.memory);
         match done.action() {
             Action::Pass => prop_assert_eq!(frame.bytes(), &bytes[..]),
             Action::Transmit => {

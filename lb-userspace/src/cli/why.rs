@@ -66,10 +66,10 @@ pub(super) fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let config = configuration(arguments.config.as_deref())?;
     let pin_dir = config.as_ref().map_or(Path::new(config::Dataplane::PIN_DIR), |it| &it.dataplane.pin_dir);
     let recorded = Recorded::open(pin_dir)?;
-    let Some(clock) = recorded.black_box.clock() else {
+    let Some(clock) = recorded.flight_recorder.clock() else {
         anyhow::bail!("nothing is written yet: the daemon is still starting");
     };
-    let rings = recorded.black_box.read();
+    let rings = recorded.flight_recorder.read();
     let names = names(&recorded, config.as_ref(), &arguments.socket);
     let time = |jiffies| clock.time(jiffies);
     let told = connections(rings.by_flow(|client| arguments.client.is(client)), &names, time);

@@ -7,7 +7,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use lb_common::black_box::Verdict;
+use lb_common::flight_recorder::ResetReason;
 use tokio::sync::oneshot;
 
 use super::{
@@ -186,7 +186,7 @@ impl Controller {
             tracing::info!(
                 "{name}, which was removed: the time to drain is over; the flows it still has are reset"
             );
-            self.end_flows_of(&backend, Verdict::Drained);
+            self.end_flows_of(&backend, ResetReason::Drained);
         }
     }
 
@@ -217,7 +217,7 @@ impl Controller {
                     "the flows it still has are reset"
                 };
                 self.tell_end_of_drain(&backend, end);
-                self.end_flows_of(&backend, Verdict::Drained);
+                self.end_flows_of(&backend, ResetReason::Drained);
             } else if self.resets.half_ends(backend.id) {
                 let end = "the flows of this host's processes are reset, those of others left to the host that has the VIP";
                 self.tell_end_of_drain(&backend, end);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use lb_common::layout::PORTS;
+use lb_common::layout::INTERFACES;
 
 use super::ControllerError;
 use crate::{
@@ -100,8 +100,8 @@ impl Ports {
         if let Some((number, ..)) = self.current().find(|(_, _, known)| same(known)) {
             return Ok(number);
         }
-        if self.entries.len() == PORTS {
-            return Err(format!("more than {PORTS} interfaces and VLANs"));
+        if self.entries.len() == INTERFACES {
+            return Err(format!("more than {INTERFACES} interfaces and VLANs"));
         }
         if !self.bases().contains(&port.index) {
             let name = network.interface(port.index).map_or_else(|_| "?".to_owned(), |found| found.name);

@@ -14,7 +14,7 @@ use std::{
 };
 
 use lb_common::{
-    black_box::{Silence, Verdict},
+    flight_recorder::{ResetReason, Silence},
     kill::KILLED_QUARANTINE,
 };
 
@@ -251,8 +251,8 @@ impl Controller {
         }
         if !before.local && may_have_forgotten(event, before) {
             tracing::debug!("asking about the flows of {}", before.name);
-            let verdict = if refuses(&event.report) { Verdict::Refuses } else { Verdict::Returned };
-            self.resets.begin(Work::Ask, Account::Asked(verdict), before, now);
+            let reason = if refuses(&event.report) { ResetReason::Refuses } else { ResetReason::Returned };
+            self.resets.begin(Work::Ask, Account::Asked(reason), before, now);
         }
     }
 
@@ -293,8 +293,8 @@ impl Controller {
     }
 
     /// Resets the flows that a backend has now, at the service's rate, and tells both of their ends.
-    pub(super) fn end_flows_of(&mut self, backend: &Backend, verdict: Verdict) {
-        self.resets.begin(Work::End, Account::Killed(verdict), backend, Instant::now());
+    pub(super) fn end_flows_of(&mut self, backend: &Backend, reason: ResetReason) {
+        self.resets.begin(Work::End, Account::Killed(reason), backend, Instant::now());
         self.end_sockets_of(backend.id);
     }
 
@@ -547,7 +547,7 @@ impl Controller {
 
     /// Writes down that an operator has reset these flows, and tells both of their ends.
     pub(super) fn tell_killed(&mut self, flows: Vec<Flow>, now: Instant) {
-        self.write_down(&flows, Account::Killed(Verdict::Operator));
+        self.write_down(&flows, Account::Killed(ResetReason::Operator));
         for flow in flows {
             self.tell_both(flow, now);
         }

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use lb_common::layout::PORTS;
+use lb_common::layout::INTERFACES;
 
 use super::{Controller, roster::Step};
 use crate::dataplane::{DataplaneError, Listener};
@@ -59,7 +59,7 @@ impl Controller {
                 Step::PlaceListener(id, service) => {
                     let address = self.roster.listeners()[&id].address;
                     // Also on ports that come later.
-                    self.dataplane.place_listener(id, &Listener { address, service }, PORTS);
+                    self.dataplane.place_listener(id, &Listener { address, service }, INTERFACES);
                 }
                 Step::MoveListener(id, service) => self.dataplane.move_listener(id, service),
                 Step::RetireListener(id) => {

@@ -44,7 +44,7 @@ impl Dataplane {
                 service: service_id(listener.service),
                 next: head,
                 // No packet comes from elsewhere for a loopback address: such a listener is the connect hook's.
-                ports: if loopback { 0 } else { (1u64 << ports).wrapping_sub(1) as u32 },
+                interfaces: if loopback { 0 } else { (1u64 << ports).wrapping_sub(1) as u32 },
                 sum: endpoint_sum(address, port),
             },
         );

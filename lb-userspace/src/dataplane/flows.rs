@@ -13,7 +13,9 @@ use lb_common::{
     transition::RESET_QUARANTINE,
 };
 
-use super::{BlackBox, Dataplane, DataplaneError, Mapped, black_box::forgotten, grace, snat::Moved};
+use super::{
+    Dataplane, DataplaneError, FlightRecorder, Mapped, flight_recorder::forgotten, grace, snat::Moved,
+};
 
 /// How long a handshake may take, and a proven flow that nobody finished: RFC 5382 REQ-5, the transitory timeout.
 const TRANSITORY: Duration = Duration::from_secs(240);
@@ -92,7 +94,7 @@ impl Dataplane {
     /// order.
     pub fn reap(&mut self, idle: &[Duration]) -> Result<Reaped, DataplaneError> {
         let jiffies = self.jiffies()?;
-        self.black_box.anchor(jiffies, self.ticks.frequency);
+        self.flight_recorder.anchor(jiffies, self.ticks.frequency);
         let now = (jiffies >> self.ticks.shift()) as u16;
         let idle: Vec<u16> = (0..self.listeners.len())
             .map(|id| {
@@ -123,7 +125,7 @@ impl Dataplane {
         let config = self.settings();
         let mut moved = [Moved::begin::<V4>(&config), Moved::begin::<V6>(&config)];
         let [moved4, moved6] = &mut moved;
-        let sweep = Sweep { config: &config, black_box: &self.black_box, round: &round };
+        let sweep = Sweep { config: &config, flight_recorder: &self.flight_recorder, round: &round };
         sweep.all::<V4>(&self.flows4, &mut reaped, &mut self.claims, moved4.as_mut());
         sweep.all::<V6>(&self.flows6, &mut reaped, &mut self.claims, moved6.as_mut());
         reaped.left = self.settle_snat_addresses(moved)?;
@@ -157,7 +159,7 @@ impl Dataplane {
 /// A look at every slot.
 struct Sweep<'a> {
     config: &'a Config,
-    black_box: &'a BlackBox,
+    flight_recorder: &'a FlightRecorder,
     round: &'a Round<'a>,
 }
 
@@ -206,7 +208,7 @@ impl Sweep<'_> {
             return meta;
         }
         if is_news(meta) {
-            self.black_box.note(&forgotten::<F>(tuple, slot, meta), self.round.jiffies);
+            self.flight_recorder.note(&forgotten::<F>(tuple, slot, meta), self.round.jiffies);
         }
         next
     }

@@ -164,7 +164,7 @@ impl Dataplane {
 
     fn ports(&self) -> Vec<Port> {
         let config = self.settings();
-        config.ports.iter().take(config.port_count as usize).map(Port::of_layout).collect()
+        config.interfaces.iter().take(config.interface_count as usize).map(Port::of_layout).collect()
     }
 }
 
@@ -190,13 +190,13 @@ impl Named {
 }
 
 impl Port {
-    fn of_layout(port: &layout::Port) -> Self {
+    fn of_layout(port: &layout::Interface) -> Self {
         let tag = |word: &u32| {
             let [p0, p1, i0, i1] = word.to_ne_bytes();
             (u16::from_be_bytes([p0, p1]), u16::from_be_bytes([i0, i1]))
         };
         Self {
-            interface: port.interface,
+            interface: port.index,
             tags: port.tags.iter().take(port.tag_count as usize).map(tag).collect(),
             mac: lb_common::headers::Mac::from_number(port.mac).bytes(),
         }

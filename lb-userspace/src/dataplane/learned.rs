@@ -19,7 +19,7 @@ impl Dataplane {
                 let hop = NextHop(self.next_hops.get(index)?.load());
                 (hop != NextHop::UNKNOWN).then(|| {
                     let mac = headers::Mac::from_number(hop.mac()).bytes();
-                    (index, mac, usize::from(hop.port()))
+                    (index, mac, usize::from(hop.interface()))
                 })
             })
             .collect()

@@ -5,10 +5,10 @@
 //! one word that makes them count, and what was taken out is not reused before a grace period is over.
 
 mod attach;
-mod black_box;
 mod change;
 mod clock;
 mod error;
+mod flight_recorder;
 mod flows;
 mod grace;
 mod hook;
@@ -41,7 +41,7 @@ use lb_common::{
     cell::Cell64,
     hash,
     layout::{
-        self, AllowKey, BACKENDS, LISTENERS, NextHop, OverflowMarks, PARTNERS, PORTS, ReturnHops,
+        self, AllowKey, BACKENDS, INTERFACES, LISTENERS, NextHop, OverflowMarks, PARTNERS, ReturnHops,
         SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Set4, Set6, WAYS, backend_flag, family,
     },
     maglev::{self, TABLE_SIZE},
@@ -51,10 +51,10 @@ use lb_common::{
 };
 
 pub use attach::{Attached, Mode, Target};
-pub use black_box::{Account, BlackBox, Clock, Entry, Rings, What};
 use clock::Reading;
 pub use clock::Ticks;
 pub use error::DataplaneError;
+pub use flight_recorder::{Account, Clock, Entry, FlightRecorder, Rings, What};
 pub use flows::Reaped;
 use grace::Grace;
 pub use grace::wait as wait_grace_period;
@@ -138,7 +138,7 @@ pub struct Dataplane {
     blocked: Mapped<u64>,
     next_hops: Mapped<Cell64>,
     clock: Mapped<u64>,
-    black_box: BlackBox,
+    flight_recorder: FlightRecorder,
     unattended: Duration,
     allow: LpmTrie<MapData, AllowKey, u32>,
     counters: PerCpuArray<MapData, u64>,
@@ -268,7 +268,7 @@ impl Dataplane {
             blocked: mapped(&mut ebpf, "BLOCKED")?,
             next_hops: mapped(&mut ebpf, "NEXT_HOP")?,
             clock: mapped(&mut ebpf, "CLOCK")?,
-            black_box: BlackBox::of(&mut ebpf)?,
+            flight_recorder: FlightRecorder::of(&mut ebpf)?,
             unattended: Duration::ZERO,
             allow: typed(&mut ebpf, "ALLOW")?,
             counters: typed(&mut ebpf, "COUNTER")?,
@@ -310,9 +310,9 @@ impl Dataplane {
             Some(ticks) => ticks,
             None => self.measure_ticks(&first)?,
         };
-        self.unattended = self.black_box.unattended(first.jiffies).unwrap_or_default();
+        self.unattended = self.flight_recorder.unattended(first.jiffies).unwrap_or_default();
         let now = self.jiffies()?;
-        self.black_box.anchor(now, self.ticks.frequency);
+        self.flight_recorder.anchor(now, self.ticks.frequency);
         self.ticks.apply(&mut config);
         self.config.write(0, config);
         Ok(())
@@ -367,15 +367,15 @@ impl Dataplane {
     /// Tells the program about interfaces and VLANs. Ports keep their numbers for as long as the daemon runs: new ones
     /// are to be appended.
     pub fn set_ports(&mut self, ports: &[Port]) -> Result<(), DataplaneError> {
-        if ports.len() > PORTS {
-            return Err(DataplaneError::TooMany { what: "interfaces and VLANs", limit: PORTS });
+        if ports.len() > INTERFACES {
+            return Err(DataplaneError::TooMany { what: "interfaces and VLANs", limit: INTERFACES });
         }
         let mut config = self.settings();
-        for (entry, port) in config.ports.iter_mut().zip(ports) {
+        for (entry, port) in config.interfaces.iter_mut().zip(ports) {
             *entry = port.layout();
         }
         // A packet may meet the count before the entry: one of zeros is no packet's.
-        config.port_count = ports.len() as u32;
+        config.interface_count = ports.len() as u32;
         self.config.write(0, config);
         Ok(())
     }
@@ -509,7 +509,7 @@ impl Dataplane {
 }
 
 impl Port {
-    fn layout(&self) -> layout::Port {
+    fn layout(&self) -> layout::Interface {
         let mut tags = [0; 2];
         let mut vlan = 0;
         for (place, (protocol, id)) in tags.iter_mut().zip(&self.tags) {
@@ -517,8 +517,8 @@ impl Port {
             *place = u32::from_ne_bytes([p0, p1, i0, i1]);
             vlan = vlan << 16 | u32::from(*id);
         }
-        layout::Port {
-            interface: self.interface,
+        layout::Interface {
+            index: self.interface,
             vlan,
             mac: lb_common::headers::Mac::new(self.mac).number(),
             tags,
@@ -593,7 +593,7 @@ fn definitions(object: &[u8], rooms: [usize; 2]) -> Result<BTreeMap<String, Defi
     let object = aya_obj::Object::parse(object)
         .map_err(|error| DataplaneError::Load(Box::new(aya::EbpfError::ParseError(error))))?;
     let mut sizes = BTreeMap::from(map_sizes(rooms));
-    sizes.extend([black_box::Size::of_host()?.map_size()]);
+    sizes.extend([flight_recorder::Size::of_host()?.map_size()]);
     let definition = |(name, map): (&String, &aya_obj::Map)| {
         let definition = Definition {
             kind: map.map_type(),
@@ -630,8 +630,8 @@ fn load_object(
     // The benchmark's object has no connect hook.
     let sets_error = u32::from(settings.sets_error);
     loader.override_global("SET_ERROR", &sets_error, false);
-    let black_box = black_box::Size::of_host()?;
-    black_box.apply(&mut loader);
+    let flight_recorder = flight_recorder::Size::of_host()?;
+    flight_recorder.apply(&mut loader);
     loader.load(object).map_err(|error| DataplaneError::Load(Box::new(error)))
 }
 

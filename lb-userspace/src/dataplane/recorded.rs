@@ -12,7 +12,7 @@ use lb_common::{
     layout::{self, SNAT_ADDRESSES},
 };
 
-use super::{BlackBox, CONTROL, DataplaneError, Mapped, known::endpoint, pins, snat::Places};
+use super::{CONTROL, DataplaneError, FlightRecorder, Mapped, known::endpoint, pins, snat::Places};
 
 /// Why there is nothing to look at.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +50,7 @@ pub enum RecordedError {
 /// The black box, and who is who in it.
 pub struct Recorded {
     /// What was written.
-    pub black_box: BlackBox,
+    pub flight_recorder: FlightRecorder,
     /// Ids and addresses of backends.
     pub backends: Vec<(u8, SocketAddr)>,
     /// Ids and addresses of listeners.
@@ -80,7 +80,7 @@ impl Recorded {
             Some((u8::try_from(id).ok()?, endpoint(entry.family, entry.address, entry.port)))
         };
         Ok(Self {
-            black_box: BlackBox::over(open(&directory, super::black_box::MAP)?)?,
+            flight_recorder: FlightRecorder::over(open(&directory, super::flight_recorder::MAP)?)?,
             backends: (0..backends.len()).filter_map(backend).collect(),
             listeners: (0..listeners.len()).filter_map(listener).collect(),
             snat_addresses: config.read(0).map_or_else(Default::default, |config| {

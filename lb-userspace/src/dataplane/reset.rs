@@ -11,7 +11,7 @@ use lb_common::{
     flow::{Family, LONG_QUARANTINE, Slot, V4, V6},
     headers::{Be16, Mac},
     kill::{is_resettable, kill, knows_last_ack},
-    layout::{self, NextHop, PORTS, WAYS, backend_flag, family},
+    layout::{self, INTERFACES, NextHop, WAYS, backend_flag, family},
     meta::{Kind, Meta},
 };
 
@@ -320,15 +320,15 @@ impl Lookup<'_> {
         if hop == NextHop::UNKNOWN {
             return None;
         }
-        let port = &self.config.ports[usize::from(hop.port()) % PORTS];
+        let interface = &self.config.interfaces[usize::from(hop.interface()) % INTERFACES];
         let mut link_header = Vec::with_capacity(20);
-        for mac in [hop.mac(), port.mac] {
+        for mac in [hop.mac(), interface.mac] {
             link_header.extend(Mac::from_number(mac).bytes());
         }
-        for tag in port.tags.iter().take(port.tag_count as usize) {
+        for tag in interface.tags.iter().take(interface.tag_count as usize) {
             link_header.extend(tag.to_ne_bytes());
         }
-        Some(Hop { interface: port.interface, link_header })
+        Some(Hop { interface: interface.index, link_header })
     }
 }
 

@@ -1,5 +1,5 @@
 //! `sheave why`: one connection's story in words, from what the data path and the daemon have written down
-//! (`lb_common::black_box`). Pure: the records come in as values, and so does the time.
+//! (`lb_common::flight_recorder`). Pure: the records come in as values, and so does the time.
 
 mod moment;
 mod names;

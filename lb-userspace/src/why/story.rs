@@ -9,7 +9,7 @@ use std::{
 };
 
 use lb_common::{
-    black_box::{Refusal, Silence, Verdict},
+    flight_recorder::{Refusal, ResetReason, Silence},
     meta::{CLIENT_ACK, Kind, Meta, SYN_ACK},
 };
 
@@ -175,7 +175,7 @@ fn word(what: What) -> &'static str {
         What::Reset { by_client: true, .. } => "reset_by_client",
         What::Reset { by_client: false, .. } => "reset_by_backend",
         What::Reclaimed { .. } => "reclaimed",
-        What::Killed { verdict: Verdict::Dead, .. } => "reset_backend_dead",
+        What::Killed { reason: ResetReason::Dead, .. } => "reset_backend_dead",
         What::Killed { .. } => "reset_on_request",
         What::Asked(_) => "asked",
         What::Forgotten { .. } => "forgotten",
@@ -231,14 +231,15 @@ impl Telling<'_> {
             What::Reset { by_client: true, .. } => "the client reset the connection (RST)".to_owned(),
             What::Reset { by_client: false, .. } => format!("{backend} reset the connection (RST)"),
             What::Reclaimed { before } => self.reclaimed(before),
-            What::Killed { verdict, silence, seconds } => self.killed(verdict, silence, seconds),
-            What::Asked(verdict) => format!(
+            What::Killed { reason, silence, seconds } => self.killed(reason, silence, seconds),
+            What::Asked(reason) => format!(
                 "sheave asked {backend} whether it still has the connection, because {}; if it has not, it answers \
                  with a RST",
-                match verdict {
-                    Verdict::Refuses => "it refuses connections",
-                    Verdict::Returned => "it answers again after a silence",
-                    Verdict::Dead | Verdict::Operator | Verdict::Drained => "its flows were ended",
+                match reason {
+                    ResetReason::Refuses => "it refuses connections",
+                    ResetReason::Returned => "it answers again after a silence",
+                    ResetReason::Dead | ResetReason::Operator | ResetReason::Drained =>
+                        "its flows were ended",
                 }
             ),
             What::Forgotten { before } => self.forgotten(before),
@@ -307,10 +308,10 @@ impl Telling<'_> {
         format!("its slot was given to another connection, as all candidates were taken: {state}")
     }
 
-    fn killed(&self, verdict: Verdict, silence: Option<Silence>, seconds: u8) -> String {
+    fn killed(&self, reason: ResetReason, silence: Option<Silence>, seconds: u8) -> String {
         let backend = self.names.backend(self.entry.backend);
-        let why = match verdict {
-            Verdict::Dead => {
+        let why = match reason {
+            ResetReason::Dead => {
                 let what = match silence {
                     Some(Silence::Connect) => "connect timeout",
                     Some(Silence::Handshake) => "TLS timeout",
@@ -321,10 +322,10 @@ impl Telling<'_> {
                     if seconds == u8::MAX { "more than 4 minutes".into() } else { format!("{seconds} s") };
                 format!("because {backend} was declared dead ({what} for {long})")
             }
-            Verdict::Operator => "because an operator said so".to_owned(),
-            Verdict::Drained => format!("because {backend} was drained and its time was over"),
-            Verdict::Refuses => format!("because {backend} refuses connections"),
-            Verdict::Returned => format!("because {backend} came back after a silence"),
+            ResetReason::Operator => "because an operator said so".to_owned(),
+            ResetReason::Drained => format!("because {backend} was drained and its time was over"),
+            ResetReason::Refuses => format!("because {backend} refuses connections"),
+            ResetReason::Returned => format!("because {backend} came back after a silence"),
         };
         format!("reset by sheave, {why}")
     }
@@ -457,9 +458,9 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_backends_connection_says_which_verdict() {
+    fn a_dead_backends_connection_says_which_reason() {
         let dead =
-            |silence, seconds| What::Killed { verdict: Verdict::Dead, silence: Some(silence), seconds };
+            |silence, seconds| What::Killed { reason: ResetReason::Dead, silence: Some(silence), seconds };
         let story = [(2, What::Claimed), (2, What::Established), (2, dead(Silence::Connect, 7))];
         assert_eq!(
             words(&story)[2],
@@ -468,9 +469,12 @@ mod tests {
         for (what, expected) in [
             (dead(Silence::Handshake, 255), "declared dead (TLS timeout for more than 4 minutes)"),
             (dead(Silence::Unreachable, 5), "declared dead (host unreachable for 5 s)"),
-            (What::Killed { verdict: Verdict::Operator, silence: None, seconds: 0 }, "an operator said so"),
-            (What::Asked(Verdict::Returned), "because it answers again after a silence"),
-            (What::Asked(Verdict::Refuses), "because it refuses connections"),
+            (
+                What::Killed { reason: ResetReason::Operator, silence: None, seconds: 0 },
+                "an operator said so",
+            ),
+            (What::Asked(ResetReason::Returned), "because it answers again after a silence"),
+            (What::Asked(ResetReason::Refuses), "because it refuses connections"),
         ] {
             let words = words(&[(2, what)]);
             assert!(words[0].contains(expected), "{words:?}");

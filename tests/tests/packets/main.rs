@@ -6,8 +6,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
 
-mod black_box;
 mod budget;
+mod flight_recorder;
 mod hostile;
 mod icmp;
 mod killed;

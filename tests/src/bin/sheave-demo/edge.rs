@@ -38,7 +38,7 @@ impl<'flag> Demo<'flag> {
             cluster,
             interrupted,
             faults: Vec::new(),
-            losses: Losses::new(Register::BlackBox),
+            losses: Losses::new(Register::FlightRecorder),
             by_hand,
         })
     }

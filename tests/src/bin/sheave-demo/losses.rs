@@ -37,7 +37,7 @@ impl Fault {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Register {
     /// The load balancer's black box: it has a record of every connection that got that far.
-    BlackBox,
+    FlightRecorder,
     /// The host's kernel, which connects its processes to the servers and remembers for a minute whom it was connected
     /// to: unless the connection was refused.
     Sockets,
@@ -111,7 +111,7 @@ impl Losses {
 impl Register {
     fn place(self, cluster: &Cluster, client: SocketAddr) -> Result<Place> {
         match self {
-            Self::BlackBox => written(cluster, client),
+            Self::FlightRecorder => written(cluster, client),
             Self::Sockets => remembered(cluster, client),
         }
     }
@@ -164,7 +164,7 @@ mod tests {
         let (started, ended) = (at(started), at(ended));
         let outcome = Outcome { started, ended, source: None, result: Err("late".to_owned()) };
         let losses = vec![Loss { outcome, place: place.clone() }];
-        let losses = Losses { register: Register::BlackBox, losses, seen: 1 };
+        let losses = Losses { register: Register::FlightRecorder, losses, seen: 1 };
         let judged = losses.require_excused(&faults).is_ok();
         assert_eq!(losses.divided(&faults).0, usize::from(judged));
         judged

@@ -1,4 +1,4 @@
-//! The black box from the daemon's side (`lb_common::black_box`): what it writes itself, and reading all of it.
+//! The black box from the daemon's side (`lb_common::flight_recorder`): what it writes itself, and reading all of it.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -8,8 +8,9 @@ use std::{
 
 use aya::Ebpf;
 use lb_common::{
-    black_box::{
-        Anchor, Happening, Note, Record, Refusal, Silence, Verdict, Written, append, in_order, records, state,
+    flight_recorder::{
+        Anchor, FlowEvent, Note, Record, Refusal, ResetReason, Silence, Written, append, in_order, records,
+        state,
     },
     flow::{Family, Slot, V4, V6},
     headers::Be16,
@@ -49,12 +50,12 @@ impl Size {
 }
 
 /// The rings, in this process's memory.
-pub struct BlackBox {
+pub struct FlightRecorder {
     places: Mapped<Record>,
     rings: usize,
 }
 
-impl BlackBox {
+impl FlightRecorder {
     pub(super) fn of(ebpf: &mut Ebpf) -> Result<Self, DataplaneError> {
         Self::over(mapped(ebpf, MAP)?)
     }
@@ -245,14 +246,14 @@ pub enum What {
     /// The daemon reset the flow.
     Killed {
         /// Why.
-        verdict: Verdict,
+        reason: ResetReason,
         /// How the checks of a dead backend failed.
         silence: Option<Silence>,
         /// For how long they had, at most 255.
         seconds: u8,
     },
     /// The daemon asked the backend whether it has the flow still.
-    Asked(Verdict),
+    Asked(ResetReason),
     /// The daemon forgot the flow, as nothing was heard of it.
     Forgotten {
         /// What the flow was then.
@@ -265,7 +266,7 @@ impl Entry {
     fn of(written: Written) -> Option<Self> {
         let word = written.note.what;
         let [detail, listener, backend] = [word >> 16, word >> 24, word >> 8].map(|part| part as u8);
-        let happening = Happening::from_number(word as u8 & 0xf)?;
+        let event = FlowEvent::from_number(word as u8 & 0xf)?;
         let slot = (word >> 48) as u16;
         let bytes: Vec<u8> = written.note.address.iter().flat_map(|half| half.to_ne_bytes()).collect();
         let address = Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).to_canonical();
@@ -275,7 +276,7 @@ impl Entry {
             listener,
             backend,
             slot: (slot != 0).then_some((word as u8 >> 4, slot)),
-            what: What::of(happening, detail, written.note.other)?,
+            what: What::of(event, detail, written.note.other)?,
         })
     }
 }
@@ -306,27 +307,27 @@ impl What {
         }
     }
 
-    fn of(happening: Happening, detail: u8, other: u8) -> Option<Self> {
+    fn of(event: FlowEvent, detail: u8, other: u8) -> Option<Self> {
         let before = Meta(detail.into());
-        Some(match happening {
-            Happening::Claimed => Self::Claimed,
-            Happening::Established => Self::Established,
-            Happening::SecondChance => Self::SecondChance { next: other },
-            Happening::RefusedByBackend => Self::RefusedByBackend,
-            Happening::Moved => Self::Moved { next: other },
-            Happening::Refused => Self::Refused(Refusal::from_number(detail)?),
-            Happening::ClosedByClient => Self::Closed { by_client: true },
-            Happening::ClosedByBackend => Self::Closed { by_client: false },
-            Happening::ResetByClient => Self::Reset { by_client: true, before },
-            Happening::ResetByBackend => Self::Reset { by_client: false, before },
-            Happening::Reclaimed => Self::Reclaimed { before },
-            Happening::Killed => Self::Killed {
-                verdict: Verdict::from_number(detail & 0xf)?,
+        Some(match event {
+            FlowEvent::Claimed => Self::Claimed,
+            FlowEvent::Established => Self::Established,
+            FlowEvent::SecondChance => Self::SecondChance { next: other },
+            FlowEvent::RefusedByBackend => Self::RefusedByBackend,
+            FlowEvent::Moved => Self::Moved { next: other },
+            FlowEvent::Refused => Self::Refused(Refusal::from_number(detail)?),
+            FlowEvent::ClosedByClient => Self::Closed { by_client: true },
+            FlowEvent::ClosedByBackend => Self::Closed { by_client: false },
+            FlowEvent::ResetByClient => Self::Reset { by_client: true, before },
+            FlowEvent::ResetByBackend => Self::Reset { by_client: false, before },
+            FlowEvent::Reclaimed => Self::Reclaimed { before },
+            FlowEvent::Killed => Self::Killed {
+                reason: ResetReason::from_number(detail & 0xf)?,
                 silence: Silence::from_number(detail >> 4),
                 seconds: other,
             },
-            Happening::Asked => Self::Asked(Verdict::from_number(detail & 0xf)?),
-            Happening::Forgotten => Self::Forgotten { before },
+            FlowEvent::Asked => Self::Asked(ResetReason::from_number(detail & 0xf)?),
+            FlowEvent::Forgotten => Self::Forgotten { before },
         })
     }
 }
@@ -337,9 +338,9 @@ pub enum Account {
     /// They are reset, because their backend is dead: how its last check failed, and for how many seconds.
     Dead(Silence, u8),
     /// They are reset, for another reason.
-    Killed(Verdict),
+    Killed(ResetReason),
     /// Their backend is asked.
-    Asked(Verdict),
+    Asked(ResetReason),
 }
 
 impl Dataplane {
@@ -353,31 +354,31 @@ impl Dataplane {
             let tuple = (words(flow.client.ip()), Be16::new(flow.client.port()).word(), flow.listener_id());
             let note =
                 if flow.client.is_ipv4() { account.note::<V4>(tuple) } else { account.note::<V6>(tuple) };
-            self.black_box.note(&note.of(flow.backend_id()).at(flow.slot()), jiffies);
+            self.flight_recorder.note(&note.of(flow.backend_id()).at(flow.slot()), jiffies);
         }
         Ok(())
     }
 
     /// The black box.
-    pub fn black_box(&self) -> &BlackBox {
-        &self.black_box
+    pub fn flight_recorder(&self) -> &FlightRecorder {
+        &self.flight_recorder
     }
 }
 
 /// A note that the daemon has forgotten a flow, whose slot's word was `before`.
 pub(super) fn forgotten<F: Family>(tuple: F::Tuple, slot: Slot, before: Meta) -> Note {
-    Note::new::<F>(Happening::Forgotten, F::parts(tuple)).of(before.backend()).at(slot).detail(state(before))
+    Note::new::<F>(FlowEvent::Forgotten, F::parts(tuple)).of(before.backend()).at(slot).detail(state(before))
 }
 
 impl Account {
     fn note<F: Family>(self, tuple: ([u64; 2], u16, u16)) -> Note {
         match self {
             Self::Dead(silence, seconds) => {
-                let detail = Verdict::Dead as u8 | (silence as u8) << 4;
-                Note::new::<F>(Happening::Killed, tuple).detail(detail).other(seconds)
+                let detail = ResetReason::Dead as u8 | (silence as u8) << 4;
+                Note::new::<F>(FlowEvent::Killed, tuple).detail(detail).other(seconds)
             }
-            Self::Killed(verdict) => Note::new::<F>(Happening::Killed, tuple).detail(verdict as u8),
-            Self::Asked(verdict) => Note::new::<F>(Happening::Asked, tuple).detail(verdict as u8),
+            Self::Killed(reason) => Note::new::<F>(FlowEvent::Killed, tuple).detail(reason as u8),
+            Self::Asked(reason) => Note::new::<F>(FlowEvent::Asked, tuple).detail(reason as u8),
         }
     }
 }

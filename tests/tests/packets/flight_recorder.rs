@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use lb_common::{
-    black_box::{Refusal, Silence, Verdict},
+    flight_recorder::{Refusal, ResetReason, Silence},
     meta::{BACKEND_FIN, CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
     outcome::Outcome,
 };
@@ -12,7 +12,7 @@ use lb_userspace::dataplane::{Account, Entry, FlowFilter, Walk, What};
 
 /// What is written about a client, and not what was before.
 fn written(world: &World, client: SocketAddr) -> Vec<Entry> {
-    world.dataplane.black_box().read().of(|it| it == client)
+    world.dataplane.flight_recorder().read().of(|it| it == client)
 }
 
 fn whats(world: &World, client: SocketAddr) -> Vec<What> {
@@ -199,13 +199,13 @@ fn the_daemon_writes_down_what_it_does_to_flows_and_why() {
         let flow = world.establish(ip.client(1));
         let filter = FlowFilter::of_backend(1);
         let asked = world.dataplane.flows_to_ask(&filter, &mut Walk::default(), usize::MAX);
-        world.dataplane.write_down(&asked, Account::Asked(Verdict::Returned)).unwrap();
+        world.dataplane.write_down(&asked, Account::Asked(ResetReason::Returned)).unwrap();
         let killed = world.dataplane.kill_flows(&filter, &mut Walk::default(), usize::MAX).unwrap();
         world.dataplane.write_down(&killed, Account::Dead(Silence::Connect, 7)).unwrap();
         let entries = written(&world, flow.client);
-        let dead = What::Killed { verdict: Verdict::Dead, silence: Some(Silence::Connect), seconds: 7 };
+        let dead = What::Killed { reason: ResetReason::Dead, silence: Some(Silence::Connect), seconds: 7 };
         let whats: Vec<_> = entries.iter().map(|entry| entry.what).collect();
-        assert_eq!(whats, [What::Claimed, What::Established, What::Asked(Verdict::Returned), dead]);
+        assert_eq!(whats, [What::Claimed, What::Established, What::Asked(ResetReason::Returned), dead]);
         assert!(entries.iter().all(|it| it.backend == 1 && it.slot == Some((0, flow.snat.port()))));
         assert!(entries.is_sorted_by_key(|it| it.jiffies));
         // What the program answers then is no news.
@@ -243,7 +243,7 @@ fn the_box_forgets_the_oldest_and_goes_on() {
     world.select(0, &[]);
     let syn = Frame::syn(Ip::V4.client(1), Ip::V4.listener()).bytes();
     let processor = world.processor();
-    let places = lb_common::black_box::RECORDS_MAX as usize;
+    let places = lb_common::flight_recorder::RECORDS_MAX as usize;
     for _ in 0..places {
         processor.run(&syn);
     }
@@ -251,7 +251,7 @@ fn the_box_forgets_the_oldest_and_goes_on() {
     for _ in 0..10 {
         processor.run(&Frame::syn(last, Ip::V4.listener()).bytes());
     }
-    let rings = world.dataplane.black_box().read();
+    let rings = world.dataplane.flight_recorder().read();
     let count = rings.of(|_| true).len();
     assert!((places / 2..=rings.capacity()).contains(&count), "{count} records");
     assert_eq!(rings.of(|client| client == last).len(), 10);

@@ -12,8 +12,9 @@
 
 use crate::{
     cell::Cell64,
-    flow::{Family, Slot},
+    flow::{family::Family, slot::Slot},
     layout::{SNAT_ADDRESSES, family},
+    list::list,
     meta::Meta,
     outcome::Outcome,
 };
@@ -36,31 +37,10 @@ pub const fn records(rings: u32) -> u32 {
     records
 }
 
-macro_rules! numbered {
-    ($(#[doc = $doc:literal])+ $name:ident; $($(#[doc = $variant_doc:literal])+ $variant:ident = $number:literal;)+) => {
-        $(#[doc = $doc])+
-        #[repr(u8)]
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        pub enum $name {
-            $($(#[doc = $variant_doc])+ $variant = $number,)+
-        }
-
-        impl $name {
-            /// All of them.
-            pub const ALL: &[Self] = &[$(Self::$variant),+];
-
-            /// The one with this number.
-            #[must_use]
-            pub fn from_number(number: u8) -> Option<Self> {
-                Self::ALL.iter().copied().find(|it| *it as u8 == number)
-            }
-        }
-    };
-}
-
-numbered! {
+list! {
+    numbered;
     /// What happened to a flow. At most 15 of them, none is 0.
-    Happening;
+    FlowEvent;
     /// A client's SYN was given a slot and sent to a backend.
     Claimed = 1;
     /// The backend has answered and the flow is established.
@@ -83,16 +63,17 @@ numbered! {
     ResetByBackend = 10;
     /// The slot was given to another flow, because every candidate was taken; `detail` is [`state`] as it was.
     Reclaimed = 11;
-    /// The daemon reset the flow: see [`Verdict`]; `other` is for how many seconds the backend was silent.
+    /// The daemon reset the flow: see [`ResetReason`]; `other` is for how many seconds the backend was silent.
     Killed = 12;
-    /// The daemon asked the backend whether it has the flow still: see [`Verdict`].
+    /// The daemon asked the backend whether it has the flow still: see [`ResetReason`].
     Asked = 13;
     /// The daemon forgot the flow after a long silence; `detail` is [`state`] as it was.
     Forgotten = 14;
 }
 
-numbered! {
-    /// Why a SYN went to no backend: `detail` of [`Happening::Refused`].
+list! {
+    numbered;
+    /// Why a SYN went to no backend: `detail` of [`FlowEvent::Refused`].
     Refusal;
     /// The service has no usable backend: answered with a RST.
     NoBackend = 1;
@@ -106,9 +87,10 @@ numbered! {
     NoNextHop = 5;
 }
 
-numbered! {
+list! {
+    numbered;
     /// Why the daemon reset a flow or asked about it: the lower half of `detail`.
-    Verdict;
+    ResetReason;
     /// The backend is dead; the upper half of `detail` is how its last check failed: see [`Silence`].
     Dead = 1;
     /// An operator said so.
@@ -121,7 +103,8 @@ numbered! {
     Drained = 5;
 }
 
-numbered! {
+list! {
+    numbered;
     /// How the last check of a dead backend failed. At most 15.
     Silence;
     /// TCP did not complete.
@@ -172,7 +155,7 @@ pub fn mapped<F: Family>(address: [u64; 2]) -> [u64; 2] {
 /// ```text
 ///       63         48 47         32 31      24 23    16 15     8 7    4 3       0
 ///      +-------------+-------------+----------+--------+--------+------+---------+
-/// what |    slot     | client port | listener | detail | backend| SNAT |happening|
+/// what |    slot     | client port | listener | detail | backend| SNAT |event|
 ///      +-------------+-------------+----------+--------+--------+------+---------+
 /// when |            jiffies (40)              | other  |          lap           |
 ///      +--------------------------------------+--------+------------------------+
@@ -191,8 +174,8 @@ impl Note {
     /// About the flow of a client (address words, port word) at a listener (id).
     #[inline(always)]
     #[must_use]
-    pub fn new<F: Family>(happening: Happening, (address, port, listener): ([u64; 2], u16, u16)) -> Self {
-        let what = happening as u64 | (listener as u64 & 0xff) << 24 | (port as u64) << 32;
+    pub fn new<F: Family>(event: FlowEvent, (address, port, listener): ([u64; 2], u16, u16)) -> Self {
+        let what = event as u64 | (listener as u64 & 0xff) << 24 | (port as u64) << 32;
         Self { address: mapped::<F>(address), what, other: 0 }
     }
 
@@ -370,7 +353,7 @@ mod tests {
     fn the_layout_is_what_the_kernel_has() {
         assert_eq!((size_of::<Record>(), align_of::<Record>()), (32, 8));
         assert_eq!((offset_of!(Record, what), offset_of!(Record, when)), (16, 24));
-        assert!(Happening::ALL.iter().all(|it| (1..16).contains(&(*it as u8))));
+        assert!(FlowEvent::ALL.iter().all(|it| (1..16).contains(&(*it as u8))));
         assert!(Silence::ALL.iter().all(|it| (1..16).contains(&(*it as u8))));
     }
 
@@ -390,11 +373,11 @@ mod tests {
     fn the_parts_of_a_note_do_not_touch() {
         let tuple = ([0x0302_010a, 0], 0xfedc, 0xab);
         let slot = Slot { set: 15 * crate::layout::SETS_PER_ADDRESS + 0x1234, way: 3 };
-        let note = Note::new::<V4>(Happening::Forgotten, tuple).of(0xcd).at(slot).detail(0xef).other(0x12);
+        let note = Note::new::<V4>(FlowEvent::Forgotten, tuple).of(0xcd).at(slot).detail(0xef).other(0x12);
         assert_eq!(note.what, 0x48d3_fedc_abef_cdfe);
         let bytes: Vec<u8> = note.address.iter().flat_map(|word| word.to_ne_bytes()).collect();
         assert_eq!(bytes, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 1, 2, 3]);
-        assert_eq!(Note::new::<V6>(Happening::Claimed, ([1, 2], 3, 4)).address, [1, 2]);
+        assert_eq!(Note::new::<V6>(FlowEvent::Claimed, ([1, 2], 3, 4)).address, [1, 2]);
     }
 
     #[test]

@@ -1,0 +1,35 @@
+//! For whom a slot is claimed, and when.
+
+use crate::{layout::Config, maps::Maps};
+
+/// The time, as slots keep it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    /// The lower half of the kernel's tick counter.
+    pub jiffies: u32,
+    /// Units of about a second.
+    pub seen: u16,
+    reserved: u16,
+}
+
+impl Clock {
+    /// The time now.
+    #[inline(always)]
+    pub fn read<M: Maps>(maps: &M, config: &Config) -> Self {
+        let jiffies = maps.jiffies();
+        Self { jiffies: jiffies as u32, seen: (jiffies >> (config.jiffies_shift & 31)) as u16, reserved: 0 }
+    }
+}
+
+/// Who claims.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Claimer {
+    /// The time.
+    pub clock: Clock,
+    /// For whom it is counted.
+    pub service: u32,
+    /// The flow's backend.
+    pub backend: u32,
+}
