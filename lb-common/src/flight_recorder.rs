@@ -101,6 +101,10 @@ list! {
     Returned = 4;
     /// The backend was drained, and its time was over.
     Drained = 5;
+    /// Neither end has sent anything for the idle timeout.
+    Idle = 6;
+    /// A RST was seen whose numbers prove nothing.
+    Doubt = 7;
 }
 
 list! {

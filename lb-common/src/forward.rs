@@ -1,6 +1,7 @@
 //! A packet for a listener: find its flow or begin one, and send it to the backend.
 
 use crate::{
+    cell::Cell32,
     checksum::{Delta, sum64},
     context::{self, Context},
     disposition::Disposition,
@@ -18,13 +19,14 @@ use crate::{
     hash::FlowHash,
     headers::tcp_flag,
     layout::{Backend, Listener, NextHop, Service, backend_flag},
-    meta::{CLIENT_FIN, Kind, Meta, SYN_ACK},
+    meta::{BACKEND_FIN, CLIENT_FIN, Kind, Meta, RESET, RETRANSMITTED, SYN_ACK},
     next_hop,
     outcome::{Event, Outcome},
     parse::{self, Ports, Segment},
     rewrite,
+    sequence::SendSequence,
     subprograms::Subprograms,
-    transition::{self, Transition},
+    transition::{self, ClientTransition},
     witness,
 };
 
@@ -75,6 +77,9 @@ fn send<A: Family, S: Subprograms>(
     if !segment.valid {
         return Err(if hit.ways.is_some() { Outcome::Malformed } else { Outcome::NoFlow });
     }
+    if hit.ways.is_none() && context.config.hold != 0 {
+        return Err(Outcome::Held);
+    }
     if hit.ways.is_none() {
         // By a barrier, or LLVM puts both conditions together by arithmetic, which takes four times as long.
         let flags = maps.barrier_var(segment.flags.into()) as u8;
@@ -86,7 +91,7 @@ fn send<A: Family, S: Subprograms>(
     let flow = if hit.ways.is_some() {
         existing_flow::<A, S>(frame, maps, context, listener, query, &hit, &segment)?
     } else {
-        new_flow::<A, S>(frame, maps, context, listener, query)?
+        new_flow::<A, S>(frame, maps, context, listener, query, &segment)?
     };
     transmit::<A, S>(frame, maps, context, listener, query, flow, &segment)
 }
@@ -105,62 +110,143 @@ fn existing_flow<A: Family, S: Subprograms>(
     hit: &Hit<'_, A>,
     segment: &Segment,
 ) -> Result<Flow, Outcome> {
-    let (slot, mut meta) = (hit.slot, hit.meta);
+    let (slot, meta) = (hit.slot, hit.meta);
     let ways = hit.ways.ok_or(Outcome::Malformed)?;
+    let numbers = A::numbers(maps, ways, slot).ok_or(Outcome::Malformed)?;
     let word = A::meta(ways, slot.way);
     let clock = Clock::read(maps, context.config);
-    match transition::client(meta, segment, clock.seen) {
-        Transition::SetFlags(flags) => {
-            let before = Meta(word.fetch_or(flags));
-            // Of two that see it at the same time one notes it.
-            if segment.has(tcp_flag::RST) && !before.has(flags) {
-                end::<A, S>(maps, FlowEvent::ResetByClient, query, hit.found());
+    let sequence = numbers.load();
+    let (transition, now) = transition::client(meta, sequence, segment);
+    // Before the word says that they are known.
+    numbers.store(sequence, now);
+    match transition {
+        ClientTransition::Acknowledge => {
+            // Once a second is enough to follow a client to another router: on every packet it cost 8 of 80 ns.
+            if meta.seen() != clock.seen || meta.has(RETRANSMITTED) {
+                refresh::<A, S>(frame, maps, context, listener, hit, sequence, segment, clock);
             }
-            meta = before.with(flags);
+            Ok((slot, meta))
         }
-        Transition::Fin { flag, other, closed } => {
-            let before = Meta(word.fetch_or(flag));
-            if !before.has(other) && !before.has(flag) {
-                end::<A, S>(maps, FlowEvent::ClosedByClient, query, hit.found());
+        ClientTransition::None => Ok((slot, meta)),
+        ClientTransition::Alive => {
+            if meta.seen() != clock.seen {
+                word.store_high(clock.seen);
             }
-            meta = close(word, before.with(flag), other, closed);
+            Ok((slot, meta))
         }
-        syn @ (Transition::NewConnection | Transition::SynAfterReset | Transition::SynRetransmitted)
-            if begins_anew(maps, meta, syn) =>
-        {
-            return reopen::<A, S>(frame, maps, context, listener, query, hit.found(), clock);
+        ClientTransition::OutOfSequence => {
+            maps.count_event(listener.service, Event::ClientNumbersOdd);
+            Ok((slot, meta))
         }
-        Transition::SynRetransmitted => {
-            return Ok((slot, retry::<A, S>(maps, listener, query, hit.found())?));
-        }
-        Transition::AnswerWithReset => {
-            // What a RST that the daemon repeats must carry.
-            if segment.has(tcp_flag::ACK) {
-                A::last_ack(ways, slot.way).store(segment.acknowledgement);
+        ClientTransition::RetransmitSyn if !restarts_local_flow(maps, meta) => {
+            // Of several SYNs the last holds.
+            if !meta.has(SYN_ACK) {
+                numbers.next.store(segment.sequence.wrapping_add(1));
+                next_hop::remember::<A, S>(maps, listener.service, ways, slot, arrived_from(frame, context));
             }
-            return Err(Outcome::ResetClient);
+            Ok((slot, retry::<A, S>(maps, listener, query, hit.found())?))
         }
-        Transition::Unchanged
-        | Transition::NewConnection
-        | Transition::SynAfterReset
-        | Transition::Enter(_)
-        | Transition::ConnectionRefused => {}
+        ClientTransition::RetransmitSyn | ClientTransition::Reopen => {
+            reopen::<A, S>(frame, maps, context, listener, query, hit.found(), segment, clock)
+        }
+        ClientTransition::AnswerWithReset => Err(Outcome::ResetClient),
+        changed => {
+            let meta = change::<A, S>(maps, listener, query, hit, word, changed, segment);
+            // A slot rests from when it was closed.
+            if meta.seen() != clock.seen && changed != ClientTransition::SuspectReset {
+                word.store_high(clock.seen);
+            }
+            if matches!(changed, ClientTransition::Establish(_)) {
+                next_hop::remember::<A, S>(maps, listener.service, ways, slot, arrived_from(frame, context));
+            }
+            Ok((slot, meta))
+        }
     }
-    if !segment.opens() {
-        // Once a second is enough to follow a client to another router: on every packet it cost 8 of 80 ns.
-        if meta.seen() != clock.seen {
-            word.store_high(clock.seen);
-            next_hop::remember::<A, S>(maps, listener.service, slot, arrived_from(frame, context));
-        }
-        // Until the backend has answered, the field holds the time of the claim.
-        if segment.has(tcp_flag::ACK) && (meta.has(SYN_ACK) || !meta.is(Kind::HalfOpen)) {
-            A::last_ack(ways, slot.way).store(segment.acknowledgement);
-        }
-    }
-    Ok((slot, meta))
 }
 
-/// Notes for later that the client has ended its flow, or wants to.
+/// Notes that the client is there, and follows it to another router.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "a function of its own only to keep its caller on a screen")]
+fn refresh<A: Family, S: Subprograms>(
+    frame: &mut S::Frame,
+    maps: &S,
+    context: &Context<'_>,
+    listener: &Listener,
+    hit: &Hit<'_, A>,
+    before: SendSequence,
+    segment: &Segment,
+    clock: Clock,
+) {
+    let (slot, meta) = (hit.slot, hit.meta);
+    let Some(ways) = hit.ways else { return };
+    let word = A::meta(ways, slot.way);
+    if transition::moves_way_back(meta, before, segment.acknowledgement) {
+        next_hop::remember::<A, S>(maps, listener.service, ways, slot, arrived_from(frame, context));
+        if meta.has(RETRANSMITTED) {
+            // Where the word has changed meanwhile the next segment does it.
+            word.compare_exchange(meta.0, meta.without(RETRANSMITTED).at(clock.seen).0);
+            return;
+        }
+    }
+    if meta.seen() != clock.seen {
+        word.store_high(clock.seen);
+    }
+}
+
+/// Changes the state of a flow. Returns its word as it is now.
+#[inline(always)]
+fn change<A: Family, S: Subprograms>(
+    maps: &S,
+    listener: &Listener,
+    query: &Query<A::Tuple>,
+    hit: &Hit<'_, A>,
+    word: &Cell32,
+    transition: ClientTransition,
+    segment: &Segment,
+) -> Meta {
+    let meta = hit.meta;
+    match transition {
+        ClientTransition::Establish(next) => {
+            if word.compare_exchange(meta.0, next.0) != meta.0 {
+                return meta;
+            }
+            end::<A, S>(maps, FlowEvent::Established, query, hit.found());
+            maps.count_event(listener.service, Event::FlowEstablished);
+            next
+        }
+        ClientTransition::Reset(next) => {
+            if word.compare_exchange(meta.0, next.0) != meta.0 {
+                return meta;
+            }
+            end::<A, S>(maps, FlowEvent::ResetByClient, query, hit.found());
+            next
+        }
+        ClientTransition::Close(kind) => {
+            let before = Meta(word.fetch_or(CLIENT_FIN));
+            // Of two that see it at the same time one notes it.
+            if !before.has(BACKEND_FIN) && !before.has(CLIENT_FIN) {
+                end::<A, S>(maps, FlowEvent::ClosedByClient, query, hit.found());
+            }
+            close(word, before.with(CLIENT_FIN), BACKEND_FIN, kind)
+        }
+        ClientTransition::SuspectReset => {
+            maps.count_event(listener.service, Event::ResetDoubted);
+            Meta(word.fetch_or(RESET)).with(RESET)
+        }
+        ClientTransition::GiveUp => {
+            let before = Meta(word.fetch_or(CLIENT_FIN));
+            if !before.has(CLIENT_FIN) {
+                let reset = segment.has(tcp_flag::RST);
+                let event = if reset { FlowEvent::ResetByClient } else { FlowEvent::ClosedByClient };
+                end::<A, S>(maps, event, query, hit.found());
+            }
+            before.with(CLIENT_FIN)
+        }
+        _ => meta,
+    }
+}
+
+/// Notes for later what the client has done to its flow.
 #[inline(always)]
 fn end<A: Family, S: Subprograms>(maps: &S, event: FlowEvent, query: &Query<A::Tuple>, found: Found) {
     let meta = found.meta();
@@ -169,6 +255,7 @@ fn end<A: Family, S: Subprograms>(maps: &S, event: FlowEvent, query: &Query<A::T
 
 /// A SYN on a slot that its own tuple has closed, or that was reset on purpose: a new flow, in the same slot.
 #[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "what a new flow depends on")]
 fn reopen<A: Family, S: Subprograms>(
     frame: &mut S::Frame,
     maps: &S,
@@ -176,6 +263,7 @@ fn reopen<A: Family, S: Subprograms>(
     listener: &Listener,
     query: &Query<A::Tuple>,
     found: Found,
+    segment: &Segment,
     clock: Clock,
 ) -> Result<Flow, Outcome> {
     let service = maps.service(listener.service).ok_or(Outcome::Malformed)?;
@@ -197,7 +285,7 @@ fn reopen<A: Family, S: Subprograms>(
         let other = maps.another::<A>(listener.service, query.hash, backend);
         backend = if other == 0 { backend } else { other };
     }
-    let claimer = Claimer { service: listener.service.into(), backend: backend.into(), clock };
+    let claimer = claimer(listener, backend, segment, clock);
     let claim = maps.take::<A>(query, &claimer, found);
     if claim.failure().is_some() {
         return Err(Outcome::SynRace);
@@ -220,18 +308,11 @@ fn accepts<S: Subprograms>(maps: &S, meta: Meta) -> bool {
     flags(maps, meta) & KEEPS != 0
 }
 
-/// Is a SYN that met a slot of its own tuple a new flow's?
+/// Is a SYN of a half-open flow a new flow's? The client has ended its flow to this host, whose own segments are not seen,
+/// and uses its port again within seconds. The local socket would refuse it, where it takes no new flows.
 #[inline(always)]
-fn begins_anew<S: Subprograms>(maps: &S, meta: Meta, syn: Transition) -> bool {
-    match syn {
-        Transition::SynAfterReset => flags(maps, meta) & KEEPS == 0,
-        // The client has ended its flow to this host, whose own segments are not seen, and uses its port again within
-        // seconds. The local socket would refuse it, where it takes no new flows.
-        Transition::SynRetransmitted => {
-            meta.has(CLIENT_FIN) && flags(maps, meta) & KEEPS == backend_flag::LOCAL
-        }
-        _ => true,
-    }
+fn restarts_local_flow<S: Subprograms>(maps: &S, meta: Meta) -> bool {
+    meta.has(CLIENT_FIN) && flags(maps, meta) & KEEPS == backend_flag::LOCAL
 }
 
 /// A retransmitted SYN: on to its backend, or to another if that one takes no new flows any more.
@@ -295,6 +376,7 @@ fn new_flow<A: Family, S: Subprograms>(
     context: &Context<'_>,
     listener: &Listener,
     query: &Query<A::Tuple>,
+    segment: &Segment,
 ) -> Result<Flow, Outcome> {
     let service = maps.service(listener.service).ok_or(Outcome::Malformed)?;
     if !admits::<A, S>(maps, listener.service, service, context) {
@@ -304,16 +386,24 @@ fn new_flow<A: Family, S: Subprograms>(
         0 => return Err(Outcome::RefusedNoBackend),
         half => maps.select(half - 1, query.hash),
     };
-    let claimer = Claimer {
-        service: listener.service.into(),
-        backend: backend.into(),
-        clock: Clock::read(maps, context.config),
-    };
+    let claimer = claimer(listener, backend, segment, Clock::read(maps, context.config));
     let claim = claim::<A, S>(maps, query, &claimer);
     if let Some(outcome) = claim.failure() {
         return Err(outcome);
     }
     Ok(won::<A, S>(frame, maps, context, query, &claimer, claim.slot()))
+}
+
+/// Who claims a slot for the flow that this SYN opens.
+#[inline(always)]
+fn claimer(listener: &Listener, backend: u8, segment: &Segment, clock: Clock) -> Claimer {
+    Claimer {
+        clock,
+        service: listener.service.into(),
+        backend: backend.into(),
+        expected: segment.sequence.wrapping_add(1),
+        reserved: 0,
+    }
 }
 
 /// May the client use the service?
@@ -336,7 +426,9 @@ fn won<A: Family, S: Subprograms>(
     maps.note(note::<A>(FlowEvent::Claimed, query).of(backend).at(slot));
     maps.count_event(service, Event::FlowClaimed);
     maps.count_flow(backend);
-    next_hop::remember::<A, S>(maps, service, slot, arrived_from(frame, context));
+    if let Some(ways) = A::set(maps, slot.set) {
+        next_hop::remember::<A, S>(maps, service, ways, slot, arrived_from(frame, context));
+    }
     (slot, Meta::new(Kind::HalfOpen, backend, claimer.clock.seen))
 }
 

@@ -9,11 +9,15 @@ use crate::{
     checksum::{Delta, sum64},
     destination,
     disposition::Disposition,
-    flow::{family::Family, look_up, query::Query},
+    flow::{
+        family::Family,
+        look_up::{self, is_owner},
+        query::Query,
+    },
     frame::Frame,
     headers::{Be16, Be32, Be64, Icmp, Ipv4, Ipv6, TcpStart, protocol},
     layout::{Config, NextHop, backend_flag, family},
-    meta::Meta,
+    meta::{Meta, NUMBERED},
     next_hop::learned,
     outcome::Outcome,
     parse::{self, Link, Packet, Ports},
@@ -26,6 +30,13 @@ const ERRORS: [u8; 3] = [3, 11, 12];
 /// ICMPv6 types that do: unreachable, packet too big, time exceeded, parameter problem.
 const ERRORS6: core::ops::RangeInclusive<u8> = 1..=4;
 
+/// Type and code of an ICMP error that asks for smaller packets (RFC 1191).
+const FRAGMENTATION_NEEDED: (u8, u8) = (3, 4);
+/// The ICMPv6 type that does (RFC 8201).
+const PACKET_TOO_BIG: u8 = 2;
+/// The smallest MTU of a link that carries IPv6 (RFC 8200 §5).
+const IPV6_MINIMUM_MTU: u32 = 1280;
+
 /// The two ends of the quoted packet, as words.
 #[derive(Clone, Copy)]
 struct Quoted {
@@ -36,6 +47,8 @@ struct Quoted {
     network: usize,
     /// Where its TCP header begins.
     transport: usize,
+    /// Its sequence number.
+    sequence: u32,
 }
 
 /// What the quoted packet was before it was translated, and where to send the error.
@@ -48,6 +61,8 @@ struct Target {
     /// The address of ours on that side.
     from: [u64; 2],
     hop: NextHop,
+    /// Can only one who sees the flow have quoted it, as far as that is known here?
+    in_flight: bool,
 }
 
 /// Translates an ICMP error about a flow; anything else is not ours.
@@ -74,10 +89,26 @@ pub fn translate<A: Family, S: Subprograms>(frame: &mut S::Frame, maps: &S) -> D
     let Some(target) = target else {
         return Disposition::NOT_OURS;
     };
+    if !target.in_flight && is_too_big::<A, S>(frame, &packet) {
+        return Disposition::with(Outcome::IcmpUnproven, target.service);
+    }
     let sent = send::<A, S>(frame, maps, config, &link, &packet, &quoted, &target);
     match sent {
         Ok(interface) => Disposition::leaving(Outcome::IcmpTranslated, target.service, interface),
         Err(outcome) => Disposition::with(outcome, target.service),
+    }
+}
+
+/// Does the error say that a packet was too big for some link?
+#[inline(always)]
+fn is_too_big<A: Family, S: Subprograms>(frame: &mut S::Frame, packet: &Packet) -> bool {
+    let Some(icmp) = frame.at::<Icmp>(packet.transport) else {
+        return false;
+    };
+    if A::NUMBER == family::IPV4 {
+        (icmp.kind, icmp.code) == FRAGMENTATION_NEEDED
+    } else {
+        icmp.kind == PACKET_TOO_BIG
     }
 }
 
@@ -121,7 +152,8 @@ fn quoted<A: Family, S: Subprograms>(frame: &mut S::Frame, packet: &Packet) -> O
     if transport + size_of::<TcpStart>() > packet.end || frame.remaining(packet.end) < 0 {
         return None;
     }
-    Some(Quoted { source, destination, ports, network, transport })
+    let sequence = frame.at::<TcpStart>(transport)?.sequence.get();
+    Some(Quoted { source, destination, ports, network, transport, sequence })
 }
 
 /// The quoted packet was on its way to a client: its backend must know.
@@ -136,7 +168,7 @@ fn to_backend<A: Family, S: Subprograms>(
     let tuple = A::tuple(quoted.destination, quoted.ports.destination, id);
     let query = Query::new::<A>(config, tuple);
     let hit = look_up::find::<A, S>(maps, config, &query);
-    hit.ways?;
+    let numbers = A::numbers(maps, hit.ways?, hit.slot)?.load();
     let backend = maps.backend(hit.meta.backend())?;
     if backend.flags.load() & backend_flag::LOCAL != 0 {
         return None;
@@ -149,6 +181,7 @@ fn to_backend<A: Family, S: Subprograms>(
         ports: Ports { source: backend.port, destination: hit.slot.port_word() },
         from: snat,
         hop: NextHop(backend.next_hop.load()),
+        in_flight: hit.meta.has(NUMBERED) && numbers.has_in_flight(quoted.sequence),
     })
 }
 
@@ -162,9 +195,9 @@ fn to_client<A: Family, S: Subprograms>(maps: &S, config: &Config, quoted: &Quot
     if !meta.is_live() || backend.address != quoted.destination || backend.port != quoted.ports.destination {
         return None;
     }
-    let (address, port, listener_id) = A::parts(A::load(ways, slot.way));
-    // A claimer may have come between: the slot is another flow's now.
-    if !Meta(A::meta(ways, slot.way).load()).same_owner(meta) {
+    let tuple = A::load(ways, slot.way);
+    let (address, port, listener_id) = A::parts(tuple);
+    if !is_owner::<A>(ways, slot.way, meta, tuple) {
         return None;
     }
     let listener = maps.listener(listener_id)?;
@@ -174,7 +207,9 @@ fn to_client<A: Family, S: Subprograms>(maps: &S, config: &Config, quoted: &Quot
         destination: listener.address,
         ports: Ports { source: port, destination: listener.port },
         from: listener.address,
-        hop: learned(maps, A::return_hop(maps, slot).map_or(0, |index| index.load())),
+        hop: learned(maps, A::return_hop(maps, ways, slot).map_or(0, |index| index.load())),
+        // The client's own kernel compares the number; what it believes is about its own connections alone.
+        in_flight: true,
     })
 }
 
@@ -201,7 +236,7 @@ fn send<A: Family, S: Subprograms>(
     if hop == NextHop::UNKNOWN {
         return Err(Outcome::NextHopUnknown);
     }
-    rewrite_quoted::<A, S>(frame, packet, quoted, target).ok_or(Outcome::Malformed)?;
+    rewrite_quoted::<A, S>(frame, config, packet, quoted, target).ok_or(Outcome::Malformed)?;
     rewrite::network(frame, packet, target.from, target.source).ok_or(Outcome::Malformed)?;
     rewrite::deliver::<S>(frame, config, link, hop)
 }
@@ -210,6 +245,7 @@ fn send<A: Family, S: Subprograms>(
 #[inline(always)]
 fn rewrite_quoted<A: Family, S: Subprograms>(
     frame: &mut S::Frame,
+    config: &Config,
     packet: &Packet,
     quoted: &Quoted,
     target: &Target,
@@ -247,6 +283,24 @@ fn rewrite_quoted<A: Family, S: Subprograms>(
         .add(u32::from(target.ports.source))
         .add(u32::from(target.ports.destination));
     let icmp = frame.at::<Icmp>(packet.transport)?;
+    if let Some(rest) = raised_mtu::<A>(config, icmp) {
+        delta = delta.remove(icmp.rest.word()).add(rest.word());
+        icmp.rest = rest;
+    }
     icmp.checksum = Be16::from_word(delta.apply(icmp.checksum.word()));
     Some(())
+}
+
+/// What an error must say instead that asks for smaller packets than it may. Whatever it asks for, the sender's kernel heeds
+/// for every client behind the same address.
+#[inline(always)]
+fn raised_mtu<A: Family>(config: &Config, icmp: &Icmp) -> Option<Be32> {
+    let rest = icmp.rest.get();
+    if A::NUMBER == family::IPV4 {
+        // The upper half is not used (RFC 1191 §4). Routers from before that RFC say 0.
+        let is_lower = (icmp.kind, icmp.code) == FRAGMENTATION_NEEDED && rest & 0xffff < config.mtu_floor;
+        is_lower.then(|| Be32::new(rest & 0xffff_0000 | config.mtu_floor & 0xffff))
+    } else {
+        (icmp.kind == PACKET_TOO_BIG && rest < IPV6_MINIMUM_MTU).then(|| Be32::new(IPV6_MINIMUM_MTU))
+    }
 }

@@ -3,6 +3,7 @@
 use crate::{
     cell::{Cell8, Cell16, Cell32, Cell64},
     hash::Key,
+    sequence::SendSequence,
     word::packed_word,
 };
 
@@ -47,24 +48,57 @@ pub mod family {
     pub const IPV6: u8 = 6;
 }
 
-/// One IPv4 flow's place: 16 bytes.
+/// What the backend of a flow has sent, and what the client has acknowledged of it: see [`SendSequence`], and
+/// [`crate::transition`] for what the words hold before that is known.
 #[repr(C)]
 #[derive(Default)]
-pub struct Way4 {
-    /// Client address word, client port word (bits 32-47), listener id (bits 48-63).
-    pub tuple: Cell64,
-    /// See [`crate::meta`].
-    pub meta: Cell32,
-    /// The ACK number of the client's last segment, as a number; while no SYN-ACK was seen, the jiffies of the claim.
-    pub last_ack: Cell32,
+pub struct Numbers {
+    /// SND.UNA, as a number. Written by the client's direction.
+    pub unacknowledged: Cell32,
+    /// SND.NXT, as a number. Written by the backend's direction.
+    pub next: Cell32,
 }
 
-/// Four IPv4 flows: one cache line.
+impl Numbers {
+    /// Both, as they are now.
+    #[inline(always)]
+    pub fn load(&self) -> SendSequence {
+        SendSequence { unacknowledged: self.unacknowledged.load(), next: self.next.load() }
+    }
+
+    /// Writes what has changed: a line of memory that two CPUs share is not written for nothing.
+    #[inline(always)]
+    pub fn store(&self, before: SendSequence, now: SendSequence) {
+        if now.next != before.next {
+            self.next.store(now.next);
+        }
+        if now.unacknowledged != before.unacknowledged {
+            self.unacknowledged.store(now.unacknowledged);
+        }
+    }
+}
+
+/// Four IPv4 flows: one cache line. Slot `4 · set + way` is the SNAT port.
 #[repr(C, align(64))]
 #[derive(Default)]
 pub struct Set4 {
-    /// Slot `4 · set + way` is the SNAT port.
-    pub ways: [Way4; WAYS],
+    /// Client address word, client port word (bits 32-47), listener id (bits 48-63).
+    pub tuples: [Cell64; WAYS],
+    /// See [`crate::meta`].
+    pub metas: [Cell32; WAYS],
+    /// The ways back to the clients: indexes into the learned next hops.
+    pub return_hops: [Cell16; WAYS],
+    /// The set's overflow mark: see [`OverflowMarks`].
+    pub overflow: Cell8,
+    pub(crate) reserved: [Cell8; 7],
+}
+
+/// The numbers of four IPv4 flows: half a cache line.
+#[repr(C, align(32))]
+#[derive(Default)]
+pub struct Numbers4 {
+    /// One for each way.
+    pub ways: [Numbers; WAYS],
 }
 
 /// One IPv6 flow's place: 32 bytes.
@@ -77,9 +111,8 @@ pub struct Way6 {
     pub port_listener: Cell32,
     /// See [`crate::meta`].
     pub meta: Cell32,
-    /// As [`Way4::last_ack`].
-    pub last_ack: Cell32,
-    pub(crate) reserved: Cell32,
+    /// What both ends have said.
+    pub numbers: Numbers,
 }
 
 /// Four IPv6 flows: two cache lines.
@@ -90,7 +123,7 @@ pub struct Set6 {
     pub ways: [Way6; WAYS],
 }
 
-/// The way back to the client, for each slot of a set: an index into the learned next hops.
+/// The way back to the client, for each slot of an IPv6 set: an index into the learned next hops.
 #[repr(C, align(8))]
 #[derive(Default)]
 pub struct ReturnHops {
@@ -98,7 +131,7 @@ pub struct ReturnHops {
     pub ways: [Cell16; WAYS],
 }
 
-/// Overflow marks of eight sets. A set is marked with the epoch in which a flow whose first candidate it is went
+/// Overflow marks of eight IPv6 sets. A set is marked with the epoch in which a flow whose first candidate it is went
 /// beyond its first two candidates; 0 says that none did.
 #[repr(C, align(8))]
 #[derive(Default)]
@@ -134,6 +167,11 @@ pub struct Config {
     pub partners: u32,
     /// Backend ids from 1 to this may be in use.
     pub last_backend: u32,
+    /// The smallest MTU that an ICMP error may ask an IPv4 sender for.
+    pub mtu_floor: u32,
+    /// Not 0: the flows of an earlier table are still being copied into this one. What belongs to no flow may be of one that
+    /// is not there yet.
+    pub hold: u32,
     /// Zero, which the verifier does not know: see [`Config::hide_from_verifier`].
     pub zero: u64,
     /// Where packets come from and go to.
@@ -482,11 +520,13 @@ mod tests {
 
     #[test]
     fn layouts_are_what_the_kernel_has() {
-        assert_eq!((size_of::<Way4>(), size_of::<Set4>(), align_of::<Set4>()), (16, 64, 64));
+        assert_eq!((size_of::<Numbers4>(), align_of::<Numbers4>()), (32, 32));
+        assert_eq!((size_of::<Set4>(), align_of::<Set4>()), (64, 64));
+        assert_eq!((offset_of!(Set4, metas), offset_of!(Set4, return_hops)), (32, 48));
+        assert_eq!((offset_of!(Numbers, unacknowledged), offset_of!(Numbers, next)), (0, 4));
         assert_eq!((size_of::<Way6>(), size_of::<Set6>(), align_of::<Set6>()), (32, 128, 64));
-        assert_eq!((offset_of!(Way4, meta), offset_of!(Way4, last_ack)), (8, 12));
         assert_eq!(
-            (offset_of!(Way6, port_listener), offset_of!(Way6, meta), offset_of!(Way6, last_ack)),
+            (offset_of!(Way6, port_listener), offset_of!(Way6, meta), offset_of!(Way6, numbers)),
             (16, 20, 24)
         );
         assert_eq!((size_of::<ReturnHops>(), size_of::<OverflowMarks>()), (8, 8));
@@ -500,7 +540,7 @@ mod tests {
         assert_eq!(
             size_of::<Config>(),
             size_of::<Key>()
-                + 10 * 4
+                + 12 * 4
                 + 8
                 + INTERFACES * size_of::<Interface>()
                 + SNAT_ADDRESSES * (4 + 16)
@@ -516,7 +556,7 @@ mod tests {
                 + size_of::<Classifier>()
         );
         assert!(offset_of!(Control, classifier) + offset_of!(Classifier, listeners) < 32_768);
-        assert_eq!(offset_of!(Config, interfaces), 80);
+        assert_eq!(offset_of!(Config, interfaces), 88);
     }
 
     #[test]
@@ -540,9 +580,10 @@ mod tests {
 
     #[test]
     fn a_flow_slot_fits_its_budget() {
-        let parallel = size_of::<ReturnHops>() as f64 / WAYS as f64
-            + size_of::<OverflowMarks>() as f64 / (8 * WAYS) as f64;
-        let (ipv4, ipv6) = (size_of::<Way4>() as f64 + parallel, size_of::<Way6>() as f64 + parallel);
+        let per_way = |bytes: usize| bytes as f64 / WAYS as f64;
+        let ipv4 = per_way(size_of::<Set4>() + size_of::<Numbers4>());
+        let beside = size_of::<ReturnHops>() as f64 + size_of::<OverflowMarks>() as f64 / 8.0;
+        let ipv6 = per_way(size_of::<Set6>()) + beside / WAYS as f64;
         println!("map memory a flow slot: IPv4 {ipv4} bytes, IPv6 {ipv6} bytes");
         assert!(ipv4 <= 24.0 && ipv6 <= 48.0);
     }

@@ -16,12 +16,12 @@ use crate::{
     layout::{
         ALLOW_SERVICE_BITS, BACKENDS, BUCKETS, Backend, Bucket, Classifier, Config, Control, Dialled,
         FOLLOWED, Followed, Hook, INTERFACES, Interface, LISTENERS, LISTENERS_PER_PORT, Listener, NEXT_HOPS,
-        NextHop, OverflowMarks, PARTNERS, ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES,
-        SETS_PER_ADDRESS, SNAT_ADDRESSES, SNAT_PLACES, SNAT_SHARED, Service, Set4, Set6, WAYS, Way4, Way6,
-        allow_key, backend_flag, family, snat_place,
+        NextHop, Numbers, Numbers4, OverflowMarks, PARTNERS, ReturnHops, SELECTION_HALVES, SELECTION_WORDS,
+        SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, SNAT_PLACES, SNAT_SHARED, Service, Set4, Set6, WAYS,
+        Way6, allow_key, backend_flag, family, snat_place,
     },
     maglev::TABLE_SIZE,
-    meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
+    meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_FIN, Kind, Meta, NUMBERED, RESET, RETRANSMITTED, SYN_ACK},
 };
 
 /// Any key will do.
@@ -79,9 +79,10 @@ macro_rules! structure {
 }
 
 fn structures(digest: Digest) -> Digest {
-    let digest = structure!(digest, Way4 { tuple, meta, last_ack });
-    let digest = structure!(digest, Set4 { ways });
-    let digest = structure!(digest, Way6 { address, port_listener, meta, last_ack, reserved });
+    let digest = structure!(digest, Numbers { unacknowledged, next });
+    let digest = structure!(digest, Numbers4 { ways });
+    let digest = structure!(digest, Set4 { tuples, metas, return_hops, overflow, reserved });
+    let digest = structure!(digest, Way6 { address, port_listener, meta, numbers });
     let digest = structure!(digest, Set6 { ways });
     let digest = structure!(digest, ReturnHops { ways });
     let digest = structure!(digest, OverflowMarks { sets });
@@ -99,6 +100,8 @@ fn structures(digest: Digest) -> Digest {
             epoch,
             partners,
             last_backend,
+            mtu_floor,
+            hold,
             zero,
             interfaces as "ports",
             snat4,
@@ -181,7 +184,8 @@ fn states(digest: Digest) -> Digest {
     let digest = kinds.iter().fold(digest, |digest, kind| digest.fact(name(*kind), *kind as u64));
     digest.facts(&[
         ("SYN-ACK", SYN_ACK.into()),
-        ("client ACK", CLIENT_ACK.into()),
+        ("retransmitted", RETRANSMITTED.into()),
+        ("numbered", NUMBERED.into()),
         ("client FIN", CLIENT_FIN.into()),
         ("backend FIN", BACKEND_FIN.into()),
         ("backend told", BACKEND_TOLD.into()),

@@ -56,6 +56,7 @@ pub mod pipeline;
 pub mod refuse;
 pub mod reply;
 pub mod rewrite;
+pub mod sequence;
 pub mod subprograms;
 pub mod tables;
 pub mod transition;

@@ -10,11 +10,14 @@ use loom::{model::Builder, thread};
 
 use crate::{
     flight_recorder::{Note, Record},
-    flow::{CANDIDATES, Claim, Claimer, Clock, Family, Found, Query, Slot, V4, V6, claim, find, take},
+    flow::{
+        CANDIDATES, Claim, Claimer, Clock, Family, Found, Query, Slot, V4, V6, claim, find, is_owner, take,
+    },
     kill::kill,
     layout::{BUCKETS, Bucket, SETS_PER_ADDRESS, WAYS},
     memory::Memory,
-    meta::{CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
+    meta::{CLIENT_FIN, Kind, Meta, NUMBERED, RESET, SYN_ACK},
+    sequence::SendSequence,
     subprograms::Subprograms as _,
 };
 
@@ -54,7 +57,7 @@ fn query<F: Family>(memory: &Memory, number: usize) -> Query<F::Tuple> {
 }
 
 fn claimer(memory: &Memory, backend: u32) -> Claimer {
-    Claimer { clock: Clock::read(&memory, &memory.config), service: 1, backend }
+    Claimer { clock: Clock::read(&memory, &memory.config), service: 1, backend, expected: 0, reserved: 0 }
 }
 
 /// The only way of a set that is used.
@@ -208,7 +211,8 @@ fn mistaken(memory: &Memory, query: &Query<u64>, backend: u32, slot: Slot, mista
     if word.compare_exchange(0, Meta::new(Kind::Claiming, backend as u8, NOW).0) != 0 {
         return Claim::RACED;
     }
-    let mark = V4::overflow(maps, query.candidate(0)).unwrap();
+    let home = V4::set(maps, query.candidate(0)).unwrap();
+    let mark = V4::overflow(maps, home, query.candidate(0)).unwrap();
     let beyond = slot.set != query.candidate(0) && slot.set != query.candidate(1);
     if beyond && mistake != Mistake::MarksLate {
         mark.store(1);
@@ -469,7 +473,8 @@ fn killed_meanwhile(before: Meta, packet: fn(&crate::cell::Cell32, Meta)) {
             },
             || {
                 let maps = &*memory;
-                kill(V4::meta(V4::set(&maps, slot.set).unwrap(), slot.way), 1, NOW)
+                let set = V4::set(&maps, slot.set).unwrap();
+                kill(V4::meta(set, slot.way), V4::numbers(&maps, set, slot).unwrap(), 1, NOW)
             },
         );
         let now = word::<V4>(&memory, slot);
@@ -491,7 +496,7 @@ fn a_packet_on_its_way_does_not_bring_a_killed_flow_back() {
             word.compare_exchange(meta.0, meta.without(RESET).0);
         }
     });
-    killed_meanwhile(Meta::new(Kind::HalfOpen, 1, LONG_AGO).with(SYN_ACK | CLIENT_ACK), |word, meta| {
+    killed_meanwhile(Meta::new(Kind::HalfOpen, 1, LONG_AGO).with(SYN_ACK | NUMBERED), |word, meta| {
         if meta.is(Kind::HalfOpen) {
             word.compare_exchange(meta.0, meta.become_kind(Kind::Established).0);
         }
@@ -538,5 +543,115 @@ fn a_record_is_never_read_in_two_halves() {
         if let Some(written) = read {
             assert!(written.note == note(written.jiffies), "{written:?}");
         }
+    });
+}
+
+/// Does a backend's packet for a slot belong to the flow that is read there? As [`crate::reply`] and [`crate::icmp`] read it.
+fn read_owner<F: Family>(memory: &Memory, slot: Slot, owns: Owns<F>) -> Option<(Meta, F::Tuple)> {
+    let set = F::set(&memory, slot.set).unwrap();
+    let meta = Meta(F::meta(set, slot.way).load());
+    if !meta.is_live() {
+        return None;
+    }
+    let tuple = F::load(set, slot.way);
+    owns(set, slot.way, meta, tuple).then_some((meta, tuple))
+}
+
+/// How it is found out that the tuple is that of the flow whose word was read before.
+type Owns<F> = fn(&<F as Family>::Set, u32, Meta, <F as Family>::Tuple) -> bool;
+
+/// A backend's packet comes while its client's acknowledgement proves the flow on another CPU.
+fn replies_while_established<F: Family>(owns: Owns<F>) {
+    explore(None, move || {
+        let memory = Arc::new(table(2));
+        let query = query::<F>(&memory, 0);
+        let slot = only_way(0);
+        let half_open = Meta::new(Kind::HalfOpen, 1, NOW).with(SYN_ACK);
+        put::<F>(&memory, slot, &query, half_open);
+        let client = memory.clone();
+        let ((), owner) = race(
+            move || {
+                let maps = &*client;
+                let word = F::meta(F::set(&maps, slot.set).unwrap(), slot.way);
+                word.compare_exchange(half_open.0, half_open.become_kind(Kind::Established).0);
+            },
+            || read_owner::<F>(&memory, slot, owns),
+        );
+        assert!(owner.is_some_and(|(_, tuple)| tuple == query.tuple), "taken for a packet of no flow");
+    });
+}
+
+#[test]
+fn a_reply_is_its_flows_while_that_is_proven() {
+    replies_while_established::<V4>(is_owner::<V4>);
+    replies_while_established::<V6>(is_owner::<V6>);
+}
+
+#[test]
+#[should_panic(expected = "taken for a packet of no flow")]
+fn comparing_states_would_be_caught() {
+    replies_while_established::<V4>(|set, way, meta, _| {
+        Meta(V4::meta(set, way).load()).kind() == meta.kind()
+    });
+}
+
+/// A backend's packet comes while its slot is taken for another flow, of the same backend.
+fn replies_while_taken<F: Family>(owns: Owns<F>) {
+    explore(Some(3), move || {
+        let memory = Arc::new(table(2));
+        let (old, new) = (query::<F>(&memory, 0), query::<F>(&memory, 1));
+        let slot = only_way(0);
+        let meta = Meta::new(Kind::HalfOpen, 2, LONG_AGO);
+        put::<F>(&memory, slot, &old, meta);
+        let claiming = memory.clone();
+        let (_, owner) = race(
+            move || take::<F, _>(&&*claiming, &new, &claimer(&claiming, 2), Found::new(slot, meta)),
+            || read_owner::<F>(&memory, slot, owns),
+        );
+        if let Some((_, tuple)) = owner {
+            assert!(tuple == old.tuple || tuple == new.tuple, "sent to a client that nobody is");
+        }
+    });
+}
+
+#[test]
+fn a_reply_goes_to_one_of_the_two_flows_of_its_slot() {
+    replies_while_taken::<V4>(is_owner::<V4>);
+    replies_while_taken::<V6>(is_owner::<V6>);
+}
+
+#[test]
+#[should_panic(expected = "sent to a client that nobody is")]
+fn looking_at_the_word_alone_would_be_caught() {
+    replies_while_taken::<V6>(|set, way, meta, _| meta.is_kept(Meta(V6::meta(set, way).load())));
+}
+
+/// The numbers of a flow are there before its word says so.
+#[test]
+fn nobody_reads_numbers_before_they_are_known() {
+    explore(None, || {
+        let memory = Arc::new(table(2));
+        let query = query::<V4>(&memory, 0);
+        let slot = only_way(0);
+        let half_open = Meta::new(Kind::HalfOpen, 1, NOW).with(SYN_ACK);
+        put::<V4>(&memory, slot, &query, half_open);
+        let proof = memory.clone();
+        let ((), ()) = race(
+            move || {
+                let maps = &*proof;
+                let set = V4::set(&maps, slot.set).unwrap();
+                let numbers = V4::numbers(&maps, set, slot).unwrap();
+                numbers.store(SendSequence::default(), SendSequence::at(500));
+                let established = half_open.become_kind(Kind::Established).with(NUMBERED);
+                V4::meta(set, slot.way).compare_exchange(half_open.0, established.0);
+            },
+            || {
+                let maps = &*memory;
+                let set = V4::set(&maps, slot.set).unwrap();
+                if Meta(V4::meta(set, slot.way).load()).has(NUMBERED) {
+                    assert_eq!(V4::numbers(&maps, set, slot).unwrap().load(), SendSequence::at(500));
+                }
+            },
+        );
     });
 }

@@ -22,8 +22,9 @@ use crate::{
     headers::Be16,
     icmp,
     layout::{
-        BUCKETS, Backend, Bucket, Config, INTERFACES, Interface, LISTENERS, Listener, NextHop, PARTNERS,
-        ReturnHops, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Service, Set4, Set6, backend_flag, family,
+        BUCKETS, Backend, Bucket, Config, INTERFACES, Interface, LISTENERS, Listener, NextHop, Numbers,
+        Numbers4, PARTNERS, ReturnHops, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Service, Set4, Set6,
+        backend_flag, family,
     },
     maglev::TABLE_SIZE,
     maps::{LoopBody, Maps},
@@ -73,9 +74,8 @@ pub(crate) struct Memory {
     selection: Vec<Vec<u8>>,
     sets4: Vec<Set4>,
     sets6: Vec<Set6>,
-    return_hops4: Vec<ReturnHops>,
+    numbers4: Vec<Numbers4>,
     return_hops6: Vec<ReturnHops>,
-    overflow4: Vec<Cell8>,
     overflow6: Vec<Cell8>,
     // The standard library's, also under loom: nothing that is decided depends on these.
     jiffies: AtomicU64,
@@ -102,6 +102,8 @@ impl Memory {
             epoch: 1,
             partners: (1 << (sets | (PARTNERS + 1)).trailing_zeros()) - 1,
             last_backend: 0,
+            mtu_floor: 552,
+            hold: 0,
             zero: 0,
             interfaces: [Interface::default(); INTERFACES],
             snat4: [0; SNAT_ADDRESSES],
@@ -123,9 +125,8 @@ impl Memory {
             selection: Vec::new(),
             sets4: zeroed(all),
             sets6: zeroed(all),
-            return_hops4: zeroed(all),
+            numbers4: zeroed(all),
             return_hops6: zeroed(all),
-            overflow4: zeroed(all),
             overflow6: zeroed(all),
             jiffies: AtomicU64::new(1000 * JIFFIES),
             counters: zeroed(SERVICES * COUNTERS as u32),
@@ -138,9 +139,8 @@ impl Memory {
         let all = self.sets4.len() + self.blocked.len();
         self.sets4.resize_with(all, Set4::default);
         self.sets6.resize_with(all, Set6::default);
-        self.return_hops4.resize_with(all, ReturnHops::default);
+        self.numbers4.resize_with(all, Numbers4::default);
         self.return_hops6.resize_with(all, ReturnHops::default);
-        self.overflow4.resize_with(all, Cell8::default);
         self.overflow6.resize_with(all, Cell8::default);
         self.config.snat4_count += 1;
         self.config.snat6_count += 1;
@@ -341,16 +341,12 @@ impl FlowTables for &Memory {
         self.sets6.get(self.place(index))
     }
 
-    fn return_hop4(&self, set: u32, way: u32) -> Option<&Cell16> {
-        self.return_hops4.get(self.place(set))?.ways.get(way as usize)
+    fn numbers4(&self, set: u32, way: u32) -> Option<&Numbers> {
+        self.numbers4.get(self.place(set))?.ways.get(way as usize)
     }
 
     fn return_hop6(&self, set: u32, way: u32) -> Option<&Cell16> {
         self.return_hops6.get(self.place(set))?.ways.get(way as usize)
-    }
-
-    fn overflow4(&self, set: u32) -> Option<&Cell8> {
-        self.overflow4.get(self.place(set))
     }
 
     fn overflow6(&self, set: u32) -> Option<&Cell8> {

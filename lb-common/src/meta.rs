@@ -3,8 +3,9 @@
 //! ```text
 //!  31           16 15        8 7     6     5     4     3    2..0
 //! +---------------+-----------+-----+-----+-----+-----+----+------+
-//! |     seen      |  backend  |reset|b FIN|c FIN|c ACK|SYN-ACK kind|
+//! |     seen      |  backend  |reset|b FIN|c FIN| num | (1)| kind |
 //! +---------------+-----------+-----+-----+-----+-----+----+------+
+//! (1) half-open: SYN-ACK seen; established: the backend has retransmitted
 //! ```
 //!
 //! `seen` counts in units of about one second and wraps after 18 hours, which is why an idle timeout is at most 8.
@@ -19,7 +20,7 @@ pub enum Kind {
     Claiming = 1,
     /// A SYN was forwarded. Reclaimed before anything established.
     HalfOpen = 2,
-    /// Proven by the backend: SYN-ACK, the client's ACK, and then a segment of the backend.
+    /// Proven by the client: it has acknowledged the number of the backend's SYN-ACK.
     Established = 3,
     /// Both sides have closed, the backend second: no TIME_WAIT there, reusable after two seconds.
     ClosedByClient = 4,
@@ -29,10 +30,12 @@ pub enum Kind {
     Killed = 6,
 }
 
-/// The backend's SYN-ACK was seen.
+/// On a half-open slot: the backend's SYN-ACK was seen.
 pub const SYN_ACK: u32 = 1 << 3;
-/// The client has acknowledged it.
-pub const CLIENT_ACK: u32 = 1 << 4;
+/// On an established slot: the backend has retransmitted since the way back to the client was last learned.
+pub const RETRANSMITTED: u32 = SYN_ACK;
+/// SND.UNA and SND.NXT are known: see [`crate::transition`].
+pub const NUMBERED: u32 = 1 << 4;
 /// The client's FIN was seen.
 pub const CLIENT_FIN: u32 = 1 << 5;
 /// The backend's FIN was seen.
@@ -171,11 +174,18 @@ impl Meta {
         Self(self.0 & !0xff00 | (backend as u32) << 8)
     }
 
-    /// The same incarnation of the slot, whatever was seen meanwhile?
+    /// The same slot, seen at another time.
     #[inline(always)]
     #[must_use]
-    pub const fn same_owner(self, other: Self) -> bool {
-        (self.0 ^ other.0) & (0xff00 | KIND) == 0
+    pub const fn at(self, seen: u16) -> Self {
+        Self(self.0 & 0xffff | (seen as u32) << 16)
+    }
+
+    /// Does a flow of the same backend own the slot still? Its state may be another by now.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_kept(self, now: Self) -> bool {
+        now.is_live() && now.backend() == self.backend()
     }
 }
 

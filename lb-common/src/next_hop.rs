@@ -19,8 +19,8 @@ const PROBES: u32 = 8;
 
 /// Makes sure that the slot's replies go to `hop`, where its client's packet came from.
 #[inline(always)]
-pub fn remember<A: Family, S: Subprograms>(maps: &S, service: u16, slot: Slot, hop: NextHop) {
-    let Some(index) = A::return_hop(maps, slot) else {
+pub fn remember<A: Family, S: Subprograms>(maps: &S, service: u16, ways: &A::Set, slot: Slot, hop: NextHop) {
+    let Some(index) = A::return_hop(maps, ways, slot) else {
         return;
     };
     let known = index.load();

@@ -42,10 +42,14 @@ list! {
     ResetBackend = Transmit, "reset_backend";
     /// A backend's RST to a SYN, swallowed: the client's next SYN goes to another backend.
     SecondChance = Drop, "second_chance";
+    /// An ICMP error that asks a backend for smaller packets, and quotes nothing that is in flight: anyone can forge it.
+    IcmpUnproven = Drop, "dropped_icmp_unproven";
     /// A SYN that found no slot in any of its candidate sets.
     TableFull = Drop, "dropped_table_full";
     /// A SYN that met its own copy on another CPU: the client sends another.
     SynRace = Drop, "dropped_syn_race";
+    /// Of no flow, or of one that is yet to be copied from the table of an earlier version: its sender sends it again.
+    Held = Drop, "dropped_held";
     /// Of a flow whose way out is not known yet: no route, or no neighbour.
     NextHopUnknown = Drop, "dropped_next_hop_unknown";
     /// With a TTL or hop limit of 1 or 0.
@@ -68,14 +72,20 @@ list! {
     Event;
     /// A new flow was given a slot.
     FlowClaimed, "flows_claimed";
-    /// A flow was proven established by its backend.
+    /// A flow was proven established: its client acknowledged the number of the backend's SYN-ACK.
     FlowEstablished, "flows_established";
-    /// A closed or reset slot was reused before its quarantine was over: every candidate was taken.
+    /// A closed slot was reused before its quarantine was over: every candidate was taken.
     ReusedEarly, "slots_reused_early";
     /// A half-open or unproven slot was taken from its flow: every candidate was taken.
     HalfOpenReclaimed, "half_open_reclaimed";
     /// A retransmitted SYN was moved to another backend, as its own takes no new flows any more.
     Rebalanced, "syn_moved";
+    /// A segment of a client was forwarded and taught nothing: it acknowledges what its backend has not sent.
+    ClientNumbersOdd, "client_numbers_odd";
+    /// A segment of a backend was forwarded and taught nothing: its sequence number does not continue the flow.
+    BackendNumbersOdd, "backend_numbers_odd";
+    /// A RST was forwarded and closed no flow, as its numbers prove nothing: the flow's backend is asked about it.
+    ResetDoubted, "resets_doubted";
     /// A client's way back was not remembered: its places in the table of learned next hops are taken.
     NextHopOverflow, "next_hop_overflow";
     /// A connection that a process of this host opened was sent to a backend by the connect hook.

@@ -5,16 +5,15 @@ use crate::{
     context::{self, Context},
     disposition::Disposition,
     flight_recorder::{FlowEvent, Note, state},
-    flow::{claimer::Clock, close::close, family::Family, slot::Slot},
-    headers::tcp_flag,
+    flow::{claimer::Clock, close::close, family::Family, look_up::is_owner, slot::Slot},
     layout::{Backend, Listener, NextHop},
-    meta::{BACKEND_TOLD, Kind, Meta, RESET},
+    meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_FIN, Kind, Meta, RESET},
     next_hop::learned,
     outcome::{Event, Outcome},
-    parse::{self, Ports},
+    parse::{self, Ports, Segment},
     rewrite,
     subprograms::Subprograms,
-    transition::{self, Transition},
+    transition::{self, BackendTransition},
     witness,
 };
 
@@ -33,7 +32,7 @@ pub fn reply<A: Family, S: Subprograms>(
         return Disposition::NOT_OURS;
     };
     // Asked for before the slot is looked at: both lines may be far away, and so they come together.
-    let return_hop = A::return_hop(maps, slot).map_or(0, |index| index.load());
+    let return_hop = A::return_hop(maps, ways, slot).map_or(0, |index| index.load());
     let meta = Meta(A::meta(ways, slot.way).load());
     let Some(backend) = maps.backend(meta.backend()) else {
         return unknown_slot::<A, S>(maps, context);
@@ -44,11 +43,11 @@ pub fn reply<A: Family, S: Subprograms>(
     if !from_backend || !meta.is_live() {
         return unknown_slot::<A, S>(maps, context);
     }
-    let (address, port, listener_id) = A::parts(A::load(ways, slot.way));
-    // A claimer may have come between: the slot is another flow's now.
-    if !Meta(A::meta(ways, slot.way).load()).same_owner(meta) {
+    let tuple = A::load(ways, slot.way);
+    if !is_owner::<A>(ways, slot.way, meta, tuple) {
         return unknown_slot::<A, S>(maps, context);
     }
+    let (address, port, listener_id) = A::parts(tuple);
     let Some(listener) = maps.listener(listener_id) else {
         return Disposition::NOT_OURS;
     };
@@ -86,7 +85,7 @@ fn send<A: Family, S: Subprograms>(
     maps: &S,
     context: &Context<'_>,
     ways: &A::Set,
-    mut meta: Meta,
+    meta: Meta,
     client: &Client<'_>,
 ) -> Result<Disposition, Outcome> {
     context::check::<A, S>(frame, &context.packet)?;
@@ -94,55 +93,71 @@ fn send<A: Family, S: Subprograms>(
     if !segment.valid {
         return Err(Outcome::Malformed);
     }
+    learn::<A, S>(maps, context, ways, meta, client, &segment)?;
+    transmit::<A, S>(frame, maps, context, client)
+}
+
+/// Learns what the segment tells of its flow. Err: it is not to be sent to the client.
+#[inline(always)]
+fn learn<A: Family, S: Subprograms>(
+    maps: &S,
+    context: &Context<'_>,
+    ways: &A::Set,
+    meta: Meta,
+    client: &Client<'_>,
+    segment: &Segment,
+) -> Result<(), Outcome> {
     let word = A::meta(ways, client.slot.way);
     let service = client.listener.service;
     let clock = Clock::read(maps, context.config);
-    if segment.payload > 0 {
+    let numbers = A::numbers(maps, ways, client.slot).ok_or(Outcome::Malformed)?;
+    let before = numbers.load();
+    let (transition, now) = transition::backend(meta, before, segment, clock.jiffies);
+    if transition::is_sign_of_life(meta, before, segment) {
         witness::hear(client.backend, clock.jiffies);
     }
-    match transition::backend(meta, &segment) {
-        Transition::SetFlags(flags) => {
-            let before = Meta(word.fetch_or(flags));
-            // Of two that see it at the same time one notes it.
-            if segment.has(tcp_flag::RST) && !before.has(flags) {
-                maps.note(client.note::<A>(FlowEvent::ResetByBackend, meta));
-            }
-            meta = before.with(flags);
+    // Before the word says that they are known.
+    numbers.store(before, now);
+    match transition {
+        BackendTransition::None => {}
+        BackendTransition::OutOfSequence => maps.count_event(service, Event::BackendNumbersOdd),
+        BackendTransition::Set(flags) => {
+            word.fetch_or(flags);
         }
-        Transition::Fin { flag, other, closed } => {
-            let before = Meta(word.fetch_or(flag));
-            if !before.has(other) && !before.has(flag) {
+        BackendTransition::Become(next) => {
+            word.compare_exchange(meta.0, next.0);
+        }
+        BackendTransition::Close(flags, kind) => {
+            let before = Meta(word.fetch_or(flags | BACKEND_FIN));
+            // Of two that see it at the same time one notes it.
+            if !before.has(CLIENT_FIN) && !before.has(BACKEND_FIN) {
                 maps.note(client.note::<A>(FlowEvent::ClosedByBackend, meta));
             }
-            meta = close(word, before.with(flag), other, closed);
+            close(word, before.with(flags | BACKEND_FIN), CLIENT_FIN, kind);
         }
-        Transition::Enter(next) => {
+        BackendTransition::Reset(next) => {
             if word.compare_exchange(meta.0, next.0) == meta.0 {
-                if meta.is(Kind::HalfOpen) {
-                    maps.note(client.note::<A>(FlowEvent::Established, meta));
-                    maps.count_event(service, Event::FlowEstablished);
-                }
-                meta = next;
+                maps.note(client.note::<A>(FlowEvent::ResetByBackend, meta));
             }
         }
-        Transition::ConnectionRefused => {
+        BackendTransition::SuspectReset => {
+            maps.count_event(service, Event::ResetDoubted);
+            word.fetch_or(RESET);
+        }
+        BackendTransition::Refuse => {
             client.backend.refused.store(clock.jiffies);
             second_chance::<A, S>(maps, context, word, meta, client)?;
         }
-        Transition::AnswerWithReset => {
+        BackendTransition::AnswerWithReset => {
             word.compare_exchange(meta.0, meta.with(BACKEND_TOLD).0);
             return Err(Outcome::ResetBackend);
         }
-        Transition::Unchanged
-        | Transition::NewConnection
-        | Transition::SynRetransmitted
-        | Transition::SynAfterReset => {}
     }
     // Not in every unit: the client's next packet is to find it old, and to look where it came from.
     if meta.age(clock.seen) >= 2 {
         word.store_high(clock.seen);
     }
-    transmit::<A, S>(frame, maps, context, client)
+    Ok(())
 }
 
 /// A backend refused a SYN. Once, the flow moves to another backend and the client hears nothing: its own next SYN
@@ -222,6 +237,9 @@ fn to_client(
 #[inline(always)]
 fn unknown_slot<A: Family, S: Subprograms>(maps: &S, context: &Context<'_>) -> Disposition {
     if maps.is_backend(A::NUMBER, context.packet.source, context.ports.source) {
+        if context.config.hold != 0 {
+            return Disposition::with(Outcome::Held, 0);
+        }
         Disposition::with(Outcome::ReplyUnknown, 0)
     } else {
         Disposition::NOT_OURS

@@ -2,7 +2,7 @@
 
 use crate::{
     cell::{Cell8, Cell16},
-    layout::{Set4, Set6},
+    layout::{Numbers, Set4, Set6},
 };
 
 /// Sets, and what is kept beside them. An index out of range gives None.
@@ -11,12 +11,10 @@ pub trait FlowTables {
     fn set4(&self, index: u32) -> Option<&Set4>;
     /// An IPv6 set.
     fn set6(&self, index: u32) -> Option<&Set6>;
-    /// The way back to the client of a slot of an IPv4 set.
-    fn return_hop4(&self, set: u32, way: u32) -> Option<&Cell16>;
+    /// The numbers of the flow in a slot of an IPv4 set.
+    fn numbers4(&self, set: u32, way: u32) -> Option<&Numbers>;
     /// The way back to the client of a slot of an IPv6 set.
     fn return_hop6(&self, set: u32, way: u32) -> Option<&Cell16>;
-    /// An IPv4 set's overflow mark.
-    fn overflow4(&self, set: u32) -> Option<&Cell8>;
     /// An IPv6 set's overflow mark.
     fn overflow6(&self, set: u32) -> Option<&Cell8>;
 }

@@ -1,322 +1,706 @@
-//! What a segment makes of its flow's state. Pure: the caller does the atomic part.
+//! What a segment makes of its flow. Pure: the caller does the atomic part.
 //!
-//! The states are those of RFC 9293 §3.3.2 as far as a third party can tell them apart: *half-open* is SYN-SENT and
-//! SYN-RECEIVED, *closed by* one of the two ends is TIME-WAIT at that end, and *killed* is CLOSED at both.
+//! A state changes only on a segment whose numbers fit ([`crate::sequence`]). RST, FIN and SYN alone change nothing that
+//! the ends' next segments do not change back: anyone can forge them, and an end ignores one that is out of its window
+//! (RFC 5961 §3 and §4). Every segment is forwarded, whatever is learned from it, except where a variant says otherwise.
 //!
-//! RST, FIN and SYN are not believed on their own: anyone can forge them, and a backend ignores one that is outside its
-//! window (RFC 5961 §3). They are noted, and the flow goes on being forwarded. Only a segment that the backend sends
-//! *after* the handshake proves anything. So a forged segment frees nothing.
+//! | state of the slot | SND.UNA holds | SND.NXT holds |
+//! |---|---|---|
+//! | half-open, SYN not answered | when it was claimed, in jiffies | what a SYN-ACK must acknowledge |
+//! | half-open, SYN-ACK seen | when that was, in jiffies | what the client must acknowledge |
+//! | half-open, [`NUMBERED`] | SND.UNA | SND.NXT |
+//! | established | SND.UNA | SND.NXT, if [`NUMBERED`] |
 
 use crate::{
     headers::tcp_flag,
-    meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
+    meta::{BACKEND_FIN, CLIENT_FIN, Kind, Meta, NUMBERED, RESET, RETRANSMITTED, SYN_ACK},
     parse::Segment,
+    sequence::{REACH, SendSequence, answers_syn},
 };
 
-/// Units (about seconds) without a segment after which a slot that saw a RST may be reused.
+/// Units (about seconds) without a segment after which the backend of a flow that saw a RST is asked about it.
 pub const RESET_QUARANTINE: u16 = 10;
 
-/// What a segment does to the slot's word.
+/// What a segment of the client makes of its flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Transition {
-    /// The state stays.
-    Unchanged,
-    /// The state stays; these flags are set.
-    SetFlags(u32),
-    /// A FIN: this side's flag is set. If the other side's is set already, both have closed.
-    Fin {
-        /// This side's flag.
-        flag: u32,
-        /// The other side's.
-        other: u32,
-        /// The state when both are set.
-        closed: Kind,
-    },
-    /// The word becomes this one, if it has not changed since it was examined.
-    Enter(Meta),
-    /// A SYN in TIME-WAIT or CLOSED: a new flow of the same tuple takes the slot.
-    NewConnection,
-    /// A SYN in SYN-SENT: sent to the flow's backend again; if that takes no new flows any more, to another.
-    SynRetransmitted,
-    /// A SYN a moment after a RST: sent to the flow's backend, which knows whether the RST was real; but a new flow if
-    /// that backend takes no new ones any more. (A client that closes in a hurry ends with a RST, has no TIME-WAIT, and
-    /// uses its port again within seconds.)
-    SynAfterReset,
-    /// The backend's RST in SYN-SENT: it refused the SYN. Another backend may not.
-    ConnectionRefused,
-    /// A segment in CLOSED: the flow was reset on purpose, and the segment is answered with a RST.
+pub enum ClientTransition {
+    /// Nothing: it is forwarded, and proves nothing, not even that the client is there.
+    None,
+    /// Nothing: it acknowledges what the backend has not sent.
+    OutOfSequence,
+    /// Nothing but a sign of the client's life.
+    Alive,
+    /// It acknowledges what the backend has sent.
+    Acknowledge,
+    /// It acknowledges the backend's SYN-ACK: the word becomes this one, established.
+    Establish(Meta),
+    /// A FIN whose numbers fit: set the flag, and close the flow as this kind if the backend's FIN was seen.
+    Close(Kind),
+    /// A RST whose acknowledgement fits: the word becomes this one, closed.
+    Reset(Meta),
+    /// A RST that proves nothing: the backend's next segment contradicts it, or the backend is asked.
+    SuspectReset,
+    /// A RST or FIN before the SYN was answered.
+    GiveUp,
+    /// A SYN that is retransmitted: to its backend, or to another if that one takes no new flows any more.
+    RetransmitSyn,
+    /// A SYN takes the slot for a new flow of the same tuple.
+    Reopen,
+    /// The flow was reset on purpose: the segment is answered with a RST.
     AnswerWithReset,
 }
 
-/// After a segment of the client.
+/// What a segment of the backend makes of its flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackendTransition {
+    /// Nothing.
+    None,
+    /// Nothing: its numbers do not continue the flow.
+    OutOfSequence,
+    /// Set flags.
+    Set(u32),
+    /// The word becomes this one, if it has not changed.
+    Become(Meta),
+    /// A FIN that continues the flow: set [`BACKEND_FIN`] and these flags, and close the flow as this kind if the client's
+    /// FIN was seen.
+    Close(u32, Kind),
+    /// A RST whose number fits: the word becomes this one, closed.
+    Reset(Meta),
+    /// A RST that proves nothing.
+    SuspectReset,
+    /// A RST that answers the SYN: another backend may not refuse it.
+    Refuse,
+    /// The flow was reset on purpose: the segment is answered with a RST.
+    AnswerWithReset,
+}
+
+/// After a segment of the client: the change, and the numbers from now on.
 #[inline(always)]
 #[must_use]
-pub const fn client(meta: Meta, segment: &Segment, now: u16) -> Transition {
-    // CLOSED (RFC 9293 §3.10.7.1).
+pub const fn client(
+    meta: Meta,
+    sequence: SendSequence,
+    segment: &Segment,
+) -> (ClientTransition, SendSequence) {
     if meta.is(Kind::Killed) {
-        return if segment.opens() {
-            Transition::NewConnection
-        } else {
-            closed(segment, Transition::Unchanged)
-        };
+        return killed_client(sequence, segment);
     }
-    // SYN received.
     if segment.opens() {
-        return if meta.is(Kind::HalfOpen) {
-            // SYN-SENT, SYN-RECEIVED: the client has had no answer.
-            Transition::SynRetransmitted
-        } else if meta.is_closed() || (meta.has(RESET) && meta.age(now) >= RESET_QUARANTINE) {
-            // TIME-WAIT (§3.10.7.4: a new SYN may reopen the connection).
-            Transition::NewConnection
-        } else if meta.has(RESET) {
-            Transition::SynAfterReset
+        let transition = if meta.is(Kind::HalfOpen) {
+            ClientTransition::RetransmitSyn
+        } else if meta.is_closed() {
+            ClientTransition::Reopen
         } else {
-            // ESTABLISHED: the backend answers with a challenge ACK (RFC 5961 §4).
-            Transition::Unchanged
+            // The backend knows whether the connection is still there (RFC 5961 §4).
+            ClientTransition::None
+        };
+        return (transition, sequence);
+    }
+    if meta.is(Kind::HalfOpen) {
+        return if meta.has(SYN_ACK) {
+            handshake(meta, sequence, segment)
+        } else {
+            let ends = segment.flags & (tcp_flag::RST | tcp_flag::FIN) != 0 && !meta.has(CLIENT_FIN);
+            (if ends { ClientTransition::GiveUp } else { ClientTransition::Alive }, sequence)
         };
     }
-    // RST received.
-    if segment.has(tcp_flag::RST) {
-        // SYN-SENT: all that is heard of the end of a flow to a backend that is this host, whose own segments are not seen.
-        let unanswered = meta.is(Kind::HalfOpen) && !meta.has(SYN_ACK);
-        return if meta.is(Kind::Established) && !meta.has(RESET) {
-            Transition::SetFlags(RESET)
-        } else if unanswered && !meta.has(CLIENT_FIN) {
-            Transition::SetFlags(CLIENT_FIN)
-        } else {
-            Transition::Unchanged
-        };
-    }
-    // FIN received.
-    if segment.has(tcp_flag::FIN) && !meta.has(CLIENT_FIN) && !meta.is_closed() {
-        return Transition::Fin { flag: CLIENT_FIN, other: BACKEND_FIN, closed: Kind::ClosedByBackend };
-    }
-    // SYN-RECEIVED, ACK received: the client has had the SYN-ACK.
-    if meta.is(Kind::HalfOpen) && meta.has(SYN_ACK) && !meta.has(CLIENT_ACK) && segment.has(tcp_flag::ACK) {
-        return Transition::SetFlags(CLIENT_ACK);
-    }
-    Transition::Unchanged
+    synchronized_client(meta, sequence, segment)
 }
 
-/// After a segment of the backend.
+/// SYN-RECEIVED (RFC 9293 §3.10.7.4, fifth): only the acknowledgement of the SYN-ACK leads on.
+#[inline(always)]
+const fn handshake(
+    meta: Meta,
+    sequence: SendSequence,
+    segment: &Segment,
+) -> (ClientTransition, SendSequence) {
+    // SND.UNA is a time until the backend has sent data.
+    let known = if meta.has(NUMBERED) { sequence } else { SendSequence::at(sequence.next) };
+    if !segment.has(tcp_flag::ACK) || !known.is_acknowledged_by(segment.acknowledgement) {
+        return (ClientTransition::None, sequence);
+    }
+    let numbers = known.acknowledged(segment.acknowledgement);
+    let established = meta.become_kind(Kind::Established).without(SYN_ACK | RESET).with(NUMBERED);
+    if segment.has(tcp_flag::RST) {
+        return (ClientTransition::Reset(established.closed_by_reset()), numbers);
+    }
+    let fin = if segment.has(tcp_flag::FIN) { CLIENT_FIN } else { 0 };
+    (ClientTransition::Establish(established.with(fin)), numbers)
+}
+
+/// ESTABLISHED and all that follows.
+#[inline(always)]
+const fn synchronized_client(
+    meta: Meta,
+    sequence: SendSequence,
+    segment: &Segment,
+) -> (ClientTransition, SendSequence) {
+    let numbered = meta.has(NUMBERED) || !meta.is(Kind::Established);
+    let fits =
+        segment.has(tcp_flag::ACK) && (!numbered || sequence.is_acknowledged_by(segment.acknowledgement));
+    if segment.has(tcp_flag::RST) {
+        return if !meta.is(Kind::Established) {
+            (ClientTransition::None, sequence)
+        } else if fits && numbered {
+            (ClientTransition::Reset(meta.closed_by_reset()), sequence)
+        } else if meta.has(RESET) {
+            (ClientTransition::None, sequence)
+        } else {
+            (ClientTransition::SuspectReset, sequence)
+        };
+    }
+    if !fits {
+        // Of a segment that was overtaken by later ones the number is merely old.
+        let is_old = sequence.unacknowledged.wrapping_sub(segment.acknowledgement) <= REACH;
+        let is_odd = segment.has(tcp_flag::ACK) && !is_old;
+        return (if is_odd { ClientTransition::OutOfSequence } else { ClientTransition::None }, sequence);
+    }
+    let sequence = sequence.acknowledged(segment.acknowledgement);
+    if segment.has(tcp_flag::FIN) && !meta.has(CLIENT_FIN) && !meta.is_closed() {
+        return (ClientTransition::Close(Kind::ClosedByBackend), sequence);
+    }
+    (ClientTransition::Acknowledge, sequence)
+}
+
+/// A flow that was reset on purpose. A RST is never answered, but sent on: it is what the backend should hear, too.
+#[inline(always)]
+const fn killed_client(sequence: SendSequence, segment: &Segment) -> (ClientTransition, SendSequence) {
+    if segment.opens() {
+        return (ClientTransition::Reopen, sequence);
+    }
+    if segment.has(tcp_flag::RST) {
+        return (ClientTransition::None, sequence);
+    }
+    // What a RST that the daemon repeats must carry.
+    let fits = segment.has(tcp_flag::ACK) && sequence.is_acknowledged_by(segment.acknowledgement);
+    let sequence = if fits { sequence.acknowledged(segment.acknowledgement) } else { sequence };
+    (ClientTransition::AnswerWithReset, sequence)
+}
+
+/// After a segment of the backend at the time `jiffies`: the change, and the numbers from now on.
 #[inline(always)]
 #[must_use]
-pub const fn backend(meta: Meta, segment: &Segment) -> Transition {
-    // CLOSED (RFC 9293 §3.10.7.1).
+pub const fn backend(
+    meta: Meta,
+    sequence: SendSequence,
+    segment: &Segment,
+    jiffies: u32,
+) -> (BackendTransition, SendSequence) {
     if meta.is(Kind::Killed) {
-        return closed(segment, Transition::Enter(meta.with(BACKEND_TOLD)));
+        return (killed_backend(meta, sequence, segment), sequence);
     }
-    // RST received.
+    if meta.is(Kind::HalfOpen) {
+        return if meta.has(SYN_ACK) {
+            answered(meta, sequence, segment)
+        } else {
+            unanswered(meta, sequence, segment, jiffies)
+        };
+    }
     if segment.has(tcp_flag::RST) {
-        return if meta.is(Kind::HalfOpen) && !meta.has(SYN_ACK) {
-            // SYN-SENT (§3.10.7.3).
-            Transition::ConnectionRefused
-        } else if !meta.is_closed() && !meta.has(RESET) {
-            Transition::SetFlags(RESET)
+        let transition = if meta.is_closed() {
+            BackendTransition::None
+        } else if meta.has(NUMBERED) && sequence.holds(segment.sequence) {
+            BackendTransition::Reset(meta.closed_by_reset())
+        } else if meta.has(RESET) {
+            BackendTransition::None
         } else {
-            Transition::Unchanged
+            BackendTransition::SuspectReset
         };
+        return (transition, sequence);
     }
-    // SYN-ACK received.
-    if segment.has(tcp_flag::SYN) {
-        return if meta.is(Kind::HalfOpen) && !meta.has(SYN_ACK) {
-            Transition::SetFlags(SYN_ACK)
-        } else {
-            Transition::Unchanged
-        };
+    if meta.is_closed() {
+        return (after_close(meta, sequence, segment), sequence);
     }
-    // SYN-RECEIVED, any segment after the client's ACK: the backend is in ESTABLISHED. A FIN proves it as well: that of a
-    // backend that answers and closes.
-    if meta.is(Kind::HalfOpen) && meta.has(SYN_ACK | CLIENT_ACK) {
-        return Transition::Enter(meta.become_kind(Kind::Established).without(RESET));
-    }
-    // FIN received.
-    if segment.has(tcp_flag::FIN) {
-        return if !meta.has(BACKEND_FIN) && !meta.is_closed() {
-            Transition::Fin { flag: BACKEND_FIN, other: CLIENT_FIN, closed: Kind::ClosedByClient }
-        } else {
-            Transition::Unchanged
-        };
-    }
-    // ESTABLISHED, a segment after a RST: the RST was not believed by its receiver.
-    if meta.is(Kind::Established) && meta.has(RESET) {
-        return Transition::Enter(meta.without(RESET));
-    }
-    // TIME-WAIT, and the backend sends data: one of the two FINs was forged. Where a RST that was not contradicted for a
-    // while closed the flow, any segment of the backend reopens it: a bare ACK answers a keepalive.
-    if meta.is_closed() && (segment.payload > 0 || meta.is_closed_by_reset()) {
-        return Transition::Enter(meta.become_kind(Kind::Established).without(BACKEND_FIN | RESET));
-    }
-    Transition::Unchanged
+    synchronized_backend(meta, sequence, segment)
 }
 
-/// After a segment of a flow that was reset on purpose. A RST is never answered (RFC 9293 §3.10.7.1), but sent on: the
-/// other side should hear it. The backend's own RST says that it has forgotten the flow: that is `on_reset`.
+/// A flow that was reset on purpose: the backend's own RST says that it has forgotten the flow.
 #[inline(always)]
-const fn closed(segment: &Segment, on_reset: Transition) -> Transition {
-    if segment.has(tcp_flag::RST) { on_reset } else { Transition::AnswerWithReset }
+const fn killed_backend(meta: Meta, sequence: SendSequence, segment: &Segment) -> BackendTransition {
+    if !segment.has(tcp_flag::RST) {
+        BackendTransition::AnswerWithReset
+    } else if sequence.holds(segment.sequence) {
+        BackendTransition::Become(meta.with(crate::meta::BACKEND_TOLD))
+    } else {
+        BackendTransition::None
+    }
+}
+
+/// A SYN was forwarded, and not answered yet.
+#[inline(always)]
+const fn unanswered(
+    meta: Meta,
+    sequence: SendSequence,
+    segment: &Segment,
+    jiffies: u32,
+) -> (BackendTransition, SendSequence) {
+    if meta.has(NUMBERED) {
+        return converted(meta, sequence, segment);
+    }
+    let answers = segment.has(tcp_flag::ACK) && answers_syn(sequence.next, segment.acknowledgement);
+    if answers && segment.has(tcp_flag::RST) {
+        return (BackendTransition::Refuse, sequence);
+    }
+    if answers && segment.has(tcp_flag::SYN) {
+        let next = segment.sequence.wrapping_add(1);
+        return (BackendTransition::Set(SYN_ACK), SendSequence { unacknowledged: jiffies, next });
+    }
+    (BackendTransition::None, sequence)
+}
+
+/// A handshake that another build's table had in hand: its numbers are those of the backend's next segment.
+#[inline(always)]
+const fn converted(
+    meta: Meta,
+    sequence: SendSequence,
+    segment: &Segment,
+) -> (BackendTransition, SendSequence) {
+    if segment.has(tcp_flag::RST) {
+        return (BackendTransition::None, sequence);
+    }
+    let fin = if segment.has(tcp_flag::FIN) { BACKEND_FIN } else { 0 };
+    let (first, end) = span(segment);
+    (BackendTransition::Become(meta.with(SYN_ACK | fin)), SendSequence { unacknowledged: first, next: end })
+}
+
+/// Its first number that is not its SYN's, and the one after its last.
+#[inline(always)]
+const fn span(segment: &Segment) -> (u32, u32) {
+    let first = segment.sequence.wrapping_add(segment.has(tcp_flag::SYN) as u32);
+    (first, first.wrapping_add(segment.payload as u32).wrapping_add(segment.has(tcp_flag::FIN) as u32))
+}
+
+/// The backend's SYN-ACK was seen, and no acknowledgement of it.
+#[inline(always)]
+const fn answered(
+    meta: Meta,
+    sequence: SendSequence,
+    segment: &Segment,
+) -> (BackendTransition, SendSequence) {
+    let (first, end) = span(segment);
+    // SND.UNA is a time until the backend has sent data.
+    let known = if meta.has(NUMBERED) { sequence } else { SendSequence::at(sequence.next) };
+    if segment.has(tcp_flag::RST) {
+        let ended = known.holds(segment.sequence);
+        let closed = meta.without(SYN_ACK).closed_by_reset();
+        return (if ended { BackendTransition::Reset(closed) } else { BackendTransition::None }, sequence);
+    }
+    if segment.has(tcp_flag::SYN) {
+        // Of several the last one holds: the backend may have lost the first, and answered the SYN anew.
+        let unacknowledged = if meta.has(NUMBERED) { first } else { sequence.unacknowledged };
+        return (BackendTransition::None, SendSequence { unacknowledged, next: first });
+    }
+    if !known.continues_at(first) {
+        // The SYN-ACK was not the backend's own: whatever the backend says next is as good.
+        return (BackendTransition::Set(NUMBERED), SendSequence { unacknowledged: first, next: end });
+    }
+    if end == first {
+        return (BackendTransition::None, sequence);
+    }
+    let fin = if segment.has(tcp_flag::FIN) { BACKEND_FIN } else { 0 };
+    (BackendTransition::Set(NUMBERED | fin), known.sent_until(end))
+}
+
+/// ESTABLISHED, and one side's FIN at the most.
+#[inline(always)]
+const fn synchronized_backend(
+    meta: Meta,
+    sequence: SendSequence,
+    segment: &Segment,
+) -> (BackendTransition, SendSequence) {
+    let (first, end) = span(segment);
+    if segment.has(tcp_flag::SYN) {
+        // After a RST it may answer a new SYN of the tuple: then the flow goes on from here.
+        let renewed = meta.has(RESET) && segment.has(tcp_flag::ACK);
+        return (BackendTransition::None, if renewed { SendSequence::at(first) } else { sequence });
+    }
+    let numbered = meta.has(NUMBERED);
+    if numbered && !sequence.continues_at(first) {
+        // Who may have ended and begun anew has other numbers.
+        let learned = if meta.has(RESET) { sequence.learned_from(first, end) } else { sequence };
+        return (BackendTransition::OutOfSequence, learned);
+    }
+    let known = if numbered { sequence.sent_until(end) } else { sequence.learned_from(first, end) };
+    let learned = if numbered { 0 } else { NUMBERED };
+    if segment.has(tcp_flag::FIN) && !meta.has(BACKEND_FIN) {
+        return (BackendTransition::Close(learned, Kind::ClosedByClient), known);
+    }
+    if meta.has(RESET) {
+        return (BackendTransition::Become(meta.without(RESET).with(learned)), known);
+    }
+    let again = numbered && segment.payload > 0 && known.next == sequence.next && !meta.has(RETRANSMITTED);
+    let flags = learned | if again { RETRANSMITTED } else { 0 };
+    (if flags == 0 { BackendTransition::None } else { BackendTransition::Set(flags) }, known)
+}
+
+/// Both sides have closed. A backend whose FIN came second, and that acknowledges the client's after it, had sent its own
+/// before it heard of the client's (RFC 9293 §3.6, figure 13): it is in TIME-WAIT, too.
+#[inline(always)]
+const fn after_close(meta: Meta, sequence: SendSequence, segment: &Segment) -> BackendTransition {
+    let acknowledges = segment.payload == 0
+        && segment.flags & (tcp_flag::SYN | tcp_flag::FIN) == 0
+        && segment.sequence == sequence.next;
+    if meta.is(Kind::ClosedByClient) && meta.has(BACKEND_FIN) && acknowledges {
+        BackendTransition::Become(meta.become_kind(Kind::ClosedByBackend))
+    } else {
+        BackendTransition::None
+    }
+}
+
+/// Does the backend's payload prove that its process lives? Only where it goes on from what was sent before. `sequence` is
+/// as it was before the segment.
+#[inline(always)]
+#[must_use]
+pub const fn is_sign_of_life(meta: Meta, sequence: SendSequence, segment: &Segment) -> bool {
+    segment.payload > 0
+        && meta.is(Kind::Established)
+        && meta.has(NUMBERED)
+        && sequence.holds(segment.sequence)
+}
+
+/// May the client's segment move the way back to where it came from? `sequence` is as it was before the segment.
+///
+/// With nothing in flight the acknowledgement is one number of 2³². With something in flight the backend must have sent
+/// some of it again, as it does when its segments go astray.
+#[inline(always)]
+#[must_use]
+pub const fn moves_way_back(meta: Meta, sequence: SendSequence, acknowledgement: u32) -> bool {
+    if !meta.is(Kind::Established) || !meta.has(NUMBERED) {
+        return false;
+    }
+    (sequence.is_idle() || meta.has(RETRANSMITTED)) && sequence.is_acknowledged_by(acknowledgement)
 }
 
 #[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::meta::BACKEND_TOLD;
 
     const SYN: u8 = tcp_flag::SYN;
     const ACK: u8 = tcp_flag::ACK;
     const FIN: u8 = tcp_flag::FIN;
     const RST: u8 = tcp_flag::RST;
 
-    fn segment(flags: u8, payload: usize) -> Segment {
-        Segment { valid: true, flags, sequence: 1, acknowledgement: 1, payload }
+    /// The client's initial sequence number and the backend's: its numbers wrap soon.
+    const CLIENT: u32 = 1000;
+    const BACKEND: u32 = u32::MAX - 50;
+
+    /// A number of the backend's, `offset` bytes after its SYN.
+    const fn sent(offset: u32) -> u32 {
+        BACKEND.wrapping_add(1).wrapping_add(offset)
     }
 
-    /// The word after a transition, as one CPU alone would leave it.
-    fn apply(meta: Meta, transition: Transition) -> Meta {
-        match transition {
-            Transition::Unchanged
-            | Transition::SynRetransmitted
-            | Transition::SynAfterReset
-            | Transition::AnswerWithReset => meta,
-            Transition::SetFlags(flags) => meta.with(flags),
-            Transition::Fin { flag, other, closed } if meta.has(other) => meta.with(flag).become_kind(closed),
-            Transition::Fin { flag, .. } => meta.with(flag),
-            Transition::Enter(next) => next,
-            Transition::NewConnection => Meta::new(Kind::HalfOpen, meta.backend(), meta.seen()),
-            Transition::ConnectionRefused => meta.become_kind(Kind::ClosedByClient),
+    const fn segment(flags: u8, sequence: u32, acknowledgement: u32, payload: usize) -> Segment {
+        Segment { valid: true, flags, sequence, acknowledgement, payload }
+    }
+
+    /// A slot, as one CPU alone would leave it.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    struct Slot {
+        meta: Meta,
+        sequence: SendSequence,
+    }
+
+    impl Slot {
+        /// As a SYN leaves it.
+        const CLAIMED: Self = Self {
+            meta: Meta::new(Kind::HalfOpen, 7, 0),
+            sequence: SendSequence { unacknowledged: 77, next: CLIENT + 1 },
+        };
+
+        fn client(mut self, flags: u8, acknowledged: u32) -> Self {
+            let (transition, sequence) =
+                client(self.meta, self.sequence, &segment(flags, CLIENT + 1, acknowledged, 0));
+            self.sequence = sequence;
+            self.meta = match transition {
+                ClientTransition::Establish(meta) | ClientTransition::Reset(meta) => meta,
+                ClientTransition::Close(kind) => self.finish(CLIENT_FIN, BACKEND_FIN, kind),
+                ClientTransition::SuspectReset => self.meta.with(RESET),
+                ClientTransition::GiveUp => self.meta.with(CLIENT_FIN),
+                _ => self.meta,
+            };
+            self
+        }
+
+        fn backend(self, flags: u8, sequence: u32, payload: usize) -> Self {
+            self.backend_answers(flags, sequence, CLIENT + 1, payload)
+        }
+
+        fn backend_answers(mut self, flags: u8, number: u32, acknowledged: u32, payload: usize) -> Self {
+            let segment = segment(flags, number, acknowledged, payload);
+            let (transition, sequence) = backend(self.meta, self.sequence, &segment, 99);
+            self.sequence = sequence;
+            self.meta = match transition {
+                BackendTransition::Set(flags) => self.meta.with(flags),
+                BackendTransition::Become(meta) | BackendTransition::Reset(meta) => meta,
+                BackendTransition::Close(flags, kind) => self.finish(BACKEND_FIN | flags, CLIENT_FIN, kind),
+                BackendTransition::SuspectReset => self.meta.with(RESET),
+                BackendTransition::Refuse => self.meta.become_kind(Kind::ClosedByClient),
+                _ => self.meta,
+            };
+            self
+        }
+
+        fn finish(self, flags: u32, other: u32, kind: Kind) -> Meta {
+            let meta = self.meta.with(flags);
+            if meta.has(other) { meta.become_kind(kind) } else { meta }
+        }
+
+        fn answered() -> Self {
+            Self::CLAIMED.backend(SYN | ACK, BACKEND, 0)
+        }
+
+        /// After the handshake, a request and 100 bytes of an answer, which are acknowledged.
+        fn established() -> Self {
+            let slot = Self::answered().client(ACK, sent(0)).client(ACK, sent(0));
+            let slot = slot.backend(ACK, sent(0), 100).client(ACK, sent(100));
+            assert!(slot.meta.is(Kind::Established) && slot.meta.has(NUMBERED), "{slot:?}");
+            assert_eq!(slot.sequence, SendSequence::at(sent(100)));
+            slot
         }
     }
-
-    fn after(mut meta: Meta, story: &[(char, u8, usize)]) -> Meta {
-        for (side, flags, payload) in story {
-            let segment = segment(*flags, *payload);
-            let transition = if *side == 'c' { client(meta, &segment, 0) } else { backend(meta, &segment) };
-            meta = apply(meta, transition);
-        }
-        meta
-    }
-
-    const HALF_OPEN: Meta = Meta::new(Kind::HalfOpen, 7, 0);
-    const HANDSHAKE: &[(char, u8, usize)] =
-        &[('b', SYN | ACK, 0), ('c', ACK, 0), ('c', ACK, 200), ('b', ACK, 0)];
 
     #[test]
-    fn a_handshake_alone_proves_nothing_the_backends_next_segment_does() {
-        for length in 0..HANDSHAKE.len() {
-            assert!(after(HALF_OPEN, &HANDSHAKE[..length]).is(Kind::HalfOpen));
+    fn only_the_acknowledgement_of_the_syn_ack_proves_a_flow() {
+        let answered = Slot::answered();
+        assert!(answered.meta.is(Kind::HalfOpen) && answered.meta.has(SYN_ACK));
+        assert_eq!(answered.sequence.unacknowledged, 99, "protected from now on");
+        for guess in [0, sent(1), BACKEND, CLIENT, 77, 99] {
+            assert_eq!(answered.client(ACK, guess), answered, "{guess}");
         }
-        assert!(after(HALF_OPEN, HANDSHAKE).is(Kind::Established));
+        assert!(answered.client(ACK, sent(0)).meta.is(Kind::Established));
+    }
+
+    #[test]
+    fn the_three_forged_packets_of_the_first_edition_make_no_flow() {
+        // SYN, an ACK with any number, a PSH without ACK: a Linux backend answers the last with a bare ACK.
+        let forged = Slot::answered().client(ACK, 12_345).client(0, 0).backend(ACK, sent(0), 0);
+        assert!(forged.meta.is(Kind::HalfOpen), "{forged:?}");
+    }
+
+    #[test]
+    fn a_syn_ack_answers_this_syn_or_counts_for_nothing() {
+        for acknowledged in [CLIENT, CLIENT + 2 + crate::sequence::SYN_DATA, 0] {
+            let slot = Slot::CLAIMED.backend_answers(SYN | ACK, 5, acknowledged, 0);
+            assert_eq!(slot, Slot::CLAIMED);
+            let slot = Slot::CLAIMED.backend_answers(RST | ACK, 0, acknowledged, 0);
+            assert_eq!(slot, Slot::CLAIMED, "a refusal neither");
+        }
+        let refused = Slot::CLAIMED.backend_answers(RST | ACK, 0, CLIENT + 1, 0);
+        assert!(refused.meta.is_closed());
+    }
+
+    #[test]
+    fn a_second_syn_ack_with_another_number_holds() {
+        let again = Slot::answered().backend(SYN | ACK, 5000, 0);
+        assert!(again.client(ACK, sent(0)).meta.is(Kind::HalfOpen));
+        assert!(again.client(ACK, 5001).meta.is(Kind::Established));
+    }
+
+    #[test]
+    fn a_forged_syn_ack_is_corrected_by_the_backends_next_segment() {
+        let forged = Slot::answered().backend(SYN | ACK, 1 << 28, 0).client(ACK, sent(0));
+        assert!(forged.meta.is(Kind::HalfOpen));
+        let corrected = forged.backend(ACK, sent(0), 100).client(ACK, sent(100));
+        assert!(corrected.meta.is(Kind::Established), "{corrected:?}");
+    }
+
+    #[test]
+    fn a_backend_may_speak_before_the_handshake_is_over() {
+        // TCP Fast Open: the answer to what the SYN carried.
+        let early =
+            Slot::CLAIMED.backend_answers(SYN | ACK, BACKEND, CLIENT + 501, 0).backend(ACK, sent(0), 10);
+        assert!(early.client(ACK, sent(11)).meta.is(Kind::HalfOpen));
+        for acknowledged in [sent(0), sent(10)] {
+            assert!(early.client(ACK, acknowledged).meta.is(Kind::Established));
+        }
     }
 
     #[test]
     fn who_closes_first_decides_the_quarantine() {
-        let flow = after(HALF_OPEN, HANDSHAKE);
-        let by_client =
-            after(flow, &[('c', FIN | ACK, 0), ('b', ACK, 0), ('b', FIN | ACK, 0), ('c', ACK, 0)]);
-        assert!(by_client.is(Kind::ClosedByClient));
-        let by_backend =
-            after(flow, &[('b', FIN | ACK, 0), ('c', ACK, 0), ('c', FIN | ACK, 0), ('b', ACK, 0)]);
-        assert!(by_backend.is(Kind::ClosedByBackend));
+        let flow = Slot::established();
+        let by_client = flow.client(FIN | ACK, sent(100)).backend(ACK, sent(100), 0);
+        let by_client = by_client.backend(FIN | ACK, sent(100), 0).client(ACK, sent(101));
+        assert!(by_client.meta.is(Kind::ClosedByClient));
+        let by_backend = flow.backend(FIN | ACK, sent(100), 0).client(ACK, sent(101));
+        let by_backend = by_backend.client(FIN | ACK, sent(101)).backend(ACK, sent(101), 0);
+        assert!(by_backend.meta.is(Kind::ClosedByBackend));
+    }
+
+    #[test]
+    fn after_a_simultaneous_close_the_backend_is_in_time_wait_too() {
+        let flow = Slot::established();
+        let crossed = flow.client(FIN | ACK, sent(100)).backend(FIN | ACK, sent(100), 0);
+        assert!(crossed.meta.is(Kind::ClosedByClient));
+        assert!(crossed.backend(ACK, sent(100), 0).meta.is(Kind::ClosedByClient), "from before its FIN");
+        assert!(crossed.backend(ACK, sent(101), 0).meta.is(Kind::ClosedByBackend));
+    }
+
+    #[test]
+    fn a_backend_whose_first_segment_is_its_fin_leaves_nothing_behind() {
+        let flow = Slot::answered().client(ACK, sent(0)).backend(FIN | ACK, sent(0), 0);
+        assert!(flow.client(ACK, sent(1)).client(FIN | ACK, sent(1)).meta.is_closed());
+        // The client's ACK was lost, and came with its FIN.
+        let late = Slot::answered().backend(FIN | ACK, sent(0), 0).client(FIN | ACK, sent(1));
+        assert!(late.meta.is(Kind::Established) && late.meta.has(CLIENT_FIN | BACKEND_FIN), "{late:?}");
     }
 
     #[test]
     fn one_fin_keeps_a_half_closed_stream() {
-        let flow =
-            after(after(HALF_OPEN, HANDSHAKE), &[('c', FIN | ACK, 0), ('b', ACK, 1000), ('c', ACK, 0)]);
-        assert!(flow.is(Kind::Established));
+        let flow = Slot::established().client(FIN | ACK, sent(100)).backend(ACK, sent(100), 1000);
+        assert!(flow.client(ACK, sent(1100)).meta.is(Kind::Established));
     }
 
     #[test]
-    fn blind_segments_free_nothing_and_the_backend_clears_them() {
-        let flow = after(HALF_OPEN, HANDSHAKE);
-        let blind = after(flow, &[('c', RST, 0), ('c', FIN, 0), ('c', SYN, 0)]);
-        assert!(blind.is(Kind::Established), "{blind:?}");
-        assert!(!after(blind, &[('b', ACK, 100)]).has(RESET));
-        let both = after(flow, &[('c', FIN | ACK, 0), ('b', FIN | ACK, 0)]);
-        assert!(both.is_closed() && both.is_live(), "still forwarded");
-        assert!(after(both, &[('b', ACK, 100)]).is(Kind::Established));
-        assert!(after(both, &[('b', ACK, 0)]).is_closed(), "of the last FIN");
+    fn a_fin_after_lost_data_counts() {
+        let flow = Slot::established().client(FIN | ACK, sent(100)).backend(FIN | ACK, sent(1500), 0);
+        assert!(flow.meta.is_closed());
     }
 
     #[test]
-    fn a_flow_that_was_taken_for_reset_goes_on_when_its_backend_does() {
-        let flow = after(HALF_OPEN, HANDSHAKE);
-        for reset in [&[('c', RST, 0)][..], &[('b', RST, 0)], &[('c', FIN | ACK, 0), ('c', RST, 0)]] {
-            let over = after(flow, reset).closed_by_reset();
-            assert!(over.is_closed() && over.is_live());
-            assert!(after(over, &[('c', ACK, 10), ('b', RST, 0)]).is_closed(), "no proof");
-            let back = after(over, &[('b', ACK, 0)]);
-            assert!(back.is(Kind::Established) && !back.has(RESET), "{reset:?}");
+    fn an_exact_reset_closes_and_another_is_doubted() {
+        let flow = Slot::established();
+        assert!(flow.client(RST | ACK, sent(100)).meta.is_closed());
+        assert!(flow.backend(RST, sent(100), 0).meta.is_closed(), "of a kernel that forgot the flow");
+        for blind in [flow.client(RST, 0), flow.client(RST | ACK, 5), flow.backend(RST, 5, 0)] {
+            assert_eq!(blind.meta, flow.meta.with(RESET));
+            assert_eq!(blind.sequence, flow.sequence);
+            assert_eq!(blind.backend(ACK, sent(100), 0), flow, "the backend's answer contradicts it");
         }
-        let ended = after(flow, &[('c', FIN | ACK, 0), ('b', FIN | ACK, 0), ('c', RST, 0)]);
-        assert!(after(ended, &[('b', ACK, 0)]).is_closed(), "it was over before");
-        let hurried = after(flow, &[('b', FIN | ACK, 0), ('c', RST, 0)]);
-        let ended = after(hurried, &[('c', FIN | ACK, 0)]);
-        assert!(after(ended, &[('b', ACK, 0)]).is_closed(), "both have ended it");
+    }
+
+    #[test]
+    fn a_new_syn_of_a_flow_that_was_not_closed_is_the_backends_to_judge() {
+        let flow = Slot::established();
+        assert_eq!(client(flow.meta, flow.sequence, &segment(SYN, 0, 0, 0)).0, ClientTransition::None);
+        assert_eq!(flow.backend(SYN | ACK, 5, 0), flow, "and its SYN-ACK alone says nothing");
+        let doubted = flow.client(RST, 0);
+        let renewed = doubted.backend(SYN | ACK, 4999, 0).client(ACK, 5000);
+        assert!(renewed.meta.is(Kind::Established));
+        assert_eq!(renewed.backend(ACK, 5000, 10).meta, flow.meta);
+        assert_eq!(renewed.backend(ACK, 5000, 10).sequence.next, 5010);
     }
 
     #[test]
     fn a_client_may_give_up_in_the_handshake_and_keep_its_slot() {
-        assert_eq!(client(HALF_OPEN, &segment(RST, 0), 0), Transition::SetFlags(CLIENT_FIN));
-        assert_eq!(client(HALF_OPEN.with(SYN_ACK), &segment(RST, 0), 0), Transition::Unchanged);
-        assert_eq!(client(HALF_OPEN, &segment(SYN, 0), 0), Transition::SynRetransmitted);
+        let meta = Slot::CLAIMED.meta;
+        let of = |flags| client(meta, Slot::CLAIMED.sequence, &segment(flags, 0, 0, 0)).0;
+        assert_eq!((of(RST), of(FIN | ACK)), (ClientTransition::GiveUp, ClientTransition::GiveUp));
+        assert_eq!((of(SYN), of(ACK)), (ClientTransition::RetransmitSyn, ClientTransition::Alive));
+        let answered = Slot::answered();
+        assert_eq!(answered.client(RST, 0), answered);
+        assert!(answered.client(RST | ACK, sent(0)).meta.is_closed());
     }
 
     #[test]
     fn a_closed_slot_is_reopened_by_its_own_tuple() {
-        for kind in [Kind::ClosedByClient, Kind::ClosedByBackend] {
-            assert_eq!(client(Meta::new(kind, 7, 0), &segment(SYN, 0), 1), Transition::NewConnection);
+        for kind in [Kind::ClosedByClient, Kind::ClosedByBackend, Kind::Killed] {
+            let (transition, _) =
+                client(Meta::new(kind, 7, 0), SendSequence::default(), &segment(SYN, 0, 0, 0));
+            assert_eq!(transition, ClientTransition::Reopen);
         }
-        let reset = Meta::new(Kind::Established, 7, 0).with(RESET);
-        assert_eq!(client(reset, &segment(SYN, 0), RESET_QUARANTINE - 1), Transition::SynAfterReset);
-        assert_eq!(client(reset, &segment(SYN, 0), RESET_QUARANTINE), Transition::NewConnection);
     }
-
-    const KILLED: Meta = Meta::new(Kind::Killed, 7, 0);
 
     #[test]
     fn both_sides_of_a_killed_flow_are_answered_and_a_rst_never_is() {
+        let flow = Slot { meta: Meta::new(Kind::Killed, 7, 0), ..Slot::established() };
         for flags in [0, ACK, FIN | ACK, SYN | ACK, FIN, 0x18] {
-            assert_eq!(client(KILLED, &segment(flags, 3), 0), Transition::AnswerWithReset, "{flags:#x}");
-            assert_eq!(backend(KILLED, &segment(flags, 3)), Transition::AnswerWithReset, "{flags:#x}");
+            let segment = segment(flags, 1, 2, 3);
+            assert_eq!(client(flow.meta, flow.sequence, &segment).0, ClientTransition::AnswerWithReset);
+            assert_eq!(backend(flow.meta, flow.sequence, &segment, 0).0, BackendTransition::AnswerWithReset);
         }
-        for flags in [RST, RST | ACK, RST | SYN] {
-            assert_eq!(client(KILLED, &segment(flags, 0), 0), Transition::Unchanged);
-            assert_eq!(backend(KILLED, &segment(flags, 0)), Transition::Enter(KILLED.with(BACKEND_TOLD)));
-        }
-        assert_eq!(
-            client(KILLED, &segment(SYN, 0), 0),
-            Transition::NewConnection,
-            "the same tuple begins anew"
-        );
+        assert_eq!(flow.client(RST | ACK, sent(100)), flow);
+        assert_eq!(flow.backend(RST, 5, 0), flow, "a forged one");
+        assert!(flow.backend(RST, sent(100), 0).meta.has(BACKEND_TOLD));
+        assert_eq!(flow.client(ACK, 5), flow, "nobody changes what is repeated to the client");
+    }
+
+    #[test]
+    fn a_flow_of_another_build_learns_its_numbers_from_its_backend() {
+        let kept = SendSequence { unacknowledged: sent(100), next: 0 };
+        let flow = Slot { meta: Meta::new(Kind::Established, 7, 0), sequence: kept };
+        let spoken = flow.client(ACK, sent(140));
+        assert_eq!(spoken.sequence.unacknowledged, sent(140), "as the other build did");
+        let known = spoken.backend(ACK, sent(140), 60);
+        assert!(known.meta.has(NUMBERED));
+        assert_eq!(known.sequence, SendSequence { unacknowledged: sent(140), next: sent(200) });
+        assert!(flow.client(FIN | ACK, sent(100)).backend(FIN | ACK, sent(100), 0).meta.is_closed());
+        let half_open = Slot { meta: Meta::new(Kind::HalfOpen, 7, 0).with(NUMBERED), sequence: kept };
+        let proven = half_open.client(ACK, 3).backend(ACK, sent(0), 60).client(ACK, sent(60));
+        assert!(proven.meta.is(Kind::Established), "{proven:?}");
+    }
+
+    #[test]
+    fn payload_is_a_sign_of_life_only_where_it_goes_on() {
+        let flow = Slot::established();
+        let is_sign =
+            |number, payload| is_sign_of_life(flow.meta, flow.sequence, &segment(ACK, number, 0, payload));
+        assert!(is_sign(sent(100), 1));
+        assert!(!is_sign(sent(100), 0), "a kernel acknowledges also where the process hangs");
+        assert!(!is_sign(sent(101), 1) && !is_sign(sent(99), 1) && !is_sign(5, 1));
+        let answered = Slot::answered();
+        assert!(!is_sign_of_life(answered.meta, answered.sequence, &segment(ACK, sent(0), 0, 1)));
+    }
+
+    #[test]
+    fn the_way_back_moves_on_numbers_that_fit_alone() {
+        let flow = Slot::established();
+        assert!(moves_way_back(flow.meta, flow.sequence, sent(100)));
+        assert!(!moves_way_back(flow.meta, flow.sequence, sent(99)));
+        let busy = flow.backend(ACK, sent(100), 500);
+        assert!(!moves_way_back(busy.meta, busy.sequence, sent(100)), "one in 500 is too easily guessed");
+        let again = busy.backend(ACK, sent(100), 500);
+        assert!(moves_way_back(again.meta, again.sequence, sent(100)), "its segments go astray");
+        assert!(!moves_way_back(again.meta, again.sequence, sent(99)));
+    }
+
+    /// A segment of a sender that sees neither end: its numbers are not near those of the flow.
+    fn blind() -> impl Strategy<Value = (bool, u8, u32, usize)> {
+        let number = (REACH * 4..u32::MAX - REACH * 4).prop_map(|offset| sent(0).wrapping_add(offset));
+        (any::<bool>(), 0u8..64, number, 0usize..1500)
+    }
+
+    fn forge(slot: Slot, (client, flags, number, payload): (bool, u8, u32, usize)) -> Slot {
+        if client { slot.client(flags, number) } else { slot.backend_answers(flags, number, number, payload) }
     }
 
     proptest! {
-        /// What was killed stays killed, whoever says what, until its own tuple begins anew.
+        /// Whatever is forged, a flow that is proven stays so, and what a reset of it must carry is what it was.
         #[test]
-        fn nothing_but_a_syn_brings_a_killed_flow_back(
-            story in proptest::collection::vec((any::<bool>(), 0u8..32, 0usize..2), 0..24),
+        fn a_blind_sender_changes_nothing_of_a_flow_that_a_segment_of_its_backend_does_not_restore(
+            story in proptest::collection::vec(blind(), 0..40),
         ) {
-            let quiet: Vec<_> = story.iter()
-                .filter(|(client, flags, _)| !*client || *flags & (SYN | ACK | RST | FIN) != SYN)
-                .map(|(client, flags, payload)| (if *client { 'c' } else { 'b' }, *flags, *payload)).collect();
-            prop_assert!(after(KILLED, &quiet).is(Kind::Killed));
+            // What a RST and a SYN-ACK, both forged, may change until the backend is asked is told below.
+            let quiet = story.iter().filter(|(client, flags, ..)| *client || flags & RST == 0);
+            let quiet = quiet.filter(|(client, flags, ..)| !*client || flags & RST == 0);
+            let flow = Slot::established();
+            let forged = quiet.fold(flow, |slot, segment| forge(slot, *segment));
+            prop_assert_eq!(forged, flow);
+            let forged = story.iter().fold(flow, |slot, segment| forge(slot, *segment));
+            prop_assert!(forged.meta.is(Kind::Established));
+            // The backend's answers to two questions.
+            let asked = forged.backend(ACK, sent(100), 0).backend(ACK, sent(100), 0);
+            prop_assert_eq!(asked, flow);
         }
 
-        /// Whatever a forger says in the client's name, or says before the backend has answered the handshake,
-        /// no slot becomes established; and nothing at all frees one that is.
+        /// Without the number of the SYN-ACK nobody makes a flow, and the real client does afterwards.
         #[test]
-        fn only_the_backend_proves_and_nobody_frees(
-            story in proptest::collection::vec((any::<bool>(), 0u8..32, 0usize..2), 0..24),
-        ) {
-            let clients: Vec<_> = story.iter().map(|(_, flags, payload)| ('c', *flags, *payload)).collect();
-            prop_assert!(!after(HALF_OPEN, &clients).is(Kind::Established));
-            let mixed: Vec<_> = story.iter()
-                .map(|(client, flags, payload)| (if *client { 'c' } else { 'b' }, *flags, *payload)).collect();
-            let flow = after(after(HALF_OPEN, HANDSHAKE), &mixed);
-            prop_assert!(flow.is_live());
-            prop_assert_eq!(flow.backend(), 7);
+        fn a_blind_client_proves_nothing(story in proptest::collection::vec(blind(), 0..40)) {
+            let clients = story.iter().filter(|(client, ..)| *client);
+            let forged = clients.fold(Slot::answered(), |slot, segment| forge(slot, *segment));
+            prop_assert!(forged.meta.is(Kind::HalfOpen));
+            prop_assert!(forged.client(ACK, sent(0)).meta.is(Kind::Established));
+        }
+
+        /// Nothing but a SYN brings a killed flow back.
+        #[test]
+        fn a_killed_flow_stays_killed(story in proptest::collection::vec(blind(), 0..24)) {
+            let killed = Slot { meta: Meta::new(Kind::Killed, 7, 0), ..Slot::established() };
+            let after = story.iter().fold(killed, |slot, segment| forge(slot, *segment));
+            prop_assert_eq!(after, killed);
         }
     }
 }

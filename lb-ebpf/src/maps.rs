@@ -18,9 +18,9 @@ use lb_common::{
     flight_recorder::{self, Note, RECORDS_MIN, Record},
     flow::Family,
     layout::{
-        AllowKey, BACKENDS, Backend, Config, Control, FOLLOWED, Followed, Listener, NEXT_HOPS, OverflowMarks,
-        ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, Service, Set4, Set6, WAYS,
-        allow_key,
+        AllowKey, BACKENDS, Backend, Config, Control, FOLLOWED, Followed, Listener, NEXT_HOPS, Numbers,
+        Numbers4, OverflowMarks, ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS,
+        Service, Set4, Set6, WAYS, allow_key,
     },
     maps::{LoopBody, Maps},
     outcome::{COUNTERS, Counter, Event},
@@ -42,12 +42,11 @@ static SELECTION: Array<u64, { (SELECTION_HALVES * SELECTION_WORDS) as usize }, 
 static FLOW4: Array<Set4, SETS, MAPPED> = Array::new();
 #[btf_map]
 static FLOW6: Array<Set6, SETS, MAPPED> = Array::new();
+/// What both ends of the flows in `FLOW4` have said.
 #[btf_map]
-static RETURN_HOP4: Array<ReturnHops, SETS, MAPPED> = Array::new();
+static NUMBERS4: Array<Numbers4, SETS, MAPPED> = Array::new();
 #[btf_map]
 static RETURN_HOP6: Array<ReturnHops, SETS, MAPPED> = Array::new();
-#[btf_map]
-static OVERFLOW4: Array<OverflowMarks, { SETS / 8 }, MAPPED> = Array::new();
 #[btf_map]
 static OVERFLOW6: Array<OverflowMarks, { SETS / 8 }, MAPPED> = Array::new();
 /// Ports that must not become slots, by bit; the same for every address.
@@ -212,21 +211,15 @@ impl FlowTables for KernelMaps {
     }
 
     #[inline(always)]
-    fn return_hop4(&self, set: u32, way: u32) -> Option<&Cell16> {
-        let hops = RETURN_HOP4.get(set)?;
-        Some(&hops.ways[barrier_index(way) as usize % WAYS])
+    fn numbers4(&self, set: u32, way: u32) -> Option<&Numbers> {
+        let row = NUMBERS4.get(set)?;
+        Some(&row.ways[barrier_index(way) as usize % WAYS])
     }
 
     #[inline(always)]
     fn return_hop6(&self, set: u32, way: u32) -> Option<&Cell16> {
         let hops = RETURN_HOP6.get(set)?;
         Some(&hops.ways[barrier_index(way) as usize % WAYS])
-    }
-
-    #[inline(always)]
-    fn overflow4(&self, set: u32) -> Option<&Cell8> {
-        let marks = OVERFLOW4.get(set / 8)?;
-        Some(&marks.sets[barrier_index(set) as usize % 8])
     }
 
     #[inline(always)]

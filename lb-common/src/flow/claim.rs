@@ -80,7 +80,7 @@ pub fn choose<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &C
         return Choice::NONE;
     };
     // Examined again, now for the word that is exchanged.
-    let (priority, meta) = EvictionPriority::of::<F>(ways, slot.way, claimer, config);
+    let (priority, meta) = EvictionPriority::of::<F, M>(maps, ways, slot, claimer, config);
     // Somebody else's by now: there was room, so that is a race, which is lost by taking for free what is not.
     let (priority, meta) = if priority == EvictionPriority::PROTECTED {
         (EvictionPriority::FREE, Meta::FREE)
@@ -108,7 +108,8 @@ impl<F: Family, M: Maps> LoopBody for Weighing<'_, F, M> {
         let (Some(config), Some(ways)) = (self.maps.config(), F::set(&self.maps, set)) else {
             return true;
         };
-        let (priority, _) = EvictionPriority::of::<F>(ways, way, self.claimer, config);
+        let slot = Slot { set, way };
+        let (priority, _) = EvictionPriority::of::<F, M>(&self.maps, ways, slot, self.claimer, config);
         // A blocked way is as protected as a way can be.
         let blocked = u32::from(self.maps.blocked(set)) >> way & 1;
         let priority = priority.0 | blocked.wrapping_neg();
@@ -155,9 +156,10 @@ const fn lowest(mask: u32) -> u32 {
 /// costs 7 ns, and there were four.
 #[inline(always)]
 pub fn claim_free<F: Family, M: Subprograms>(maps: &M, query: &Query<F::Tuple>, claimer: &Claimer) -> Claim {
-    let (Some(first_ways), Some(second_ways), Some(mark)) =
-        (F::set(maps, query.home), F::set(maps, query.second), F::overflow(maps, query.home))
-    else {
+    let (Some(first_ways), Some(second_ways)) = (F::set(maps, query.home), F::set(maps, query.second)) else {
+        return Claim::UNDECIDED;
+    };
+    let Some(mark) = F::overflow(maps, first_ways, query.home) else {
         return Claim::UNDECIDED;
     };
     let free = [free_ways::<F>(first_ways), free_ways::<F>(second_ways)];
@@ -173,7 +175,7 @@ pub fn claim_free<F: Family, M: Subprograms>(maps: &M, query: &Query<F::Tuple>, 
     let slot = Slot { set, way: lowest(free) };
     let meta = Meta(F::meta(ways, slot.way).load());
     // Somebody else's by now, as there are others: nothing is lost yet.
-    if !meta.is(Kind::Free) || !publish::<F>(ways, slot.way, meta, query.tuple, claimer, || {}) {
+    if !meta.is(Kind::Free) || !publish::<F, M>(maps, ways, slot, meta, query.tuple, claimer, || {}) {
         return Claim::UNDECIDED;
     }
     let own = maps.barrier_var(1 << (swapped * WAYS as u32 + slot.way));
@@ -217,7 +219,7 @@ pub fn take<F: Family, M: Subprograms>(
     let Some(ways) = F::set(maps, slot.set) else {
         return Claim::FULL;
     };
-    let mark = F::overflow(maps, query.home);
+    let mark = F::set(maps, query.home).and_then(|home| F::overflow(maps, home, query.home));
     // Marked also when it is marked already: the daemon clears marks of past epochs only.
     let overflow = || {
         if slot.set != query.home
@@ -228,7 +230,7 @@ pub fn take<F: Family, M: Subprograms>(
             mark.store(config.epoch as u8);
         }
     };
-    if !publish::<F>(ways, slot.way, found.meta(), query.tuple, claimer, overflow) {
+    if !publish::<F, M>(maps, ways, slot, found.meta(), query.tuple, claimer, overflow) {
         return Claim::RACED;
     }
     // A rival may be beyond the second candidate only if it marked the first, and it marked before it published.
@@ -243,22 +245,27 @@ pub fn take<F: Family, M: Subprograms>(
 
 /// The first three steps of the protocol. False: somebody else has changed the word.
 #[inline(always)]
-fn publish<F: Family>(
+fn publish<F: Family, M: Maps>(
+    maps: &M,
     ways: &F::Set,
-    way: u32,
+    slot: Slot,
     from: Meta,
     tuple: F::Tuple,
     claimer: &Claimer,
     mark: impl FnOnce(),
 ) -> bool {
-    let word = F::meta(ways, way);
+    let word = F::meta(ways, slot.way);
+    let Some(numbers) = F::numbers(maps, ways, slot) else {
+        return false;
+    };
     let claiming = half_open(claimer).become_kind(Kind::Claiming);
     if word.compare_exchange(from.0, claiming.0) != from.0 {
         return false;
     }
     mark();
-    F::store(ways, way, tuple);
-    F::last_ack(ways, way).store(claimer.clock.jiffies);
+    F::store(ways, slot.way, tuple);
+    numbers.unacknowledged.store(claimer.clock.jiffies);
+    numbers.next.store(claimer.expected);
     // Not a compare-and-exchange: a late packet of the slot's last flow may have set a flag in the word meanwhile.
     word.swap(half_open(claimer).0);
     true

@@ -32,4 +32,8 @@ pub struct Claimer {
     pub service: u32,
     /// The flow's backend.
     pub backend: u32,
+    /// What a SYN-ACK of the backend must acknowledge: the SYN's number and one.
+    pub expected: u32,
+    /// Zero. The verifier wants every byte of an argument set.
+    pub reserved: u32,
 }

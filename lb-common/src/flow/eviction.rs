@@ -4,18 +4,19 @@ use crate::{
     flow::{
         claimer::{Claimer, Clock},
         family::Family,
+        slot::Slot,
     },
     kill::KILLED_REST,
     layout::Config,
-    meta::{Kind, Meta, RESET, SYN_ACK},
-    transition::RESET_QUARANTINE,
+    maps::Maps,
+    meta::{Kind, Meta, NUMBERED},
 };
 
 /// Units (about seconds) that a slot rests while its backend may be in TIME_WAIT for it.
 pub const LONG_QUARANTINE: u16 = 60;
 /// Units that a slot rests when the client closed first.
 pub const SHORT_QUARANTINE: u16 = 2;
-/// Units without a segment after which a handshake that was answered may be reclaimed for another flow.
+/// Units without a segment after which a handshake in which the backend has sent data may be reclaimed for another flow.
 const UNPROVEN_AGE: u16 = 2;
 
 /// How readily a slot is given to another flow: the lowest number is taken first.
@@ -29,16 +30,21 @@ impl EvictionPriority {
     pub(super) const OTHER_BACKEND: Self = Self(1);
     /// From here on a slot is taken only if no candidate has a better one; the older the sooner.
     const EARLY: u32 = 1 << 16;
-    const RESET: u32 = 2 << 16;
-    const HALF_OPEN: u32 = 3 << 16;
+    const HALF_OPEN: u32 = 2 << 16;
     /// Never taken.
     pub(super) const PROTECTED: Self = Self(u32::MAX);
 
     /// The priority of a way, and its word as it was examined.
     #[inline(always)]
-    pub(super) fn of<F: Family>(ways: &F::Set, way: u32, claimer: &Claimer, config: &Config) -> (Self, Meta) {
+    pub(super) fn of<F: Family, M: Maps>(
+        maps: &M,
+        ways: &F::Set,
+        slot: Slot,
+        claimer: &Claimer,
+        config: &Config,
+    ) -> (Self, Meta) {
         let clock = claimer.clock;
-        let meta = Meta(F::meta(ways, way).load());
+        let meta = Meta(F::meta(ways, slot.way).load());
         let age = u32::from(meta.age(clock.seen));
         let older = 0xffff - age;
         let priority = if meta.is(Kind::Free) {
@@ -54,9 +60,7 @@ impl EvictionPriority {
             } else {
                 Self(Self::EARLY | older)
             }
-        } else if meta.has(RESET) && !meta.is(Kind::HalfOpen) && age >= u32::from(RESET_QUARANTINE) {
-            Self(Self::RESET | older)
-        } else if meta.is(Kind::HalfOpen) && is_reclaimable::<F>(ways, way, meta, clock, config) {
+        } else if meta.is(Kind::HalfOpen) && is_reclaimable::<F, M>(maps, ways, slot, meta, clock, config) {
             Self(Self::HALF_OPEN | older)
         } else {
             Self::PROTECTED
@@ -80,19 +84,26 @@ impl EvictionPriority {
     pub(super) fn loss(self) -> u64 {
         match self.0 >> 16 {
             0 => 0,
-            1 | 2 => 1,
+            1 => 1,
             _ => 2,
         }
     }
 }
 
-/// May a handshake be cut short? The backend has 200 ms to answer at all; after its answer two seconds without a segment
-/// must have passed.
+/// May a handshake be cut short? The backend has 200 ms to answer, and the client as long to acknowledge the answer. Where
+/// the backend has sent data before that, the time is not known so well.
 #[inline(always)]
-fn is_reclaimable<F: Family>(ways: &F::Set, way: u32, meta: Meta, clock: Clock, config: &Config) -> bool {
-    if meta.has(SYN_ACK) {
-        meta.age(clock.seen) >= UNPROVEN_AGE
-    } else {
-        clock.jiffies.wrapping_sub(F::last_ack(ways, way).load()) >= config.half_open_jiffies
+fn is_reclaimable<F: Family, M: Maps>(
+    maps: &M,
+    ways: &F::Set,
+    slot: Slot,
+    meta: Meta,
+    clock: Clock,
+    config: &Config,
+) -> bool {
+    if meta.has(NUMBERED) {
+        return meta.age(clock.seen) >= UNPROVEN_AGE;
     }
+    let since = F::numbers(maps, ways, slot).map_or(0, |numbers| numbers.unacknowledged.load());
+    clock.jiffies.wrapping_sub(since) >= config.half_open_jiffies
 }

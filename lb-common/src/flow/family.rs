@@ -5,7 +5,7 @@ use crate::{
     flow::slot::Slot,
     hash::{FlowHash, Key},
     headers::protocol,
-    layout::{Bucket, Classifier, Config, Service, Set4, Set6, WAYS, Way4, Way6, family, snat_place},
+    layout::{Bucket, Classifier, Config, Numbers, Service, Set4, Set6, WAYS, Way6, family, snat_place},
     tables::FlowTables,
 };
 
@@ -32,16 +32,18 @@ pub trait Family: Copy + 'static {
     fn set<T: FlowTables>(tables: &T, index: u32) -> Option<&Self::Set>;
     /// The word of a way; the way number is taken modulo four.
     fn meta(set: &Self::Set, way: u32) -> &Cell32;
-    /// The client's last ACK number.
-    fn last_ack(set: &Self::Set, way: u32) -> &Cell32;
     /// A way's tuple.
     fn load(set: &Self::Set, way: u32) -> Self::Tuple;
     /// Writes a way's tuple; the way must be claimed.
     fn store(set: &Self::Set, way: u32, tuple: Self::Tuple);
-    /// A way's index into the learned next hops.
-    fn return_hop<T: FlowTables>(tables: &T, slot: Slot) -> Option<&Cell16>;
-    /// A set's overflow mark.
-    fn overflow<T: FlowTables>(tables: &T, set: u32) -> Option<&Cell8>;
+    /// What both ends of the flow in a slot of this set have said.
+    fn numbers<'a, T: FlowTables>(tables: &'a T, set: &'a Self::Set, slot: Slot) -> Option<&'a Numbers>;
+    /// Asks the memory for the numbers of a set's flows, which are needed a little later.
+    fn prefetch_numbers<T: FlowTables>(tables: &T, set: u32);
+    /// The index into the learned next hops of a slot of this set.
+    fn return_hop<'a, T: FlowTables>(tables: &'a T, set: &'a Self::Set, slot: Slot) -> Option<&'a Cell16>;
+    /// This set's overflow mark; `index` is where it is.
+    fn overflow<'a, T: FlowTables>(tables: &'a T, set: &'a Self::Set, index: u32) -> Option<&'a Cell8>;
     /// An SNAT address, as words.
     fn snat(config: &Config, index: usize) -> [u64; 2];
     /// How many SNAT addresses there are.
@@ -93,32 +95,39 @@ impl Family for V4 {
 
     #[inline(always)]
     fn meta(set: &Set4, way: u32) -> &Cell32 {
-        &way4(set, way).meta
-    }
-
-    #[inline(always)]
-    fn last_ack(set: &Set4, way: u32) -> &Cell32 {
-        &way4(set, way).last_ack
+        &set.metas[way as usize % WAYS]
     }
 
     #[inline(always)]
     fn load(set: &Set4, way: u32) -> u64 {
-        way4(set, way).tuple.load()
+        set.tuples[way as usize % WAYS].load()
     }
 
     #[inline(always)]
     fn store(set: &Set4, way: u32, tuple: u64) {
-        way4(set, way).tuple.store(tuple);
+        set.tuples[way as usize % WAYS].store(tuple);
     }
 
     #[inline(always)]
-    fn return_hop<T: FlowTables>(tables: &T, slot: Slot) -> Option<&Cell16> {
-        tables.return_hop4(slot.set, slot.way)
+    fn numbers<'a, T: FlowTables>(tables: &'a T, _: &'a Set4, slot: Slot) -> Option<&'a Numbers> {
+        tables.numbers4(slot.set, slot.way)
     }
 
     #[inline(always)]
-    fn overflow<T: FlowTables>(tables: &T, set: u32) -> Option<&Cell8> {
-        tables.overflow4(set)
+    fn prefetch_numbers<T: FlowTables>(tables: &T, set: u32) {
+        if let Some(numbers) = tables.numbers4(set, 0) {
+            numbers.next.load();
+        }
+    }
+
+    #[inline(always)]
+    fn return_hop<'a, T: FlowTables>(_: &'a T, set: &'a Set4, slot: Slot) -> Option<&'a Cell16> {
+        Some(&set.return_hops[slot.way as usize % WAYS])
+    }
+
+    #[inline(always)]
+    fn overflow<'a, T: FlowTables>(_: &'a T, set: &'a Set4, _: u32) -> Option<&'a Cell8> {
+        Some(&set.overflow)
     }
 
     #[inline(always)]
@@ -150,11 +159,6 @@ impl Family for V4 {
     fn selection(service: &Service) -> u32 {
         service.selection4
     }
-}
-
-#[inline(always)]
-fn way4(set: &Set4, way: u32) -> &Way4 {
-    &set.ways[way as usize % WAYS]
 }
 
 /// IPv6.
@@ -216,11 +220,6 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn last_ack(set: &Set6, way: u32) -> &Cell32 {
-        &way6(set, way).last_ack
-    }
-
-    #[inline(always)]
     fn load(set: &Set6, way: u32) -> Tuple6 {
         let way = way6(set, way);
         let [high, low]: &[Cell64; 2] = &way.address;
@@ -236,13 +235,21 @@ impl Family for V6 {
     }
 
     #[inline(always)]
-    fn return_hop<T: FlowTables>(tables: &T, slot: Slot) -> Option<&Cell16> {
+    fn numbers<'a, T: FlowTables>(_: &'a T, set: &'a Set6, slot: Slot) -> Option<&'a Numbers> {
+        Some(&way6(set, slot.way).numbers)
+    }
+
+    #[inline(always)]
+    fn prefetch_numbers<T: FlowTables>(_: &T, _: u32) {}
+
+    #[inline(always)]
+    fn return_hop<'a, T: FlowTables>(tables: &'a T, _: &'a Set6, slot: Slot) -> Option<&'a Cell16> {
         tables.return_hop6(slot.set, slot.way)
     }
 
     #[inline(always)]
-    fn overflow<T: FlowTables>(tables: &T, set: u32) -> Option<&Cell8> {
-        tables.overflow6(set)
+    fn overflow<'a, T: FlowTables>(tables: &'a T, _: &'a Set6, index: u32) -> Option<&'a Cell8> {
+        tables.overflow6(index)
     }
 
     #[inline(always)]

@@ -57,7 +57,8 @@ pub fn find<'a, F: Family, M: Subprograms>(
 /// Could the flow be in another than its first two candidates?
 #[inline(always)]
 fn may_be_beyond<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>) -> bool {
-    query.has_moved() || F::overflow(maps, query.home).is_some_and(|mark| mark.load() != 0)
+    let mark = F::set(maps, query.home).and_then(|home| F::overflow(maps, home, query.home));
+    query.has_moved() || mark.is_some_and(|mark| mark.load() != 0)
 }
 
 /// The live slot of a tuple in the candidates that are always looked at.
@@ -68,6 +69,8 @@ fn find_first<'a, F: Family, M: Maps>(maps: &'a M, query: &Query<F::Tuple>) -> H
     };
     // Asked for before the first set is looked at: both lines may be far away, and so they come together.
     F::meta(second, 0).load();
+    F::prefetch_numbers(maps, query.home);
+    F::prefetch_numbers(maps, query.second);
     for (set, ways) in [(query.home, home), (query.second, second)] {
         if let Some((way, meta)) = find_way::<F>(ways, query.tuple, WAYS as u32) {
             return Hit { slot: Slot { set, way }, meta, ways: Some(ways) };
@@ -90,6 +93,15 @@ fn find_way<F: Family>(ways: &F::Set, tuple: F::Tuple, except: u32) -> Option<(u
         }
     }
     None
+}
+
+/// Does the flow with this tuple own the way, whose word was `meta` before the tuple was read?
+///
+/// A claimer may have come between, and the state may have changed: it is the same flow if its backend is the same and
+/// the tuple reads the same again after that.
+#[inline(always)]
+pub fn is_owner<F: Family>(ways: &F::Set, way: u32, meta: Meta, tuple: F::Tuple) -> bool {
+    meta.is_kept(Meta(F::meta(ways, way).load())) && F::difference(F::load(ways, way), tuple) == 0
 }
 
 /// The live slot of a tuple in its first `candidates`, other than `except`.

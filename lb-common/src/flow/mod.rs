@@ -35,6 +35,6 @@ pub use claim::{choose, claim, claim_free, take};
 pub use claimer::{Claimer, Clock};
 pub use eviction::{LONG_QUARANTINE, SHORT_QUARANTINE};
 pub use family::{Family, V4, V6};
-pub use look_up::{Hit, find, find_in};
+pub use look_up::{Hit, find, find_in, is_owner};
 pub use query::{CANDIDATES, Query};
 pub use slot::{Choice, Claim, Found, Slot};

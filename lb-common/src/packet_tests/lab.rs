@@ -25,6 +25,11 @@ pub(super) const SYN: u8 = tcp_flag::SYN;
 pub(super) const RST: u8 = tcp_flag::RST;
 pub(super) const ACK: u8 = tcp_flag::ACK;
 
+/// The number of the client's SYN.
+pub(super) const CLIENT_START: u32 = 1000;
+/// The number of the backend's SYN-ACK.
+pub(super) const BACKEND_START: u32 = 1999;
+
 /// Our own MAC address where listeners are.
 pub(super) const OURS: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// On the interface where no listener is.
@@ -239,7 +244,7 @@ impl Lab {
         Flow { client, listener, snat: sent.from, backend: sent.to }
     }
 
-    /// A flow that its backend has proven.
+    /// A flow that its client has proven.
     pub(super) fn establish(&self, client: SocketAddr, listener: SocketAddr) -> Flow {
         let flow = self.open(client, listener);
         self.send(&flow.down(SYN | ACK)).sent(Outcome::Replied);
@@ -275,14 +280,21 @@ pub(super) struct Flow {
 }
 
 impl Flow {
-    /// A segment of the client.
+    /// A segment of the client, which has acknowledged the SYN-ACK and nothing else.
     pub(super) fn up(&self, flags: u8) -> Segment {
-        Segment::new(self.client, self.listener, flags)
+        let sequence = if flags & SYN == 0 { CLIENT_START + 1 } else { CLIENT_START };
+        Segment { sequence, ..Segment::new(self.client, self.listener, flags) }
     }
 
-    /// A segment of the backend.
+    /// A segment of the backend, which has sent its SYN-ACK and nothing else.
     pub(super) fn down(&self, flags: u8) -> Segment {
-        Segment { source_mac: BACKENDS_MAC, ..Segment::new(self.backend, self.snat, flags) }
+        let sequence = if flags & SYN == 0 { BACKEND_START + 1 } else { BACKEND_START };
+        Segment {
+            source_mac: BACKENDS_MAC,
+            sequence,
+            acknowledgement: CLIENT_START + 1,
+            ..Segment::new(self.backend, self.snat, flags)
+        }
     }
 }
 
@@ -341,8 +353,8 @@ impl Segment {
             options: Vec::new(),
             next_header: IpNumber::TCP.0,
             flags,
-            sequence: 1000,
-            acknowledgement: 2000,
+            sequence: CLIENT_START,
+            acknowledgement: BACKEND_START + 1,
             tcp_options: Vec::new(),
             payload: Vec::new(),
             padding: 0,

@@ -230,7 +230,7 @@ fn unknown_keys() {
         (
             &service_with("bind = [\"192.0.2.1:6443\"]"),
             "unknown key \"bind\" in [[service]]\n= help: known here: name, listen, backends, backend, check, \
-             balance, forward, idle_timeout, allow, on_dead, reset_after, reset_rate, drain_timeout, pods, discover",
+             balance, forward, idle_timeout, allow, on_dead, on_idle, reset_after, reset_rate, drain_timeout, pods, discover",
         ),
         (
             "[[service]]\nname = \"a\"\nlisten = [\"192.0.2.1:1\"]\n[[service.backend]]\nadress = \"10.0.0.1:1\"\n",

@@ -121,6 +121,8 @@ pub struct Service {
     pub allow: Vec<IpNet>,
     /// What becomes of the flows of a backend that is dead.
     pub on_dead: OnDead,
+    /// What becomes of flows that neither end has used for `idle_timeout`.
+    pub on_idle: OnIdle,
     /// Silent for so long without a break, a backend is dead: 1 s to an hour.
     pub reset_after: Duration,
     /// Flows that are reset or asked in a second, at most. 0: no limit.
@@ -166,6 +168,15 @@ pub enum Balance {
 pub enum Forward {
     /// Both addresses are rewritten, replies come back through the load balancer.
     Nat,
+}
+
+/// `service.on_idle`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnIdle {
+    /// Both ends are told.
+    Reset,
+    /// The slot is closed, and an end that speaks again is answered by a RST.
+    Silent,
 }
 
 /// `service.on_dead`.

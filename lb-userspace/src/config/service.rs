@@ -5,7 +5,7 @@ use std::{ops::RangeInclusive, time::Duration};
 use toml::{Spanned, de::DeValue};
 
 use super::{
-    Backend, Balance, Forward, NamedBackend, OnDead, Service,
+    Backend, Balance, Forward, NamedBackend, OnDead, OnIdle, Service,
     address::{self, Place, Role},
     check,
     diagnostic::{Problem, Span},
@@ -14,7 +14,7 @@ use super::{
     values,
 };
 
-const KEYS: [&str; 15] = [
+const KEYS: [&str; 16] = [
     "name",
     "listen",
     "backends",
@@ -25,6 +25,7 @@ const KEYS: [&str; 15] = [
     "idle_timeout",
     "allow",
     "on_dead",
+    "on_idle",
     "reset_after",
     "reset_rate",
     "drain_timeout",
@@ -87,6 +88,12 @@ fn read(section: &Section, document: &mut Document) -> Result<ReadService, Probl
         forward: section.choice("forward", Forward::Nat, &[("nat", Forward::Nat)], &["dsr", "ipip"])?,
         idle_timeout: section.duration("idle_timeout", IDLE_TIMEOUT)?.unwrap_or(IDLE_TIMEOUT_DEFAULT),
         allow: address::prefixes(section)?,
+        on_idle: section.choice(
+            "on_idle",
+            OnIdle::Reset,
+            &[("reset", OnIdle::Reset), ("silent", OnIdle::Silent)],
+            &[],
+        )?,
         on_dead: section.choice(
             "on_dead",
             OnDead::Reset,

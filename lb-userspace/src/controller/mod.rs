@@ -76,6 +76,7 @@ use selection::Choice;
 use services::Services;
 use sockets::{Sockets, reported};
 use sources::{Taken, news};
+use steps::{RETIRED_IDLE, idle_policy};
 use witness::Witness;
 
 /// How often the data path is asked what it has noticed.
@@ -807,7 +808,7 @@ impl Controller {
     }
 
     fn reap(&mut self) {
-        let idle = self.services.by_number(Duration::from_secs(3 * 3600), |service| service.idle_timeout);
+        let idle = self.services.by_number(RETIRED_IDLE, idle_policy);
         self.await_programs();
         if !self.roster.is_leaving()
             && let Err(error) = self.leave_others()
@@ -820,6 +821,7 @@ impl Controller {
                     tracing::info!("the last flow that left from {address} has ended");
                 }
                 (self.reaped, self.reaped_at) = (reaped, Instant::now());
+                self.look_after_flows();
                 self.release_numbers();
             }
             Err(error) => tracing::warn!("cannot look through the flow table: {error}"),

@@ -24,6 +24,7 @@ use super::{
     ports::Ports,
     roster::{Roster, Seat, Step},
     services::Services,
+    steps::idle_policy,
 };
 use crate::{
     admin::{Caller, JournalKind, Refusal, RefusalKind, Reloaded},
@@ -487,7 +488,7 @@ impl Controller {
         failures.extend(moved.err());
         failures.extend(self.change_over(steps, |id| {
             let service = old_listeners.get(&id).and_then(Seat::service);
-            service.and_then(|number| before.get(number)).map(|it| it.idle_timeout)
+            service.and_then(|number| before.get(number)).map(idle_policy)
         }));
         self.wanted_ports.clear();
         self.block();

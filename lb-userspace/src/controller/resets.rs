@@ -16,6 +16,7 @@ use std::{
 use lb_common::{
     flight_recorder::{ResetReason, Silence},
     kill::KILLED_QUARANTINE,
+    transition::RESET_QUARANTINE,
 };
 
 use super::{Controller, backends::Backend, endings::Kill, services::Services};
@@ -60,6 +61,8 @@ pub(super) struct Resets {
     half_ended: BTreeSet<u8>,
     /// Who was removed before the time that an operator had given their flows was over.
     pub(super) departed: Vec<Backend>,
+    /// When the last look for such flows of a backend began, by id.
+    begun: BTreeMap<(Work, u8), Instant>,
     /// When a backend that is silent was last without a link to it, by id.
     cut_off: BTreeMap<u8, Instant>,
 }
@@ -118,13 +121,17 @@ struct Job {
     at: Instant,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Work {
     /// Of a backend that is dead, for as long as it is.
     Reset,
     /// Of a backend that lives, because an operator says so.
     End,
     Ask,
+    /// Those that neither end has used for their idle timeout.
+    Idle,
+    /// Those of which a RST was seen that proves nothing.
+    Doubt,
 }
 
 impl Resets {
@@ -142,6 +149,7 @@ impl Resets {
             deaf: false,
             half_ended: BTreeSet::new(),
             departed: Vec::new(),
+            begun: BTreeMap::new(),
             cut_off: BTreeMap::new(),
         };
         resets.watch_over(services, now);
@@ -200,6 +208,17 @@ impl Resets {
         self.due = now;
     }
 
+    /// Goes on with this work on a backend's flows if it has begun, and begins it otherwise, once a quarantine at most.
+    fn begin_unless_begun(&mut self, work: Work, account: Account, backend: &Backend, now: Instant) {
+        let quarantine = Duration::from_secs(RESET_QUARANTINE.into());
+        let recently = |at: &Instant| now.saturating_duration_since(*at) < quarantine;
+        self.begun.retain(|_, at| recently(at));
+        let has_begun = self.jobs.iter().any(|job| (job.work, job.backend) == (work, backend.id));
+        if !has_begun && self.begun.insert((work, backend.id), now).is_none() {
+            self.begin(work, account, backend, now);
+        }
+    }
+
     /// Begins, or goes on, to reset what an operator ends.
     pub(super) fn begin_kill(&mut self, kill: Kill) {
         self.kills.push_back(kill);
@@ -253,6 +272,23 @@ impl Controller {
             tracing::debug!("asking about the flows of {}", before.name);
             let reason = if refuses(&event.report) { ResetReason::Refuses } else { ResetReason::Returned };
             self.resets.begin(Work::Ask, Account::Asked(reason), before, now);
+        }
+    }
+
+    /// Sees to the flows that the last look through the table found idle, and to those of which a RST was seen that proves
+    /// nothing.
+    pub(super) fn look_after_flows(&mut self) {
+        let now = Instant::now();
+        for backend in self.backends.iter().filter(|backend| !backend.local) {
+            let count = |of: &[u64]| of.get(usize::from(backend.id)).copied().unwrap_or_default();
+            if count(&self.reaped.idle) > 0 {
+                let account = Account::Killed(ResetReason::Idle);
+                self.resets.begin_unless_begun(Work::Idle, account, backend, now);
+            }
+            if count(&self.reaped.doubted) > 0 {
+                let account = Account::Asked(ResetReason::Doubt);
+                self.resets.begin_unless_begun(Work::Doubt, account, backend, now);
+            }
         }
     }
 
@@ -473,7 +509,8 @@ impl Controller {
             }
             // There is nobody else meanwhile.
             Work::End => self.is_chosen(job.backend),
-            Work::Ask => false,
+            Work::Idle => vips.is_empty(),
+            Work::Ask | Work::Doubt => false,
         };
         if waits {
             job.at = now + AGAIN;
@@ -489,6 +526,8 @@ impl Controller {
         let flows = match job.work {
             Work::Reset | Work::End => self.dataplane.kill_flows(&filter, &mut job.walk, limit)?,
             Work::Ask => self.dataplane.flows_to_ask(&filter, &mut job.walk, limit),
+            Work::Idle => self.dataplane.kill_idle_flows(&filter, &mut job.walk, limit)?,
+            Work::Doubt => self.dataplane.doubted_flows(&filter, &mut job.walk, limit)?,
         };
         if let Some(watch) = self.resets.watches.get_mut(&job.service) {
             watch.pace.done(flows.len());
@@ -498,12 +537,12 @@ impl Controller {
         for flow in flows {
             match (job.work, flow.last_ack) {
                 (Work::Reset, _) => self.tell(flow, now),
-                (Work::End, _) => self.tell_both(flow, now),
-                (Work::Ask, Some(last_ack)) => {
+                (Work::End | Work::Idle, _) => self.tell_both(flow, now),
+                (Work::Ask | Work::Doubt, Some(last_ack)) => {
                     let sent = self.resets.wire.ask_backend(&flow, last_ack);
                     self.resets.heed(sent);
                 }
-                (Work::Ask, None) => {}
+                (Work::Ask | Work::Doubt, None) => {}
             }
         }
         Ok(())
@@ -527,8 +566,12 @@ impl Controller {
             return Some(job);
         }
         match job.work {
-            Work::Ask => {
+            Work::Ask | Work::Doubt => {
                 tracing::debug!("asked about {} flows of {}", job.count, name());
+                None
+            }
+            Work::Idle => {
+                tracing::debug!("{} idle flows of {} were reset", job.count, name());
                 None
             }
             Work::End => {

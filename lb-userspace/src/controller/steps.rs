@@ -8,10 +8,18 @@ use std::time::Duration;
 use lb_common::layout::INTERFACES;
 
 use super::{Controller, roster::Step};
-use crate::dataplane::{DataplaneError, Listener};
+use crate::{
+    config::{OnIdle, Service},
+    dataplane::{DataplaneError, IdlePolicy, Listener},
+};
 
 /// Of flows whose listener's service is not known any more: the idle timeout's default.
-const RETIRED_IDLE: Duration = Duration::from_secs(3 * 3600);
+pub(super) const RETIRED_IDLE: IdlePolicy = IdlePolicy { timeout: Duration::from_secs(3 * 3600), tell: true };
+
+/// What becomes of a service's idle flows.
+pub(super) fn idle_policy(service: &Service) -> IdlePolicy {
+    IdlePolicy { timeout: service.idle_timeout, tell: service.on_idle == OnIdle::Reset }
+}
 
 impl Controller {
     /// Makes ready what is new in `self.services` and among `backends` (id, address, whether it is this host).
@@ -50,7 +58,7 @@ impl Controller {
     pub(super) fn change_over(
         &mut self,
         steps: Vec<Step>,
-        idle: impl Fn(u16) -> Option<Duration>,
+        idle: impl Fn(u16) -> Option<IdlePolicy>,
     ) -> Vec<String> {
         let mut failures = Vec::new();
         for step in steps {

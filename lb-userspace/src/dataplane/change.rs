@@ -6,7 +6,6 @@
 use std::{
     collections::BTreeSet,
     net::{Ipv6Addr, SocketAddr},
-    time::Duration,
 };
 
 use aya::{
@@ -20,7 +19,7 @@ use lb_common::{
     rewrite::endpoint_sum,
 };
 
-use super::{Dataplane, DataplaneError, Listener, family_of, service_id, words};
+use super::{Dataplane, DataplaneError, IdlePolicy, Listener, family_of, service_id, words};
 
 /// Prefixes that the allow list holds, of all services.
 const ALLOW_PREFIXES: usize = 4096;
@@ -61,7 +60,7 @@ impl Dataplane {
 
     /// Takes a listener from its service: new connections are refused with a RST, as on a port where nobody listens.
     /// Its flows live on, with this idle timeout.
-    pub fn retire_listener(&mut self, id: u16, idle: Duration) {
+    pub fn retire_listener(&mut self, id: u16, idle: IdlePolicy) {
         self.kept_idle.insert(id, idle);
         // No service has this id, and its entry has no selection.
         self.set_service(id, 0);

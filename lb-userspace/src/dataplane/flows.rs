@@ -8,17 +8,29 @@ use std::{collections::HashSet, net::IpAddr, time::Duration};
 use lb_common::{
     cell::Cell8,
     flow::{Family, LONG_QUARANTINE, Query, Slot, V4, V6},
-    layout::{Config, OverflowMarks, SETS_PER_ADDRESS, WAYS},
+    layout::{Config, SETS_PER_ADDRESS, WAYS},
     meta::{BACKEND_TOLD, CLIENT_FIN, Kind, Meta, RESET},
     transition::RESET_QUARANTINE,
 };
 
 use super::{
-    Dataplane, DataplaneError, FlightRecorder, Mapped, flight_recorder::forgotten, grace, snat::Moved,
+    Dataplane, DataplaneError, FlightRecorder, Tables, flight_recorder::forgotten, grace, snat::Moved,
 };
 
 /// How long a handshake may take, and a proven flow that nobody finished: RFC 5382 REQ-5, the transitory timeout.
 const TRANSITORY: Duration = Duration::from_secs(240);
+
+/// What becomes of a flow that neither end uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IdlePolicy {
+    /// After this long.
+    pub timeout: Duration,
+    /// Both ends are told, by [`Dataplane::kill_idle_flows`].
+    pub tell: bool,
+}
+
+/// How much longer than its timeout a flow stays whose ends are to be told, but are not, as its VIP is on another host.
+const UNTOLD: Duration = Duration::from_secs(120);
 
 /// What a round of the reaper found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -31,6 +43,10 @@ pub struct Reaped {
     pub occupied: u64,
     /// Slots there are.
     pub slots: u64,
+    /// Established flows of each backend that neither end has used for their timeout, and whose ends are to be told, by id.
+    pub idle: Vec<u64>,
+    /// Established flows of each backend of which a RST was seen that proves nothing, and no segment since, by id.
+    pub doubted: Vec<u64>,
     /// Whether any slot in use or any socket of the connect hook names a backend, by id.
     pub named_backends: Vec<bool>,
     /// Whether any slot in use names a listener, by id.
@@ -44,8 +60,8 @@ struct Round<'a> {
     now: u16,
     jiffies: u64,
     transitory: u16,
-    /// By listener id.
-    idle: &'a [u16],
+    /// By listener id: the idle timeout, and when a flow is forgotten that was to be told before.
+    idle: &'a [IdleUnits],
     /// By backend id.
     local: &'a [bool],
     /// The words of claims that the last round found.
@@ -60,7 +76,9 @@ impl Round<'_> {
         if age > u16::MAX - 4 {
             return None;
         }
-        let idle = self.idle.get(usize::from(listener)).copied().unwrap_or(self.transitory);
+        let untold = IdleUnits { timeout: self.transitory, forgotten: self.transitory };
+        let IdleUnits { timeout: idle, forgotten } =
+            self.idle.get(usize::from(listener)).copied().unwrap_or(untold);
         let local = self.local.get(usize::from(meta.backend())).copied().unwrap_or(false);
         if meta.is(Kind::Claiming) {
             // Its CPU was lost, or the program was replaced. A virtual machine that was halted has old claims, too, and
@@ -71,11 +89,9 @@ impl Round<'_> {
             // all that is heard of their end.
             let lives = local && !meta.has(CLIENT_FIN);
             (age > if lives { idle } else { self.transitory }).then_some(Meta::FREE)
-        } else if meta.is(Kind::Established) && meta.has(RESET) {
-            (age > RESET_QUARANTINE).then(|| meta.closed_by_reset())
         } else if meta.is(Kind::Established) {
             // The backend may hold on to it: as if it had closed first.
-            (age > idle).then(|| meta.without_flags().become_kind(Kind::ClosedByBackend))
+            (age > forgotten).then(|| meta.without_flags().become_kind(Kind::ClosedByBackend))
         } else if meta.is_closed() {
             (age > LONG_QUARANTINE).then_some(Meta::FREE)
         } else if meta.is(Kind::Killed) {
@@ -89,21 +105,30 @@ impl Round<'_> {
     }
 }
 
+impl Round<'_> {
+    fn is_idle(&self, meta: Meta, listener: u16) -> bool {
+        self.idle.get(usize::from(listener)).is_some_and(|idle| idle.is_over(meta, self.now))
+    }
+}
+
 impl Dataplane {
     /// Counts the flows and frees those that are over. `idle` is the idle timeout of each service, in configuration
     /// order.
-    pub fn reap(&mut self, idle: &[Duration]) -> Result<Reaped, DataplaneError> {
+    pub fn reap(&mut self, idle: &[IdlePolicy]) -> Result<Reaped, DataplaneError> {
         let jiffies = self.jiffies()?;
         self.flight_recorder.anchor(jiffies, self.ticks.frequency);
         let now = (jiffies >> self.ticks.shift()) as u16;
-        let idle: Vec<u16> = (0..self.listeners.len())
+        self.idle_units = (0..self.listeners.len())
             .map(|id| {
                 let service = self.listeners.read(id).map_or(0, |listener| usize::from(listener.service));
-                let timeout = match service.checked_sub(1) {
+                let policy = match service.checked_sub(1) {
                     Some(index) => idle.get(index),
                     None => self.kept_idle.get(&(id as u16)),
                 };
-                self.ticks.units(timeout.copied().unwrap_or(TRANSITORY))
+                let policy = policy.copied().unwrap_or(IdlePolicy { timeout: TRANSITORY, tell: false });
+                let timeout = self.ticks.units(policy.timeout);
+                let forgotten = if policy.tell { timeout + self.ticks.units(UNTOLD) } else { timeout };
+                IdleUnits { timeout, forgotten }
             })
             .collect();
         let local: Vec<bool> = (0..self.backends.len())
@@ -115,9 +140,12 @@ impl Dataplane {
             .collect();
         let claims = std::mem::take(&mut self.claims);
         let transitory = self.ticks.units(TRANSITORY);
-        let round = Round { now, jiffies, transitory, idle: &idle, local: &local, claims: &claims };
+        let round =
+            Round { now, jiffies, transitory, idle: &self.idle_units, local: &local, claims: &claims };
         let mut reaped = Reaped {
             active: vec![0; self.backends.len()],
+            idle: vec![0; self.backends.len()],
+            doubted: vec![0; self.backends.len()],
             named_backends: vec![false; self.backends.len()],
             named_listeners: vec![false; self.listeners.len()],
             ..Reaped::default()
@@ -126,8 +154,8 @@ impl Dataplane {
         let mut moved = [Moved::begin::<V4>(&config), Moved::begin::<V6>(&config)];
         let [moved4, moved6] = &mut moved;
         let sweep = Sweep { config: &config, flight_recorder: &self.flight_recorder, round: &round };
-        sweep.all::<V4>(&self.flows4, &mut reaped, &mut self.claims, moved4.as_mut());
-        sweep.all::<V6>(&self.flows6, &mut reaped, &mut self.claims, moved6.as_mut());
+        sweep.all::<V4>(&self.tables, &mut reaped, &mut self.claims, moved4.as_mut());
+        sweep.all::<V6>(&self.tables, &mut reaped, &mut self.claims, moved6.as_mut());
         reaped.left = self.settle_snat_addresses(moved)?;
         for (id, sockets) in self.open_sockets()?.into_iter().enumerate() {
             reaped.active[id] += sockets;
@@ -143,15 +171,15 @@ impl Dataplane {
     /// yet to be seen in the table marks with the new one. So a mark of an older epoch whose flows are not in the
     /// table has none, and whoever needs it meanwhile overwrites it, which the compare-and-exchange notices.
     pub fn clear_marks(&mut self) -> Result<(), DataplaneError> {
-        if !any_marks(&self.overflow4) && !any_marks(&self.overflow6) {
+        if !any_marks::<V4>(&self.tables) && !any_marks::<V6>(&self.tables) {
             return Ok(());
         }
         let mut config = self.settings();
         config.epoch = config.epoch % 255 + 1;
         self.config.write(0, config);
         grace::wait().map_err(|source| DataplaneError::System { call: "membarrier", source })?;
-        clear::<V4>(&self.flows4, &self.overflow4, &config);
-        clear::<V6>(&self.flows6, &self.overflow6, &config);
+        clear::<V4>(&self.tables, &config);
+        clear::<V6>(&self.tables, &config);
         Ok(())
     }
 }
@@ -166,22 +194,19 @@ struct Sweep<'a> {
 impl Sweep<'_> {
     fn all<F: Family>(
         &self,
-        flows: &Mapped<F::Set>,
+        tables: &Tables,
         reaped: &mut Reaped,
         claims: &mut HashSet<Meta>,
         mut moved: Option<&mut Moved>,
     ) {
-        for index in 0..sets_in_use::<F>(self.config) {
-            let Some(set) = flows.get(index) else {
-                continue;
-            };
+        for (index, set) in tables.first::<F>(sets_in_use::<F>(self.config)) {
             for way in 0..WAYS as u32 {
                 reaped.slots += 1;
                 let found = Meta(F::meta(set, way).load());
                 if found.is(Kind::Free) {
                     continue;
                 }
-                let (slot, tuple) = (Slot { set: index as u32, way }, F::load(set, way));
+                let (slot, tuple) = (Slot { set: index, way }, F::load(set, way));
                 let meta = self.judge::<F>(set, slot, found, tuple);
                 reaped.freed += u64::from(meta != found);
                 // One that was only closed is in use still.
@@ -196,6 +221,9 @@ impl Sweep<'_> {
                 }
                 let (_, _, listener) = F::parts(tuple);
                 reaped.count(meta, listener);
+                let backend = usize::from(meta.backend());
+                reaped.idle[backend] += u64::from(self.round.is_idle(meta, listener));
+                reaped.doubted[backend] += u64::from(is_doubted(meta, self.round.now));
             }
         }
     }
@@ -230,6 +258,33 @@ impl Reaped {
     }
 }
 
+/// Idle timeouts of a listener's flows, in units of about a second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct IdleUnits {
+    /// When both ends are told, if they are.
+    pub(super) timeout: u16,
+    /// When the flow is forgotten, told or not.
+    pub(super) forgotten: u16,
+}
+
+impl IdleUnits {
+    /// Are the ends of a flow to be told that it is over?
+    pub(super) fn is_over(self, meta: Meta, now: u16) -> bool {
+        let age = meta.age(now);
+        // A packet may have come since the clock was read.
+        meta.is(Kind::Established)
+            && self.timeout != self.forgotten
+            && (self.timeout + 1..u16::MAX - 4).contains(&age)
+    }
+}
+
+/// Is the flow's backend to be asked whether a RST was real?
+pub(super) fn is_doubted(meta: Meta, now: u16) -> bool {
+    meta.is(Kind::Established)
+        && meta.has(RESET)
+        && (RESET_QUARANTINE + 1..u16::MAX - 4).contains(&meta.age(now))
+}
+
 /// The sets of the SNAT addresses that there are: nothing is in those of the places behind them.
 pub(super) fn sets_in_use<F: Family>(config: &Config) -> usize {
     (F::snat_count(config) * SETS_PER_ADDRESS) as usize
@@ -240,37 +295,31 @@ fn is_news(meta: Meta) -> bool {
     meta.is(Kind::HalfOpen) && !meta.has(CLIENT_FIN) || meta.is(Kind::Established) && !meta.has(RESET)
 }
 
-fn any_marks(marks: &Mapped<OverflowMarks>) -> bool {
-    (0..marks.len())
-        .filter_map(|index| marks.get(index))
-        .any(|eight| eight.sets.iter().any(|mark| mark.load() != 0))
+fn marks<F: Family>(tables: &Tables) -> impl Iterator<Item = (u32, &Cell8)> {
+    let marked = |(index, set)| Some((index, F::overflow(tables, set, index)?));
+    tables.first::<F>(tables.sets::<F>()).filter_map(marked)
 }
 
-fn clear<F: Family>(flows: &Mapped<F::Set>, marks: &Mapped<OverflowMarks>, config: &Config) {
+fn any_marks<F: Family>(tables: &Tables) -> bool {
+    marks::<F>(tables).any(|(_, mark)| mark.load() != 0)
+}
+
+fn clear<F: Family>(tables: &Tables, config: &Config) {
     let mut needed = HashSet::new();
-    for index in 0..sets_in_use::<F>(config) {
-        let Some(set) = flows.get(index) else {
-            continue;
-        };
+    for (index, set) in tables.first::<F>(sets_in_use::<F>(config)) {
         for way in 0..WAYS as u32 {
             if Meta(F::meta(set, way).load()).is_live() {
                 // At the address where it is, which new flows of its bucket may not leave from.
-                let slot = Slot { set: index as u32, way };
+                let slot = Slot { set: index, way };
                 let query = Query::at::<F>(config, F::load(set, way), slot.address() as u8);
-                if query.candidate(0) != index as u32 && query.candidate(1) != index as u32 {
+                if query.candidate(0) != index && query.candidate(1) != index {
                     needed.insert(query.candidate(0));
                 }
             }
         }
     }
-    for index in 0..marks.len() {
-        let Some(eight) = marks.get(index) else {
-            continue;
-        };
-        for (offset, mark) in eight.sets.iter().enumerate() {
-            let set = (index * eight.sets.len() + offset) as u32;
-            clear_one(mark, config.epoch as u8, needed.contains(&set));
-        }
+    for (index, mark) in marks::<F>(tables) {
+        clear_one(mark, config.epoch as u8, needed.contains(&index));
     }
 }
 
@@ -294,7 +343,8 @@ mod tests {
 
     /// What becomes of it, when the last round found these claims.
     fn verdict_after(claims: &HashSet<Meta>, meta: Meta) -> Option<Kind> {
-        let (idle, local) = (&[0, 10_000], &[false, false, true]);
+        let units = |timeout| IdleUnits { timeout, forgotten: timeout };
+        let (idle, local) = (&[units(0), units(10_000)], &[false, false, true]);
         let round = Round { now: NOW, jiffies: 0, transitory: 240, idle, local, claims };
         round.verdict(meta, 1).map(|next| {
             [Kind::Free, Kind::ClosedByClient, Kind::ClosedByBackend]
@@ -323,14 +373,37 @@ mod tests {
         );
         assert_eq!(verdict(Kind::Established, 0, 1, 10_000), None);
         assert_eq!(verdict(Kind::Established, 0, 1, 10_001), Some(Kind::ClosedByBackend));
-        assert_eq!(verdict(Kind::Established, RESET, 1, 10), None);
-        assert_eq!(verdict(Kind::Established, RESET, 1, 11), Some(Kind::ClosedByClient));
+        assert_eq!(
+            verdict(Kind::Established, RESET, 1, 10_000),
+            None,
+            "a RST that nobody proves ends nothing"
+        );
         assert_eq!(verdict(Kind::ClosedByBackend, 0, 1, 60), None);
         assert_eq!(verdict(Kind::ClosedByBackend, 0, 1, 61), Some(Kind::Free));
         assert_eq!(verdict(Kind::Killed, BACKEND_TOLD, 1, 60), None);
         assert_eq!(verdict(Kind::Killed, BACKEND_TOLD, 1, 61), Some(Kind::Free));
         assert_eq!(verdict(Kind::Killed, 0, 1, 10_000), None, "its backend may come back and remember");
         assert_eq!(verdict(Kind::Killed, 0, 1, 10_001), Some(Kind::Free));
+    }
+
+    #[test]
+    fn an_idle_flow_is_told_before_it_is_forgotten() {
+        let idle = IdleUnits { timeout: 100, forgotten: 220 };
+        let flow = |age: u16| Meta::new(Kind::Established, 1, NOW.wrapping_sub(age));
+        assert!(
+            !idle.is_over(flow(100), NOW) && idle.is_over(flow(101), NOW) && idle.is_over(flow(220), NOW)
+        );
+        assert!(!idle.is_over(flow(0u16.wrapping_sub(2)), NOW), "a packet came since the clock was read");
+        let silent = IdleUnits { timeout: 100, forgotten: 100 };
+        assert!(!silent.is_over(flow(101), NOW));
+    }
+
+    #[test]
+    fn a_flow_is_doubted_when_nothing_has_contradicted_a_reset() {
+        let flow = |age: u16| Meta::new(Kind::Established, 1, NOW - age);
+        assert!(is_doubted(flow(RESET_QUARANTINE + 1).with(RESET), NOW));
+        assert!(!is_doubted(flow(RESET_QUARANTINE).with(RESET), NOW));
+        assert!(!is_doubted(flow(RESET_QUARANTINE + 1), NOW));
     }
 
     #[test]

@@ -16,7 +16,7 @@ use lb_common::{
 };
 
 use super::{
-    CONTROL, Dataplane, Mapped, Port, Settings, address_of,
+    CONTROL, Dataplane, Mapped, Port, Settings, Tables, address_of,
     flows::sets_in_use,
     pins::{self, Pins},
     sets,
@@ -113,8 +113,8 @@ impl Dataplane {
             listeners: vec![false; usize::from(u16::MAX) + 1],
         };
         let config = self.settings();
-        named.look_through::<V4>(&self.flows4, sets_in_use::<V4>(&config));
-        named.look_through::<V6>(&self.flows6, sets_in_use::<V6>(&config));
+        named.look_through::<V4>(&self.tables, sets_in_use::<V4>(&config));
+        named.look_through::<V6>(&self.tables, sets_in_use::<V6>(&config));
         match self.open_sockets() {
             Ok(sockets) => {
                 named.backends.iter_mut().zip(sockets).for_each(|(named, count)| *named |= count > 0)
@@ -175,8 +175,8 @@ struct Named {
 }
 
 impl Named {
-    fn look_through<F: Family>(&mut self, flows: &Mapped<F::Set>, sets: usize) {
-        for set in (0..sets).filter_map(|index| flows.get(index)) {
+    fn look_through<F: Family>(&mut self, tables: &Tables, sets: usize) {
+        for (_, set) in tables.first::<F>(sets) {
             for way in 0..WAYS as u32 {
                 let meta = Meta(F::meta(set, way).load());
                 if !meta.is(Kind::Free) {

@@ -3,13 +3,13 @@
 use std::collections::HashSet;
 
 use lb_common::{
-    flow::{Family, V4, V6},
+    flow::{Family, Slot, V4, V6},
     headers,
-    layout::{NextHop, ReturnHops, WAYS},
+    layout::{NextHop, WAYS},
     meta::{Kind, Meta},
 };
 
-use super::{Dataplane, Mapped, next_hop};
+use super::{Dataplane, Tables, next_hop};
 
 impl Dataplane {
     /// The learned ways back to clients: index, MAC address and the number of the port.
@@ -42,8 +42,8 @@ impl Dataplane {
             return 0;
         }
         let mut named = HashSet::new();
-        collect::<V4>(&self.flows4, &self.return_hops4, &mut named);
-        collect::<V6>(&self.flows6, &self.return_hops6, &mut named);
+        collect::<V4>(&self.tables, &mut named);
+        collect::<V6>(&self.tables, &mut named);
         let forgotten = entries.iter().filter(|(index, mac, port)| {
             let expected = next_hop(Some((*mac, *port))).0;
             !named.contains(index)
@@ -56,14 +56,12 @@ impl Dataplane {
     }
 }
 
-fn collect<F: Family>(flows: &Mapped<F::Set>, hops: &Mapped<ReturnHops>, named: &mut HashSet<usize>) {
-    for index in 0..flows.len() {
-        let (Some(set), Some(hops)) = (flows.get(index), hops.get(index)) else {
-            continue;
-        };
+fn collect<F: Family>(tables: &Tables, named: &mut HashSet<usize>) {
+    for (index, set) in tables.first::<F>(tables.sets::<F>()) {
         for way in 0..WAYS as u32 {
-            if !Meta(F::meta(set, way).load()).is(Kind::Free) {
-                named.insert(usize::from(hops.ways[way as usize].load()));
+            let hop = F::return_hop(tables, set, Slot { set: index, way });
+            if let Some(hop) = hop.filter(|_| !Meta(F::meta(set, way).load()).is(Kind::Free)) {
+                named.insert(usize::from(hop.load()));
             }
         }
     }

@@ -3,12 +3,12 @@
 use std::{net::SocketAddr, time::Duration};
 
 use lb_common::{
-    flow::{Family, Slot, V4, V6},
+    flow::{Family, Slot, V4, V6, is_owner},
     layout::{Config, SETS_PER_ADDRESS, WAYS},
     meta::{BACKEND_FIN, CLIENT_FIN, Kind, Meta, RESET},
 };
 
-use super::{Dataplane, DataplaneError, Mapped, address_of, flows::sets_in_use};
+use super::{Dataplane, DataplaneError, Tables, address_of, flows::sets_in_use};
 
 /// What a slot in use is, for people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,9 +113,9 @@ impl Dataplane {
         let last = first.saturating_add(sets).min(length);
         for set in first..last {
             let more = if from.ipv6 {
-                list_set::<V6>(&self.flows6, &config, set, now, unit, each)
+                list_set::<V6>(&self.tables, &config, set, now, unit, each)
             } else {
-                list_set::<V4>(&self.flows4, &config, set, now, unit, each)
+                list_set::<V4>(&self.tables, &config, set, now, unit, each)
             };
             if !more {
                 return Ok(Some(Cursor { set: set + 1, ..from }));
@@ -142,10 +142,10 @@ impl Dataplane {
         };
         let set_of = |address: u32| (address * SETS_PER_ADDRESS) as usize + usize::from(port) / WAYS;
         for address in 0..config.snat4_count {
-            list_set::<V4>(&self.flows4, &config, set_of(address), now, unit, &mut take);
+            list_set::<V4>(&self.tables, &config, set_of(address), now, unit, &mut take);
         }
         for address in 0..config.snat6_count {
-            list_set::<V6>(&self.flows6, &config, set_of(address), now, unit, &mut take);
+            list_set::<V6>(&self.tables, &config, set_of(address), now, unit, &mut take);
         }
         Ok(found)
     }
@@ -153,25 +153,26 @@ impl Dataplane {
 
 /// Returns whether `each` takes more. A set is handed over as a whole.
 fn list_set<F: Family>(
-    flows: &Mapped<F::Set>,
+    tables: &Tables,
     config: &Config,
     index: usize,
     now: u16,
     unit: Duration,
     each: &mut dyn FnMut(ListedFlow) -> bool,
 ) -> bool {
-    let Some(set) = flows.get(index) else { return true };
+    let Some(set) = F::set(tables, index as u32) else { return true };
     let mut more = true;
     for way in 0..WAYS as u32 {
         let word = F::meta(set, way);
         let meta = Meta(word.load());
         let Some(state) = FlowState::of(meta) else { continue };
-        let (address, port, listener) = F::parts(F::load(set, way));
+        let tuple = F::load(set, way);
         let after = Meta(word.load());
         // Another flow's by now: its tuple may be half written.
-        if !after.is_live() || after.backend() != meta.backend() {
+        if !is_owner::<F>(set, way, meta, tuple) {
             continue;
         }
+        let (address, port, listener) = F::parts(tuple);
         let slot = Slot { set: index as u32, way };
         let age = after.age(now);
         // A packet may have come since the clock was read.

@@ -23,6 +23,7 @@ mod reset;
 mod signals;
 mod snat;
 mod sockets;
+mod tables;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -41,8 +42,8 @@ use lb_common::{
     cell::Cell64,
     hash,
     layout::{
-        self, AllowKey, BACKENDS, INTERFACES, LISTENERS, NextHop, OverflowMarks, PARTNERS, ReturnHops,
-        SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Set4, Set6, WAYS, backend_flag, family,
+        self, AllowKey, BACKENDS, INTERFACES, LISTENERS, NextHop, PARTNERS, SELECTION_WORDS, SERVICES,
+        SETS_PER_ADDRESS, SNAT_ADDRESSES, WAYS, backend_flag, family,
     },
     maglev::{self, TABLE_SIZE},
     meta::Meta,
@@ -55,7 +56,8 @@ use clock::Reading;
 pub use clock::Ticks;
 pub use error::DataplaneError;
 pub use flight_recorder::{Account, Clock, Entry, FlightRecorder, Rings, What};
-pub use flows::Reaped;
+use flows::IdleUnits;
+pub use flows::{IdlePolicy, Reaped};
 use grace::Grace;
 pub use grace::wait as wait_grace_period;
 pub use hook::sets_error;
@@ -69,6 +71,7 @@ pub use reset::{Flow, FlowFilter, Hop, Walk};
 pub use signals::Signal;
 pub use snat::SnatError;
 pub use sockets::{FollowedSocket, SocketTable};
+pub use tables::Tables;
 
 /// The kernel programs, as the build script compiled them. Empty if it was told to leave them out.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-ebpf"));
@@ -129,12 +132,7 @@ pub struct Dataplane {
     services: Mapped<layout::Service>,
     backends: Mapped<layout::Backend>,
     selection: Mapped<u64>,
-    flows4: Mapped<Set4>,
-    flows6: Mapped<Set6>,
-    return_hops4: Mapped<ReturnHops>,
-    return_hops6: Mapped<ReturnHops>,
-    overflow4: Mapped<OverflowMarks>,
-    overflow6: Mapped<OverflowMarks>,
+    tables: Tables,
     blocked: Mapped<u64>,
     next_hops: Mapped<Cell64>,
     clock: Mapped<u64>,
@@ -152,7 +150,9 @@ pub struct Dataplane {
     loaded: Reading,
     grace: Grace,
     /// Idle timeouts of the flows of listeners that belong to no service any more, by listener id.
-    kept_idle: BTreeMap<u16, Duration>,
+    kept_idle: BTreeMap<u16, IdlePolicy>,
+    /// Idle timeouts as the last look through the flow table had them, by listener id.
+    idle_units: Vec<IdleUnits>,
     attached: Vec<Attached>,
     /// What keeps the connect hook on its cgroup, by program, where pins do not do so too.
     hook_links: BTreeMap<&'static str, FdLink>,
@@ -259,12 +259,7 @@ impl Dataplane {
             services: control.services(),
             backends: control.backends(),
             selection: mapped(&mut ebpf, "SELECTION")?,
-            flows4: mapped(&mut ebpf, "FLOW4")?,
-            flows6: mapped(&mut ebpf, "FLOW6")?,
-            return_hops4: mapped(&mut ebpf, "RETURN_HOP4")?,
-            return_hops6: mapped(&mut ebpf, "RETURN_HOP6")?,
-            overflow4: mapped(&mut ebpf, "OVERFLOW4")?,
-            overflow6: mapped(&mut ebpf, "OVERFLOW6")?,
+            tables: Tables::of(&mut ebpf)?,
             blocked: mapped(&mut ebpf, "BLOCKED")?,
             next_hops: mapped(&mut ebpf, "NEXT_HOP")?,
             clock: mapped(&mut ebpf, "CLOCK")?,
@@ -280,6 +275,7 @@ impl Dataplane {
             loaded: Reading { jiffies: 0, before: Instant::now(), after: Instant::now() },
             grace: Grace::default(),
             kept_idle: BTreeMap::new(),
+            idle_units: Vec::new(),
             attached: Vec::new(),
             hook_links: BTreeMap::new(),
             hook_watch: (0, BTreeMap::new()),
@@ -570,13 +566,12 @@ fn other_rooms(rooms: [usize; 2], settings: &Settings) -> Option<String> {
 }
 
 /// How large the maps are that grow with the number of places for SNAT addresses, of IPv4 and of IPv6.
-fn map_sizes([room4, room6]: [usize; 2]) -> [(&'static str, u32); 6] {
+fn map_sizes([room4, room6]: [usize; 2]) -> [(&'static str, u32); 5] {
     // A map of a family without addresses is never looked at, and cannot be empty.
     let sets = |room: usize, share: u32| (SETS_PER_ADDRESS * room as u32 / share).max(1);
     [
         ("FLOW4", sets(room4, 1)),
-        ("RETURN_HOP4", sets(room4, 1)),
-        ("OVERFLOW4", sets(room4, 8)),
+        ("NUMBERS4", sets(room4, 1)),
         ("FLOW6", sets(room6, 1)),
         ("RETURN_HOP6", sets(room6, 1)),
         ("OVERFLOW6", sets(room6, 8)),

@@ -47,17 +47,8 @@ const PROGRAM: &str = "program";
 const NEXT_PROGRAM: &str = "program_new";
 
 /// The maps without which flows are lost. The others can be made anew and filled from the configuration.
-const ESSENTIAL: [&str; 9] = [
-    CONTROL,
-    "FLOW4",
-    "FLOW6",
-    "NEXT_HOP",
-    "OVERFLOW4",
-    "OVERFLOW6",
-    "RETURN_HOP4",
-    "RETURN_HOP6",
-    "SELECTION",
-];
+const ESSENTIAL: [&str; 8] =
+    [CONTROL, "FLOW4", "FLOW6", "NEXT_HOP", "NUMBERS4", "OVERFLOW6", "RETURN_HOP6", "SELECTION"];
 
 /// Why what is pinned cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -8,14 +8,18 @@ use std::{
 
 use ipnet::IpNet;
 use lb_common::{
-    flow::{Family, LONG_QUARANTINE, Slot, V4, V6},
+    cell::Cell32,
+    flow::{Family, LONG_QUARANTINE, Slot, V4, V6, is_owner},
     headers::{Be16, Mac},
-    kill::{is_resettable, kill, knows_last_ack},
-    layout::{self, INTERFACES, NextHop, WAYS, backend_flag, family},
+    kill::{is_resettable, kill, reset_number},
+    layout::{self, INTERFACES, NextHop, Numbers, WAYS, backend_flag},
     meta::{Kind, Meta},
 };
 
-use super::{Dataplane, DataplaneError, Mapped, address_of, flows::sets_in_use};
+use super::{
+    Dataplane, DataplaneError, Tables, address_of,
+    flows::{IdleUnits, is_doubted, sets_in_use},
+};
 
 /// Sets that are looked at in one go: a megabyte of IPv4's table. The daemon has other work, too.
 const SETS: usize = 16_384;
@@ -142,23 +146,47 @@ impl Dataplane {
         limit: usize,
     ) -> Result<Vec<Flow>, DataplaneError> {
         let now = (self.jiffies()? >> self.ticks.shift()) as u16;
-        Ok(self.walk(filter, cursor, limit, Wanted::Resettable, |word, meta| {
-            kill(word, meta.backend(), now).is_some()
+        Ok(self.walk(filter, cursor, limit, Wanted::Resettable, |word, numbers, meta| {
+            kill(word, numbers, meta.backend(), now).is_some()
         }))
+    }
+
+    /// As [`Dataplane::kill_flows`], of flows that neither end has used for their idle timeout.
+    pub fn kill_idle_flows(
+        &mut self,
+        filter: &FlowFilter,
+        cursor: &mut Walk,
+        limit: usize,
+    ) -> Result<Vec<Flow>, DataplaneError> {
+        let now = (self.jiffies()? >> self.ticks.shift()) as u16;
+        Ok(self.walk(filter, cursor, limit, Wanted::Idle(now), |word, numbers, meta| {
+            kill(word, numbers, meta.backend(), now).is_some()
+        }))
+    }
+
+    /// As [`Dataplane::flows_to_ask`], of flows of which a RST was seen that proves nothing.
+    pub fn doubted_flows(
+        &mut self,
+        filter: &FlowFilter,
+        cursor: &mut Walk,
+        limit: usize,
+    ) -> Result<Vec<Flow>, DataplaneError> {
+        let now = (self.jiffies()? >> self.ticks.shift()) as u16;
+        Ok(self.walk(filter, cursor, limit, Wanted::Doubted(now), |_, _, _| true))
     }
 
     /// Flows whose backend may have forgotten them, or may not have heard that they were reset: about `limit` of them,
     /// from `cursor` on. Nothing is changed.
     pub fn flows_to_ask(&self, filter: &FlowFilter, cursor: &mut Walk, limit: usize) -> Vec<Flow> {
-        self.walk(filter, cursor, limit, Wanted::Doubtful, |_, _| true)
+        self.walk(filter, cursor, limit, Wanted::Doubtful, |_, _, _| true)
     }
 
     /// The number that the client of a flow that was reset has acknowledged last; None: the slot is another flow's now.
     pub fn last_ack_of_killed(&self, flow: &Flow) -> Option<u32> {
         if flow.client.is_ipv4() {
-            still_killed::<V4>(&self.flows4, flow)
+            still_killed::<V4>(&self.tables, flow)
         } else {
-            still_killed::<V6>(&self.flows6, flow)
+            still_killed::<V6>(&self.tables, flow)
         }
     }
 
@@ -167,8 +195,8 @@ impl Dataplane {
         let now = (self.jiffies()? >> self.ticks.shift()) as u16;
         let config = self.settings();
         let (sets4, sets6) = (sets_in_use::<V4>(&config), sets_in_use::<V6>(&config));
-        Ok(release::<V4>(&self.flows4, sets4, backend, now)
-            + release::<V6>(&self.flows6, sets6, backend, now))
+        Ok(release::<V4>(&self.tables, sets4, backend, now)
+            + release::<V6>(&self.tables, sets6, backend, now))
     }
 
     /// How long ago each backend, by id, last sent payload to a client. None: not since the maps exist.
@@ -192,25 +220,25 @@ impl Dataplane {
         cursor: &mut Walk,
         limit: usize,
         wanted: Wanted,
-        mut act: impl FnMut(&lb_common::cell::Cell32, Meta) -> bool,
+        mut act: impl FnMut(&Cell32, &Numbers, Meta) -> bool,
     ) -> Vec<Flow> {
         let maps = Lookup { dataplane: self, config: self.settings() };
         let mut flows = Vec::new();
         let (sets4, sets6) = (sets_in_use::<V4>(&maps.config), sets_in_use::<V6>(&maps.config));
         // Sets come into use and go out of it: numbers that tell the families apart must not depend on how many there are.
-        let first6 = self.flows4.len();
+        let first6 = self.tables.sets::<V4>();
         let mut looked_at = 0;
         while cursor.next < first6 + sets6 {
             if flows.len() >= limit || looked_at == SETS {
                 return flows;
             }
             if cursor.next < sets4 {
-                maps.visit::<V4>(&self.flows4, cursor.next, filter, wanted, &mut act, &mut flows);
+                maps.visit::<V4>(cursor.next, filter, wanted, &mut act, &mut flows);
             } else if cursor.next < first6 {
                 cursor.next = first6;
                 continue;
             } else {
-                maps.visit::<V6>(&self.flows6, cursor.next - first6, filter, wanted, &mut act, &mut flows);
+                maps.visit::<V6>(cursor.next - first6, filter, wanted, &mut act, &mut flows);
             }
             cursor.next += 1;
             looked_at += 1;
@@ -227,13 +255,19 @@ enum Wanted {
     Resettable,
     /// Established, or killed while its backend was not there to hear of it.
     Doubtful,
+    /// Established, and not used for its idle timeout at this time.
+    Idle(u16),
+    /// Established, and not heard of since a RST that proves nothing, at this time.
+    Doubted(u16),
 }
 
 impl Wanted {
-    fn fits(self, meta: Meta) -> bool {
+    fn fits(self, meta: Meta, idle: &[IdleUnits], listener: u16) -> bool {
         match self {
             Self::Resettable => is_resettable(meta),
             Self::Doubtful => meta.is(Kind::Established) || meta.is_untold(),
+            Self::Idle(now) => idle.get(usize::from(listener)).is_some_and(|idle| idle.is_over(meta, now)),
+            Self::Doubted(now) => is_doubted(meta, now),
         }
     }
 }
@@ -247,36 +281,43 @@ struct Lookup<'a> {
 impl Lookup<'_> {
     fn visit<F: Family>(
         &self,
-        flows: &Mapped<F::Set>,
         index: usize,
         filter: &FlowFilter,
         wanted: Wanted,
-        act: &mut impl FnMut(&lb_common::cell::Cell32, Meta) -> bool,
+        act: &mut impl FnMut(&Cell32, &Numbers, Meta) -> bool,
         found: &mut Vec<Flow>,
     ) {
-        let Some(set) = flows.get(index) else { return };
+        let tables = &self.dataplane.tables;
+        let Some(set) = F::set(tables, index as u32) else { return };
         for way in 0..WAYS as u32 {
             let word = F::meta(set, way);
             let meta = Meta(word.load());
-            if !wanted.fits(meta) || filter.backend.is_some_and(|id| id != meta.backend()) {
+            let tuple = F::load(set, way);
+            let (_, _, listener) = F::parts(tuple);
+            let is_wanted = wanted.fits(meta, &self.dataplane.idle_units, listener);
+            if !is_wanted || filter.backend.is_some_and(|id| id != meta.backend()) {
                 continue;
             }
             let slot = Slot { set: index as u32, way };
-            let Some(mut flow) = self.flow::<F>(set, slot, meta) else { continue };
+            let (Some(mut flow), Some(numbers)) =
+                (self.flow::<F>(set, slot, meta, tuple), F::numbers(tables, set, slot))
+            else {
+                continue;
+            };
             // What it was that was examined: a claimer may have come between.
-            if !filter.wants(&flow) || !Meta(word.load()).same_owner(meta) || !act(word, meta) {
+            if !filter.wants(&flow) || !is_owner::<F>(set, way, meta, tuple) || !act(word, numbers, meta) {
                 continue;
             }
-            // Read again: nobody but the client's next segment changes it now.
-            flow.last_ack = flow.last_ack.map(|_| F::last_ack(set, way).load());
+            // Read again: of a flow that was reset only a segment that proves itself changes it now.
+            flow.last_ack = reset_number(Meta(word.load()), numbers.load()).or(flow.last_ack);
             found.push(flow);
         }
     }
 
     /// None: of a backend that is this host, or nobody's any more.
-    fn flow<F: Family>(&self, set: &F::Set, slot: Slot, meta: Meta) -> Option<Flow> {
+    fn flow<F: Family>(&self, set: &F::Set, slot: Slot, meta: Meta, tuple: F::Tuple) -> Option<Flow> {
         let maps = self.dataplane;
-        let (address, port, listener_id) = F::parts(F::load(set, slot.way));
+        let (address, port, listener_id) = F::parts(tuple);
         let listener =
             maps.listeners.read(usize::from(listener_id)).filter(|entry| entry.family == F::NUMBER)?;
         let backend = maps.backends.get(usize::from(meta.backend()))?;
@@ -285,7 +326,7 @@ impl Lookup<'_> {
         }
         let end =
             |address, port| SocketAddr::new(address_of(F::NUMBER, address), Be16::from_word(port).get());
-        let learned = self.return_hop::<F>(slot);
+        let learned = self.return_hop::<F>(set, slot);
         Some(Flow {
             client: end(address, port),
             listener: end(listener.address, listener.port),
@@ -295,8 +336,7 @@ impl Lookup<'_> {
             ),
             backend: end(backend.address, backend.port),
             service: usize::from(listener.service).checked_sub(1),
-            last_ack: (meta.is(Kind::Killed) || knows_last_ack(meta))
-                .then(|| F::last_ack(set, slot.way).load()),
+            last_ack: reset_number(meta, F::numbers(&maps.tables, set, slot)?.load()),
             to_client: self.hop(learned),
             to_backend: self.hop(NextHop(backend.next_hop.load())),
             slot,
@@ -306,10 +346,9 @@ impl Lookup<'_> {
     }
 
     /// The way back that the client's packets have taught.
-    fn return_hop<F: Family>(&self, slot: Slot) -> NextHop {
+    fn return_hop<F: Family>(&self, set: &F::Set, slot: Slot) -> NextHop {
         let maps = self.dataplane;
-        let hops = if F::NUMBER == family::IPV4 { &maps.return_hops4 } else { &maps.return_hops6 };
-        let index = hops.get(slot.set as usize).map_or(0, |hops| hops.ways[slot.way as usize % WAYS].load());
+        let index = F::return_hop(&maps.tables, set, slot).map_or(0, |index| index.load());
         if index == 0 {
             return NextHop::UNKNOWN;
         }
@@ -332,22 +371,22 @@ impl Lookup<'_> {
     }
 }
 
-fn still_killed<F: Family>(flows: &Mapped<F::Set>, flow: &Flow) -> Option<u32> {
-    let set = flows.get(flow.slot.set as usize)?;
-    let word = || Meta(F::meta(set, flow.slot.way).load());
-    let before = word();
-    let (address, port, listener) = F::parts(F::load(set, flow.slot.way));
+fn still_killed<F: Family>(tables: &Tables, flow: &Flow) -> Option<u32> {
+    let (slot, set) = (flow.slot, F::set(tables, flow.slot.set)?);
+    let before = Meta(F::meta(set, slot.way).load());
+    let tuple = F::load(set, slot.way);
+    let (address, port, listener) = F::parts(tuple);
     let client = SocketAddr::new(address_of(F::NUMBER, address), Be16::from_word(port).get());
-    let last_ack = F::last_ack(set, flow.slot.way).load();
+    let last_ack = F::numbers(tables, set, slot)?.load().unacknowledged;
     let same = before.is(Kind::Killed)
-        && word().same_owner(before)
+        && is_owner::<F>(set, slot.way, before, tuple)
         && (client, listener) == (flow.client, flow.listener_id);
     same.then_some(last_ack)
 }
 
-fn release<F: Family>(flows: &Mapped<F::Set>, sets: usize, backend: u8, now: u16) -> u64 {
+fn release<F: Family>(tables: &Tables, sets: usize, backend: u8, now: u16) -> u64 {
     let mut released = 0;
-    for set in (0..sets).filter_map(|index| flows.get(index)) {
+    for (_, set) in tables.first::<F>(sets) {
         for way in 0..WAYS as u32 {
             let word = F::meta(set, way);
             let meta = Meta(word.load());

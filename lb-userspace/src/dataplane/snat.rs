@@ -216,7 +216,7 @@ impl Moved {
 impl Dataplane {
     /// How many SNAT addresses of a family the flow table has places for.
     fn room<F: Family>(&self) -> usize {
-        let sets = if F::NUMBER == family::IPV4 { self.flows4.len() } else { self.flows6.len() };
+        let sets = self.tables.sets::<F>();
         sets / SETS_PER_ADDRESS as usize
     }
 

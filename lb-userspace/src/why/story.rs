@@ -10,7 +10,7 @@ use std::{
 
 use lb_common::{
     flight_recorder::{Refusal, ResetReason, Silence},
-    meta::{CLIENT_ACK, Kind, Meta, SYN_ACK},
+    meta::{Kind, Meta, SYN_ACK},
 };
 
 use super::Names;
@@ -238,7 +238,8 @@ impl Telling<'_> {
                 match reason {
                     ResetReason::Refuses => "it refuses connections",
                     ResetReason::Returned => "it answers again after a silence",
-                    ResetReason::Dead | ResetReason::Operator | ResetReason::Drained =>
+                    ResetReason::Doubt => "a RST was seen whose numbers prove nothing",
+                    ResetReason::Dead | ResetReason::Operator | ResetReason::Drained | ResetReason::Idle =>
                         "its flows were ended",
                 }
             ),
@@ -300,10 +301,8 @@ impl Telling<'_> {
             "it had been reset, and silent since".to_owned()
         } else if !answered(before) {
             format!("{backend} had not answered its SYN")
-        } else if !before.has(CLIENT_ACK) {
-            "its client had not finished the handshake".to_owned()
         } else {
-            format!("{backend} had sent nothing after the handshake")
+            "its client had not finished the handshake".to_owned()
         };
         format!("its slot was given to another connection, as all candidates were taken: {state}")
     }
@@ -326,6 +325,8 @@ impl Telling<'_> {
             ResetReason::Drained => format!("because {backend} was drained and its time was over"),
             ResetReason::Refuses => format!("because {backend} refuses connections"),
             ResetReason::Returned => format!("because {backend} came back after a silence"),
+            ResetReason::Idle => "because neither end had sent anything for its idle timeout".to_owned(),
+            ResetReason::Doubt => "because a RST was seen whose numbers prove nothing".to_owned(),
         };
         format!("reset by sheave, {why}")
     }
@@ -486,7 +487,6 @@ mod tests {
         for (before, expected) in [
             (Meta::new(Kind::HalfOpen, 0, 0), "master-1 had not answered its SYN"),
             (Meta::new(Kind::HalfOpen, 0, 0).with(SYN_ACK), "its client had not finished the handshake"),
-            (Meta::new(Kind::HalfOpen, 0, 0).with(SYN_ACK | CLIENT_ACK), "sent nothing after the handshake"),
             (OPEN.with(RESET), "it had been reset"),
         ] {
             let connections = told(&[(1, What::Claimed), (1, What::Reclaimed { before })]);
