@@ -11,7 +11,7 @@
 use core::mem::offset_of;
 
 use crate::{
-    flow::{Family as _, V4, V6},
+    flow::family::{Family as _, V4, V6},
     hash::Key,
     layout::{
         ALLOW_SERVICE_BITS, BACKENDS, BUCKETS, Backend, Bucket, Classifier, Config, Control, Dialled,
