@@ -112,7 +112,7 @@ fn existing_flow<A: Family, S: Subprograms>(
     match transition::client(meta, segment, clock.seen) {
         Transition::SetFlags(flags) => {
             let before = Meta(word.fetch_or(flags));
-            // Of two that see it at the same time one notes it.
+            // Of two CPUs that see it at the same time one notes it.
             if segment.has(tcp_flag::RST) && !before.has(flags) {
                 end::<A, S>(maps, FlowEvent::ResetByClient, query, hit.found());
             }
@@ -134,7 +134,7 @@ fn existing_flow<A: Family, S: Subprograms>(
             return Ok((slot, retry::<A, S>(maps, listener, query, hit.found())?));
         }
         Transition::AnswerWithReset => {
-            // What a RST that the daemon repeats must carry.
+            // The daemon's RST must carry it.
             if segment.has(tcp_flag::ACK) {
                 A::last_ack(ways, slot.way).store(segment.acknowledgement);
             }
@@ -160,7 +160,7 @@ fn existing_flow<A: Family, S: Subprograms>(
     Ok((slot, meta))
 }
 
-/// Notes for later that the client has ended its flow, or wants to.
+/// Records that the client ends its flow.
 #[inline(always)]
 fn end<A: Family, S: Subprograms>(maps: &S, event: FlowEvent, query: &Query<A::Tuple>, found: Found) {
     let meta = found.meta();
@@ -193,7 +193,7 @@ fn reopen<A: Family, S: Subprograms>(
     let before = found.meta();
     let mut backend = if chosen == 0 { before.backend() } else { chosen };
     if backend == before.backend() && before.is_untold() {
-        // It still has the old flow under this slot's port, and would answer with a bare ACK.
+        // The backend still has the old flow under this slot's port, and would answer with a bare ACK.
         let other = maps.another::<A>(listener.service, query.hash, backend);
         backend = if other == 0 { backend } else { other };
     }
@@ -205,8 +205,8 @@ fn reopen<A: Family, S: Subprograms>(
     Ok(won::<A, S>(frame, maps, context, query, &claimer, claim.slot()))
 }
 
-/// A backend with one of these takes new flows. One that is this host always keeps its own: whether such a flow is
-/// established is not seen here, and the local socket says no by itself.
+/// A backend with one of these flags keeps a flow whose SYN is repeated. A backend that is this host always does: whether
+/// such a flow is established is not seen here, and the local socket refuses by itself.
 const KEEPS: u32 = backend_flag::ACCEPTS | backend_flag::LOCAL;
 
 #[inline(always)]
@@ -322,7 +322,7 @@ fn admits<A: Family, S: Subprograms>(maps: &S, id: u16, service: &Service, conte
     service.restricted == 0 || maps.allows(id, mapped::<A>(context.packet.source))
 }
 
-/// Counts a flow that was given a slot, and remembers the way back to its client.
+/// Records and counts a flow that was given a slot, and remembers the way back to its client.
 #[inline(always)]
 fn won<A: Family, S: Subprograms>(
     frame: &mut S::Frame,

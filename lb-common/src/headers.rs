@@ -131,13 +131,13 @@ impl MacPair {
         Self { first: first.to_le_bytes(), last: ((source >> 16) as u32).to_le_bytes() }
     }
 
-    /// To whom.
+    /// Destination address.
     #[inline(always)]
     pub const fn destination(self) -> u64 {
         u64::from_le_bytes(self.first) & MAC
     }
 
-    /// From whom.
+    /// Source address.
     #[inline(always)]
     pub const fn source(self) -> u64 {
         u64::from_le_bytes(self.first) >> 48 | (u32::from_le_bytes(self.last) as u64) << 16
@@ -151,7 +151,7 @@ const MAC: u64 = 0xffff_ffff_ffff;
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Ethernet {
-    /// To whom, and from whom.
+    /// Destination and source address.
     pub macs: MacPair,
     /// What follows, or the first tag's protocol.
     pub kind: Be16,

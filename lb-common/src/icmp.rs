@@ -1,9 +1,8 @@
-//! ICMP errors about flows. Their sender saw our addresses on both sides, so they come to us, and without help the
-//! one that must know never hears of them: a path with a smaller MTU would swallow every full segment (RFC 5508
-//! REQ-4, RFC 7690).
+//! ICMP errors about flows. Their sender saw our addresses, so it sends them to us. The end that sent the quoted segment
+//! must receive them, or a path with a smaller MTU would swallow every full segment (RFC 5508 REQ-4, RFC 7690).
 //!
-//! The quoted packet is translated back to what the receiver has sent, the outer one is sent on as if we were the
-//! router in question. Eight quoted bytes of TCP are enough; its checksum, further back, nobody verifies.
+//! The quoted packet is translated back to what the receiver has sent. The outer packet is sent on as if we were the
+//! router in question. Eight quoted bytes of TCP are enough; receivers do not verify the quoted TCP checksum.
 
 use crate::{
     checksum::{Delta, sum64},
@@ -124,7 +123,7 @@ fn quoted<A: Family, S: Subprograms>(frame: &mut S::Frame, packet: &Packet) -> O
     Some(Quoted { source, destination, ports, network, transport })
 }
 
-/// The quoted packet was on its way to a client: its backend must know.
+/// The quoted packet was on its way to a client: the error goes to its backend.
 #[inline(always)]
 fn to_backend<A: Family, S: Subprograms>(
     maps: &S,
@@ -152,7 +151,7 @@ fn to_backend<A: Family, S: Subprograms>(
     })
 }
 
-/// The quoted packet was on its way to a backend: its client must know.
+/// The quoted packet was on its way to a backend: the error goes to its client.
 #[inline(always)]
 fn to_client<A: Family, S: Subprograms>(maps: &S, config: &Config, quoted: &Quoted) -> Option<Target> {
     let slot = destination::slot::<A, S>(maps, config, quoted.source, quoted.ports.source)?;
@@ -163,7 +162,7 @@ fn to_client<A: Family, S: Subprograms>(maps: &S, config: &Config, quoted: &Quot
         return None;
     }
     let (address, port, listener_id) = A::parts(A::load(ways, slot.way));
-    // A claimer may have come between: the slot is another flow's now.
+    // A claim in between: the slot belongs to another flow now.
     if !Meta(A::meta(ways, slot.way).load()).same_owner(meta) {
         return None;
     }

@@ -13,7 +13,7 @@
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Nobody's; never used, or its quarantine is over.
+    /// No flow's: never used, or its quarantine is over.
     Free = 0,
     /// A CPU is writing its tuple. Readers look away.
     Claiming = 1,
@@ -37,7 +37,7 @@ pub const CLIENT_ACK: u32 = 1 << 4;
 pub const CLIENT_FIN: u32 = 1 << 5;
 /// The backend's FIN was seen.
 pub const BACKEND_FIN: u32 = 1 << 6;
-/// On a killed slot: the backend was sent a RST, or has sent one itself. It knows nothing of the flow any more.
+/// On a killed slot: the backend was sent a RST, or has sent one itself. It has forgotten the flow.
 pub const BACKEND_TOLD: u32 = BACKEND_FIN;
 /// A RST was seen and no segment of the backend since. On a half-open slot: the second chance is used up.
 pub const RESET: u32 = 1 << 7;
@@ -50,7 +50,7 @@ const FLAGS: u32 = 0xff & !KIND;
 pub struct Meta(pub u32);
 
 impl Meta {
-    /// Nobody's slot, as the kernel's zeroed memory has it.
+    /// A free slot, as the kernel's zeroed memory has it.
     pub const FREE: Self = Self(0);
 
     /// A word with no flags.
@@ -74,7 +74,7 @@ impl Meta {
         self.0 & KIND == kind as u32
     }
 
-    /// Does a flow own it: are its segments forwarded?
+    /// Does a flow own it, so that its segments are forwarded?
     #[inline(always)]
     #[must_use]
     pub const fn is_live(self) -> bool {
@@ -101,7 +101,7 @@ impl Meta {
         self.0 & (KIND | RESET | BACKEND_FIN) == RESET | Kind::ClosedByClient as u32
     }
 
-    /// Was it reset on purpose, and may its backend still hold on to it?
+    /// Was it reset on purpose, and may its backend still hold the flow?
     #[inline(always)]
     #[must_use]
     pub const fn is_untold(self) -> bool {
@@ -171,7 +171,7 @@ impl Meta {
         Self(self.0 & !0xff00 | (backend as u32) << 8)
     }
 
-    /// The same incarnation of the slot, whatever was seen meanwhile?
+    /// Is it the same flow's, whatever was seen meanwhile?
     #[inline(always)]
     #[must_use]
     pub const fn same_owner(self, other: Self) -> bool {

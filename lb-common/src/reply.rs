@@ -32,7 +32,7 @@ pub fn reply<A: Family, S: Subprograms>(
     let Some(ways) = A::set(maps, slot.set) else {
         return Disposition::NOT_OURS;
     };
-    // Asked for before the slot is looked at: both lines may be far away, and so they come together.
+    // Loaded before the slot: both lines may be cache misses, which then overlap.
     let return_hop = A::return_hop(maps, slot).map_or(0, |index| index.load());
     let meta = Meta(A::meta(ways, slot.way).load());
     let Some(backend) = maps.backend(meta.backend()) else {
@@ -45,7 +45,7 @@ pub fn reply<A: Family, S: Subprograms>(
         return unknown_slot::<A, S>(maps, context);
     }
     let (address, port, listener_id) = A::parts(A::load(ways, slot.way));
-    // A claimer may have come between: the slot is another flow's now.
+    // A claim in between: the slot belongs to another flow now.
     if !Meta(A::meta(ways, slot.way).load()).same_owner(meta) {
         return unknown_slot::<A, S>(maps, context);
     }
@@ -59,7 +59,7 @@ pub fn reply<A: Family, S: Subprograms>(
     }
 }
 
-/// Whose flow it is.
+/// The flow that a reply belongs to, and its client.
 struct Client<'a> {
     backend: &'a Backend,
     listener: &'a Listener,
@@ -71,7 +71,7 @@ struct Client<'a> {
 }
 
 impl Client<'_> {
-    /// A note about its flow, whose word is `meta`.
+    /// A record about the flow, whose word is `meta`.
     #[inline(always)]
     fn note<A: Family>(&self, event: FlowEvent, meta: Meta) -> Note {
         let tuple = (self.address, self.port, self.listener_id);
@@ -103,7 +103,7 @@ fn send<A: Family, S: Subprograms>(
     match transition::backend(meta, &segment) {
         Transition::SetFlags(flags) => {
             let before = Meta(word.fetch_or(flags));
-            // Of two that see it at the same time one notes it.
+            // Of two CPUs that see it at the same time one notes it.
             if segment.has(tcp_flag::RST) && !before.has(flags) {
                 maps.note(client.note::<A>(FlowEvent::ResetByBackend, meta));
             }
@@ -138,15 +138,15 @@ fn send<A: Family, S: Subprograms>(
         | Transition::SynRetransmitted
         | Transition::SynAfterReset => {}
     }
-    // Not in every unit: the client's next packet is to find it old, and to look where it came from.
+    // Not in every unit: the client's next packet must find it old, to refresh the way back.
     if meta.age(clock.seen) >= 2 {
         word.store_high(clock.seen);
     }
     transmit::<A, S>(frame, maps, context, client)
 }
 
-/// A backend refused a SYN. Once, the flow moves to another backend and the client hears nothing: its own next SYN
-/// goes there. Otherwise the refusal is the answer.
+/// A backend refused a SYN. The first time, the flow moves to another backend and the refusal is swallowed: the client's
+/// next SYN goes there. Otherwise the refusal is sent to the client.
 #[inline(always)]
 fn second_chance<A: Family, S: Subprograms>(
     maps: &S,
@@ -217,8 +217,8 @@ fn to_client(
     }
 }
 
-/// A packet to a slot that is not its own: the network stack's, whose RST it is to give if it is anybody's. Counted
-/// when a backend of ours sent it: another load balancer may own the VIP, too.
+/// A reply to an unknown slot: one that is not its sender's. It is left to the network stack, which may know its socket
+/// or answer with a RST. Counted when one of our backends sent it: another load balancer may have the same VIP.
 #[inline(always)]
 fn unknown_slot<A: Family, S: Subprograms>(maps: &S, context: &Context<'_>) -> Disposition {
     if maps.is_backend(A::NUMBER, context.packet.source, context.ports.source) {

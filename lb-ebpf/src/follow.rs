@@ -1,4 +1,4 @@
-//! What becomes of the sockets that the connect hook has redirected: they are counted from their SYN until they are closed.
+//! Counts the sockets that the connect hook has redirected, from their SYN until they are closed.
 //!
 //! A program that the kernel runs at certain moments in the life of every TCP socket of the cgroup (`struct bpf_sock_ops`
 //! in the kernel's `include/uapi/linux/bpf.h`). Of sockets that are not ours it sees the moment when they connect, and a few
@@ -280,7 +280,7 @@ fn change(socket: Socket) {
     }
     // It was refused, has waited too long, or the process has given it up.
     if socket.state_before() == BPF_TCP_SYN_SENT {
-        accuse(backend);
+        suspect(backend);
     }
 }
 
@@ -291,14 +291,14 @@ fn unanswered(socket: Socket) {
         return;
     };
     if dialled.followed != 0 && dialled.followed == hook.epoch {
-        accuse(dialled.backend as u8);
+        suspect(dialled.backend as u8);
     }
 }
 
-/// Leaves word that a connection to a backend has failed, as the XDP program does of a SYN that is refused. The daemon then
-/// checks it at once; nothing is decided here.
+/// Notes that a connection to a backend has failed, as the XDP program does when a SYN is refused. The daemon then checks
+/// the backend at once; nothing is decided here.
 #[inline(always)]
-fn accuse(backend: u8) {
+fn suspect(backend: u8) {
     if let Some(backend) = KernelMaps::new().as_ref().and_then(|maps| maps.backend(backend)) {
         // 0 would say: never.
         backend.refused.store((maps::jiffies() as u32).max(1));

@@ -92,7 +92,7 @@ pub struct KernelMaps {
 }
 
 impl KernelMaps {
-    /// The maps. None never comes, but the verifier does not know.
+    /// The maps. Always Some, which the verifier does not know.
     #[inline(always)]
     #[must_use]
     pub fn new() -> Option<Self> {
@@ -284,13 +284,13 @@ pub fn count_closed(backend: u8) {
     }
 }
 
-/// Knows a socket by its cookie from now on. `false`: there is no room.
+/// Enters a socket by its cookie. `false`: there is no room.
 #[inline(always)]
 pub fn name_socket(cookie: u64, socket: &Followed) -> bool {
     FOLLOWED_SOCKETS.insert(cookie, socket, 0).is_ok()
 }
 
-/// Knows the socket with this cookie no longer. `false`: somebody else has taken it out before.
+/// Removes the socket with this cookie. `false`: it was removed before.
 #[inline(always)]
 pub fn forget_socket(cookie: u64) -> bool {
     FOLLOWED_SOCKETS.remove(cookie).is_ok()
