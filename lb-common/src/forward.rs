@@ -1,4 +1,4 @@
-//! A packet for a listener: find its flow or begin one, and send it to the backend.
+//! A packet for a listener: finds its flow or begins one, and sends it to the backend.
 
 use crate::{
     checksum::{Delta, sum64},
@@ -28,10 +28,10 @@ use crate::{
     witness,
 };
 
-/// Entries of the selection table that are tried for another backend than the one that refused.
+/// Entries of the selection table that are tried to find another backend than the one that refused.
 const ALTERNATIVES: u32 = 8;
 
-/// Forwards a packet for a listener, whose flow was searched for.
+/// Forwards a packet for a listener; `hit` is its flow's slot, if it has one.
 #[inline(always)]
 pub fn forward<A: Family, S: Subprograms>(
     frame: &mut S::Frame,
@@ -56,7 +56,7 @@ pub fn forward<A: Family, S: Subprograms>(
     }
 }
 
-/// A note about the flow that was looked for.
+/// A record about the flow of `query`.
 #[inline(always)]
 fn note<A: Family>(event: FlowEvent, query: &Query<A::Tuple>) -> Note {
     Note::new::<A>(event, A::parts(query.tuple))
@@ -220,7 +220,7 @@ fn accepts<S: Subprograms>(maps: &S, meta: Meta) -> bool {
     flags(maps, meta) & KEEPS != 0
 }
 
-/// Is a SYN that met a slot of its own tuple a new flow's?
+/// Does a SYN that met a slot of its own tuple begin a new flow?
 #[inline(always)]
 fn begins_anew<S: Subprograms>(maps: &S, meta: Meta, syn: Transition) -> bool {
     match syn {
@@ -234,7 +234,7 @@ fn begins_anew<S: Subprograms>(maps: &S, meta: Meta, syn: Transition) -> bool {
     }
 }
 
-/// A retransmitted SYN: on to its backend, or to another if that one takes no new flows any more.
+/// Sends a retransmitted SYN to its backend, or to another if that one takes no new flows any more.
 #[inline(always)]
 fn retry<A: Family, S: Subprograms>(
     maps: &S,
@@ -378,7 +378,7 @@ fn transmit<A: Family, S: Subprograms>(
     Ok(Disposition::leaving(Outcome::Forwarded, listener.service, interface))
 }
 
-/// What a client's packet becomes on its way to the backend.
+/// The translation of a client's packet on its way to the backend.
 #[inline(always)]
 pub fn to_backend<A: Family>(
     context: &Context<'_>,

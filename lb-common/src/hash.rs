@@ -77,7 +77,7 @@ impl FlowHash {
         scale(position, count)
     }
 
-    /// What leads from the flow's first candidate to its second: a number from 1 to `partners`, which is one less than a
+    /// The difference (xor) between the flow's first candidate and its second: a number from 1 to `partners`, which is one less than a
     /// power of two.
     #[inline(always)]
     #[must_use]

@@ -18,7 +18,7 @@ pub const SNAT_ADDRESSES: usize = 16;
 pub const BUCKETS: usize = 256;
 /// Places by which an SNAT address is looked up: see [`snat_place`].
 pub const SNAT_PLACES: usize = 64;
-/// In a place that several SNAT addresses share: all of them are to be looked at.
+/// The entry of a place that several SNAT addresses share: all of them are compared.
 pub const SNAT_SHARED: u8 = 0xff;
 /// Listener ids, 0 included, which stands for no listener.
 pub const LISTENERS: u32 = 256;
@@ -30,7 +30,7 @@ pub const SERVICES: u32 = 65;
 pub const BACKENDS: u32 = 256;
 /// Interfaces that packets come from and go to; a VLAN on one counts as another.
 pub const INTERFACES: usize = 32;
-/// Sockets of the connect hook that are known by cookie, at most. More than these are counted, and no more.
+/// Sockets of the connect hook that are known by cookie, at most. Sockets beyond these are only counted.
 pub const FOLLOWED: u32 = 65_536;
 /// Learned next hops, 0 included, which says "not known".
 pub const NEXT_HOPS: u32 = 4096;
@@ -178,7 +178,7 @@ impl Bucket {
         (self.0 ^ self.0 >> 8) as u32 & 0xff
     }
 
-    /// Is there no other address than that of new flows?
+    /// Are all flows at the address of new flows?
     #[inline(always)]
     #[must_use]
     pub const fn is_settled(self) -> bool {
@@ -209,7 +209,7 @@ pub struct Control {
     pub listeners: [Listener; LISTENERS as usize],
     /// Backends, by id.
     pub backends: [Backend; BACKENDS as usize],
-    /// Whose a packet may be.
+    /// Which packets may be ours.
     pub classifier: Classifier,
 }
 
@@ -302,7 +302,8 @@ pub struct Service {
 pub struct Hook {
     /// The cookie of the network namespace whose processes are served (`SO_NETNS_COOKIE`, `socket(7)`).
     pub network: u64,
-    /// Odd: which time it is that sockets are followed, see [`Dialled::followed`]. Even: they are not, and none is counted.
+    /// Odd: the number of the period in which sockets are followed, see [`Dialled::followed`]. Even: no socket is followed or
+    /// counted.
     pub epoch: u32,
     /// Zero.
     pub reserved: u32,
@@ -411,10 +412,10 @@ pub struct Backend {
     pub heard: Cell32,
     /// Where its packets go: see [`NextHop`]; 0: not known. Changed in one store.
     pub next_hop: Cell64,
-    /// Since when clients wait for it, in jiffies like `heard`: see [`crate::witness`].
+    /// The time since which clients wait for it, in jiffies like `heard`: see [`crate::witness`].
     pub asked: Cell32,
-    /// When it last refused a SYN, or a process of this host saw a connection to it fail or had to send something again that
-    /// it had not acknowledged, in jiffies like `heard`; 0: never.
+    /// The time at which it last refused a SYN, or a connection of this host to it failed or retransmitted, in jiffies like
+    /// `heard`; 0: never.
     pub refused: Cell32,
 }
 

@@ -9,13 +9,13 @@
 //!
 //! `seen` counts in units of about one second and wraps after 18 hours, which is why an idle timeout is at most 8.
 
-/// What a slot is.
+/// The state of a slot.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// No flow's: never used, or its quarantine is over.
     Free = 0,
-    /// A CPU is writing its tuple. Readers look away.
+    /// A CPU is writing its tuple. Readers ignore the slot.
     Claiming = 1,
     /// A SYN was forwarded. Reclaimed before anything established.
     HalfOpen = 2,
@@ -60,7 +60,7 @@ impl Meta {
         Self(kind as u32 | (backend as u32) << 8 | (seen as u32) << 16)
     }
 
-    /// What the slot is, as bits: see [`Kind`].
+    /// The slot's state, as bits: see [`Kind`].
     #[inline(always)]
     #[must_use]
     pub const fn kind(self) -> u32 {
@@ -94,7 +94,7 @@ impl Meta {
         self.without_flags().with(RESET).become_kind(Kind::ClosedByClient)
     }
 
-    /// Is a RST all that is known of its end? A slot that both sides have closed has their flags, too.
+    /// Was it closed by a RST alone? A slot that both sides have closed has their FIN flags, too.
     #[inline(always)]
     #[must_use]
     pub const fn is_closed_by_reset(self) -> bool {

@@ -193,7 +193,7 @@ fn transmit<A: Family, S: Subprograms>(
     Ok(Disposition::leaving(Outcome::Replied, service, interface))
 }
 
-/// What a backend's packet becomes on its way to the client at `address` (words) and `port` (word).
+/// The translation of a backend's packet on its way to the client at `address` (words) and `port` (word).
 #[inline(always)]
 fn to_client(
     context: &Context<'_>,
