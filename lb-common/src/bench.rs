@@ -1,4 +1,4 @@
-//! What the benchmark tells its wrapper program.
+//! The benchmark's instructions to its wrapper program.
 //!
 //! `BPF_PROG_TEST_RUN` does not restore the packet between repetitions, so the wrapper writes a fresh one each time,
 //! calls the very code that the daemon loads, and (for new flows) gives the slot back.
@@ -50,7 +50,7 @@ pub struct Plan {
     pub snat: u32,
     /// The last four bytes of an address, as a number; that of backend `id` is the `id`th after it.
     pub backend: u32,
-    /// The packet, but for what makes it one flow's, as words.
+    /// The packet without the fields that differ between flows, as words.
     pub packet: [u64; PACKET / 8],
 }
 

@@ -89,7 +89,7 @@ mod imp {
             word
         }
 
-        /// Sets the upper half of the word and leaves the lower to whoever changes it meanwhile.
+        /// Sets the upper half of the word and leaves the lower half to concurrent changes.
         #[inline(always)]
         pub fn store_high(&self, high: u16) {
             // SAFETY: within the word; BPF is little-endian here and a store of two aligned bytes is not torn.
@@ -186,7 +186,7 @@ mod imp {
             previous
         }
 
-        /// Sets the upper half of the word and leaves the lower to whoever changes it meanwhile.
+        /// Sets the upper half of the word and leaves the lower half to concurrent changes.
         pub fn store_high(&self, high: u16) {
             // No barrier: in the kernel it is a plain store of two bytes.
             let mut word = self.load();

@@ -4,7 +4,7 @@
 //! as long as all of them are read the same way. So headers are read as native words of network bytes and sums
 //! are kept in 64 bits and folded once, at the end. Nothing is ever byte-swapped.
 
-/// What a rewrite adds to and takes from a checksum.
+/// The change of a checksum by a rewrite.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Delta(u64);
 
@@ -12,14 +12,14 @@ impl Delta {
     /// No change.
     pub const NONE: Self = Self(0);
 
-    /// A word, or a folded sum of words, that is now there.
+    /// Adds a word, or a folded sum of words.
     #[inline(always)]
     #[must_use]
     pub const fn add(self, sum: u32) -> Self {
         Self(self.0 + sum as u64)
     }
 
-    /// A word, or a folded sum of words, that is no longer there.
+    /// Removes a word, or a folded sum of words.
     #[inline(always)]
     #[must_use]
     pub const fn remove(self, sum: u32) -> Self {

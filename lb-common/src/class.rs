@@ -3,15 +3,15 @@
 use crate::word::packed_word;
 
 packed_word! {
-    /// For whom a segment may be, as far as its destination tells: in one word the first listener on its port (bits 0-15) or
+    /// What the destination of a segment tells: the first listener on its port (bits 0-15), or
     /// what is at its address's [place](crate::layout::snat_place) (bits 16-23).
     pub struct Class(u64) as u64;
 }
 
 impl Class {
-    /// Nobody: for most packets of a host that does other things as well, this is the end.
+    /// Neither: most packets of a host that does other things as well end here.
     pub const NOT_OURS: Self = Self(0);
-    /// To be looked at again.
+    /// Not a plain TCP header: to be classified again.
     pub const UNSURE: Self = Self(u64::MAX);
 
     /// A listener, if any.

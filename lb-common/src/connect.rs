@@ -1,4 +1,4 @@
-//! What becomes of a connection that a process on this host opens: the connect hook's part of the data path.
+//! The connect hook's decision: where a connection that a process on this host opens goes.
 //!
 //! It looks at the tables that packets are looked up in, listeners, services and selections, once for each connection.
 //! The address is exchanged before the connection exists, so no packet of it costs anything afterwards.
@@ -14,7 +14,7 @@ use crate::{
 };
 
 packed_word! {
-    /// What becomes of a connection: one word, so that it stays in a register.
+    /// The decision about a connection: one word, so that it stays in a register.
     pub struct Verdict(u32) as u32;
 }
 
@@ -60,7 +60,7 @@ impl Verdict {
 }
 
 /// The id of the listener at this address (words) and port (word), where `first` is the first on that port; 0: there is none.
-/// That is known at once where no more than two share the port: anybody's connections to that port are looked up here.
+/// The first two on the port are compared here: every connection of this host to that port pays for it.
 #[inline(always)]
 pub fn listener_at<S: Subprograms>(maps: &S, first: u16, family: u8, address: [u64; 2], port: u16) -> u16 {
     let mut id = first;
@@ -79,7 +79,7 @@ pub fn listener_at<S: Subprograms>(maps: &S, first: u16, family: u8, address: [u
     maps.find_listener(family, address, port)
 }
 
-/// What becomes of a connection to the listener `id`. `own_network`: the process is in the network namespace that is
+/// The decision about a connection to the listener `id`. `own_network`: the process is in the network namespace that is
 /// served; `random`: 32 even bits.
 #[inline(always)]
 pub fn verdict<S: Subprograms>(maps: &S, id: u16, own_network: bool, random: u32) -> Verdict {
@@ -89,7 +89,7 @@ pub fn verdict<S: Subprograms>(maps: &S, id: u16, own_network: bool, random: u32
     let Some(service) = maps.service(listener.service) else {
         return Verdict::NOT_OURS;
     };
-    // One that was taken from its service, and waits for its last flow to end: whoever listens there may serve.
+    // The listener was taken from its service and waits for its last flow to end: a local socket may serve the connection.
     if listener.service == 0 {
         return Verdict::NOT_OURS;
     }

@@ -1,4 +1,4 @@
-//! What the steps share about one packet.
+//! One packet, as the steps after the look-up share it.
 
 use crate::{
     flow::family::Family,
@@ -9,7 +9,7 @@ use crate::{
     subprograms::Subprograms,
 };
 
-/// What the steps share about one packet.
+/// One packet: its headers, and where it came in.
 #[derive(Clone, Copy)]
 pub struct Context<'a> {
     /// The configuration.
@@ -47,7 +47,7 @@ pub fn enter<'a, S: Subprograms>(
     Some(Context { config, link: *link, packet, ports, interface })
 }
 
-/// Everything that must hold before a packet of a flow is touched.
+/// Checks everything that must hold before a packet of a flow is changed.
 #[inline(always)]
 pub fn check<A: Family, S: Subprograms>(frame: &mut S::Frame, packet: &Packet) -> Result<(), Outcome> {
     if packet.fragment {

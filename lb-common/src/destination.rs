@@ -52,7 +52,7 @@ pub fn listener_from<A: Family, S: Subprograms>(
     Some((id, maps.listener(id)?))
 }
 
-/// The slot whose SNAT address (words) and port (word) these are, be it anybody's or not.
+/// The slot whose SNAT address (words) and port (word) these are, free or not.
 #[inline(always)]
 pub fn slot<A: Family, S: Subprograms>(
     maps: &S,
@@ -63,7 +63,7 @@ pub fn slot<A: Family, S: Subprograms>(
     slot_of::<A, S>(maps, config, maps.snat_at::<A>(address), address, port)
 }
 
-/// The same, where it is known what is at the address's place.
+/// The same, where the entry at the address's place is known.
 #[inline(always)]
 pub fn slot_of<A: Family, S: Subprograms>(
     maps: &S,

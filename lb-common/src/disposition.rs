@@ -1,4 +1,4 @@
-//! What became of a packet, as one word.
+//! The end of a packet's way, as one word.
 
 use crate::{
     outcome::{Action, Outcome},
@@ -48,14 +48,14 @@ impl Disposition {
         outcome >= Outcome::RefusedNoBackend as u16 && outcome <= Outcome::ResetBackend as u16
     }
 
-    /// What became of it: the place of its counter, see [`Outcome::ALL`].
+    /// The number of its outcome, which is the place of its counter: see [`Outcome::ALL`].
     #[inline(always)]
     #[must_use]
     pub const fn outcome_index(self) -> u16 {
         self.0 as u16
     }
 
-    /// What became of it.
+    /// Its outcome.
     #[must_use]
     pub fn outcome(self) -> Option<Outcome> {
         Outcome::ALL.get(usize::from(self.outcome_index())).copied()

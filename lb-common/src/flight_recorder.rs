@@ -1,14 +1,15 @@
-//! The black box: the last things that happened to flows, for whoever asks later why a connection went as it did.
+//! The flight recorder: the latest events of flows, to explain afterwards why a connection went as it did.
 //!
-//! A ring of records for each CPU, which only the program on that CPU writes, and one more for the daemon: nobody waits
-//! for anybody, and nothing is locked. What is rare is written (a flow begins, moves, ends, is refused), never what an
-//! established flow's segments do. The oldest record is overwritten by the newest.
+//! A ring of records for each CPU, which only the program on that CPU writes, and one ring for the daemon: no
+//! writer waits, and nothing is locked. Rare events are written (a flow begins, moves, ends, is refused), never the
+//! segments of an established flow. The newest record overwrites the oldest.
 //!
-//! A reader may look while a record is written. Its last word, which says when, is taken away first and written last: who
-//! finds the same one before and after the other words has the record as it was written, see [`Record::read`].
+//! A reader may read while a record is written. The writer clears the record's last word, its time, first and writes it
+//! last. A reader that finds the same time before and after the other words has the record as it was written: see
+//! [`Record::read`].
 //!
-//! A version of sheave may read what another has written: numbers below are never given another meaning, and one that is
-//! not known is passed over. (That is why none of this is in [`crate::layout_hash`]: no flow depends on it.)
+//! A version of sheave may read what another has written: numbers below are never given another meaning, and unknown
+//! ones are skipped. (None of this is in [`crate::layout_hash`]: no flow depends on it.)
 
 use crate::{
     cell::Cell64,
@@ -19,7 +20,7 @@ use crate::{
     outcome::Outcome,
 };
 
-/// The memory that all rings together take, at most; but [`RECORDS_MIN`] in each.
+/// Bytes that all rings together take at most, as long as each has [`RECORDS_MIN`] records.
 pub const MEMORY: u32 = 16 << 20;
 /// Records of a ring, at least.
 pub const RECORDS_MIN: u32 = 1 << 12;
@@ -39,23 +40,23 @@ pub const fn records(rings: u32) -> u32 {
 
 list! {
     numbered;
-    /// What happened to a flow. At most 15 of them, none is 0.
+    /// An event of a flow. At most 15 kinds, none of them 0.
     FlowEvent;
     /// A client's SYN was given a slot and sent to a backend.
     Claimed = 1;
     /// The backend has answered and the flow is established.
     Established = 2;
-    /// The backend refused the SYN; the client's next goes to `other`, and was told nothing.
+    /// The backend refused the SYN. The refusal was swallowed; the client's next SYN goes to backend `other`.
     SecondChance = 3;
-    /// The backend refused the SYN, and the client was told.
+    /// The backend refused the SYN, and the refusal was sent to the client.
     RefusedByBackend = 4;
-    /// The backend takes no new flows any more: the client's next SYN went to `other`.
+    /// The backend takes no new flows any more: the client's next SYN went to backend `other`.
     Moved = 5;
     /// A SYN was not sent to any backend: see [`Refusal`].
     Refused = 6;
-    /// The client closed, as the first.
+    /// The client sent the first FIN.
     ClosedByClient = 7;
-    /// The backend closed, as the first.
+    /// The backend sent the first FIN.
     ClosedByBackend = 8;
     /// The client reset the flow.
     ResetByClient = 9;
@@ -63,9 +64,9 @@ list! {
     ResetByBackend = 10;
     /// The slot was given to another flow, because every candidate was taken; `detail` is [`state`] as it was.
     Reclaimed = 11;
-    /// The daemon reset the flow: see [`ResetReason`]; `other` is for how many seconds the backend was silent.
+    /// The daemon reset the flow: see [`ResetReason`]; `other` is the number of seconds that the backend had been silent.
     Killed = 12;
-    /// The daemon asked the backend whether it has the flow still: see [`ResetReason`].
+    /// The daemon asked the backend whether it still has the flow: see [`ResetReason`].
     Asked = 13;
     /// The daemon forgot the flow after a long silence; `detail` is [`state`] as it was.
     Forgotten = 14;
@@ -81,9 +82,9 @@ list! {
     NotAllowed = 2;
     /// All of its candidate slots are taken: dropped.
     TableFull = 3;
-    /// It met its own copy on another CPU: dropped.
+    /// Another CPU claimed a slot for its copy at the same time: dropped.
     Race = 4;
-    /// The way to its backend is not known: dropped.
+    /// The next hop towards its backend is not known: dropped.
     NoNextHop = 5;
 }
 
@@ -93,7 +94,7 @@ list! {
     ResetReason;
     /// The backend is dead; the upper half of `detail` is how its last check failed: see [`Silence`].
     Dead = 1;
-    /// An operator said so.
+    /// An operator ordered it.
     Operator = 2;
     /// The backend refuses connections.
     Refuses = 3;
@@ -122,7 +123,7 @@ list! {
 }
 
 impl Refusal {
-    /// The refusal that is an outcome of a SYN. 0: it is none.
+    /// The number of the refusal that an outcome of a SYN is; 0: it is none.
     #[inline(always)]
     #[must_use]
     pub const fn of(outcome: Outcome) -> u8 {
@@ -136,7 +137,7 @@ impl Refusal {
     }
 }
 
-/// What was known of the flow: kind and flags of its slot's word, see [`Meta`].
+/// The flow's state: kind and flags of its slot's word, see [`Meta`].
 #[inline(always)]
 #[must_use]
 pub const fn state(meta: Meta) -> u8 {
@@ -154,7 +155,7 @@ pub fn mapped<F: Family>(address: [u64; 2]) -> [u64; 2] {
     [0, u64::from_ne_bytes([0, 0, 0xff, 0xff, a, b, c, d])]
 }
 
-/// What is to be written about a flow.
+/// A record about a flow, before it has a time.
 ///
 /// ```text
 ///       63         48 47         32 31      24 23    16 15     8 7    4 3       0
@@ -170,7 +171,7 @@ pub struct Note {
     pub address: [u64; 2],
     /// See above. The client's port is a word, the slot a number.
     pub what: u64,
-    /// Depends on what happened.
+    /// Its meaning depends on the event.
     pub other: u8,
 }
 
@@ -183,14 +184,14 @@ impl Note {
         Self { address: mapped::<F>(address), what, other: 0 }
     }
 
-    /// It is, or was, this backend's.
+    /// The same, with the flow's backend.
     #[inline(always)]
     #[must_use]
     pub const fn of(self, backend: u8) -> Self {
         Self { what: self.what | (backend as u64) << 8, ..self }
     }
 
-    /// It has this slot.
+    /// The same, with the flow's slot.
     #[inline(always)]
     #[must_use]
     pub const fn at(self, slot: Slot) -> Self {
@@ -198,14 +199,14 @@ impl Note {
         Self { what: self.what | (slot.port() as u64) << 48 | address << 4, ..self }
     }
 
-    /// More about it; what depends on what happened.
+    /// The same, with a detail; its meaning depends on the event.
     #[inline(always)]
     #[must_use]
     pub const fn detail(self, detail: u8) -> Self {
         Self { what: self.what | (detail as u64) << 16, ..self }
     }
 
-    /// And more.
+    /// The same, with a second detail.
     #[inline(always)]
     #[must_use]
     pub const fn other(self, other: u8) -> Self {
@@ -229,13 +230,13 @@ pub struct Record {
 }
 
 impl Record {
-    /// What is written here. None: nothing yet, or not wholly.
+    /// The record. None: nothing is written here yet, or it is being written.
     pub fn read(&self) -> Option<Written> {
         let when = self.when.load();
         let [high, low] = &self.address;
         let note =
             Note { address: [high.load(), low.load()], what: self.what.load(), other: (when >> OTHER) as u8 };
-        // Taken away before any other word was changed: if it is there still, none was.
+        // The writer clears the time before it changes any other word. The same time: no word was changed.
         (when != 0 && self.when.load() == when).then_some(Written {
             note,
             jiffies: when >> JIFFIES,
@@ -243,7 +244,7 @@ impl Record {
         })
     }
 
-    /// What the head of the daemon's ring knows of the time. None: nothing yet, or not wholly.
+    /// The anchor in the head of the daemon's ring. None: not written yet, or being written.
     pub fn anchor(&self) -> Option<Anchor> {
         let when = self.when.load();
         let [jiffies, nanoseconds] = &self.address;
@@ -255,13 +256,13 @@ impl Record {
         (when != 0 && self.when.load() == when).then_some(anchor)
     }
 
-    /// Writes what is known of the time into the head of the daemon's ring.
+    /// Writes the anchor into the head of the daemon's ring.
     pub fn set_anchor(&self, anchor: &Anchor) {
         let [jiffies, nanoseconds] = &self.address;
         self.when.store(0);
         jiffies.store(anchor.jiffies);
         nanoseconds.store(anchor.nanoseconds);
-        // Another one every time, or a reader might take two halves for one.
+        // A new value every time, or a reader might mix two anchors.
         self.when.store(anchor.jiffies << FREQUENCY_BITS | u64::from(anchor.frequency & FREQUENCY_MAX));
     }
 
@@ -276,7 +277,7 @@ impl Record {
     }
 }
 
-/// A moment on both clocks: what ties records to the time of day, also while no daemon runs.
+/// One moment on both clocks: ties records to the time of day, also while no daemon runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Anchor {
     /// The kernel's tick counter.
@@ -299,11 +300,12 @@ pub struct Written {
     pub note: Note,
     /// When: the kernel's tick counter, cut to 40 bits, which last for 34 years.
     pub jiffies: u64,
-    /// How often the ring had been round then, cut to 16 bits.
+    /// How often the ring had wrapped by then, cut to 16 bits.
     pub lap: u16,
 }
 
-/// Appends to a ring of 2^`bits` places, of which `place` gives each. Nobody else may append to the same ring meanwhile.
+/// Appends to a ring of 2^`bits` places, of which `place` returns each. Only one writer may append to a
+/// ring at a time.
 #[inline(always)]
 pub fn append<'a>(place: impl Fn(u32) -> Option<&'a Record>, bits: u32, note: &Note, jiffies: u64) {
     let mask = (1 << bits) - 1;
@@ -326,7 +328,7 @@ pub fn in_order<'a>(place: impl Fn(u32) -> Option<&'a Record>, bits: u32) -> imp
     (first..next).filter_map(move |number| {
         let lap = (number >> bits) as u16;
         let at = number as u32 & mask;
-        // One that was overwritten meanwhile belongs at the end, where it is not looked for: it is too new.
+        // A record that was overwritten meanwhile has a newer lap: skipped.
         place(at).filter(|_| at != 0)?.read().filter(|written| written.lap == lap)
     })
 }

@@ -1,4 +1,4 @@
-//! A packet for a listener: find its flow or begin one, and send it to the backend.
+//! A packet for a listener: finds its flow or begins one, and sends it to the backend.
 
 use crate::{
     cell::Cell32,
@@ -30,10 +30,10 @@ use crate::{
     witness,
 };
 
-/// Entries of the selection table that are tried for another backend than the one that refused.
+/// Entries of the selection table that are tried to find another backend than the one that refused.
 const ALTERNATIVES: u32 = 8;
 
-/// Forwards a packet for a listener, whose flow was searched for.
+/// Forwards a packet for a listener; `hit` is its flow's slot, if it has one.
 #[inline(always)]
 pub fn forward<A: Family, S: Subprograms>(
     frame: &mut S::Frame,
@@ -58,7 +58,7 @@ pub fn forward<A: Family, S: Subprograms>(
     }
 }
 
-/// A note about the flow that was looked for.
+/// A record about the flow of `query`.
 #[inline(always)]
 fn note<A: Family>(event: FlowEvent, query: &Query<A::Tuple>) -> Note {
     Note::new::<A>(event, A::parts(query.tuple))
@@ -281,7 +281,7 @@ fn reopen<A: Family, S: Subprograms>(
     let before = found.meta();
     let mut backend = if chosen == 0 { before.backend() } else { chosen };
     if backend == before.backend() && before.is_untold() {
-        // It still has the old flow under this slot's port, and would answer with a bare ACK.
+        // The backend still has the old flow under this slot's port, and would answer with a bare ACK.
         let other = maps.another::<A>(listener.service, query.hash, backend);
         backend = if other == 0 { backend } else { other };
     }
@@ -293,8 +293,8 @@ fn reopen<A: Family, S: Subprograms>(
     Ok(won::<A, S>(frame, maps, context, query, &claimer, claim.slot()))
 }
 
-/// A backend with one of these takes new flows. One that is this host always keeps its own: whether such a flow is
-/// established is not seen here, and the local socket says no by itself.
+/// A backend with one of these flags keeps a flow whose SYN is repeated. A backend that is this host always does: whether
+/// such a flow is established is not seen here, and the local socket refuses by itself.
 const KEEPS: u32 = backend_flag::ACCEPTS | backend_flag::LOCAL;
 
 #[inline(always)]
@@ -315,7 +315,7 @@ fn restarts_local_flow<S: Subprograms>(maps: &S, meta: Meta) -> bool {
     meta.has(CLIENT_FIN) && flags(maps, meta) & KEEPS == backend_flag::LOCAL
 }
 
-/// A retransmitted SYN: on to its backend, or to another if that one takes no new flows any more.
+/// Sends a retransmitted SYN to its backend, or to another if that one takes no new flows any more.
 #[inline(always)]
 fn retry<A: Family, S: Subprograms>(
     maps: &S,
@@ -412,7 +412,7 @@ fn admits<A: Family, S: Subprograms>(maps: &S, id: u16, service: &Service, conte
     service.restricted == 0 || maps.allows(id, mapped::<A>(context.packet.source))
 }
 
-/// Counts a flow that was given a slot, and remembers the way back to its client.
+/// Records and counts a flow that was given a slot, and remembers the way back to its client.
 #[inline(always)]
 fn won<A: Family, S: Subprograms>(
     frame: &mut S::Frame,
@@ -470,7 +470,7 @@ fn transmit<A: Family, S: Subprograms>(
     Ok(Disposition::leaving(Outcome::Forwarded, listener.service, interface))
 }
 
-/// What a client's packet becomes on its way to the backend.
+/// The translation of a client's packet on its way to the backend.
 #[inline(always)]
 pub fn to_backend<A: Family>(
     context: &Context<'_>,

@@ -1,4 +1,4 @@
-//! How the steps reach a packet's bytes.
+//! Access to a packet's bytes.
 
 /// Types that any bytes are a valid value of, at any alignment.
 ///
@@ -11,7 +11,7 @@ unsafe impl<const N: usize> Plain for [u8; N] {}
 // SAFETY: bytes of bytes.
 unsafe impl<const N: usize, const M: usize> Plain for [[u8; N]; M] {}
 
-/// What the kernel's routing table says.
+/// A route, by the kernel's routing table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
     /// Interface index.

@@ -131,13 +131,13 @@ impl MacPair {
         Self { first: first.to_le_bytes(), last: ((source >> 16) as u32).to_le_bytes() }
     }
 
-    /// To whom.
+    /// Destination address.
     #[inline(always)]
     pub const fn destination(self) -> u64 {
         u64::from_le_bytes(self.first) & MAC
     }
 
-    /// From whom.
+    /// Source address.
     #[inline(always)]
     pub const fn source(self) -> u64 {
         u64::from_le_bytes(self.first) >> 48 | (u32::from_le_bytes(self.last) as u64) << 16
@@ -151,19 +151,19 @@ const MAC: u64 = 0xffff_ffff_ffff;
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Ethernet {
-    /// To whom, and from whom.
+    /// Destination and source address.
     pub macs: MacPair,
-    /// What follows, or the first tag's protocol.
+    /// EtherType of the network header, or of the first tag.
     pub kind: Be16,
 }
 
-/// What follows the protocol of a VLAN tag (IEEE 802.1Q).
+/// A VLAN tag after its EtherType (IEEE 802.1Q).
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct VlanTag {
     /// Priority (3 bits), drop eligible (1), VLAN id (12).
     pub control: Be16,
-    /// What follows, or the next tag's protocol.
+    /// EtherType of the network header, or of the next tag.
     pub kind: Be16,
 }
 
@@ -226,7 +226,7 @@ pub struct Ipv6 {
     pub version_class_flow: Be32,
     /// Bytes after this header.
     pub payload_length: Be16,
-    /// What follows.
+    /// Protocol of the next header.
     pub next_header: u8,
     /// Hop limit.
     pub hop_limit: u8,
@@ -294,7 +294,7 @@ pub struct Icmp {
     pub code: u8,
     /// Checksum; for ICMPv6 over a pseudo-header too.
     pub checksum: Be16,
-    /// Depends on the type: an MTU, a pointer.
+    /// An MTU or a pointer, depending on the type.
     pub rest: Be32,
 }
 

@@ -1,9 +1,8 @@
-//! ICMP errors about flows. Their sender saw our addresses on both sides, so they come to us, and without help the
-//! one that must know never hears of them: a path with a smaller MTU would swallow every full segment (RFC 5508
-//! REQ-4, RFC 7690).
+//! ICMP errors about flows. Their sender saw our addresses, so it sends them to us. The end that sent the quoted segment
+//! must receive them, or a path with a smaller MTU would swallow every full segment (RFC 5508 REQ-4, RFC 7690).
 //!
-//! The quoted packet is translated back to what the receiver has sent, the outer one is sent on as if we were the
-//! router in question. Eight quoted bytes of TCP are enough; its checksum, further back, nobody verifies.
+//! The quoted packet is translated back to what the receiver has sent. The outer packet is sent on as if we were the
+//! router in question. Eight quoted bytes of TCP are enough; receivers do not verify the quoted TCP checksum.
 
 use crate::{
     checksum::{Delta, sum64},
@@ -156,7 +155,7 @@ fn quoted<A: Family, S: Subprograms>(frame: &mut S::Frame, packet: &Packet) -> O
     Some(Quoted { source, destination, ports, network, transport, sequence })
 }
 
-/// The quoted packet was on its way to a client: its backend must know.
+/// The quoted packet was on its way to a client: the error goes to its backend.
 #[inline(always)]
 fn to_backend<A: Family, S: Subprograms>(
     maps: &S,
@@ -185,7 +184,7 @@ fn to_backend<A: Family, S: Subprograms>(
     })
 }
 
-/// The quoted packet was on its way to a backend: its client must know.
+/// The quoted packet was on its way to a backend: the error goes to its client.
 #[inline(always)]
 fn to_client<A: Family, S: Subprograms>(maps: &S, config: &Config, quoted: &Quoted) -> Option<Target> {
     let slot = destination::slot::<A, S>(maps, config, quoted.source, quoted.ports.source)?;

@@ -1,10 +1,9 @@
-//! Resetting a flow on purpose, from the daemon's side: its backend is dead, or an operator says so.
+//! Resetting a flow on purpose, from the daemon's side: its backend is dead, or an operator ordered it.
 //!
 //! The slot becomes *killed* by compare-and-exchange on its word, as every transition does, and from then on the program
-//! answers both sides with exact RSTs ([`crate::transition`], [`crate::refuse`]). A client that says nothing is told by
-//! the daemon: one RST whose sequence number is the last that the client acknowledged, which is the only thing that is
-//! believed by the client and by every stateful router on the way to it. (An acknowledgement outside of the window, as a
-//! question, is dropped or misdelivered by conntrack.)
+//! answers both sides with exact RSTs ([`crate::transition`], [`crate::refuse`]). The daemon sends a silent client
+//! one RST whose sequence number is the last that the client acknowledged. Only that RST is accepted by the client and by
+//! every stateful router on the way to it. (A challenge outside of the window is dropped or misdelivered by conntrack.)
 
 use crate::{
     cell::Cell32,
@@ -13,19 +12,19 @@ use crate::{
     sequence::SendSequence,
 };
 
-/// Units (about seconds) that a killed slot is not given to another flow: the client's RST is repeated after 100 ms
-/// and after a second, and the client may speak.
+/// Units (about seconds) in which a killed slot is not given to another flow: the daemon repeats the client's RST after
+/// 100 ms and after a second, and the client may send a segment.
 pub const KILLED_REST: u16 = 3;
-/// Seconds that a backend must have been ready again before its killed slots may be used towards it, if it has not been
-/// heard to have forgotten their flows.
+/// Seconds for which a backend must have been ready again before its killed slots may be used towards it, if it has
+/// neither sent nor received a RST for their flows.
 pub const KILLED_QUARANTINE: u64 = 60;
 
-/// Times to look again, when a packet changes the word meanwhile.
+/// Attempts, as packets may change the word meanwhile.
 const ATTEMPTS: usize = 8;
 
-/// Has it a client that believes to be connected, and a backend that may hold on to it?
+/// Is it a flow whose client considers itself connected, and whose backend may still hold it?
 ///
-/// A SYN that was not answered yet is not reset: the client's next one goes to another backend by itself.
+/// A flow whose SYN was not answered yet is not reset: the client's next SYN goes to another backend by itself.
 #[must_use]
 pub const fn is_resettable(meta: Meta) -> bool {
     meta.is(Kind::Established) || (meta.is(Kind::HalfOpen) && meta.has(SYN_ACK))

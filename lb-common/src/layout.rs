@@ -1,4 +1,4 @@
-//! What lies in the maps. Everything here is shared with user space: `repr(C)`, explicit padding, tested sizes.
+//! The values in the maps. Everything here is shared with user space: `repr(C)`, explicit padding, tested sizes.
 
 use crate::{
     cell::{Cell8, Cell16, Cell32, Cell64},
@@ -19,19 +19,19 @@ pub const SNAT_ADDRESSES: usize = 16;
 pub const BUCKETS: usize = 256;
 /// Places by which an SNAT address is looked up: see [`snat_place`].
 pub const SNAT_PLACES: usize = 64;
-/// In a place that several SNAT addresses share: all of them are to be looked at.
+/// The entry of a place that several SNAT addresses share: all of them are compared.
 pub const SNAT_SHARED: u8 = 0xff;
-/// Listener ids, 0 included, which is nobody's.
+/// Listener ids, 0 included, which stands for no listener.
 pub const LISTENERS: u32 = 256;
 /// Listeners that may share a port number.
 pub const LISTENERS_PER_PORT: usize = 32;
 /// Service ids, 0 included, which stands for "no service known".
 pub const SERVICES: u32 = 65;
-/// Backend ids, 0 included, which is nobody's: an id is eight bits of a slot's word.
+/// Backend ids, 0 included, which stands for no backend: an id is eight bits of a slot's word.
 pub const BACKENDS: u32 = 256;
 /// Interfaces that packets come from and go to; a VLAN on one counts as another.
 pub const INTERFACES: usize = 32;
-/// Sockets of the connect hook that are known by cookie, at most. More than these are counted, and no more.
+/// Sockets of the connect hook that are known by cookie, at most. Sockets beyond these are only counted.
 pub const FOLLOWED: u32 = 65_536;
 /// Learned next hops, 0 included, which says "not known".
 pub const NEXT_HOPS: u32 = 4096;
@@ -140,7 +140,7 @@ pub struct OverflowMarks {
     pub sets: [Cell8; 8],
 }
 
-/// What is the same for all packets.
+/// The configuration that all packets share.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
@@ -216,7 +216,7 @@ impl Bucket {
         (self.0 ^ self.0 >> 8) as u32 & 0xff
     }
 
-    /// Is there no other address than that of new flows?
+    /// Are all flows at the address of new flows?
     #[inline(always)]
     #[must_use]
     pub const fn is_settled(self) -> bool {
@@ -224,7 +224,7 @@ impl Bucket {
     }
 }
 
-/// What says of most packets that they are not ours.
+/// The look-up that tells of most packets that they are not ours.
 #[repr(C)]
 pub struct Classifier {
     /// For each [`snat_place`] the IPv4 SNAT address that is there, plus one; 0: none; or [`SNAT_SHARED`].
@@ -235,11 +235,11 @@ pub struct Classifier {
     pub listeners: [Cell16; 65_536],
 }
 
-/// The one entry of the control map: what the daemon says and packets are measured by, together, so that a program looks it
-/// up once. Large, so in this order: a load reaches 32,767 bytes.
+/// The one entry of the control map: everything that the daemon sets and packets are processed by. One entry, so that a
+/// program looks it up once. Large, so in this order: a load reaches 32,767 bytes.
 #[repr(C)]
 pub struct Control {
-    /// What is the same for all packets.
+    /// The configuration that all packets share.
     pub config: Config,
     /// Services, by id.
     pub services: [Service; SERVICES as usize],
@@ -247,7 +247,7 @@ pub struct Control {
     pub listeners: [Listener; LISTENERS as usize],
     /// Backends, by id.
     pub backends: [Backend; BACKENDS as usize],
-    /// Whose a packet may be.
+    /// Which packets may be ours.
     pub classifier: Classifier,
 }
 
@@ -320,7 +320,7 @@ pub struct Listener {
     pub sum: u32,
 }
 
-/// Who answers for some listeners.
+/// The backends of some listeners, and the clients that may use them.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Service {
@@ -340,7 +340,8 @@ pub struct Service {
 pub struct Hook {
     /// The cookie of the network namespace whose processes are served (`SO_NETNS_COOKIE`, `socket(7)`).
     pub network: u64,
-    /// Odd: which time it is that sockets are followed, see [`Dialled::followed`]. Even: they are not, and none is counted.
+    /// Odd: the number of the period in which sockets are followed, see [`Dialled::followed`]. Even: no socket is followed or
+    /// counted.
     pub epoch: u32,
     /// Zero.
     pub reserved: u32,
@@ -354,7 +355,7 @@ impl Hook {
     }
 }
 
-/// What the connect hook remembers of a connection, until it is closed.
+/// The connect hook's record of a connection, until it is closed.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Dialled {
@@ -374,7 +375,8 @@ pub struct Dialled {
     /// While the socket is counted as the backend's: the [`Hook::epoch`] in which that began. Else 0. Sockets that were left
     /// behind when the hook went to another cgroup are of another epoch than those that are counted now.
     pub followed: u32,
-    /// Not 0: its cookie is in the table of [`Followed`] sockets. Whoever takes it out there counts its end, and nobody else.
+    /// Not 0: its cookie is in the table of [`Followed`] sockets. Removing it there and counting
+    /// its end go together: exactly one of program and daemon does both.
     pub named: u32,
 }
 
@@ -427,7 +429,7 @@ impl Followed {
     }
 }
 
-/// Where flows go. All but the cells stay as they are while a slot names the id.
+/// A backend. All fields but the cells stay as they are while a slot names the id.
 #[repr(C)]
 #[derive(Default)]
 pub struct Backend {
@@ -444,14 +446,14 @@ pub struct Backend {
     /// The one's-complement sum of address and port.
     pub sum: u32,
     /// The jiffies, cut to 32 bits, of the last payload that it sent to a client; 0: none yet. A sign of life: the
-    /// kernel of a process that hangs still acknowledges, but has nothing to say.
+    /// kernel of a process that hangs still acknowledges, but sends no payload.
     pub heard: Cell32,
     /// Where its packets go: see [`NextHop`]; 0: not known. Changed in one store.
     pub next_hop: Cell64,
-    /// Since when clients wait for it, in jiffies like `heard`: see [`crate::witness`].
+    /// The time since which clients wait for it, in jiffies like `heard`: see [`crate::witness`].
     pub asked: Cell32,
-    /// When it last refused a SYN, or a process of this host saw a connection to it fail or had to send something again that
-    /// it had not acknowledged, in jiffies like `heard`; 0: never.
+    /// The time at which it last refused a SYN, or a connection of this host to it failed or retransmitted, in jiffies like
+    /// `heard`; 0: never.
     pub refused: Cell32,
 }
 

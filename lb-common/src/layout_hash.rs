@@ -1,17 +1,18 @@
-//! One number for everything that must mean the same to whoever wrote the maps and to whoever takes them over.
+//! One number for everything that must mean the same to the build that wrote the maps and to the build that takes them
+//! over.
 //!
 //! Maps outlive the daemon and the program. A build that lays them out otherwise, numbers a slot's states otherwise or
 //! hashes flows otherwise would find garbage in them, quietly. So all of it goes into a hash, and the hash into the
 //! name of the directory that maps are pinned in.
 //!
 //! Nothing here is kept true by hand: a field or a state that is missing below does not compile, sizes and offsets are
-//! the compiler's, and functions are represented by what they answer. Counters and the black
-//! box are left out, for nobody acts on them.
+//! the compiler's, and functions are represented by their results. Counters and the flight
+//! recorder are left out, as no decision depends on them.
 
 use core::mem::offset_of;
 
 use crate::{
-    flow::{Family as _, V4, V6},
+    flow::family::{Family as _, V4, V6},
     hash::Key,
     layout::{
         ALLOW_SERVICE_BITS, BACKENDS, BUCKETS, Backend, Bucket, Classifier, Config, Control, Dialled,
@@ -24,7 +25,7 @@ use crate::{
     meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_FIN, Kind, Meta, NUMBERED, RESET, RETRANSMITTED, SYN_ACK},
 };
 
-/// Any key will do.
+/// An arbitrary key.
 const KEY: Key = Key::new([0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210]);
 
 /// The hash of this build.
@@ -33,7 +34,7 @@ pub fn layout_hash() -> u64 {
     [structures, limits, states, words, hashes].iter().fold(Digest::new(), |digest, part| part(digest)).0
 }
 
-/// FNV-1a over texts and numbers (Fowler, Noll, Vo): nobody attacks it, and it never changes.
+/// FNV-1a over texts and numbers (Fowler, Noll, Vo): it needs no strength against attacks, and never changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Digest(u64);
 

@@ -1,7 +1,7 @@
-//! The steps a packet takes through sheave, one file each, and everything that crosses the kernel boundary.
+//! The packet logic of sheave, one step a file, and every structure that crosses the kernel boundary.
 //!
-//! The same code is compiled for the kernel (`lb-ebpf` lends it a frame and the maps) and for the host, where
-//! tests lend it a byte vector and plain memory. It allocates nothing, calls nobody and never panics: the
+//! The same code is compiled for the kernel (`lb-ebpf` provides frame and maps) and for the host, where tests
+//! provide bytes and plain memory. It does not allocate, makes no calls outside of this crate and never panics: the
 //! verifier has to see the end of every path.
 //!
 //! A packet goes through [`pipeline()`]: *parse* ([`parse`], [`classify`]), *decide* ([`forward`], [`reply`], [`icmp`]),

@@ -2,7 +2,7 @@
 
 /// Defines an enum of which every variant has a doc sentence.
 ///
-/// `numbered`: the variants have numbers that never change, and [`Option`]al conversion from one. `named`: the variants
+/// `numbered`: the variants have numbers that never change, and there is a conversion from a number. `named`: the variants
 /// are numbered in order, and each has a name in snake case and its doc sentence as a description for operators.
 /// `outcomes`: as `named`, and each has an [`Action`](crate::outcome::Action).
 macro_rules! list {

@@ -249,7 +249,7 @@ impl Memory {
         self.jiffies.fetch_add(jiffies, Ordering::Relaxed);
     }
 
-    /// What was written into the black box, and is not there any more.
+    /// Takes the records out of the flight recorder.
     pub(crate) fn take_notes(&self) -> Vec<Note> {
         std::mem::take(&mut self.notes.lock().unwrap())
     }

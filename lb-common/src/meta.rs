@@ -10,13 +10,13 @@
 //!
 //! `seen` counts in units of about one second and wraps after 18 hours, which is why an idle timeout is at most 8.
 
-/// What a slot is.
+/// The state of a slot.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Nobody's; never used, or its quarantine is over.
+    /// No flow's: never used, or its quarantine is over.
     Free = 0,
-    /// A CPU is writing its tuple. Readers look away.
+    /// A CPU is writing its tuple. Readers ignore the slot.
     Claiming = 1,
     /// A SYN was forwarded. Reclaimed before anything established.
     HalfOpen = 2,
@@ -40,7 +40,7 @@ pub const NUMBERED: u32 = 1 << 4;
 pub const CLIENT_FIN: u32 = 1 << 5;
 /// The backend's FIN was seen.
 pub const BACKEND_FIN: u32 = 1 << 6;
-/// On a killed slot: the backend was sent a RST, or has sent one itself. It knows nothing of the flow any more.
+/// On a killed slot: the backend was sent a RST, or has sent one itself. It has forgotten the flow.
 pub const BACKEND_TOLD: u32 = BACKEND_FIN;
 /// A RST was seen and no segment of the backend since. On a half-open slot: the second chance is used up.
 pub const RESET: u32 = 1 << 7;
@@ -53,7 +53,7 @@ const FLAGS: u32 = 0xff & !KIND;
 pub struct Meta(pub u32);
 
 impl Meta {
-    /// Nobody's slot, as the kernel's zeroed memory has it.
+    /// A free slot, as the kernel's zeroed memory has it.
     pub const FREE: Self = Self(0);
 
     /// A word with no flags.
@@ -63,7 +63,7 @@ impl Meta {
         Self(kind as u32 | (backend as u32) << 8 | (seen as u32) << 16)
     }
 
-    /// What the slot is, as bits: see [`Kind`].
+    /// The slot's state, as bits: see [`Kind`].
     #[inline(always)]
     #[must_use]
     pub const fn kind(self) -> u32 {
@@ -77,7 +77,7 @@ impl Meta {
         self.0 & KIND == kind as u32
     }
 
-    /// Does a flow own it: are its segments forwarded?
+    /// Does a flow own it, so that its segments are forwarded?
     #[inline(always)]
     #[must_use]
     pub const fn is_live(self) -> bool {
@@ -97,14 +97,14 @@ impl Meta {
         self.without_flags().with(RESET).become_kind(Kind::ClosedByClient)
     }
 
-    /// Is a RST all that is known of its end? A slot that both sides have closed has their flags, too.
+    /// Was it closed by a RST alone? A slot that both sides have closed has their FIN flags, too.
     #[inline(always)]
     #[must_use]
     pub const fn is_closed_by_reset(self) -> bool {
         self.0 & (KIND | RESET | BACKEND_FIN) == RESET | Kind::ClosedByClient as u32
     }
 
-    /// Was it reset on purpose, and may its backend still hold on to it?
+    /// Was it reset on purpose, and may its backend still hold the flow?
     #[inline(always)]
     #[must_use]
     pub const fn is_untold(self) -> bool {

@@ -2,7 +2,7 @@
 //!
 //! A client's replies leave by the neighbour that its packets came from: no route look-up, and right also where
 //! several routers share a segment. A slot keeps an index into one small table; many clients behind one router
-//! share an entry. The daemon watches the entries and points one whose MAC has left at the route's.
+//! share an entry. The daemon watches the entries, and gives an entry whose MAC address left the next hop of the route.
 
 use crate::{
     flow::{family::Family, slot::Slot},
@@ -14,10 +14,10 @@ use crate::{
     subprograms::Subprograms,
 };
 
-/// Entries that are looked at for one neighbour.
+/// Entries that are probed for one neighbour.
 const PROBES: u32 = 8;
 
-/// Makes sure that the slot's replies go to `hop`, where its client's packet came from.
+/// Makes the slot's replies go to `hop`, the neighbour that its client's packet came from.
 #[inline(always)]
 pub fn remember<A: Family, S: Subprograms>(maps: &S, service: u16, ways: &A::Set, slot: Slot, hop: NextHop) {
     let Some(index) = A::return_hop(maps, ways, slot) else {
@@ -61,7 +61,7 @@ pub fn learn<M: Maps>(maps: &M, hop: u64) -> u16 {
     0
 }
 
-/// The way back that the client's packets taught, if any is known.
+/// The way back that was learned from the client's packets, if any.
 #[inline(always)]
 pub fn learned<S: Subprograms>(maps: &S, return_hop: u16) -> NextHop {
     if return_hop == 0 {

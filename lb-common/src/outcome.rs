@@ -1,5 +1,5 @@
-//! What can become of a packet: the one list that the program's verdicts, the counters, the metric names and the
-//! documentation come from.
+//! The possible ends of a packet's way: the one list behind the program's verdicts, the counters, the metric names and the
+//! documentation.
 
 use crate::list::list;
 

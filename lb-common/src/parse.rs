@@ -1,4 +1,4 @@
-//! From bytes to what matters of a packet, and no further than a packet that is not ours deserves.
+//! Reads headers, and no more of them than it takes to see that a packet is not ours.
 
 use crate::{
     checksum::fold,
@@ -25,11 +25,11 @@ const FRAGMENT_OFFSET: u16 = 0x1fff;
 /// The Ethernet header and its VLAN tags.
 #[derive(Clone, Copy)]
 pub struct Link {
-    /// To whom: see [`crate::headers::Mac::number`].
+    /// Destination address: see [`crate::headers::Mac::number`].
     pub destination: u64,
     /// VLAN ids, as in [`crate::layout::Interface::vlan`].
     pub vlan: u32,
-    /// What follows, as a number.
+    /// The EtherType of the network header, as a number.
     pub kind: u16,
     /// Where the network header begins.
     pub network: usize,
@@ -45,7 +45,7 @@ pub fn link<S: Subprograms>(frame: &mut S::Frame) -> Option<Link> {
     Some(Link { destination, vlan: tags.vlan, kind: tags.kind, network: tags.network })
 }
 
-/// The source MAC address: see [`crate::headers::Mac::number`]. Seldom asked for.
+/// The source MAC address: see [`crate::headers::Mac::number`]. Not in [`Link`], as few packets need it.
 #[inline(always)]
 pub fn source_mac<F: Frame>(frame: &mut F) -> u64 {
     frame.at::<Ethernet>(0).map_or(0, |ethernet| ethernet.macs.source())
@@ -101,15 +101,15 @@ const fn is_tag(kind: u16) -> bool {
 pub struct Packet {
     /// See [`family`].
     pub family: u8,
-    /// From whom.
+    /// Source address.
     pub source: [u64; 2],
-    /// To whom.
+    /// Destination address.
     pub destination: [u64; 2],
     /// Where the network header begins.
     pub network: usize,
     /// Where the transport header begins.
     pub transport: usize,
-    /// Where the packet ends by its own account, padding left out; a lie if that is beyond the frame.
+    /// Where the packet ends by its own length field, without padding. Wrong if that is beyond the frame.
     pub end: usize,
     /// The first fragment of several.
     pub fragment: bool,
@@ -283,10 +283,10 @@ pub fn ports<F: Frame>(frame: &mut F, offset: usize) -> Option<Ports> {
     Some(Ports { source: start.source.word(), destination: start.destination.word() })
 }
 
-/// What a segment says beyond its ports.
+/// The TCP header beyond its ports.
 #[derive(Clone, Copy)]
 pub struct Segment {
-    /// The header makes sense.
+    /// The header fits into the packet.
     pub valid: bool,
     /// See [`tcp_flag`].
     pub flags: u8,

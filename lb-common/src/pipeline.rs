@@ -74,12 +74,12 @@ pub fn segments<A: Family, S: Subprograms>(frame: &mut S::Frame, maps: &S, class
         if class == Class::UNSURE { class_of::<A, S>(maps, packet.destination, ports) } else { class };
     let first = class.first_listener();
     if first != 0 {
-        // A listener's port is never a slot, at any address: whoever is not for a listener here is not ours.
+        // A listener's port is never a slot, at any address: a packet that is for no listener is not ours.
         let Some((id, listener)) = listener_from::<A, S>(maps, first, packet.destination, ports.destination)
         else {
             return Disposition::NOT_OURS;
         };
-        // Before all that can be done without it: the flow's sets may be far away.
+        // Before everything that can be done without it: the flow's sets may be a cache miss.
         let query = Query::new::<A>(config, A::tuple(packet.source, ports.source, id));
         let hit = look_up::find::<A, S>(maps, config, &query);
         return match enter(frame, maps, config, &link, packet, ports) {

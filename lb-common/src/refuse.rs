@@ -1,9 +1,10 @@
-//! The RST that answers a segment, said at once (RFC 9293 §3.10.7.1): "connection refused" to a SYN, and to the segments
-//! of a flow that was reset on purpose, of either side, that it is over.
+//! The RST that answers a segment at once (RFC 9293 §3.10.7.1): to a SYN it says "connection refused", and to a segment of
+//! either side of a flow that was reset on purpose, that the connection is over.
 //!
-//! Built in the segment's place: 20 bytes of TCP, everything after them cut off. A segment that acknowledges is answered
-//! with just the sequence number that its sender expects, which every stateful router on the way lets through; another one
-//! with RST and ACK, sequence 0, acknowledging all it carried: a client in SYN-SENT believes no other.
+//! Built in the segment's place: 20 bytes of TCP, everything after them cut off. A segment with ACK is answered
+//! with exactly the sequence number that its sender expects, which every stateful router on the way lets through. A segment
+//! without ACK is answered with RST and ACK, sequence 0, acknowledging all it carried: a client in SYN-SENT accepts no
+//! other RST.
 
 use crate::{
     checksum::{Delta, sum64},
@@ -53,7 +54,7 @@ fn answer_to(segment: &Segment) -> (u32, u32, u16) {
     (0, segment.sequence.wrapping_add(length), OFFSET | (tcp_flag::RST | tcp_flag::ACK) as u16)
 }
 
-/// Err: it could not be done, drop it.
+/// Builds the RST in the packet's place. Err: there is no room, and the packet is dropped.
 #[inline(always)]
 fn build<F: Frame>(
     frame: &mut F,

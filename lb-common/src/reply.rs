@@ -31,7 +31,7 @@ pub fn reply<A: Family, S: Subprograms>(
     let Some(ways) = A::set(maps, slot.set) else {
         return Disposition::NOT_OURS;
     };
-    // Asked for before the slot is looked at: both lines may be far away, and so they come together.
+    // Loaded before the slot is looked at.
     let return_hop = A::return_hop(maps, ways, slot).map_or(0, |index| index.load());
     let meta = Meta(A::meta(ways, slot.way).load());
     let Some(backend) = maps.backend(meta.backend()) else {
@@ -58,7 +58,7 @@ pub fn reply<A: Family, S: Subprograms>(
     }
 }
 
-/// Whose flow it is.
+/// The flow that a reply belongs to, and its client.
 struct Client<'a> {
     backend: &'a Backend,
     listener: &'a Listener,
@@ -70,7 +70,7 @@ struct Client<'a> {
 }
 
 impl Client<'_> {
-    /// A note about its flow, whose word is `meta`.
+    /// A record about the flow, whose word is `meta`.
     #[inline(always)]
     fn note<A: Family>(&self, event: FlowEvent, meta: Meta) -> Note {
         let tuple = (self.address, self.port, self.listener_id);
@@ -153,15 +153,15 @@ fn learn<A: Family, S: Subprograms>(
             return Err(Outcome::ResetBackend);
         }
     }
-    // Not in every unit: the client's next packet is to find it old, and to look where it came from.
+    // Not in every unit: the client's next packet must find it old, to refresh the way back.
     if meta.age(clock.seen) >= 2 {
         word.store_high(clock.seen);
     }
     Ok(())
 }
 
-/// A backend refused a SYN. Once, the flow moves to another backend and the client hears nothing: its own next SYN
-/// goes there. Otherwise the refusal is the answer.
+/// A backend refused a SYN. The first time, the flow moves to another backend and the refusal is swallowed: the client's
+/// next SYN goes there. Otherwise the refusal is sent to the client.
 #[inline(always)]
 fn second_chance<A: Family, S: Subprograms>(
     maps: &S,
@@ -208,7 +208,7 @@ fn transmit<A: Family, S: Subprograms>(
     Ok(Disposition::leaving(Outcome::Replied, service, interface))
 }
 
-/// What a backend's packet becomes on its way to the client at `address` (words) and `port` (word).
+/// The translation of a backend's packet on its way to the client at `address` (words) and `port` (word).
 #[inline(always)]
 fn to_client(
     context: &Context<'_>,
@@ -232,8 +232,8 @@ fn to_client(
     }
 }
 
-/// A packet to a slot that is not its own: the network stack's, whose RST it is to give if it is anybody's. Counted
-/// when a backend of ours sent it: another load balancer may own the VIP, too.
+/// A reply to an unknown slot: one that is not its sender's. It is left to the network stack, which may know its socket
+/// or answer with a RST. Counted when one of our backends sent it: another load balancer may have the same VIP.
 #[inline(always)]
 fn unknown_slot<A: Family, S: Subprograms>(maps: &S, context: &Context<'_>) -> Disposition {
     if maps.is_backend(A::NUMBER, context.packet.source, context.ports.source) {

@@ -19,7 +19,7 @@ pub struct Translation {
     pub destination: [u64; 2],
     /// Ports, as words.
     pub ports: Ports,
-    /// What the addresses and ports of both ends add to and take from the TCP checksum.
+    /// The change of the TCP checksum by the addresses and ports of both ends.
     pub delta: Delta,
 }
 
@@ -30,7 +30,7 @@ pub const fn endpoint_sum(address: [u64; 2], port: u16) -> u32 {
     crate::checksum::fold32(sum64(address[0], address[1]) as u64 + port as u64)
 }
 
-/// Rewrites a TCP packet and readies it for its next hop. Returns the index of the interface to leave by.
+/// Rewrites a TCP packet and readies it for its next hop. Returns the kernel's index of the interface to leave by.
 #[inline(always)]
 pub fn send<S: Subprograms>(
     frame: &mut S::Frame,
@@ -80,7 +80,7 @@ pub fn network<F: Frame>(
     Some(())
 }
 
-/// Readies the Ethernet header and VLAN tags for the next hop. Returns the index of the interface to leave by.
+/// Readies the Ethernet header and VLAN tags for the next hop. Returns the kernel's index of the interface to leave by.
 #[inline(always)]
 pub fn deliver<S: Subprograms>(
     frame: &mut S::Frame,

@@ -1,22 +1,22 @@
-//! What the data path notices about a backend before any check does: that clients wait for it.
+//! Notices before any health check does that clients wait for a backend.
 //!
-//! `asked` is when a client first wanted something (it sent data, or a SYN) since the backend was last heard; `heard` is
-//! when the backend last sent payload. While `asked` is the later of the two, somebody waits. Both belong to the backend
-//! and not to a flow: a process that hangs says nothing to anybody, and one that is slow with one answer is heard by
-//! others. Two words that change at most once in a tick cost nothing per flow.
+//! `asked` is the time at which a client first sent data or a SYN after the backend's last payload; `heard` is the time of
+//! that payload. While `asked` is the later of the two, a client waits. Both belong to the backend and not to a flow: a
+//! process that hangs sends payload to no client, and a process that is slow with one answer sends others. Each word
+//! changes at most once in a tick.
 //!
-//! It is a hint: it has a check made at once, and decides nothing.
+//! It is a hint: the daemon checks the backend at once. It decides nothing.
 
 use crate::layout::Backend;
 
-/// Does somebody wait, by the two words?
+/// Does a client wait, by the two words?
 #[inline(always)]
 #[must_use]
 pub const fn waits(asked: u32, heard: u32) -> bool {
     asked != 0 && (heard == 0 || (asked.wrapping_sub(heard) as i32) > 0)
 }
 
-/// A client wants something of the backend, at this time.
+/// Notes that a client sent data or a SYN to the backend.
 #[inline(always)]
 pub fn ask(backend: &Backend, jiffies: u32) {
     let asked = backend.asked.load();
@@ -25,7 +25,7 @@ pub fn ask(backend: &Backend, jiffies: u32) {
     }
 }
 
-/// The backend has sent payload.
+/// Notes that the backend sent payload.
 #[inline(always)]
 pub fn hear(backend: &Backend, jiffies: u32) {
     if backend.heard.load() != jiffies {

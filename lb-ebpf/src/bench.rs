@@ -142,8 +142,8 @@ mod programs {
         Be64::from_word(half.word() & 0xffff_ffff | u64::from(last.word()) << 32)
     }
 
-    /// Frees the slot that the packet's new source names. Or, where nobody has chosen one, does as much for nothing, with
-    /// a slot of the packet's destination.
+    /// Frees the slot that the packet's new source names. Or, where the program chose none, does the same work without
+    /// effect, with a slot of the packet's destination.
     #[inline(always)]
     fn free(context: &XdpContext, ipv6: bool, chosen: bool) -> Option<()> {
         let maps = KernelMaps::new()?;

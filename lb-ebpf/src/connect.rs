@@ -2,8 +2,8 @@
 //! the process the address that it asked for.
 //!
 //! They run in the system call, before a route or a port is chosen (`bpf-docs.readthedocs.io`, program type
-//! `BPF_PROG_TYPE_CGROUP_SOCK_ADDR`; `tcp_v4_pre_connect` in the kernel's `net/ipv4/tcp_ipv4.c`). Whoever connects to
-//! an address that is no listener's pays for one look into an array, and on a listener's port for a comparison or two.
+//! `BPF_PROG_TYPE_CGROUP_SOCK_ADDR`; `tcp_v4_pre_connect` in the kernel's `net/ipv4/tcp_ipv4.c`). A connection
+//! to an address that is no listener's costs one array look-up, and on a listener's port a comparison or two.
 
 use core::ptr;
 
@@ -43,7 +43,7 @@ pub(crate) static HOOK: Array<Hook, 1, { BPF_F_MMAPABLE as usize }> = Array::new
 pub(crate) static DIALLED: SkStorage<Dialled> = SkStorage::new();
 
 /// Not 0: the kernel lets a program choose the error (`bpf_set_retval`, for these programs since Linux 6.0). Else a
-/// connection is refused by sending it to a port where nobody can listen.
+/// connection is refused by sending it to port 0, where no socket can listen.
 #[unsafe(no_mangle)]
 static SET_ERROR: Global<u32> = Global::new(1);
 
@@ -208,7 +208,7 @@ pub fn getpeername6(context: &SockAddrContext) -> i32 {
     PROCEED
 }
 
-/// What becomes of a connection to this address, which may be a listener's; `first` is the first on its port.
+/// The verdict on a connection to this address, which may be a listener's; `first` is the first listener on its port.
 #[inline(always)]
 fn decide(context: &SockAddrContext, maps: &KernelMaps, first: u16, family: u8, to: [u64; 2]) -> Verdict {
     let address = Address::new(context);
@@ -232,7 +232,7 @@ fn decide(context: &SockAddrContext, maps: &KernelMaps, first: u16, family: u8, 
     verdict
 }
 
-/// Refuses the connection as nobody listening would. `to_loopback` exchanges the address for the loopback address.
+/// Refuses the connection as a port without a listener would. `to_loopback` exchanges the address for the loopback address.
 #[inline(always)]
 fn refuse(address: Address, to_loopback: impl Fn(Address)) -> i32 {
     if SET_ERROR.load() != 0 {
@@ -240,13 +240,13 @@ fn refuse(address: Address, to_loopback: impl Fn(Address)) -> i32 {
         unsafe { bpf_set_retval(-ECONNREFUSED) };
         return REFUSE;
     }
-    // Nobody can listen on port 0.
+    // No socket can listen on port 0.
     to_loopback(address);
     address.set_port(0);
     PROCEED
 }
 
-/// Writes down where the process believes to be connected to.
+/// Records the address that the process asked for.
 #[inline(always)]
 fn remember(context: &SockAddrContext, verdict: Verdict, from: [u64; 2], to: [u64; 2], chosen_port: u16) {
     let mut dialled = Dialled {

@@ -1,8 +1,8 @@
-//! What becomes of the sockets that the connect hook has redirected: they are counted from their SYN until they are closed.
+//! Counts the sockets that the connect hook has redirected, from their SYN until they are closed.
 //!
-//! A program that the kernel runs at certain moments in the life of every TCP socket of the cgroup (`struct bpf_sock_ops`
-//! in the kernel's `include/uapi/linux/bpf.h`). Of sockets that are not ours it sees the moment when they connect, and a few
-//! beside it, and leaves them as they are; of ours it asks to hear of every change of their state.
+//! The kernel runs this program at certain events of every TCP socket of the cgroup (`struct bpf_sock_ops` in the kernel's
+//! `include/uapi/linux/bpf.h`). Of other sockets it sees the connect and a few more events, and leaves them as they are. For
+//! our sockets it asks for every change of state.
 //!
 //! It always answers 1, and never writes `reply`: what another program on the cgroup has answered stands.
 
@@ -26,9 +26,9 @@ use crate::{
     maps::{self, KernelMaps},
 };
 
-/// Whatever others have answered.
+/// Leaves the answers of other programs as they are.
 const NOTHING_TO_SAY: u32 = 1;
-/// Of a socket of ours: each change of its state, and each time that nothing it has sent was acknowledged for a while.
+/// The events of a socket of ours: each change of its state, and each retransmission timeout.
 const MOMENTS: u32 = BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTO_CB_FLAG;
 /// `AF_INET`.
 const AF_INET: u32 = 2;
@@ -66,7 +66,7 @@ impl Socket {
         unsafe { (&raw const (*self.0).__bindgen_anon_2.sk).read_volatile() }
     }
 
-    /// What the connect hook has written down; None: it is not ours.
+    /// The connect hook's record of it; None: it is not ours.
     #[inline(always)]
     fn dialled(self) -> Option<&'static mut Dialled> {
         let socket = self.kernel_socket();
@@ -78,7 +78,7 @@ impl Socket {
         unsafe { bpf_sk_storage_get(map, socket.cast(), core::ptr::null_mut(), 0).cast::<Dialled>().as_mut() }
     }
 
-    /// What it dialled is over. What [`Socket::dialled`] has returned is gone with it.
+    /// Forgets the connect hook's record. What [`Socket::dialled`] has returned is no longer valid.
     #[inline(always)]
     fn forget_dialled(self) {
         let socket = self.kernel_socket();
@@ -170,7 +170,7 @@ impl Socket {
         unsafe { bpf_get_netns_cookie(self.0.cast()) }
     }
 
-    /// Asks the kernel to tell of these moments as well, beside those that other programs have asked for.
+    /// Asks the kernel for these events as well, beside those that other programs have asked for.
     #[inline(always)]
     fn listen_to(self, flags: u32) -> bool {
         // SAFETY: as above.
@@ -268,8 +268,8 @@ fn change(socket: Socket) {
         return;
     };
     let (backend, followed, named) = (dialled.backend as u8, dialled.followed, dialled.named);
-    // A socket that was refused, or closed, can be connected again. Where to a listener it is ours again; else it must be
-    // nobody's, also where it goes to the very backend that it was sent to before.
+    // A socket that was refused, or closed, can be connected again. Where that goes to a listener it is ours again; else it
+    // must not be ours, even if it goes to the backend that it was sent to before.
     socket.forget_dialled();
     if followed == 0 || followed != hook.epoch {
         return;
@@ -280,7 +280,7 @@ fn change(socket: Socket) {
     }
     // It was refused, has waited too long, or the process has given it up.
     if socket.state_before() == BPF_TCP_SYN_SENT {
-        accuse(backend);
+        suspect(backend);
     }
 }
 
@@ -291,22 +291,23 @@ fn unanswered(socket: Socket) {
         return;
     };
     if dialled.followed != 0 && dialled.followed == hook.epoch {
-        accuse(dialled.backend as u8);
+        suspect(dialled.backend as u8);
     }
 }
 
-/// Leaves word that a connection to a backend has failed, as the XDP program does of a SYN that is refused. The daemon then
-/// checks it at once; nothing is decided here.
+/// Notes that a connection to a backend has failed, as the XDP program does when a SYN is refused. The daemon then checks
+/// the backend at once; nothing is decided here.
 #[inline(always)]
-fn accuse(backend: u8) {
+fn suspect(backend: u8) {
     if let Some(backend) = KernelMaps::new().as_ref().and_then(|maps| maps.backend(backend)) {
         // 0 would say: never.
         backend.refused.store((maps::jiffies() as u32).max(1));
     }
 }
 
-/// A process may have been held up for so long between the two that the backend's number is another's. And the connection
-/// that was redirected may have failed before its SYN, for want of a route or a port, so that nobody has heard of its end: then
+/// Does the socket connect to the backend that the hook chose? A process may have been delayed for so long between the two
+/// that the backend's id belongs to another address. And the connection
+/// that was redirected may have failed before its SYN, for want of a route or a port, so that no event told of its end: then
 /// this one goes elsewhere. (If it goes to that same backend by its own address, it is taken for ours. To find that out each
 /// connect to an address that is no listener's would pay for a look at its socket.)
 #[inline(always)]

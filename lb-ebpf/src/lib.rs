@@ -1,4 +1,4 @@
-//! sheave's kernel side: the maps, the one unsafe frame, and what a verdict means to XDP.
+//! sheave's kernel side: the maps, the frame, the global functions, and the XDP action for a disposition.
 //!
 //! Empty on the host: this crate only makes sense for the BPF target, and `lb-userspace` builds it.
 #![cfg_attr(target_arch = "bpf", no_std, feature(asm_experimental_arch))]

@@ -1,5 +1,5 @@
-//! A sampled log of packets, for a look at a data path that misbehaves. Off unless it is asked for, and then the verifier
-//! takes it out of the program: [`LOG_MASK`] is a constant by the time it sees it.
+//! A sampled log of packets, to examine a data path that misbehaves. It is off by default, and then the verifier removes it
+//! from the program: [`LOG_MASK`] is a constant when the verifier sees it.
 
 use aya_ebpf::{Global, bindings::xdp_md, helpers::bpf_get_prandom_u32, programs::XdpContext};
 use aya_log_ebpf::info;
@@ -7,11 +7,11 @@ use lb_common::disposition::Disposition;
 
 use crate::barrier::barrier_var;
 
-/// One packet in this many and one, a power of two; `u32::MAX`: none.
+/// One less than the power of two of which one packet is logged; `u32::MAX`: none.
 #[unsafe(no_mangle)]
 static LOG_MASK: Global<u32> = Global::new(u32::MAX);
 
-/// Logs what became of a packet, now and then.
+/// Logs the disposition of a sample of packets.
 #[inline(always)]
 pub fn sample(context: &XdpContext, done: Disposition) {
     if LOG_MASK.load() != u32::MAX {

@@ -1,8 +1,8 @@
 //! The maps, behind functions. All that packets need are arrays, but the allow list: a look-up is a comparison and an
 //! addition.
 //!
-//! The daemon maps most of them into its memory and changes words in place; which word may be changed by whom, and
-//! how, is said at the layouts (`lb_common::layout`) and, for slots, in `lb_common::flow`.
+//! The daemon maps most of them into its memory and changes words in place; the layouts (`lb_common::layout`) and, for
+//! slots, `lb_common::flow` say which side may change which word, and how.
 
 use core::ffi::c_void;
 
@@ -66,17 +66,18 @@ static BACKEND_FLOWS: PerCpuArray<u64, { BACKENDS as usize }> = PerCpuArray::new
 /// another CPU than it was opened on: only the sum over all CPUs means something, modulo 2^64.
 #[btf_map]
 static BACKEND_SOCKETS: PerCpuArray<u64, { BACKENDS as usize }> = PerCpuArray::new();
-/// Of these, those that were closed without a program having heard of it. Only the daemon writes here.
+/// The number of these that were closed without an event for a program. Only the daemon writes here.
 #[btf_map]
 static SOCKETS_MISSED: Array<u64, { BACKENDS as usize }, MAPPED> = Array::new();
-/// The same sockets, by cookie. Memory is taken for those that there are.
+/// The same sockets, by cookie. Memory is allocated for existing entries only.
 #[btf_map]
 static FOLLOWED_SOCKETS: HashMap<u64, Followed, { FOLLOWED as usize }, { BPF_F_NO_PREALLOC as usize }> =
     HashMap::new();
 /// The tick counter, for the daemon: see `read_clock`.
 #[btf_map]
 static CLOCK: Array<u64, 1, MAPPED> = Array::new();
-/// A ring for each CPU and one for the daemon: the loader makes it as long as that takes.
+/// The flight recorder: a ring for each CPU and one for the daemon. The loader sets the length. (The name is older; maps are
+/// taken over by it.)
 #[btf_map]
 static BLACK_BOX: Array<Record, { RECORDS_MIN as usize }, MAPPED> = Array::new();
 
@@ -84,14 +85,14 @@ static BLACK_BOX: Array<Record, { RECORDS_MIN as usize }, MAPPED> = Array::new()
 #[unsafe(no_mangle)]
 static BLACK_BOX_BITS: Global<u32> = Global::new(RECORDS_MIN.trailing_zeros());
 
-/// The maps, with what is in all programs looked up.
+/// The maps. The control map is looked up once.
 #[derive(Clone, Copy)]
 pub struct KernelMaps {
     control: &'static Control,
 }
 
 impl KernelMaps {
-    /// The maps. None never comes, but the verifier does not know.
+    /// The maps. Always Some, which the verifier does not know.
     #[inline(always)]
     #[must_use]
     pub fn new() -> Option<Self> {
@@ -249,7 +250,7 @@ pub fn jiffies() -> u64 {
 // Counts of the connect hook. Its programs run in system calls, and may be interrupted on their CPU by their like and by the
 // XDP program: so they add by one instruction.
 
-/// Counts what became of a service's connection.
+/// Counts an event of a service's connection.
 #[inline(always)]
 pub fn count_connect(service: u16, event: Event) {
     let index = u32::from(service) * COUNTERS as u32 + Counter::Event(event).index() as u32;
@@ -277,13 +278,13 @@ pub fn count_closed(backend: u8) {
     }
 }
 
-/// Knows a socket by its cookie from now on. `false`: there is no room.
+/// Enters a socket by its cookie. `false`: there is no room.
 #[inline(always)]
 pub fn name_socket(cookie: u64, socket: &Followed) -> bool {
     FOLLOWED_SOCKETS.insert(cookie, socket, 0).is_ok()
 }
 
-/// Knows the socket with this cookie no longer. `false`: somebody else has taken it out before.
+/// Removes the socket with this cookie. `false`: it was removed before.
 #[inline(always)]
 pub fn forget_socket(cookie: u64) -> bool {
     FOLLOWED_SOCKETS.remove(cookie).is_ok()

@@ -39,7 +39,7 @@ pub fn claim<F: Family, M: Subprograms>(maps: &M, query: &Query<F::Tuple>, claim
 }
 
 /// Ends a flow whose slot was chosen for another, and notes that for later; a slot whose flow was over is left as it is.
-/// Returns it as it is now. None: somebody else has it in hand.
+/// Returns it as it is now. [`Found::NONE`]: the slot changed meanwhile.
 #[inline(always)]
 fn evict<F: Family, M: Maps>(maps: &M, found: Found) -> Found {
     let (slot, meta) = (found.slot(), found.meta());
@@ -81,7 +81,7 @@ pub fn choose<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>, claimer: &C
     };
     // Examined again, now for the word that is exchanged.
     let (priority, meta) = EvictionPriority::of::<F, M>(maps, ways, slot, claimer, config);
-    // Somebody else's by now: there was room, so that is a race, which is lost by taking for free what is not.
+    // Another CPU took it meanwhile. There was room, so this is a race: taking the slot as a free one fails, as it should.
     let (priority, meta) = if priority == EvictionPriority::PROTECTED {
         (EvictionPriority::FREE, Meta::FREE)
     } else {
@@ -152,8 +152,8 @@ const fn lowest(mask: u32) -> u32 {
 /// Takes a free way of the emptier of the first two candidates, as nearly every flow does. [`Claim::UNDECIDED`]: it has
 /// none, and all candidates are to be weighed.
 ///
-/// Which set and way it will be is as good as random. So nothing here branches on it: a branch that cannot be predicted
-/// costs 7 ns, and there were four.
+/// Set and way are as good as random. So nothing here branches on them: a branch that cannot be predicted costs 7 ns, and
+/// there were four.
 #[inline(always)]
 pub fn claim_free<F: Family, M: Subprograms>(maps: &M, query: &Query<F::Tuple>, claimer: &Claimer) -> Claim {
     let (Some(first_ways), Some(second_ways)) = (F::set(maps, query.home), F::set(maps, query.second)) else {
@@ -174,7 +174,7 @@ pub fn claim_free<F: Family, M: Subprograms>(maps: &M, query: &Query<F::Tuple>, 
     }
     let slot = Slot { set, way: lowest(free) };
     let meta = Meta(F::meta(ways, slot.way).load());
-    // Somebody else's by now, as there are others: nothing is lost yet.
+    // Another CPU took it meanwhile. Other ways may be free: not decided yet.
     if !meta.is(Kind::Free) || !publish::<F, M>(maps, ways, slot, meta, query.tuple, claimer, || {}) {
         return Claim::UNDECIDED;
     }
@@ -196,7 +196,7 @@ const fn pick(second: u32, one: u32, other: u32) -> u32 {
     one ^ ((one ^ other) & second.wrapping_neg())
 }
 
-/// Does, or did, a way that is not in `own`, by bit, have the tuple?
+/// Does a way that is not in `own` (by bit) hold the tuple, live or not?
 #[inline(always)]
 fn is_elsewhere<F: Family>(ways: &F::Set, tuple: F::Tuple, own: u32) -> bool {
     for way in 0..WAYS as u32 {
@@ -243,7 +243,7 @@ pub fn take<F: Family, M: Subprograms>(
     Claim::won(slot)
 }
 
-/// The first three steps of the protocol. False: somebody else has changed the word.
+/// The first three steps of the protocol. False: the word changed meanwhile.
 #[inline(always)]
 fn publish<F: Family, M: Maps>(
     maps: &M,
@@ -277,8 +277,8 @@ const fn half_open(claimer: &Claimer) -> Meta {
     Meta::new(Kind::HalfOpen, claimer.backend as u8, claimer.clock.seen)
 }
 
-/// Frees a slot that was published a moment ago. The flow's other packets find it and may have noted something in its
-/// word; it is nobody else's, as nobody takes a half-open slot so young.
+/// Frees a slot that was published a moment ago. The flow's other packets may have set flags in its word meanwhile. No
+/// other flow has it: a half-open slot is not taken so young.
 #[inline(always)]
 fn give_back(word: &Cell32, mut meta: Meta) {
     for _ in 0..4 {

@@ -1,4 +1,4 @@
-//! For whom a slot is claimed, and when.
+//! The flow that a slot is claimed for, and the time.
 
 use crate::{layout::Config, maps::Maps};
 
@@ -22,13 +22,13 @@ impl Clock {
     }
 }
 
-/// Who claims.
+/// The new flow's service and backend, and the time of its claim.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Claimer {
     /// The time.
     pub clock: Clock,
-    /// For whom it is counted.
+    /// The service that the claim is counted for.
     pub service: u32,
     /// The flow's backend.
     pub backend: u32,

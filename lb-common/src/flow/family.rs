@@ -22,11 +22,11 @@ pub trait Family: Copy + 'static {
 
     /// The tuple of a client (address words, port word) at a listener.
     fn tuple(address: [u64; 2], port: u16, listener: u16) -> Self::Tuple;
-    /// Its parts again: address, port, listener.
+    /// The parts of a tuple: address, port, listener.
     fn parts(tuple: Self::Tuple) -> ([u64; 2], u16, u16);
-    /// 0 for two that are the same, without a branch for each part: the verifier would follow every one of them.
+    /// 0 for equal tuples, without a branch for each part: the verifier would follow every branch.
     fn difference(one: Self::Tuple, other: Self::Tuple) -> u64;
-    /// Its hash.
+    /// The hash of a tuple.
     fn hash(key: &Key, tuple: Self::Tuple) -> FlowHash;
     /// A set by index.
     fn set<T: FlowTables>(tables: &T, index: u32) -> Option<&Self::Set>;
@@ -50,7 +50,7 @@ pub trait Family: Copy + 'static {
     fn snat_count(config: &Config) -> u32;
     /// Where an SNAT address is looked up: see [`snat_place`].
     fn snat_place(address: [u64; 2]) -> usize;
-    /// What is looked up there.
+    /// The entry at that place.
     fn snat_at(classifier: &Classifier, address: [u64; 2]) -> u8;
     /// Which SNAT addresses a bucket belongs to.
     fn bucket(config: &Config, bucket: usize) -> Bucket;

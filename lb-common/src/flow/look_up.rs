@@ -54,7 +54,7 @@ pub fn find<'a, F: Family, M: Subprograms>(
     hit
 }
 
-/// Could the flow be in another than its first two candidates?
+/// May the flow be beyond its first two candidates?
 #[inline(always)]
 fn may_be_beyond<F: Family, M: Maps>(maps: &M, query: &Query<F::Tuple>) -> bool {
     let mark = F::set(maps, query.home).and_then(|home| F::overflow(maps, home, query.home));
@@ -67,7 +67,7 @@ fn find_first<'a, F: Family, M: Maps>(maps: &'a M, query: &Query<F::Tuple>) -> H
     let (Some(home), Some(second)) = (F::set(maps, query.home), F::set(maps, query.second)) else {
         return Hit::NONE;
     };
-    // Asked for before the first set is looked at: both lines may be far away, and so they come together.
+    // Loaded before the first set is searched: both lines may be cache misses, which then overlap.
     F::meta(second, 0).load();
     F::prefetch_numbers(maps, query.home);
     F::prefetch_numbers(maps, query.second);
@@ -87,7 +87,7 @@ fn find_way<F: Family>(ways: &F::Set, tuple: F::Tuple, except: u32) -> Option<(u
             continue;
         }
         let meta = Meta(F::meta(ways, way).load());
-        // A claimer writes the tuple only while the word says so; the second look catches one that came between.
+        // A claimer writes the tuple only while the word says *claiming*. The second comparison catches a claim in between.
         if meta.is_live() && F::load(ways, way) == tuple {
             return Some((way, meta));
         }

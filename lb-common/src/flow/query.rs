@@ -39,7 +39,7 @@ impl<T: Copy> Query<T> {
         Self::of(config, tuple, hash, F::bucket(config, hash.bucket()))
     }
 
-    /// Where it would be if its flows left from SNAT address `address`, and no other.
+    /// Where to look if its flows left from SNAT address `address` only.
     #[must_use]
     pub fn at<F: Family<Tuple = T>>(config: &Config, tuple: T, address: u8) -> Self {
         Self::of(config, tuple, F::hash(&config.key, tuple), Bucket::new(address, address))
@@ -71,14 +71,14 @@ impl<T: Copy> Query<T> {
         if number == 1 { self.second } else { self.first + self.hash.candidate(number, self.sets) }
     }
 
-    /// Could a flow be at another address than a new one?
+    /// May an older flow be at another SNAT address than a new one?
     #[inline(always)]
     #[must_use]
     pub const fn has_moved(&self) -> bool {
         !Bucket::from_word(self.bucket).is_settled()
     }
 
-    /// How many candidates a flow can be in.
+    /// The number of candidates that may hold the flow.
     #[inline(always)]
     #[must_use]
     pub const fn reach(&self) -> u32 {

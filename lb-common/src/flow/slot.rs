@@ -132,7 +132,7 @@ impl Claim {
 }
 
 packed_word! {
-    /// A slot that a flow may have, and who minds.
+    /// A slot that may be taken for a flow, and what its present flow loses by it.
     pub struct Choice(u64) as u64;
 }
 
@@ -152,7 +152,7 @@ impl Choice {
         Found(self.0 & !(3 << Found::LOSS))
     }
 
-    /// What there is to count when the slot is taken.
+    /// The event to count when the slot is taken.
     #[inline(always)]
     #[must_use]
     pub const fn event(self) -> Option<Event> {

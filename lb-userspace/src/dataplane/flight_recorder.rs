@@ -1,4 +1,4 @@
-//! The black box from the daemon's side (`lb_common::flight_recorder`): what it writes itself, and reading all of it.
+//! The flight recorder from the daemon's side (`lb_common::flight_recorder`): what it writes itself, and reading all of it.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -359,7 +359,7 @@ impl Dataplane {
         Ok(())
     }
 
-    /// The black box.
+    /// The flight recorder.
     pub fn flight_recorder(&self) -> &FlightRecorder {
         &self.flight_recorder
     }
