@@ -20,6 +20,11 @@ pub mod call {
     pub const FREE: u32 = 3;
 }
 
+/// What backends have sent, and clients not yet acknowledged, when a benchmark begins: more than any acknowledges.
+pub const IN_FLIGHT: u32 = 1 << 30;
+/// How much further than its last a backend's packet begins: its payload, and a little that was lost.
+pub const STRIDE: u32 = 32;
+
 /// Which packets the wrapper writes.
 pub mod direction {
     /// The same one each time.
@@ -50,6 +55,10 @@ pub struct Plan {
     pub snat: u32,
     /// The last four bytes of an address, as a number; that of backend `id` is the `id`th after it.
     pub backend: u32,
+    /// How often every flow has had a packet, over all runs: each acknowledges or sends something new.
+    pub round: u32,
+    /// Zero.
+    pub reserved: u32,
     /// The packet without the fields that differ between flows, as words.
     pub packet: [u64; PACKET / 8],
 }
@@ -116,6 +125,6 @@ mod tests {
 
     #[test]
     fn layouts_are_what_the_kernel_has() {
-        assert_eq!(size_of::<Plan>(), 32 + PACKET);
+        assert_eq!(size_of::<Plan>(), 40 + PACKET);
     }
 }

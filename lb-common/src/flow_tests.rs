@@ -122,7 +122,7 @@ fn at_four_fifths_fill_fewer_than_one_flow_in_a_thousand_is_refused_ipv6() {
 fn a_blocked_port_never_becomes_a_slot() {
     let mut memory = Memory::new(FIRST_SET, 8, 1);
     for (set, blocked) in [(256, 0b0001), (258, 0b1010), (263, 0b1111)] {
-        memory.blocked[set] = blocked;
+        memory.block(set, blocked);
     }
     let mut ports: Vec<u16> = (0..1000)
         .filter_map(|number| establish::<V4>(&memory, &query::<V4>(&memory, number)))

@@ -1,15 +1,14 @@
 //! A packet for a listener: finds its flow or begins one, and sends it to the backend.
 
 use crate::{
-    cell::Cell32,
     checksum::{Delta, sum64},
+    client_event::{ClientAnswer, accepts},
     context::{self, Context},
     disposition::Disposition,
-    flight_recorder::{FlowEvent, Note, Refusal, mapped, state},
+    flight_recorder::{FlowEvent, Note, Refusal, mapped},
     flow::{
         claim::claim,
         claimer::{Claimer, Clock},
-        close::close,
         family::Family,
         look_up::Hit,
         query::Query,
@@ -17,17 +16,15 @@ use crate::{
     },
     frame::Frame,
     hash::FlowHash,
-    headers::tcp_flag,
     layout::{Backend, Listener, NextHop, Service, backend_flag},
-    meta::{BACKEND_FIN, CLIENT_FIN, Kind, Meta, RESET, RETRANSMITTED, SYN_ACK},
+    meta::{Kind, Meta, RETRANSMITTED},
     next_hop,
     outcome::{Event, Outcome},
     parse::{self, Ports, Segment},
     rewrite,
     sequence::SendSequence,
     subprograms::Subprograms,
-    transition::{self, ClientTransition},
-    witness,
+    transition, witness,
 };
 
 /// Entries of the selection table that are tried to find another backend than the one that refused.
@@ -113,55 +110,30 @@ fn existing_flow<A: Family, S: Subprograms>(
     let (slot, meta) = (hit.slot, hit.meta);
     let ways = hit.ways.ok_or(Outcome::Malformed)?;
     let numbers = A::numbers(maps, ways, slot).ok_or(Outcome::Malformed)?;
-    let word = A::meta(ways, slot.way);
     let clock = Clock::read(maps, context.config);
     let sequence = numbers.load();
-    let (transition, now) = transition::client(meta, sequence, segment);
-    // Before the word says that they are known.
-    numbers.store(sequence, now);
-    match transition {
-        ClientTransition::Acknowledge => {
-            // Once a second is enough to follow a client to another router: on every packet it cost 8 of 80 ns.
-            if meta.seen() != clock.seen || meta.has(RETRANSMITTED) {
-                refresh::<A, S>(frame, maps, context, listener, hit, sequence, segment, clock);
-            }
-            Ok((slot, meta))
-        }
-        ClientTransition::None => Ok((slot, meta)),
-        ClientTransition::Alive => {
-            if meta.seen() != clock.seen {
-                word.store_high(clock.seen);
-            }
-            Ok((slot, meta))
-        }
-        ClientTransition::OutOfSequence => {
-            maps.count_event(listener.service, Event::ClientNumbersOdd);
-            Ok((slot, meta))
-        }
-        ClientTransition::RetransmitSyn if !restarts_local_flow(maps, meta) => {
-            // Of several SYNs the last holds.
-            if !meta.has(SYN_ACK) {
-                numbers.next.store(segment.sequence.wrapping_add(1));
+    if !transition::is_acknowledgement(meta, sequence, segment) {
+        let answer = maps.client_event::<A>(query, hit.found(), segment, listener.service);
+        return match answer.what() {
+            ClientAnswer::FORWARD => Ok((slot, answer.meta())),
+            ClientAnswer::FORWARD_AND_LEARN => {
                 next_hop::remember::<A, S>(maps, listener.service, ways, slot, arrived_from(frame, context));
+                Ok((slot, answer.meta()))
             }
-            Ok((slot, retry::<A, S>(maps, listener, query, hit.found())?))
-        }
-        ClientTransition::RetransmitSyn | ClientTransition::Reopen => {
-            reopen::<A, S>(frame, maps, context, listener, query, hit.found(), segment, clock)
-        }
-        ClientTransition::AnswerWithReset => Err(Outcome::ResetClient),
-        changed => {
-            let meta = change::<A, S>(maps, listener, query, hit, word, changed, segment);
-            // A slot rests from when it was closed.
-            if meta.seen() != clock.seen && changed != ClientTransition::SuspectReset {
-                word.store_high(clock.seen);
+            ClientAnswer::REOPEN => {
+                let found = Found::new(slot, answer.meta());
+                reopen::<A, S>(frame, maps, context, listener, query, found, segment, clock)
             }
-            if matches!(changed, ClientTransition::Establish(_)) {
-                next_hop::remember::<A, S>(maps, listener.service, ways, slot, arrived_from(frame, context));
-            }
-            Ok((slot, meta))
-        }
+            ClientAnswer::REFUSE => Err(Outcome::RefusedNoBackend),
+            _ => Err(Outcome::ResetClient),
+        };
     }
+    numbers.store(sequence, sequence.acknowledged(segment.acknowledgement));
+    // Once a second is enough to follow a client to another router: on every packet it cost 8 of 80 ns.
+    if meta.seen() != clock.seen || meta.has(RETRANSMITTED) {
+        refresh::<A, S>(frame, maps, context, listener, hit, sequence, segment, clock);
+    }
+    Ok((slot, meta))
 }
 
 /// Notes that the client is there, and follows it to another router.
@@ -191,66 +163,6 @@ fn refresh<A: Family, S: Subprograms>(
     if meta.seen() != clock.seen {
         word.store_high(clock.seen);
     }
-}
-
-/// Changes the state of a flow. Returns its word as it is now.
-#[inline(always)]
-fn change<A: Family, S: Subprograms>(
-    maps: &S,
-    listener: &Listener,
-    query: &Query<A::Tuple>,
-    hit: &Hit<'_, A>,
-    word: &Cell32,
-    transition: ClientTransition,
-    segment: &Segment,
-) -> Meta {
-    let meta = hit.meta;
-    match transition {
-        ClientTransition::Establish(next) => {
-            if word.compare_exchange(meta.0, next.0) != meta.0 {
-                return meta;
-            }
-            end::<A, S>(maps, FlowEvent::Established, query, hit.found());
-            maps.count_event(listener.service, Event::FlowEstablished);
-            next
-        }
-        ClientTransition::Reset(next) => {
-            if word.compare_exchange(meta.0, next.0) != meta.0 {
-                return meta;
-            }
-            end::<A, S>(maps, FlowEvent::ResetByClient, query, hit.found());
-            next
-        }
-        ClientTransition::Close(kind) => {
-            let before = Meta(word.fetch_or(CLIENT_FIN));
-            // Of two that see it at the same time one notes it.
-            if !before.has(BACKEND_FIN) && !before.has(CLIENT_FIN) {
-                end::<A, S>(maps, FlowEvent::ClosedByClient, query, hit.found());
-            }
-            close(word, before.with(CLIENT_FIN), BACKEND_FIN, kind)
-        }
-        ClientTransition::SuspectReset => {
-            maps.count_event(listener.service, Event::ResetDoubted);
-            Meta(word.fetch_or(RESET)).with(RESET)
-        }
-        ClientTransition::GiveUp => {
-            let before = Meta(word.fetch_or(CLIENT_FIN));
-            if !before.has(CLIENT_FIN) {
-                let reset = segment.has(tcp_flag::RST);
-                let event = if reset { FlowEvent::ResetByClient } else { FlowEvent::ClosedByClient };
-                end::<A, S>(maps, event, query, hit.found());
-            }
-            before.with(CLIENT_FIN)
-        }
-        _ => meta,
-    }
-}
-
-/// Notes for later what the client has done to its flow.
-#[inline(always)]
-fn end<A: Family, S: Subprograms>(maps: &S, event: FlowEvent, query: &Query<A::Tuple>, found: Found) {
-    let meta = found.meta();
-    maps.note(note::<A>(event, query).of(meta.backend()).at(found.slot()).detail(state(meta)));
 }
 
 /// A SYN on a slot that its own tuple has closed, or that was reset on purpose: a new flow, in the same slot.
@@ -291,64 +203,6 @@ fn reopen<A: Family, S: Subprograms>(
         return Err(Outcome::SynRace);
     }
     Ok(won::<A, S>(frame, maps, context, query, &claimer, claim.slot()))
-}
-
-/// A backend with one of these flags keeps a flow whose SYN is repeated. A backend that is this host always does: whether
-/// such a flow is established is not seen here, and the local socket refuses by itself.
-const KEEPS: u32 = backend_flag::ACCEPTS | backend_flag::LOCAL;
-
-#[inline(always)]
-fn flags<S: Subprograms>(maps: &S, meta: Meta) -> u32 {
-    maps.backend(meta.backend()).map_or(0, |backend| backend.flags.load())
-}
-
-/// Does the slot's backend take new flows?
-#[inline(always)]
-fn accepts<S: Subprograms>(maps: &S, meta: Meta) -> bool {
-    flags(maps, meta) & KEEPS != 0
-}
-
-/// Is a SYN of a half-open flow a new flow's? The client has ended its flow to this host, whose own segments are not seen,
-/// and uses its port again within seconds. The local socket would refuse it, where it takes no new flows.
-#[inline(always)]
-fn restarts_local_flow<S: Subprograms>(maps: &S, meta: Meta) -> bool {
-    meta.has(CLIENT_FIN) && flags(maps, meta) & KEEPS == backend_flag::LOCAL
-}
-
-/// Sends a retransmitted SYN to its backend, or to another if that one takes no new flows any more.
-#[inline(always)]
-fn retry<A: Family, S: Subprograms>(
-    maps: &S,
-    listener: &Listener,
-    query: &Query<A::Tuple>,
-    found: Found,
-) -> Result<Meta, Outcome> {
-    let mut meta = found.meta();
-    let ways = A::set(maps, found.slot().set).ok_or(Outcome::Malformed)?;
-    let word = A::meta(ways, found.slot().way);
-    if meta.has(CLIENT_FIN) {
-        // What the client has ended was an earlier flow: one that its backend still remembered (RFC 5961 §4), or one to
-        // this host.
-        let begun = meta.without(CLIENT_FIN);
-        if word.compare_exchange(meta.0, begun.0) != meta.0 {
-            return Ok(meta);
-        }
-        meta = begun;
-    }
-    if accepts(maps, meta) || meta.has(SYN_ACK) {
-        return Ok(meta);
-    }
-    let other = maps.another::<A>(listener.service, query.hash, meta.backend());
-    if other == 0 {
-        return Err(Outcome::RefusedNoBackend);
-    }
-    if word.compare_exchange(meta.0, meta.on(other).0) != meta.0 {
-        return Ok(meta);
-    }
-    maps.note(note::<A>(FlowEvent::Moved, query).of(meta.backend()).at(found.slot()).other(other));
-    maps.count_event(listener.service, Event::Rebalanced);
-    maps.count_flow(other);
-    Ok(meta.on(other))
 }
 
 /// A backend for a flow with this hash that takes new flows and is not `refused`; 0: there is none.

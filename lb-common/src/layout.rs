@@ -90,7 +90,9 @@ pub struct Set4 {
     pub return_hops: [Cell16; WAYS],
     /// The set's overflow mark: see [`OverflowMarks`].
     pub overflow: Cell8,
-    pub(crate) reserved: [Cell8; 7],
+    /// The ways whose ports must not become slots, by bit. Written by the daemon.
+    pub blocked: Cell8,
+    pub(crate) reserved: [Cell8; 6],
 }
 
 /// The numbers of four IPv4 flows: half a cache line.

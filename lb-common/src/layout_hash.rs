@@ -82,7 +82,7 @@ macro_rules! structure {
 fn structures(digest: Digest) -> Digest {
     let digest = structure!(digest, Numbers { unacknowledged, next });
     let digest = structure!(digest, Numbers4 { ways });
-    let digest = structure!(digest, Set4 { tuples, metas, return_hops, overflow, reserved });
+    let digest = structure!(digest, Set4 { tuples, metas, return_hops, overflow, blocked, reserved });
     let digest = structure!(digest, Way6 { address, port_listener, meta, numbers });
     let digest = structure!(digest, Set6 { ways });
     let digest = structure!(digest, ReturnHops { ways });

@@ -10,6 +10,7 @@
 // The kernel's atomic instructions are reached by inline assembly: core has no atomics for this target.
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
+pub mod backend_event;
 pub mod bench;
 #[cfg(test)]
 #[cfg_attr(loom, expect(dead_code, reason = "the model needs only the flow tables"))]
@@ -18,6 +19,7 @@ pub mod cell;
 pub mod checksum;
 pub mod class;
 pub mod classify;
+pub mod client_event;
 pub mod connect;
 pub mod context;
 pub mod destination;

@@ -38,7 +38,7 @@ fn explore(preemptions: Option<usize>, model: impl Fn() + Send + Sync + 'static)
 /// As many sets as a tuple has candidates of interest, with one usable way each.
 fn table(sets: u32) -> Memory {
     let mut memory = Memory::new(0, sets, 1);
-    memory.blocked = vec![0b1110; sets as usize];
+    (0..sets as usize).for_each(|set| memory.block(set, 0b1110));
     // Also of three: the partner of set 0, where all of the queries begin, is set 1.
     memory.config.partners = memory.config.partners.max(1);
     memory

@@ -29,8 +29,6 @@ pub trait Maps: FlowTables + Copy {
     fn selected(&self, half: u32, entry: u32) -> u8;
     /// A learned next hop, see [`crate::layout::NextHop`].
     fn learned_hop(&self, index: u16) -> Option<&Cell64>;
-    /// The ways of a set (of any address) whose ports must not become slots, by bit.
-    fn blocked(&self, set: u32) -> u8;
     /// May this client (IPv4 mapped) use this restricted service?
     fn allows(&self, service: u16, client: [u64; 2]) -> bool;
     /// The kernel's tick counter.

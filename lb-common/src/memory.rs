@@ -10,9 +10,11 @@ use std::{
 };
 
 use crate::{
+    backend_event,
     bytes::Bytes,
     cell::{Cell8, Cell16, Cell32, Cell64},
     class::Class,
+    client_event::{self, ClientAnswer},
     destination,
     disposition::Disposition,
     flight_recorder::Note,
@@ -30,7 +32,8 @@ use crate::{
     maps::{LoopBody, Maps},
     next_hop,
     outcome::{COUNTERS, Counter},
-    parse, pipeline, refuse, reply,
+    parse::{self, Segment},
+    pipeline, refuse, reply,
     rewrite::{self, endpoint_sum},
     subprograms::Subprograms,
     tables::FlowTables,
@@ -65,7 +68,7 @@ pub(crate) struct Memory {
     pub(crate) listeners: Vec<Listener>,
     pub(crate) services: Vec<Service>,
     pub(crate) backends: Vec<Backend>,
-    /// Ways that must not become slots: see [`Maps::blocked`].
+    /// Ways that must not become slots: see [`Family::blocked`].
     pub(crate) blocked: Vec<u8>,
     pub(crate) allowed: BTreeSet<(u16, [u64; 2])>,
     pub(crate) learned_hops: Vec<Cell64>,
@@ -134,6 +137,15 @@ impl Memory {
         }
     }
 
+    /// Has these ways of a set, by bit, never become slots. Sets that are not there are left out.
+    pub(crate) fn block(&mut self, set: usize, ways: u8) {
+        let sets = self.blocked.len();
+        if let Some(blocked) = self.blocked.get_mut(set) {
+            *blocked |= ways;
+            self.sets4.iter().skip(set).step_by(sets).for_each(|set| set.blocked.store(*blocked));
+        }
+    }
+
     /// Takes another SNAT address of each family into use.
     pub(crate) fn add_snat_address(&mut self) {
         let all = self.sets4.len() + self.blocked.len();
@@ -194,9 +206,7 @@ impl Memory {
             interfaces,
             sum: endpoint_sum(address, port),
         });
-        if let Some(blocked) = self.blocked.get_mut(usize::from(at.port() / 4)) {
-            *blocked |= 1 << (at.port() % 4);
-        }
+        self.block(usize::from(at.port() / 4), 1 << (at.port() % 4));
         id
     }
 
@@ -294,10 +304,6 @@ impl Maps for &Memory {
         self.learned_hops.get(usize::from(index))
     }
 
-    fn blocked(&self, set: u32) -> u8 {
-        self.blocked.get((set % SETS_PER_ADDRESS) as usize).copied().unwrap_or(0x0f)
-    }
-
     fn allows(&self, service: u16, client: [u64; 2]) -> bool {
         self.allowed.contains(&(service, client))
     }
@@ -349,6 +355,10 @@ impl FlowTables for &Memory {
         self.return_hops6.get(self.place(set))?.ways.get(way as usize)
     }
 
+    fn blocked6(&self, set: u32) -> u8 {
+        self.blocked.get((set % SETS_PER_ADDRESS) as usize).copied().unwrap_or(0x0f)
+    }
+
     fn overflow6(&self, set: u32) -> Option<&Cell8> {
         self.overflow6.get(self.place(set))
     }
@@ -396,6 +406,20 @@ impl Subprograms for &Memory {
 
     fn take<A: Family>(&self, query: &Query<A::Tuple>, claimer: &Claimer, found: Found) -> Claim {
         flow::take::<A, Self>(self, query, claimer, found)
+    }
+
+    fn client_event<A: Family>(
+        &self,
+        query: &Query<A::Tuple>,
+        found: Found,
+        segment: &Segment,
+        service: u16,
+    ) -> ClientAnswer {
+        client_event::client_event::<A, Self>(self, query, found, segment, service)
+    }
+
+    fn backend_event<A: Family>(&self, found: Found, segment: &Segment, service: u16) -> u64 {
+        backend_event::backend_event::<A, Self>(self, found, segment, service)
     }
 
     fn tags(frame: &mut Bytes) -> u64 {

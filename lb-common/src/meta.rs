@@ -77,6 +77,13 @@ impl Meta {
         self.0 & KIND == kind as u32
     }
 
+    /// Is it an established flow whose numbers are known, as nearly all are?
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_numbered_flow(self) -> bool {
+        self.0 & (KIND | NUMBERED) == Kind::Established as u32 | NUMBERED
+    }
+
     /// Does a flow own it, so that its segments are forwarded?
     #[inline(always)]
     #[must_use]

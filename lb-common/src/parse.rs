@@ -284,7 +284,7 @@ pub fn ports<F: Frame>(frame: &mut F, offset: usize) -> Option<Ports> {
 }
 
 /// The TCP header beyond its ports.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Segment {
     /// The header fits into the packet.
     pub valid: bool,
@@ -299,6 +299,28 @@ pub struct Segment {
 }
 
 impl Segment {
+    /// As two words: sequence number (bits 0-31) and acknowledgement number (bits 32-63); flags (bits 0-7) and bytes of
+    /// payload (bits 8-39).
+    #[inline(always)]
+    #[must_use]
+    pub const fn words(&self) -> [u64; 2] {
+        let numbers = self.sequence as u64 | (self.acknowledgement as u64) << 32;
+        [numbers, self.flags as u64 | (self.payload as u64 & 0xffff_ffff) << 8]
+    }
+
+    /// From two words, of a segment that is valid.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_words([numbers, rest]: [u64; 2]) -> Self {
+        Self {
+            valid: true,
+            flags: rest as u8,
+            sequence: numbers as u32,
+            acknowledgement: (numbers >> 32) as u32,
+            payload: (rest >> 8) as usize & 0xffff_ffff,
+        }
+    }
+
     /// No TCP header, or none that makes sense.
     pub const NONE: Self = Self { valid: false, flags: 0, sequence: 0, acknowledgement: 0, payload: 0 };
 

@@ -1,20 +1,24 @@
 //! A packet for a slot: if it comes from the slot's backend, it goes to the slot's client.
 
 use crate::{
+    backend_event::answer,
     checksum::{Delta, sum64},
     context::{self, Context},
     disposition::Disposition,
-    flight_recorder::{FlowEvent, Note, state},
-    flow::{claimer::Clock, close::close, family::Family, look_up::is_owner, slot::Slot},
+    flow::{
+        claimer::Clock,
+        family::Family,
+        look_up::is_owner,
+        slot::{Found, Slot},
+    },
     layout::{Backend, Listener, NextHop},
-    meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_FIN, Kind, Meta, RESET},
+    meta::Meta,
     next_hop::learned,
-    outcome::{Event, Outcome},
+    outcome::Outcome,
     parse::{self, Ports, Segment},
     rewrite,
     subprograms::Subprograms,
-    transition::{self, BackendTransition},
-    witness,
+    transition, witness,
 };
 
 /// Backends that a packet without a slot is compared with.
@@ -51,7 +55,7 @@ pub fn reply<A: Family, S: Subprograms>(
     let Some(listener) = maps.listener(listener_id) else {
         return Disposition::NOT_OURS;
     };
-    let client = Client { backend, listener, listener_id, address, port, slot, return_hop };
+    let client = Client { backend, listener, address, port, slot, return_hop };
     match send::<A, S>(frame, maps, context, ways, meta, &client) {
         Ok(done) => done,
         Err(outcome) => Disposition::with(outcome, listener.service),
@@ -62,20 +66,10 @@ pub fn reply<A: Family, S: Subprograms>(
 struct Client<'a> {
     backend: &'a Backend,
     listener: &'a Listener,
-    listener_id: u16,
     address: [u64; 2],
     port: u16,
     slot: Slot,
     return_hop: u16,
-}
-
-impl Client<'_> {
-    /// A record about the flow, whose word is `meta`.
-    #[inline(always)]
-    fn note<A: Family>(&self, event: FlowEvent, meta: Meta) -> Note {
-        let tuple = (self.address, self.port, self.listener_id);
-        Note::new::<A>(event, tuple).of(meta.backend()).at(self.slot).detail(state(meta))
-    }
 }
 
 /// A packet of the flow's own backend.
@@ -107,81 +101,24 @@ fn learn<A: Family, S: Subprograms>(
     client: &Client<'_>,
     segment: &Segment,
 ) -> Result<(), Outcome> {
-    let word = A::meta(ways, client.slot.way);
-    let service = client.listener.service;
-    let clock = Clock::read(maps, context.config);
     let numbers = A::numbers(maps, ways, client.slot).ok_or(Outcome::Malformed)?;
+    let clock = Clock::read(maps, context.config);
     let before = numbers.load();
-    let (transition, now) = transition::backend(meta, before, segment, clock.jiffies);
     if transition::is_sign_of_life(meta, before, segment) {
         witness::hear(client.backend, clock.jiffies);
     }
-    // Before the word says that they are known.
-    numbers.store(before, now);
-    match transition {
-        BackendTransition::None => {}
-        BackendTransition::OutOfSequence => maps.count_event(service, Event::BackendNumbersOdd),
-        BackendTransition::Set(flags) => {
-            word.fetch_or(flags);
-        }
-        BackendTransition::Become(next) => {
-            word.compare_exchange(meta.0, next.0);
-        }
-        BackendTransition::Close(flags, kind) => {
-            let before = Meta(word.fetch_or(flags | BACKEND_FIN));
-            // Of two that see it at the same time one notes it.
-            if !before.has(CLIENT_FIN) && !before.has(BACKEND_FIN) {
-                maps.note(client.note::<A>(FlowEvent::ClosedByBackend, meta));
-            }
-            close(word, before.with(flags | BACKEND_FIN), CLIENT_FIN, kind);
-        }
-        BackendTransition::Reset(next) => {
-            if word.compare_exchange(meta.0, next.0) == meta.0 {
-                maps.note(client.note::<A>(FlowEvent::ResetByBackend, meta));
-            }
-        }
-        BackendTransition::SuspectReset => {
-            maps.count_event(service, Event::ResetDoubted);
-            word.fetch_or(RESET);
-        }
-        BackendTransition::Refuse => {
-            client.backend.refused.store(clock.jiffies);
-            second_chance::<A, S>(maps, context, word, meta, client)?;
-        }
-        BackendTransition::AnswerWithReset => {
-            word.compare_exchange(meta.0, meta.with(BACKEND_TOLD).0);
-            return Err(Outcome::ResetBackend);
-        }
+    if !transition::goes_on(meta, before, segment) {
+        let found = Found::new(client.slot, meta);
+        return match maps.backend_event::<A>(found, segment, client.listener.service) {
+            answer::REPLY => Ok(()),
+            answer::SECOND_CHANCE => Err(Outcome::SecondChance),
+            _ => Err(Outcome::ResetBackend),
+        };
     }
-    // Not in every unit: the client's next packet must find it old, to refresh the way back.
+    numbers.store(before, before.sent_until(segment.sequence.wrapping_add(segment.payload as u32)));
+    // Not in every unit: the client's next packet is to find it old, and to look where it came from.
     if meta.age(clock.seen) >= 2 {
-        word.store_high(clock.seen);
-    }
-    Ok(())
-}
-
-/// A backend refused a SYN. The first time, the flow moves to another backend and the refusal is swallowed: the client's
-/// next SYN goes there. Otherwise the refusal is sent to the client.
-#[inline(always)]
-fn second_chance<A: Family, S: Subprograms>(
-    maps: &S,
-    context: &Context<'_>,
-    word: &crate::cell::Cell32,
-    meta: Meta,
-    client: &Client<'_>,
-) -> Result<(), Outcome> {
-    if !meta.has(RESET) {
-        let tuple = A::tuple(client.address, client.port, client.listener_id);
-        let hash = A::hash(&context.config.key, tuple);
-        let other = maps.another::<A>(client.listener.service, hash, meta.backend());
-        if other != 0 && word.compare_exchange(meta.0, meta.on(other).with(RESET).0) == meta.0 {
-            maps.note(client.note::<A>(FlowEvent::SecondChance, meta).other(other));
-            maps.count_flow(other);
-            return Err(Outcome::SecondChance);
-        }
-    }
-    if word.compare_exchange(meta.0, meta.without(RESET).become_kind(Kind::ClosedByClient).0) == meta.0 {
-        maps.note(client.note::<A>(FlowEvent::RefusedByBackend, meta));
+        A::meta(ways, client.slot.way).store_high(clock.seen);
     }
     Ok(())
 }

@@ -6,6 +6,7 @@
 
 use crate::{
     class::Class,
+    client_event::ClientAnswer,
     disposition::Disposition,
     flow::{
         claimer::Claimer,
@@ -17,6 +18,7 @@ use crate::{
     hash::FlowHash,
     layout::Config,
     maps::Maps,
+    parse::Segment,
 };
 
 /// Steps in functions of their own, over [`Maps`] and one kind of frame.
@@ -45,6 +47,17 @@ pub trait Subprograms: Maps {
     fn choose<A: Family>(&self, query: &Query<A::Tuple>, claimer: &Claimer) -> Choice;
     /// See [`crate::flow::take`].
     fn take<A: Family>(&self, query: &Query<A::Tuple>, claimer: &Claimer, found: Found) -> Claim;
+
+    /// See [`crate::client_event::client_event`].
+    fn client_event<A: Family>(
+        &self,
+        query: &Query<A::Tuple>,
+        found: Found,
+        segment: &Segment,
+        service: u16,
+    ) -> ClientAnswer;
+    /// See [`crate::backend_event::backend_event`].
+    fn backend_event<A: Family>(&self, found: Found, segment: &Segment, service: u16) -> u64;
 
     /// See [`crate::parse::tags`].
     fn tags(frame: &mut Self::Frame) -> u64;

@@ -15,6 +15,8 @@ pub trait FlowTables {
     fn numbers4(&self, set: u32, way: u32) -> Option<&Numbers>;
     /// The way back to the client of a slot of an IPv6 set.
     fn return_hop6(&self, set: u32, way: u32) -> Option<&Cell16>;
+    /// The ways of an IPv6 set whose ports must not become slots, by bit.
+    fn blocked6(&self, set: u32) -> u8;
     /// An IPv6 set's overflow mark.
     fn overflow6(&self, set: u32) -> Option<&Cell8>;
 }

@@ -74,6 +74,25 @@ pub enum BackendTransition {
     AnswerWithReset,
 }
 
+/// Does the segment of a client do nothing but acknowledge what its flow's backend has sent: [`ClientTransition::Acknowledge`]?
+#[inline(always)]
+#[must_use]
+pub const fn is_acknowledgement(meta: Meta, sequence: SendSequence, segment: &Segment) -> bool {
+    const FLAGS: u8 = tcp_flag::SYN | tcp_flag::FIN | tcp_flag::RST | tcp_flag::ACK;
+    meta.is_numbered_flow()
+        && segment.flags & FLAGS == tcp_flag::ACK
+        && sequence.is_acknowledged_by(segment.acknowledgement)
+}
+
+/// Does the segment of a backend only go on where it had ended: [`BackendTransition::None`]?
+#[inline(always)]
+#[must_use]
+pub const fn goes_on(meta: Meta, sequence: SendSequence, segment: &Segment) -> bool {
+    const FLAGS: u8 = tcp_flag::SYN | tcp_flag::FIN | tcp_flag::RST;
+    let ahead = segment.sequence.wrapping_sub(sequence.next);
+    meta.is_numbered_flow() && !meta.has(RESET) && segment.flags & FLAGS == 0 && ahead <= REACH
+}
+
 /// After a segment of the client: the change, and the numbers from now on.
 #[inline(always)]
 #[must_use]
@@ -667,7 +686,31 @@ mod tests {
         if client { slot.client(flags, number) } else { slot.backend_answers(flags, number, number, payload) }
     }
 
+    /// Flags as segments have them.
+    fn any_segment() -> impl Strategy<Value = Segment> {
+        // Near the flow's numbers, so that each case is hit often.
+        let near = (-300i32..300).prop_map(|offset| sent(100).wrapping_add(offset.cast_unsigned()));
+        (0u8..64, near.clone(), near, 0usize..200)
+            .prop_map(|(flags, number, acknowledged, payload)| segment(flags, number, acknowledged, payload))
+    }
+
     proptest! {
+        /// The short ways are the same as the long ones.
+        #[test]
+        fn a_segment_that_changes_no_state_is_known_at_once(segment in any_segment(), flags in 0u32..32, behind in 0u32..200) {
+            let meta = Meta::new(Kind::Established, 7, 0).with(flags << 3);
+            let sequence = SendSequence { unacknowledged: sent(100 - behind.min(100)), next: sent(100) };
+            if is_acknowledgement(meta, sequence, &segment) {
+                let expected = (ClientTransition::Acknowledge, sequence.acknowledged(segment.acknowledgement));
+                prop_assert_eq!(client(meta, sequence, &segment), expected);
+            }
+            if goes_on(meta, sequence, &segment) {
+                let end = segment.sequence.wrapping_add(segment.payload as u32);
+                let (transition, now) = backend(meta, sequence, &segment, 0);
+                prop_assert_eq!((transition, now), (BackendTransition::None, sequence.sent_until(end)));
+            }
+        }
+
         /// Whatever is forged, a flow that is proven stays so, and what a reset of it must carry is what it was.
         #[test]
         fn a_blind_sender_changes_nothing_of_a_flow_that_a_segment_of_its_backend_does_not_restore(

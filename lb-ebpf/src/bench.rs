@@ -13,7 +13,7 @@ mod programs {
         programs::XdpContext,
     };
     use lb_common::{
-        bench::{FLOWS, PACKET, Place, Plan, call, client, direction},
+        bench::{FLOWS, IN_FLIGHT, PACKET, Place, Plan, STRIDE, call, client, direction},
         checksum::Delta,
         destination,
         flow::{Family, V4, V6},
@@ -61,6 +61,9 @@ mod programs {
         let plan = unsafe { &mut *plan };
         let flow = plan.next & plan.flow_mask;
         plan.next = flow.wrapping_add(1);
+        if flow == plan.flow_mask {
+            plan.round = plan.round.wrapping_add(1);
+        }
         if write(&context, plan, plan.first + flow).is_none() {
             return XDP_PASS;
         }
@@ -92,13 +95,17 @@ mod programs {
             direction::FORWARD => {
                 let (address, port) = client(flow);
                 let tcp = set_source(frame, plan.ipv6 != 0, Be32::new(address))?;
-                frame.at::<Tcp>(tcp)?.source = Be16::new(port);
+                let tcp = frame.at::<Tcp>(tcp)?;
+                tcp.source = Be16::new(port);
+                tcp.acknowledgement = Be32::new(plan.round);
             }
             direction::REPLY => {
                 let place = Place::of(*PLACE.get(flow / 2)?, flow);
                 set_source(frame, plan.ipv6 != 0, Be32::new(plan.backend + place.backend()))?;
                 let tcp = set_destination(frame, plan.ipv6 != 0, Be32::new(plan.snat + place.snat()))?;
-                frame.at::<Tcp>(tcp)?.destination = Be16::new(place.port());
+                let tcp = frame.at::<Tcp>(tcp)?;
+                tcp.destination = Be16::new(place.port());
+                tcp.sequence = Be32::new(plan.round.wrapping_mul(STRIDE).wrapping_add(IN_FLIGHT));
             }
             _ => {}
         }

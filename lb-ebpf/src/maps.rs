@@ -161,15 +161,6 @@ impl Maps for KernelMaps {
     }
 
     #[inline(always)]
-    fn blocked(&self, set: u32) -> u8 {
-        let set = set % SETS_PER_ADDRESS;
-        match BLOCKED.get(set / 16) {
-            Some(word) => (*word >> (set % 16 * WAYS as u32)) as u8 & 0x0f,
-            None => 0x0f,
-        }
-    }
-
-    #[inline(always)]
     fn allows(&self, service: u16, client: [u64; 2]) -> bool {
         let [high, low] = client;
         barrier_var(map_allows(service.into(), high, low)) != 0
@@ -221,6 +212,15 @@ impl FlowTables for KernelMaps {
     fn return_hop6(&self, set: u32, way: u32) -> Option<&Cell16> {
         let hops = RETURN_HOP6.get(set)?;
         Some(&hops.ways[barrier_index(way) as usize % WAYS])
+    }
+
+    #[inline(always)]
+    fn blocked6(&self, set: u32) -> u8 {
+        let set = set % SETS_PER_ADDRESS;
+        match BLOCKED.get(set / 16) {
+            Some(word) => (*word >> (set % 16 * WAYS as u32)) as u8 & 0x0f,
+            None => 0x0f,
+        }
     }
 
     #[inline(always)]

@@ -8,7 +8,9 @@
 
 use aya_ebpf::bindings::xdp_md;
 use lb_common::{
+    backend_event::backend_event,
     class::Class,
+    client_event::{ClientAnswer, client_event},
     destination,
     disposition::Disposition,
     flow::{Choice, Claim, Claimer, Family, Found, Query, Slot, V4, V6, choose, claim_free, find_in, take},
@@ -18,7 +20,9 @@ use lb_common::{
     layout::{Config, INTERFACES, SNAT_ADDRESSES, family},
     maps::Maps as _,
     meta::Meta,
-    next_hop, parse, pipeline, refuse, reply, rewrite,
+    next_hop,
+    parse::{self, Segment},
+    pipeline, refuse, reply, rewrite,
     subprograms::Subprograms,
 };
 
@@ -103,6 +107,33 @@ impl Subprograms for KernelMaps {
         } else {
             flow6_take(query.cast(), claimer, found)
         }))
+    }
+
+    #[inline(always)]
+    fn client_event<A: Family>(
+        &self,
+        query: &Query<A::Tuple>,
+        found: Found,
+        segment: &Segment,
+        service: u16,
+    ) -> ClientAnswer {
+        let [numbers, rest] = segment.words();
+        let query = (&raw const *query).cast::<()>();
+        ClientAnswer::from_word(barrier_var(if A::NUMBER == family::IPV4 {
+            flow4_client_event(query.cast(), found.word(), numbers, rest, service.into())
+        } else {
+            flow6_client_event(query.cast(), found.word(), numbers, rest, service.into())
+        }))
+    }
+
+    #[inline(always)]
+    fn backend_event<A: Family>(&self, found: Found, segment: &Segment, service: u16) -> u64 {
+        let [numbers, rest] = segment.words();
+        barrier_var(if A::NUMBER == family::IPV4 {
+            flow4_backend_event(found.word(), numbers, rest, service.into())
+        } else {
+            flow6_backend_event(found.word(), numbers, rest, service.into())
+        })
     }
 
     #[inline(always)]
@@ -276,7 +307,10 @@ extern "C" fn map_is_backend(family: u64, high: u64, low: u64, port: u64) -> u64
 }
 
 macro_rules! subprograms {
-    ($family:ty, $find:ident, $free:ident, $choose:ident, $take:ident, $segments:ident, $icmp:ident, $refuse:ident) => {
+    (
+        $family:ty, $find:ident, $free:ident, $choose:ident, $take:ident, $client_event:ident, $backend_event:ident,
+        $segments:ident, $icmp:ident, $refuse:ident
+    ) => {
         /// See [`pipeline::segments`].
         #[unsafe(no_mangle)]
         #[inline(never)]
@@ -307,6 +341,35 @@ macro_rules! subprograms {
                 Disposition::from_word(refused),
             )
             .word()
+        }
+
+        /// See [`client_event`]; `found`, the segment and the result are packed.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $client_event(
+            query: *const Query<<$family as Family>::Tuple>,
+            found: u64,
+            numbers: u64,
+            rest: u64,
+            service: u64,
+        ) -> u64 {
+            // SAFETY: null, or the caller's structure.
+            let (Some(query), Some(maps)) = (unsafe { query.as_ref() }, KernelMaps::new()) else {
+                return 0;
+            };
+            let segment = Segment::from_words([numbers, rest]);
+            client_event::<$family, _>(&maps, query, Found::from_word(found), &segment, service as u16).word()
+        }
+
+        /// See [`backend_event`]; `found` and the segment are packed.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $backend_event(found: u64, numbers: u64, rest: u64, service: u64) -> u64 {
+            let Some(maps) = KernelMaps::new() else {
+                return 0;
+            };
+            let segment = Segment::from_words([numbers, rest]);
+            backend_event::<$family, _>(&maps, Found::from_word(found), &segment, service as u16)
         }
 
         /// See [`find_in`]; `except` and the result are packed.
@@ -382,6 +445,8 @@ subprograms!(
     flow4_claim_free,
     flow4_choose,
     flow4_take,
+    flow4_client_event,
+    flow4_backend_event,
     frame4_segments,
     frame4_icmp,
     frame4_refuse
@@ -392,6 +457,8 @@ subprograms!(
     flow6_claim_free,
     flow6_choose,
     flow6_take,
+    flow6_client_event,
+    flow6_backend_event,
     frame6_segments,
     frame6_icmp,
     frame6_refuse

@@ -111,7 +111,7 @@ impl<F: Family, M: Maps> LoopBody for Weighing<'_, F, M> {
         let slot = Slot { set, way };
         let (priority, _) = EvictionPriority::of::<F, M>(&self.maps, ways, slot, self.claimer, config);
         // A blocked way is as protected as a way can be.
-        let blocked = u32::from(self.maps.blocked(set)) >> way & 1;
+        let blocked = u32::from(F::blocked(&self.maps, ways, set)) >> way & 1;
         let priority = priority.0 | blocked.wrapping_neg();
         let numbered = config.hide_from_verifier(u64::from(priority) << 32 | u64::from(number << 2 | way));
         if numbered < self.best {
@@ -165,10 +165,10 @@ pub fn claim_free<F: Family, M: Subprograms>(maps: &M, query: &Query<F::Tuple>, 
     let free = [free_ways::<F>(first_ways), free_ways::<F>(second_ways)];
     let swapped = emptier(maps, free[0], free[1]);
     let (set, free) = (pick(swapped, query.home, query.second), pick(swapped, free[0], free[1]));
-    let free = free & !u32::from(maps.blocked(set));
     let Some(ways) = F::set(maps, set) else {
         return Claim::UNDECIDED;
     };
+    let free = free & !u32::from(F::blocked(maps, ways, set));
     if free == 0 {
         return Claim::UNDECIDED;
     }

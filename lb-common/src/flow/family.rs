@@ -44,6 +44,8 @@ pub trait Family: Copy + 'static {
     fn return_hop<'a, T: FlowTables>(tables: &'a T, set: &'a Self::Set, slot: Slot) -> Option<&'a Cell16>;
     /// This set's overflow mark; `index` is where it is.
     fn overflow<'a, T: FlowTables>(tables: &'a T, set: &'a Self::Set, index: u32) -> Option<&'a Cell8>;
+    /// The ways of this set whose ports must not become slots, by bit; `index` is where it is.
+    fn blocked<T: FlowTables>(tables: &T, set: &Self::Set, index: u32) -> u8;
     /// An SNAT address, as words.
     fn snat(config: &Config, index: usize) -> [u64; 2];
     /// How many SNAT addresses there are.
@@ -128,6 +130,11 @@ impl Family for V4 {
     #[inline(always)]
     fn overflow<'a, T: FlowTables>(_: &'a T, set: &'a Set4, _: u32) -> Option<&'a Cell8> {
         Some(&set.overflow)
+    }
+
+    #[inline(always)]
+    fn blocked<T: FlowTables>(_: &T, set: &Set4, _: u32) -> u8 {
+        set.blocked.load()
     }
 
     #[inline(always)]
@@ -250,6 +257,11 @@ impl Family for V6 {
     #[inline(always)]
     fn overflow<'a, T: FlowTables>(tables: &'a T, _: &'a Set6, index: u32) -> Option<&'a Cell8> {
         tables.overflow6(index)
+    }
+
+    #[inline(always)]
+    fn blocked<T: FlowTables>(tables: &T, _: &Set6, index: u32) -> u8 {
+        tables.blocked6(index)
     }
 
     #[inline(always)]

@@ -80,6 +80,10 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 #[cfg(feature = "bench-object")]
 pub static BENCH_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-ebpf-bench"));
 
+/// The smallest MTU that a router may ask an IPv4 sender for: what Linux takes for the smallest by default
+/// (`net.ipv4.route.min_pmtu`, `Documentation/networking/ip-sysctl.rst`).
+const MTU_FLOOR: u32 = 552;
+
 /// The map of what is looked at for every packet: see [`layout::Control`].
 const CONTROL: &str = "CONTROL";
 
@@ -133,7 +137,6 @@ pub struct Dataplane {
     backends: Mapped<layout::Backend>,
     selection: Mapped<u64>,
     tables: Tables,
-    blocked: Mapped<u64>,
     next_hops: Mapped<Cell64>,
     clock: Mapped<u64>,
     flight_recorder: FlightRecorder,
@@ -260,7 +263,6 @@ impl Dataplane {
             backends: control.backends(),
             selection: mapped(&mut ebpf, "SELECTION")?,
             tables: Tables::of(&mut ebpf)?,
-            blocked: mapped(&mut ebpf, "BLOCKED")?,
             next_hops: mapped(&mut ebpf, "NEXT_HOP")?,
             clock: mapped(&mut ebpf, "CLOCK")?,
             flight_recorder: FlightRecorder::of(&mut ebpf)?,
@@ -289,7 +291,12 @@ impl Dataplane {
     }
 
     fn configure(&mut self, settings: &Settings) -> Result<(), DataplaneError> {
-        let mut config = layout::Config { key: hash::Key::new(settings.secret), epoch: 1, ..self.settings() };
+        let mut config = layout::Config {
+            key: hash::Key::new(settings.secret),
+            epoch: 1,
+            mtu_floor: MTU_FLOOR,
+            ..self.settings()
+        };
         (config.first_set, config.sets, config.partners) = sets(&settings.snat_ports);
         self.ticks.apply(&mut config);
         self.config.write(0, config);
@@ -389,20 +396,25 @@ impl Dataplane {
 
     /// Never uses a port as a slot from now on. A flow that has it keeps it.
     pub fn block(&mut self, port: u16) {
-        let word = usize::from(port / 64);
-        let bits = self.blocked.read(word).unwrap_or_default();
-        self.blocked.write(word, bits | 1 << (port % 64));
+        self.tables.block(port);
     }
 
     /// Never uses these ports as slots, and uses any other again. A flow that has one keeps it.
     pub fn set_blocked(&mut self, ports: &BTreeSet<u16>) {
-        for word in 0..self.blocked.len() {
-            let first = word as u32 * 64;
-            let bits = ports
-                .range(first as u16..=(first + 63) as u16)
-                .fold(0, |bits: u64, port| bits | 1 << (port % 64));
-            self.blocked.write(word, bits);
-        }
+        self.tables.block_only(ports);
+    }
+
+    /// Says whether flows are still being copied into the tables from those of an earlier version: then packets of no flow
+    /// are dropped.
+    pub fn hold(&mut self, hold: bool) {
+        let mut config = self.settings();
+        config.hold = hold.into();
+        self.config.write(0, config);
+    }
+
+    /// The flow tables.
+    pub fn tables(&self) -> &Tables {
+        &self.tables
     }
 
     /// Gives a backend the id `id`, which must be new: from 1, and never used for another address.

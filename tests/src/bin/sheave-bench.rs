@@ -14,17 +14,18 @@ use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use clap::{Parser, Subcommand};
 use etherparse::PacketBuilder;
 use lb_common::{
-    bench::{FLOWS, PACKET, Place, Plan, call, client, direction},
-    flow::{Family, V4, V6},
+    bench::{FLOWS, IN_FLIGHT, PACKET, Place, Plan, call, client, direction},
+    flow::{Family, Slot, V4, V6},
     hash::split_mix,
     layout::{SETS_PER_ADDRESS, Set4, Set6, WAYS},
-    meta::{CLIENT_ACK, Kind, Meta, SYN_ACK},
+    meta::{Kind, Meta, NUMBERED},
+    sequence::SendSequence,
 };
 use lb_tests::{
     cluster::{Cluster, Shape},
     failover, node,
 };
-use lb_userspace::dataplane::{BENCH_OBJECT, Dataplane, Listener, Mapped, Port, Settings};
+use lb_userspace::dataplane::{BENCH_OBJECT, Dataplane, Listener, Mapped, Port, Settings, Tables};
 
 /// Measures sheave.
 #[derive(Parser)]
@@ -225,6 +226,8 @@ struct Bench {
     plan: Mapped<Plan>,
     ipv6: bool,
     flows: u32,
+    /// See [`Plan::round`].
+    round: u32,
 }
 
 impl Bench {
@@ -247,7 +250,7 @@ impl Bench {
         dataplane.select(0, ipv6, &members)?;
         dataplane.program("bench")?.load()?;
         let plan = dataplane.map("PLAN")?;
-        let mut bench = Self { dataplane, plan, ipv6, flows };
+        let mut bench = Self { dataplane, plan, ipv6, flows, round: 0 };
         bench.establish(addresses)?;
         Ok(bench)
     }
@@ -259,11 +262,9 @@ impl Bench {
         self.run(&self.plan(Case::NewFlow, call::PROGRAM, FLOWS, FLOWS), others)?;
         let places = self.dataplane.map("PLACE")?;
         let claimed = if self.ipv6 {
-            let flows: Mapped<Set6> = self.dataplane.map("FLOW6")?;
-            prove::<V6>(&flows, &places, self.ipv6)
+            prove::<V6>(self.dataplane.tables(), &places, self.ipv6)
         } else {
-            let flows: Mapped<Set4> = self.dataplane.map("FLOW4")?;
-            prove::<V4>(&flows, &places, self.ipv6)
+            prove::<V4>(self.dataplane.tables(), &places, self.ipv6)
         };
         ensure!(claimed == self.flows + others, "{claimed} of {} flows have a slot", self.flows + others);
         Ok(())
@@ -284,6 +285,8 @@ impl Bench {
             first,
             snat: last_four(vip(self.ipv6, 0)),
             backend: last_four(backend(self.ipv6, 0)),
+            round: self.round,
+            reserved: 0,
             packet: packet(case, self.ipv6),
         }
     }
@@ -294,12 +297,15 @@ impl Bench {
             Case::NewFlow => (call::PROGRAM_AND_FREE, call::FREE, 2 * FLOWS),
             _ => (call::PROGRAM, call::NOTHING, 0),
         };
-        let with = self.plan(case, call, first, self.flows);
-        let without = Plan { call: nothing, ..with };
+        let plan = self.plan(case, call, first, self.flows);
+        // Numbers go on from round to round, as those of real flows do.
+        let turns = packets.div_ceil(self.flows);
         let (mut ns, mut empty_ns) = (u32::MAX, u32::MAX);
         for _ in 0..rounds {
-            empty_ns = empty_ns.min(self.run(&without, packets)?);
-            ns = ns.min(self.run(&with, packets)?);
+            let plan = Plan { round: self.round, ..plan };
+            self.round += turns;
+            empty_ns = empty_ns.min(self.run(&Plan { call: nothing, ..plan }, packets)?);
+            ns = ns.min(self.run(&plan, packets)?);
         }
         self.check(case, u64::from(rounds * packets))?;
         Ok(Figure { case: case.name(), family: family_name(self.ipv6), flows: self.flows, ns, empty_ns })
@@ -380,17 +386,20 @@ fn addresses(flows: u32) -> u32 {
 }
 
 /// Makes every claimed slot an established flow's, and notes where each of the measured flows is.
-fn prove<F: Family>(flows: &Mapped<F::Set>, places: &Mapped<u64>, ipv6: bool) -> u32 {
+fn prove<F: Family>(tables: &Tables, places: &Mapped<u64>, ipv6: bool) -> u32 {
     let mut claimed = 0;
-    for index in 0..flows.len() as u32 {
-        let Some(set) = flows.get(index as usize) else { continue };
+    for (index, set) in tables.first::<F>(tables.sets::<F>()) {
         for way in 0..WAYS as u32 {
             let meta = Meta(F::meta(set, way).load());
             if !meta.is(Kind::HalfOpen) {
                 continue;
             }
             claimed += 1;
-            F::meta(set, way).store(meta.become_kind(Kind::Established).with(SYN_ACK | CLIENT_ACK).0);
+            F::meta(set, way).store(meta.become_kind(Kind::Established).with(NUMBERED).0);
+            if let Some(numbers) = tables.numbers::<F>(Slot { set: index, way }) {
+                let now = SendSequence { unacknowledged: 0, next: IN_FLIGHT };
+                numbers.store(numbers.load(), now);
+            }
             let (address, port, _) = F::parts(F::load(set, way));
             let last = if ipv6 { (address[1] >> 32) as u32 } else { address[0] as u32 };
             let flow = (u32::from_be(last) - client(0).0) << 12 | u32::from(u16::from_be(port) - client(0).1);

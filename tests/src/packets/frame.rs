@@ -10,7 +10,7 @@ use etherparse::{
 };
 pub use lb_common::headers::tcp_flag::{ACK, FIN, RST, SYN};
 
-use super::world::{LB_MAC, ROUTER_MAC};
+use super::world::{BACKEND_START, CLIENT_START, LB_MAC, ROUTER_MAC};
 
 /// "Push", which changes nothing for us.
 pub const PSH: u8 = 1 << 3;
@@ -78,8 +78,8 @@ impl Frame {
             extensions: Vec::new(),
             fragment: None,
             flags: ACK,
-            sequence: 1000,
-            acknowledgement: 2000,
+            sequence: CLIENT_START,
+            acknowledgement: BACKEND_START + 1,
             tcp_options: Vec::new(),
             payload: Vec::new(),
             padding: 0,

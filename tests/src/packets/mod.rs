@@ -10,6 +10,6 @@ mod world;
 pub use frame::{ACK, FIN, Fragment, Frame, Icmp, PSH, RST, SYN, Tag, extension};
 pub use seen::{Inside, Seen};
 pub use world::{
-    Change, Exchange, Flow, Ip, LB_MAC, LISTENER_PORT, LOOPBACK, Processor, ROUTER_MAC, Shape, Taken, World,
-    backend_mac,
+    BACKEND_START, CLIENT_START, Change, Exchange, Flow, Ip, LB_MAC, LISTENER_PORT, LOOPBACK, Processor,
+    ROUTER_MAC, Shape, Taken, World, backend_mac,
 };

@@ -10,18 +10,23 @@ use std::{
 use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use aya_obj::programs::XdpAttachType;
 use lb_common::{
-    flow::{Family, V4, V6},
-    layout::{SETS_PER_ADDRESS, Set4, Set6, WAYS},
+    flow::{Family, Slot, V4, V6},
+    layout::{SETS_PER_ADDRESS, WAYS},
     meta::{Kind, Meta},
     outcome::{Action, COUNTERS, Counter, Event, Outcome},
+    sequence::SendSequence,
 };
-use lb_userspace::dataplane::{Dataplane, FlowFilter, Listener, Mapped, OBJECT, Port, Settings, Walk};
+use lb_userspace::dataplane::{Dataplane, FlowFilter, Listener, OBJECT, Port, Settings, Tables, Walk};
 
 use super::{
     frame::{ACK, Frame, PSH, SYN},
     seen::{Inside, Seen},
 };
 
+/// The number of the SYN of every client.
+pub const CLIENT_START: u32 = 1000;
+/// The number of the SYN-ACK of every backend.
+pub const BACKEND_START: u32 = 1999;
 /// The load balancer's MAC address.
 pub const LB_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// The neighbour that clients' packets come from.
@@ -136,13 +141,7 @@ pub struct World {
     backends: u8,
     services: usize,
     snat: Vec<IpAddr>,
-    flows: Flows,
     counted: Vec<u64>,
-}
-
-enum Flows {
-    V4(Mapped<Set4>),
-    V6(Mapped<Set6>),
 }
 
 impl World {
@@ -185,17 +184,12 @@ impl World {
             dataplane.set_next_hop(id, Some((backend_mac(id), shape.ports.len() - 1)));
         }
         let services = shape.listeners.iter().map(|(_, service)| service + 1).max().unwrap_or(0);
-        let flows = match shape.ip {
-            Ip::V4 => Flows::V4(dataplane.map("FLOW4").unwrap()),
-            Ip::V6 => Flows::V6(dataplane.map("FLOW6").unwrap()),
-        };
         let mut world = Self {
             dataplane,
             ip: shape.ip,
             backends: shape.backends,
             services,
             snat: shape.snat.clone(),
-            flows,
             counted: Vec::new(),
         };
         for service in 0..services {
@@ -298,10 +292,10 @@ impl World {
         Flow { client, listener, snat: seen.source, backend }
     }
 
-    /// Proves a flow that was opened: SYN-ACK, ACK, request, answer.
+    /// Proves a flow that was opened: SYN-ACK, ACK; a request, and that it was received.
     pub fn prove(&mut self, flow: &Flow) {
         let handshake = [
-            (Frame { flags: SYN | ACK, ..flow.from_backend() }, Outcome::Replied),
+            (flow.syn_ack(), Outcome::Replied),
             (flow.from_client(), Outcome::Forwarded),
             (
                 Frame { flags: PSH | ACK, payload: b"GET /".to_vec(), ..flow.from_client() },
@@ -343,9 +337,9 @@ impl World {
 
     /// Every slot that is not free.
     pub fn slots(&self) -> Vec<Taken> {
-        match &self.flows {
-            Flows::V4(flows) => slots::<V4>(flows),
-            Flows::V6(flows) => slots::<V6>(flows),
+        match self.ip {
+            Ip::V4 => slots::<V4>(self.dataplane.tables()),
+            Ip::V6 => slots::<V6>(self.dataplane.tables()),
         }
     }
 
@@ -377,20 +371,22 @@ impl World {
         let way = u32::from(slot.port) % WAYS as u32;
         let units =
             |meta: Meta, units: u16| Meta(meta.0 & 0xffff | u32::from(meta.seen().wrapping_sub(units)) << 16);
-        let (word, last_ack) = match &self.flows {
-            Flows::V4(flows) => {
-                let set = flows.get(set).unwrap();
-                (V4::meta(set, way), V4::last_ack(set, way))
+        let tables = self.dataplane.tables();
+        let slot = Slot { set: set as u32, way };
+        let (word, numbers) = match self.ip {
+            Ip::V4 => {
+                (V4::meta(V4::set(tables, slot.set).unwrap(), way), tables.numbers::<V4>(slot).unwrap())
             }
-            Flows::V6(flows) => {
-                let set = flows.get(set).unwrap();
-                (V6::meta(set, way), V6::last_ack(set, way))
+            Ip::V6 => {
+                (V6::meta(V6::set(tables, slot.set).unwrap(), way), tables.numbers::<V6>(slot).unwrap())
             }
         };
         let meta = Meta(word.load());
         match change {
             Change::Older(seconds) => word.store(units(meta, seconds).0),
-            Change::ClaimedBefore(jiffies) => last_ack.store(last_ack.load().wrapping_sub(jiffies)),
+            Change::ClaimedBefore(jiffies) => {
+                numbers.unacknowledged.store(numbers.load().unacknowledged.wrapping_sub(jiffies));
+            }
             Change::Word(meta) => word.store(meta.0),
         }
     }
@@ -420,14 +416,14 @@ pub struct Taken {
     pub client: SocketAddr,
     /// Its listener's id: its place among the listeners, from 1.
     pub listener: u16,
-    /// The acknowledgement number of its client's last segment.
-    pub last_ack: u32,
+    /// What both of its ends have said.
+    pub sequence: SendSequence,
 }
 
-fn slots<F: Family>(flows: &Mapped<F::Set>) -> Vec<Taken> {
+fn slots<F: Family>(tables: &Tables) -> Vec<Taken> {
     let mut slots = Vec::new();
-    for index in 0..flows.len() {
-        let set = flows.get(index).unwrap();
+    for (set_index, set) in tables.first::<F>(tables.sets::<F>()) {
+        let index = set_index as usize;
         for way in 0..WAYS as u32 {
             let meta = Meta(F::meta(set, way).load());
             if meta.is(Kind::Free) {
@@ -448,7 +444,7 @@ fn slots<F: Family>(flows: &Mapped<F::Set>) -> Vec<Taken> {
                 meta,
                 client: SocketAddr::new(ip, u16::from_be(port)),
                 listener,
-                last_ack: F::last_ack(set, way).load(),
+                sequence: tables.numbers::<F>(Slot { set: set_index, way }).unwrap().load(),
             });
         }
     }
@@ -550,15 +546,26 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// A bare ACK of the client.
+    /// A bare ACK of the client, which has sent and acknowledged nothing but SYN and SYN-ACK.
     pub fn from_client(&self) -> Frame {
-        Frame::new(self.client, self.listener)
+        let (sequence, acknowledgement) = (CLIENT_START + 1, BACKEND_START + 1);
+        Frame { sequence, acknowledgement, ..Frame::new(self.client, self.listener) }
     }
 
-    /// A bare ACK of the backend.
+    /// A bare ACK of the backend, likewise.
     pub fn from_backend(&self) -> Frame {
         let ip = if self.client.is_ipv4() { Ip::V4 } else { Ip::V6 };
-        Frame { macs: (backend_mac(self.backend), LB_MAC), ..Frame::new(ip.backend(self.backend), self.snat) }
+        Frame {
+            macs: (backend_mac(self.backend), LB_MAC),
+            sequence: BACKEND_START + 1,
+            acknowledgement: CLIENT_START + 1,
+            ..Frame::new(ip.backend(self.backend), self.snat)
+        }
+    }
+
+    /// The backend's SYN-ACK.
+    pub fn syn_ack(&self) -> Frame {
+        Frame { flags: SYN | ACK, sequence: BACKEND_START, ..self.from_backend() }
     }
 }
 

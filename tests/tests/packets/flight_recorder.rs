@@ -4,11 +4,11 @@ use std::{net::SocketAddr, time::Duration};
 
 use lb_common::{
     flight_recorder::{Refusal, ResetReason, Silence},
-    meta::{BACKEND_FIN, CLIENT_ACK, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
+    meta::{BACKEND_FIN, CLIENT_FIN, Kind, Meta, NUMBERED, SYN_ACK},
     outcome::Outcome,
 };
 use lb_tests::packets::{ACK, Change, FIN, Flow, Frame, Ip, PSH, RST, Shape, World};
-use lb_userspace::dataplane::{Account, Entry, FlowFilter, Walk, What};
+use lb_userspace::dataplane::{Account, Entry, FlowFilter, IdlePolicy, Walk, What};
 
 /// What is written about a client, and not what was before.
 fn written(world: &World, client: SocketAddr) -> Vec<Entry> {
@@ -59,9 +59,9 @@ fn a_rst_is_written_down_with_who_sent_it_and_what_it_ended() {
         for by_client in [true, false] {
             let mut world = World::new(ip);
             let flow = world.establish(ip.client(1));
-            says(&mut world, &flow, by_client, RST);
-            says(&mut world, &flow, by_client, RST);
-            let before = state(Kind::Established, SYN_ACK | CLIENT_ACK);
+            says(&mut world, &flow, by_client, RST | ACK);
+            says(&mut world, &flow, by_client, RST | ACK);
+            let before = state(Kind::Established, NUMBERED);
             assert_eq!(whats(&world, flow.client)[2..], [What::Reset { by_client, before }]);
         }
         let mut world = World::new(ip);
@@ -150,7 +150,9 @@ fn only_syns_are_worth_a_record_when_there_is_no_way() {
 #[test]
 fn whoever_loses_its_slot_to_another_is_written_down_before_the_other_has_it() {
     for ip in Ip::BOTH {
-        for (kind, flags) in [(Kind::HalfOpen, 0), (Kind::HalfOpen, SYN_ACK), (Kind::Established, RESET)] {
+        for (kind, flags) in
+            [(Kind::HalfOpen, 0), (Kind::HalfOpen, SYN_ACK), (Kind::HalfOpen, SYN_ACK | NUMBERED)]
+        {
             let mut world = World::build(&Shape { snat_ports: 2048..=2051, backends: 2, ..Shape::new(ip) });
             let flows: Vec<_> = (1..=4).map(|number| world.open(ip.client(number), ip.listener())).collect();
             for slot in world.slots() {
@@ -221,16 +223,16 @@ fn a_flow_that_is_forgotten_is_written_down_once_and_a_closed_one_is_not() {
         let begun = world.open(ip.client(1), ip.listener());
         let idle = world.establish(ip.client(2));
         let over = world.establish(ip.client(3));
-        says(&mut world, &over, true, RST);
+        says(&mut world, &over, true, RST | ACK);
         for flow in [begun, idle, over] {
             world.change(&world.taken(&flow), Change::Older(3000));
         }
         for _ in 0..2 {
-            world.dataplane.reap(&[Duration::from_secs(600)]).unwrap();
+            world.dataplane.reap(&[IdlePolicy { timeout: Duration::from_secs(600), tell: false }]).unwrap();
         }
         let last = |client| *whats(&world, client).last().unwrap();
         assert_eq!(last(begun.client), What::Forgotten { before: state(Kind::HalfOpen, 0) });
-        let established = state(Kind::Established, SYN_ACK | CLIENT_ACK);
+        let established = state(Kind::Established, NUMBERED);
         assert_eq!(last(idle.client), What::Forgotten { before: established });
         assert_eq!((whats(&world, begun.client).len(), whats(&world, idle.client).len()), (2, 3));
         assert_eq!(last(over.client), What::Reset { by_client: true, before: established });

@@ -15,10 +15,14 @@ fn errors(ip: Ip) -> Vec<(u8, u8)> {
 
 /// What the two sides of a flow have on the wire: from the listener to the client, from the SNAT address to the
 /// backend.
-fn on_the_wire(flow: &Flow, ip: Ip) -> [Frame; 2] {
+fn on_the_wire(world: &mut World, flow: &Flow) -> [Frame; 2] {
     let payload = b"0123456789".to_vec();
-    [Frame::new(flow.listener, flow.client), Frame::new(flow.snat, ip.backend(flow.backend))]
-        .map(|frame| Frame { payload: payload.clone(), ..frame })
+    let answer = Frame { payload: payload.clone(), ..flow.from_backend() };
+    assert_eq!(world.run(&answer.bytes()).outcome, Outcome::Replied);
+    [
+        Frame { source: flow.listener, destination: flow.client, ..answer },
+        Frame { payload, ..Frame::new(flow.snat, world.ip.backend(flow.backend)) },
+    ]
 }
 
 #[test]
@@ -27,7 +31,7 @@ fn an_error_about_a_clients_flow_reaches_its_backend_and_the_other_way_round() {
         let mut world = World::new(ip);
         let flow = world.establish(ip.client(1));
         let backend = ip.backend(flow.backend);
-        let [to_client, to_backend] = on_the_wire(&flow, ip);
+        let [to_client, to_backend] = on_the_wire(&mut world, &flow);
         for kind in errors(ip) {
             // As much of TCP as must be quoted, a whole header, and payload with it.
             for bytes in [8, 20, 30] {
@@ -70,7 +74,7 @@ fn errors_about_no_flow_and_other_messages_pass() {
     for ip in Ip::BOTH {
         let mut world = World::new(ip);
         let flow = world.establish(ip.client(1));
-        let [to_client, to_backend] = on_the_wire(&flow, ip);
+        let [to_client, to_backend] = on_the_wire(&mut world, &flow);
         let router = ip.router();
         let error = |sent: &Frame| Icmp::too_big(router, sent, 8);
         let elsewhere = |frame: &Frame, port: u16| {
@@ -109,7 +113,7 @@ fn an_error_that_cannot_be_sent_on_is_dropped_under_its_own_name() {
     for ip in Ip::BOTH {
         let mut world = World::new(ip);
         let flow = world.establish(ip.client(1));
-        let [to_client, to_backend] = on_the_wire(&flow, ip);
+        let [to_client, to_backend] = on_the_wire(&mut world, &flow);
         let mut late = Icmp::too_big(ip.router(), &to_backend, 8);
         late.outer.ttl = 1;
         assert_eq!(world.run(&late.bytes()).outcome, Outcome::TtlExpired);
@@ -131,12 +135,57 @@ fn an_error_in_a_vlan_is_translated_too() {
         let tags = vec![(0x8100, 42)];
         let ports = vec![Shape::port(LOOPBACK, &[]), Shape::port(LOOPBACK, &tags)];
         let mut world = World::build(&Shape { ports, ..Shape::new(ip) });
-        let flow = world.open(ip.client(1), ip.listener());
-        let [to_client, to_backend] = on_the_wire(&flow, ip);
+        let flow = world.establish(ip.client(1));
+        let [to_client, to_backend] = on_the_wire(&mut world, &flow);
         let exchange = world.run(&Icmp::too_big(ip.router(), &to_client, 8).bytes());
         assert_eq!(exchange.seen().tags, tags, "into the backends' VLAN");
         let mut error = Icmp::too_big(ip.router(), &to_backend, 8);
         error.outer.tags = tags;
         assert_eq!(world.run(&error.bytes()).seen().tags, [], "out of it");
+    }
+}
+
+/// What the error asks its receiver for: the last four bytes of its header.
+fn asked(world: &mut World, error: &Icmp) -> u32 {
+    let exchange = world.run(&error.bytes());
+    assert_eq!(exchange.outcome, Outcome::IcmpTranslated);
+    let Inside::Icmp { word, .. } = exchange.seen().inside else { panic!("no ICMP") };
+    u32::from_be_bytes(word)
+}
+
+#[test]
+fn a_backend_is_asked_for_smaller_packets_only_by_who_saw_one() {
+    for ip in Ip::BOTH {
+        let mut world = World::new(ip);
+        let flow = world.establish(ip.client(1));
+        let nothing_sent = Frame { source: flow.listener, destination: flow.client, ..flow.from_backend() };
+        let error = Icmp::too_big(ip.router(), &nothing_sent, 8);
+        assert_eq!(world.run(&error.bytes()).outcome, Outcome::IcmpUnproven);
+        let [to_client, to_backend] = on_the_wire(&mut world, &flow);
+        for sequence in [to_client.sequence - 1, to_client.sequence + 10, 0xdead_beef] {
+            let error = Icmp::too_big(ip.router(), &Frame { sequence, ..to_client.clone() }, 8);
+            assert_eq!(world.run(&error.bytes()).outcome, Outcome::IcmpUnproven, "{sequence}");
+        }
+        for sequence in [to_client.sequence, to_client.sequence + 9] {
+            let error = Icmp::too_big(ip.router(), &Frame { sequence, ..to_client.clone() }, 8);
+            assert_eq!(asked(&mut world, &error), 1280);
+        }
+        // What the client itself sent is its own kernel's to compare.
+        assert_eq!(asked(&mut world, &Icmp::too_big(ip.router(), &to_backend, 8)), 1280);
+    }
+}
+
+#[test]
+fn nobody_is_asked_for_packets_that_are_too_small() {
+    for ip in Ip::BOTH {
+        let mut world = World::new(ip);
+        let flow = world.establish(ip.client(1));
+        let floor = if ip == Ip::V4 { 552 } else { 1280 };
+        for sent in on_the_wire(&mut world, &flow) {
+            for mtu in [0, 68, floor - 1, floor, floor + 1, 1400] {
+                let error = Icmp { word: u32::to_be_bytes(mtu), ..Icmp::too_big(ip.router(), &sent, 8) };
+                assert_eq!(asked(&mut world, &error), mtu.max(floor));
+            }
+        }
     }
 }

@@ -8,9 +8,10 @@ use lb_common::{
     outcome::{Event, Outcome},
 };
 use lb_tests::packets::{
-    ACK, Change, FIN, Flow, Frame, Inside, Ip, LB_MAC, PSH, ROUTER_MAC, RST, SYN, Shape, World, backend_mac,
+    ACK, BACKEND_START, Change, FIN, Flow, Frame, Inside, Ip, LB_MAC, PSH, ROUTER_MAC, RST, SYN, Shape,
+    World, backend_mac,
 };
-use lb_userspace::dataplane::{FlowFilter, Walk};
+use lb_userspace::dataplane::{FlowFilter, IdlePolicy, Walk};
 
 /// An established flow that was reset.
 fn killed(world: &mut World, client: u32) -> Flow {
@@ -81,6 +82,9 @@ fn a_rst_is_never_answered_but_sent_on() {
             assert_eq!((exchange.outcome, exchange.seen().flags()), (Outcome::Forwarded, flags));
         }
         assert!(world.taken(&flow).meta.is_untold(), "a client's RST may be forged: it proves nothing");
+        let forged = Frame { flags: RST, sequence: 0xdead_beef, ..flow.from_backend() };
+        assert_eq!(world.run(&forged.bytes()).outcome, Outcome::Replied);
+        assert!(world.taken(&flow).meta.is_untold(), "nor does one in the backend's name");
         for flags in [RST, RST | ACK] {
             let said = Frame { flags, ..flow.from_backend() };
             let exchange = world.run(&said.bytes());
@@ -94,9 +98,16 @@ fn a_rst_is_never_answered_but_sent_on() {
 fn what_a_client_acknowledges_last_is_what_a_repeated_rst_needs() {
     for ip in Ip::BOTH {
         let mut world = World::new(ip);
-        let flow = killed(&mut world, 1);
-        world.run(&Frame { acknowledgement: 4711, ..flow.from_client() }.bytes());
-        assert_eq!(world.taken(&flow).last_ack, 4711);
+        let flow = world.establish(ip.client(1));
+        let said = Frame { flags: PSH | ACK, payload: vec![1; 100], ..flow.from_backend() };
+        world.run(&said.bytes());
+        assert_eq!(world.kill(&flow), 1);
+        let acknowledged = BACKEND_START + 101;
+        for acknowledgement in [acknowledged, 4711] {
+            let exchange = world.run(&Frame { acknowledgement, ..flow.from_client() }.bytes());
+            assert_eq!(exchange.outcome, Outcome::ResetClient);
+            assert_eq!(world.taken(&flow).sequence.unacknowledged, acknowledged, "and a forged one does not");
+        }
     }
 }
 
@@ -204,8 +215,13 @@ fn a_backends_payload_is_a_sign_of_life_and_its_acknowledgement_is_not() {
         let heard = |world: &mut World| world.dataplane.heard().unwrap()[usize::from(flow.backend)];
         world.prove(&flow);
         world.run(&flow.from_client().bytes());
-        world.run(&Frame { flags: FIN | ACK, ..flow.from_backend() }.bytes());
-        assert_eq!(heard(&mut world), None);
+        let event = Frame { flags: PSH | ACK, payload: b"event".to_vec(), ..flow.from_backend() };
+        world.run(&Frame { sequence: BACKEND_START + 2, ..event.clone() }.bytes());
+        world.run(&Frame { sequence: 0xdead_beef, ..event.clone() }.bytes());
+        assert_eq!(heard(&mut world), None, "nor is what anyone can forge");
+        let mut world = World::new(ip);
+        let flow = world.establish(ip.client(1));
+        let heard = |world: &mut World| world.dataplane.heard().unwrap()[usize::from(flow.backend)];
         world.run(&Frame { flags: PSH | ACK, payload: b"event".to_vec(), ..flow.from_backend() }.bytes());
         assert!(heard(&mut world).is_some_and(|age| age.as_secs() < 60));
         let silent = world.dataplane.heard().unwrap();
@@ -236,7 +252,8 @@ fn the_daemon_resets_a_backends_flows_a_few_at_a_time_and_no_others() {
         assert!(killed.iter().all(|flow| flow.to_client.is_some() && flow.to_backend.is_some()));
         assert!(spared.iter().all(|flow| world.taken(flow).meta.is(Kind::Established)));
         assert!(world.taken(&begun).meta.is(Kind::HalfOpen));
-        let reaped = world.dataplane.reap(&[Duration::from_secs(60)]).unwrap();
+        let reaped =
+            world.dataplane.reap(&[IdlePolicy { timeout: Duration::from_secs(60), tell: false }]).unwrap();
         assert_eq!(reaped.active[2], 1, "what is killed is no active flow");
 
         // Its backend comes back, and is asked about what it may not have heard of.
@@ -247,8 +264,7 @@ fn the_daemon_resets_a_backends_flows_a_few_at_a_time_and_no_others() {
 
         // A RST is repeated with what the client acknowledged last, as long as the slot is still that flow's.
         let flow = killed.iter().find(|flow| flow.client == doomed[1].client).unwrap();
-        world.run(&Frame { acknowledgement: 99, ..doomed[1].from_client() }.bytes());
-        assert_eq!(world.dataplane.last_ack_of_killed(flow), Some(99));
+        assert_eq!(world.dataplane.last_ack_of_killed(flow), Some(BACKEND_START + 1));
         world.run(&Frame::syn(flow.client, flow.listener).bytes());
         assert_eq!(world.dataplane.last_ack_of_killed(flow), None);
 

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use ipnet::IpNet;
 use lb_common::outcome::{Event, Outcome};
 use lb_tests::packets::{
-    ACK, Change, Exchange, Fragment, Frame, Icmp, Ip, LOOPBACK, RST, SYN, Shape, World, extension,
+    ACK, Change, Exchange, Fragment, Frame, Icmp, Ip, LOOPBACK, RST, Shape, World, extension,
 };
 
 /// What cannot be made to happen here, and why.
@@ -50,7 +50,7 @@ fn make(outcome: Outcome, world: &mut World) -> Result<Exchange, Impossible> {
         Outcome::Forwarded => world.run(&syn.bytes()),
         Outcome::Replied => {
             let flow = world.open(client, listener);
-            world.run(&Frame { flags: SYN | ACK, ..flow.from_backend() }.bytes())
+            world.run(&flow.syn_ack().bytes())
         }
         Outcome::IcmpTranslated => {
             let flow = world.open(client, listener);
@@ -79,6 +79,11 @@ fn make(outcome: Outcome, world: &mut World) -> Result<Exchange, Impossible> {
             let flow = world.open(client, listener);
             world.run(&Frame { flags: RST | ACK, ..flow.from_backend() }.bytes())
         }
+        Outcome::IcmpUnproven => {
+            let flow = world.establish(client);
+            let sent = Frame { source: listener, destination: client, ..flow.from_backend() };
+            world.run(&Icmp::too_big(ip.router(), &sent, 8).bytes())
+        }
         Outcome::TableFull => {
             let mut small = World::build(&Shape { snat_ports: 1024..=1027, ..Shape::new(ip) });
             for number in 0..4 {
@@ -87,6 +92,12 @@ fn make(outcome: Outcome, world: &mut World) -> Result<Exchange, Impossible> {
             small.run(&syn.bytes())
         }
         Outcome::SynRace => return Err(RACE),
+        Outcome::Held => {
+            world.dataplane.hold(true);
+            let exchange = world.run(&syn.bytes());
+            world.dataplane.hold(false);
+            exchange
+        }
         Outcome::NextHopUnknown => {
             let flow = world.open(client, listener);
             world.dataplane.set_next_hop(flow.backend, None);
@@ -142,9 +153,18 @@ fn cause(event: Event, ip: Ip) -> Option<Exchange> {
         Event::FlowEstablished => {
             let mut world = World::new(ip);
             let flow = world.open(client, listener);
-            world.run(&Frame { flags: SYN | ACK, ..flow.from_backend() }.bytes());
-            world.run(&flow.from_client().bytes());
-            world.run(&flow.from_backend().bytes())
+            world.run(&flow.syn_ack().bytes());
+            world.run(&flow.from_client().bytes())
+        }
+        Event::ClientNumbersOdd | Event::BackendNumbersOdd | Event::ResetDoubted => {
+            let mut world = World::new(ip);
+            let flow = world.establish(client);
+            let frame = match event {
+                Event::ClientNumbersOdd => Frame { acknowledgement: 0x8bad_f00d, ..flow.from_client() },
+                Event::BackendNumbersOdd => Frame { sequence: 0xdead_beef, ..flow.from_backend() },
+                _ => Frame { flags: RST, ..flow.from_client() },
+            };
+            world.run(&frame.bytes())
         }
         Event::ReusedEarly => {
             let mut world = World::build(&one_set);

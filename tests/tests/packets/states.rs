@@ -5,9 +5,13 @@ use std::time::Duration;
 use lb_common::{
     meta::{Kind, Meta, RESET},
     outcome::{Event, Outcome},
+    sequence::SendSequence,
     transition::RESET_QUARANTINE,
 };
-use lb_tests::packets::{ACK, Change, FIN, Flow, Frame, Ip, PSH, RST, SYN, Shape, World};
+use lb_tests::packets::{
+    ACK, BACKEND_START, CLIENT_START, Change, FIN, Flow, Frame, Ip, PSH, RST, SYN, Shape, World,
+};
+use lb_userspace::dataplane::{FlowFilter, IdlePolicy, Walk};
 
 pub(crate) const FIN_ACK: u8 = FIN | ACK;
 
@@ -16,29 +20,37 @@ fn client_says(world: &mut World, flow: &Flow, flags: u8) -> Outcome {
 }
 
 fn backend_says(world: &mut World, flow: &Flow, flags: u8) -> Outcome {
-    world.run(&Frame { flags, ..flow.from_backend() }.bytes()).outcome
+    let frame = if flags & SYN == 0 { flow.from_backend() } else { flow.syn_ack() };
+    world.run(&Frame { flags, ..frame }.bytes()).outcome
+}
+
+/// A segment with numbers that no end of a flow is near.
+fn blind(flags: u8, frame: Frame) -> Frame {
+    Frame { flags, sequence: 0xdead_beef, acknowledgement: 0x8bad_f00d, ..frame }
+}
+
+/// Flows end in silence after this time.
+fn idle(timeout: Duration) -> IdlePolicy {
+    IdlePolicy { timeout, tell: false }
 }
 
 #[test]
-fn only_the_backends_word_after_the_handshake_makes_a_flow_established() {
+fn only_the_number_of_the_syn_ack_makes_a_flow_established() {
     for ip in Ip::BOTH {
         let mut world = World::new(ip);
         let flow = world.open(ip.client(1), ip.listener());
-        let story = [
-            (true, SYN | ACK, Kind::HalfOpen),
-            (false, ACK, Kind::HalfOpen),
-            (false, PSH | ACK, Kind::HalfOpen),
-            (true, ACK, Kind::Established),
-        ];
-        for (backend, flags, kind) in story {
-            let outcome = if backend {
-                backend_says(&mut world, &flow, flags)
-            } else {
-                client_says(&mut world, &flow, flags)
-            };
-            assert!(outcome == Outcome::Forwarded || outcome == Outcome::Replied);
-            assert!(world.taken(&flow).meta.is(kind), "after {flags:#07b}");
+        assert_eq!(backend_says(&mut world, &flow, SYN | ACK), Outcome::Replied);
+        for acknowledgement in [0, 1, BACKEND_START, BACKEND_START + 2, CLIENT_START + 1] {
+            let frame = Frame { acknowledgement, ..flow.from_client() };
+            assert_eq!(world.run(&frame.bytes()).outcome, Outcome::Forwarded, "whatever it proves");
+            assert!(world.taken(&flow).meta.is(Kind::HalfOpen), "{acknowledgement}");
         }
+        let exchange = world.run(&flow.from_client().bytes());
+        assert_eq!(
+            (exchange.outcome, &exchange.events[..]),
+            (Outcome::Forwarded, &[Event::FlowEstablished][..])
+        );
+        assert!(world.taken(&flow).meta.is(Kind::Established));
     }
 }
 
@@ -47,58 +59,81 @@ fn a_forger_in_the_clients_place_proves_nothing() {
     for ip in Ip::BOTH {
         let mut world = World::new(ip);
         let flow = world.open(ip.client(1), ip.listener());
-        for flags in (0..32).chain(0..32) {
-            client_says(&mut world, &flow, flags);
-            assert!(world.taken(&flow).meta.is(Kind::HalfOpen), "{flags:#07b}");
+        for _ in 0..2 {
+            for flags in 0..32 {
+                world.run(&blind(flags, flow.from_client()).bytes());
+                assert!(world.taken(&flow).meta.is(Kind::HalfOpen), "{flags:#07b}");
+                // Linux answers some of them with a bare ACK.
+                backend_says(&mut world, &flow, ACK);
+                assert!(world.taken(&flow).meta.is(Kind::HalfOpen), "{flags:#07b}");
+            }
+            // The last SYN is the one that counts; then the backend answers it.
+            world.run(&Frame::syn(flow.client, flow.listener).bytes());
+            backend_says(&mut world, &flow, SYN | ACK);
         }
-        // Nor does a backend that answers a strange segment before it has answered the SYN.
-        backend_says(&mut world, &flow, ACK);
-        client_says(&mut world, &flow, ACK);
-        backend_says(&mut world, &flow, ACK);
-        assert!(world.taken(&flow).meta.is(Kind::HalfOpen));
+        world.run(&flow.from_client().bytes());
+        assert!(world.taken(&flow).meta.is(Kind::Established), "the client itself does");
     }
 }
 
 #[test]
-fn a_blind_rst_fin_or_syn_frees_nothing() {
+fn blind_segments_free_nothing_and_teach_nothing() {
     for ip in Ip::BOTH {
         let mut world = World::new(ip);
         let flow = world.establish(ip.client(1));
-        for flags in [RST, RST | ACK, FIN, FIN_ACK, SYN, SYN | FIN, SYN | RST] {
-            // From anywhere, with numbers that are in no window.
-            let blind = Frame { flags, sequence: 0xdead_beef, acknowledgement: 0, ..flow.from_client() };
-            let exchange = world.run(&blind.bytes());
-            assert_eq!((exchange.outcome, exchange.events), (Outcome::Forwarded, vec![]), "{flags:#07b}");
-            let slot = world.taken(&flow);
-            assert!(slot.meta.is(Kind::Established) && slot.meta.backend() == flow.backend);
+        let before = world.taken(&flow);
+        for flags in (0..64).filter(|flags| flags & RST == 0) {
+            world.run(&blind(flags, flow.from_client()).bytes());
+            assert_eq!(world.taken(&flow), before, "{flags:#07b} of the client");
+            world.run(&blind(flags, flow.from_backend()).bytes());
+            assert_eq!(world.taken(&flow), before, "{flags:#07b} of the backend");
         }
-        // The backend ignores what was forged, goes on, and with that the flow is as it was.
-        assert!(world.taken(&flow).meta.has(RESET));
-        assert_eq!(backend_says(&mut world, &flow, PSH | ACK), Outcome::Replied);
-        assert!(!world.taken(&flow).meta.has(RESET));
-        // A forged FIN is noted; the backend's own then looks like the second, and what it says afterwards shows.
-        assert_eq!(backend_says(&mut world, &flow, FIN_ACK), Outcome::Replied);
-        assert!(world.taken(&flow).meta.is_closed());
-        let more = Frame { flags: PSH | ACK, payload: vec![1; 100], ..flow.from_backend() };
-        assert_eq!(world.run(&more.bytes()).outcome, Outcome::Replied);
+        for frame in [flow.from_client(), flow.from_backend()] {
+            let exchange = world.run(&blind(RST, frame).bytes());
+            assert_eq!(exchange.events, [Event::ResetDoubted]);
+            assert!(world.taken(&flow).meta.is(Kind::Established) && world.taken(&flow).meta.has(RESET));
+            assert_eq!(backend_says(&mut world, &flow, ACK), Outcome::Replied);
+            assert_eq!(world.taken(&flow), before, "the backend contradicts it");
+        }
+    }
+}
+
+#[test]
+fn a_forged_rst_does_not_let_a_new_syn_evict_the_flow() {
+    for ip in Ip::BOTH {
+        let mut world = World::new(ip);
+        let flow = world.establish(ip.client(1));
+        world.run(&blind(RST | ACK, flow.from_backend()).bytes());
+        let syn = Frame { sequence: 0x7000_0000, ..Frame::syn(flow.client, flow.listener) };
+        for older in [0, RESET_QUARANTINE, 3600] {
+            world.change(&world.taken(&flow), Change::Older(older));
+            let exchange = world.run(&syn.bytes());
+            assert_eq!((exchange.outcome, exchange.events), (Outcome::Forwarded, vec![]));
+            assert!(world.taken(&flow).meta.is(Kind::Established), "after {older} s");
+        }
+        // Also where its backend takes no new flows: every restart of a server is that.
+        world.select(0, &[]);
+        assert_eq!(world.run(&syn.bytes()).outcome, Outcome::Forwarded);
         assert!(world.taken(&flow).meta.is(Kind::Established));
     }
 }
 
 #[test]
-fn a_forged_rst_of_the_backend_does_not_let_a_new_syn_evict_the_flow() {
+fn a_rst_that_proves_itself_closes_the_flow() {
     for ip in Ip::BOTH {
-        let mut world = World::new(ip);
-        let flow = world.establish(ip.client(1));
-        assert_eq!(backend_says(&mut world, &flow, RST | ACK), Outcome::Replied);
-        let exchange = world.run(&Frame::syn(flow.client, flow.listener).bytes());
-        assert_eq!((exchange.outcome, exchange.events), (Outcome::Forwarded, vec![]));
-        // Ten seconds of silence later it counts.
-        world.change(&world.taken(&flow), Change::Older(RESET_QUARANTINE));
-        let exchange = world.run(&Frame::syn(flow.client, flow.listener).bytes());
-        assert_eq!(exchange.events, [Event::FlowClaimed]);
-        assert_eq!(world.flow(flow.client, flow.listener, &exchange).snat, flow.snat, "in the same slot");
-        assert!(world.taken(&flow).meta.is(Kind::HalfOpen));
+        for by_client in [true, false] {
+            let mut world = World::new(ip);
+            let flow = world.establish(ip.client(1));
+            if by_client {
+                client_says(&mut world, &flow, RST | ACK);
+            } else {
+                backend_says(&mut world, &flow, RST);
+            }
+            assert!(world.taken(&flow).meta.is_closed());
+            let exchange = world.run(&Frame::syn(flow.client, flow.listener).bytes());
+            assert_eq!(exchange.events, [Event::FlowClaimed]);
+            assert_eq!(world.flow(flow.client, flow.listener, &exchange).snat, flow.snat, "in the same slot");
+        }
     }
 }
 
@@ -238,8 +273,8 @@ fn a_flow_of_a_backend_on_this_host_passes_and_is_remembered() {
         assert_eq!(slot.meta.backend(), 9);
         // Its replies are not seen here, so it never looks established; it lives on the idle timeout all the same.
         world.change(&slot, Change::Older(1000));
-        let idle = Duration::from_secs(2000);
-        assert_eq!(world.dataplane.reap(&[idle]).unwrap().freed, 0);
+        let policy = idle(Duration::from_secs(2000));
+        assert_eq!(world.dataplane.reap(&[policy]).unwrap().freed, 0);
         // The client's FIN or RST is all that is heard of its end: what is left is given four minutes.
         for (number, flags) in [(1, FIN_ACK), (2, RST)] {
             let client = ip.client(number);
@@ -247,9 +282,9 @@ fn a_flow_of_a_backend_on_this_host_passes_and_is_remembered() {
             world.run(&Frame::syn(client, ip.listener()).bytes());
             let frame = Frame { flags, ..Frame::new(client, ip.listener()) };
             assert_eq!(world.run(&frame.bytes()).outcome, Outcome::ForwardedLocal);
-            assert_eq!(world.dataplane.reap(&[idle]).unwrap().freed, 0);
+            assert_eq!(world.dataplane.reap(&[policy]).unwrap().freed, 0);
             world.change(&world.slots()[0], Change::Older(1000));
-            assert_eq!(world.dataplane.reap(&[idle]).unwrap().freed, 1);
+            assert_eq!(world.dataplane.reap(&[policy]).unwrap().freed, 1);
             assert_eq!(world.slots(), []);
         }
     }
@@ -280,56 +315,94 @@ fn the_clients_last_acknowledgement_is_kept_for_the_day_the_flow_must_die() {
     for ip in Ip::BOTH {
         let mut world = World::new(ip);
         let flow = world.establish(ip.client(1));
-        for acknowledgement in [7, 0xffff_fff0, 3] {
+        let next = BACKEND_START + 1;
+        let answer = Frame { flags: PSH | ACK, payload: vec![7; 100], ..flow.from_backend() };
+        world.run(&answer.bytes());
+        // Overtaken by later ones, or of what was never sent.
+        for (acknowledgement, kept) in [
+            (next + 60, next + 60),
+            (next + 20, next + 60),
+            (next + 101, next + 60),
+            (next + 100, next + 100),
+        ] {
             world.run(&Frame { acknowledgement, ..flow.from_client() }.bytes());
-            assert_eq!(world.taken(&flow).last_ack, acknowledgement);
+            assert_eq!(world.taken(&flow).sequence.unacknowledged, kept);
         }
-        // Not what the backend acknowledges, and not the field of a segment without ACK.
+        // Not what the backend acknowledges.
         world.run(&Frame { acknowledgement: 99, ..flow.from_backend() }.bytes());
-        world.run(&Frame { acknowledgement: 98, flags: RST, ..flow.from_client() }.bytes());
-        assert_eq!(world.taken(&flow).last_ack, 3);
+        assert_eq!(world.taken(&flow).sequence, SendSequence::at(next + 100));
     }
 }
 
 #[test]
-fn a_forged_rst_does_not_outlast_the_next_keepalive() {
-    let idle = Duration::from_secs(600);
+fn a_doubtful_rst_does_not_outlast_the_next_keepalive_nor_end_the_flow() {
+    let policy = idle(Duration::from_secs(600));
     for ip in Ip::BOTH {
         let mut world = World::new(ip);
         let flow = world.establish(ip.client(1));
         client_says(&mut world, &flow, RST);
         world.change(&world.taken(&flow), Change::Older(30));
-        assert_eq!(world.dataplane.reap(&[idle]).unwrap().freed, 1);
-        assert!(world.taken(&flow).meta.is_closed(), "whoever needs a slot may have it");
-        assert_eq!(client_says(&mut world, &flow, ACK), Outcome::Forwarded, "a keepalive");
-        assert_eq!(backend_says(&mut world, &flow, ACK), Outcome::Replied, "and its answer");
-        world.change(&world.taken(&flow), Change::Older(500));
-        assert_eq!(world.dataplane.reap(&[idle]).unwrap().freed, 0);
-        world.prove(&flow);
+        let reaped = world.dataplane.reap(&[policy]).unwrap();
+        assert_eq!((reaped.freed, reaped.doubted[usize::from(flow.backend)]), (0, 1), "its backend is asked");
+        let filter = FlowFilter::of_backend(flow.backend);
+        let asked = world.dataplane.doubted_flows(&filter, &mut Walk::default(), usize::MAX).unwrap();
+        assert_eq!(
+            (asked.len(), asked[0].client, asked[0].last_ack),
+            (1, flow.client, Some(BACKEND_START + 1))
+        );
+        assert_eq!(backend_says(&mut world, &flow, ACK), Outcome::Replied, "its answer");
+        assert_eq!(world.dataplane.reap(&[policy]).unwrap().doubted[usize::from(flow.backend)], 0);
+        assert!(!world.taken(&flow).meta.has(RESET));
+        // A backend that has forgotten the flow answers with the number that it was asked with.
+        client_says(&mut world, &flow, RST);
+        assert_eq!(backend_says(&mut world, &flow, RST), Outcome::Replied);
+        assert!(world.taken(&flow).meta.is_closed());
+    }
+}
+
+#[test]
+fn both_ends_of_an_idle_flow_are_told() {
+    let policy = IdlePolicy { timeout: Duration::from_secs(60), tell: true };
+    for ip in Ip::BOTH {
+        let mut world = World::new(ip);
+        let flow = world.establish(ip.client(1));
+        let busy = world.establish(ip.client(2));
+        world.change(&world.taken(&flow), Change::Older(70));
+        let reaped = world.dataplane.reap(&[policy]).unwrap();
+        assert_eq!((reaped.freed, reaped.idle.iter().sum::<u64>()), (0, 1));
+        let filter = FlowFilter::default();
+        let told = world.dataplane.kill_idle_flows(&filter, &mut Walk::default(), usize::MAX).unwrap();
+        assert_eq!((told.len(), told[0].client, told[0].last_ack), (1, flow.client, Some(BACKEND_START + 1)));
+        assert_eq!(client_says(&mut world, &flow, ACK), Outcome::ResetClient);
+        assert_eq!(backend_says(&mut world, &flow, ACK), Outcome::ResetBackend);
+        assert!(world.taken(&busy).meta.is(Kind::Established));
+        // Where that cannot be done, as its VIP is elsewhere, it is forgotten all the same, later.
+        world.change(&world.taken(&busy), Change::Older(200));
+        assert_eq!(world.dataplane.reap(&[policy]).unwrap().freed, 1);
     }
 }
 
 #[test]
 fn an_idle_flow_is_forgotten_in_its_time_and_any_segment_keeps_it() {
-    let idle = Duration::from_secs(60);
+    let policy = idle(Duration::from_secs(60));
     for ip in Ip::BOTH {
         let mut world = World::new(ip);
         let flow = world.establish(ip.client(1));
         world.change(&world.taken(&flow), Change::Older(50));
-        let reaped = world.dataplane.reap(&[idle]).unwrap();
+        let reaped = world.dataplane.reap(&[policy]).unwrap();
         assert_eq!((reaped.freed, reaped.occupied), (0, 1));
         assert_eq!(reaped.active[usize::from(flow.backend)], 1);
         // Each side's segment makes it young again.
         for frame in [flow.from_client(), flow.from_backend()] {
             world.change(&world.taken(&flow), Change::Older(50));
             world.run(&frame.bytes());
-            assert_eq!(world.dataplane.reap(&[idle]).unwrap().freed, 0);
+            assert_eq!(world.dataplane.reap(&[policy]).unwrap().freed, 0);
         }
         world.change(&world.taken(&flow), Change::Older(70));
-        assert_eq!(world.dataplane.reap(&[idle]).unwrap().freed, 1);
+        assert_eq!(world.dataplane.reap(&[policy]).unwrap().freed, 1);
         assert!(world.taken(&flow).meta.is(Kind::ClosedByBackend), "the backend may hold on to it");
         world.change(&world.taken(&flow), Change::Older(70));
-        assert_eq!(world.dataplane.reap(&[idle]).unwrap().freed, 1);
+        assert_eq!(world.dataplane.reap(&[policy]).unwrap().freed, 1);
         assert_eq!(world.slots(), []);
         assert_eq!(client_says(&mut world, &flow, ACK), Outcome::NoFlow);
         assert_eq!(backend_says(&mut world, &flow, ACK), Outcome::ReplyUnknown);
@@ -341,11 +414,11 @@ fn a_handshake_that_nobody_finishes_and_a_lost_claim_are_forgotten() {
     for ip in Ip::BOTH {
         let mut world = World::new(ip);
         let flow = world.open(ip.client(1), ip.listener());
-        let idle = [Duration::from_secs(10_000)];
+        let policy = [idle(Duration::from_secs(10_000))];
         world.change(&world.taken(&flow), Change::Older(200));
-        assert_eq!(world.dataplane.reap(&idle).unwrap().freed, 0);
+        assert_eq!(world.dataplane.reap(&policy).unwrap().freed, 0);
         world.change(&world.taken(&flow), Change::Older(60));
-        assert_eq!(world.dataplane.reap(&idle).unwrap().freed, 1);
+        assert_eq!(world.dataplane.reap(&policy).unwrap().freed, 1);
 
         // A CPU that was taken away in the middle of a claim.
         let flow = world.open(ip.client(1), ip.listener());
@@ -353,8 +426,8 @@ fn a_handshake_that_nobody_finishes_and_a_lost_claim_are_forgotten() {
         world.change(&slot, Change::Word(Meta::new(Kind::Claiming, 1, slot.meta.seen())));
         assert_eq!(client_says(&mut world, &flow, ACK), Outcome::NoFlow, "readers look away");
         world.change(&slot, Change::Older(10));
-        assert_eq!(world.dataplane.reap(&idle).unwrap().freed, 0, "of a machine that was halted, maybe");
-        assert_eq!(world.dataplane.reap(&idle).unwrap().freed, 1);
+        assert_eq!(world.dataplane.reap(&policy).unwrap().freed, 0, "of a machine that was halted, maybe");
+        assert_eq!(world.dataplane.reap(&policy).unwrap().freed, 1);
         assert_eq!(world.slots(), []);
     }
 }

@@ -1,7 +1,7 @@
 //! VLAN tags: one (802.1Q) or two (802.1ad) on the way in, whatever the other side has on the way out.
 
 use lb_common::outcome::Outcome;
-use lb_tests::packets::{ACK, Frame, Ip, LOOPBACK, SYN, Shape, Tag, World};
+use lb_tests::packets::{Frame, Ip, LOOPBACK, Shape, Tag, World};
 
 #[test]
 fn a_packet_leaves_with_the_tags_of_the_port_it_leaves_by() {
@@ -36,7 +36,7 @@ fn there_and_back(world: &mut World, clients: &[Tag], backends: &[Tag]) {
     let exchange = world.run(&syn.bytes());
     assert_eq!(exchange.translated(&syn).tags, backends, "{clients:?} to {backends:?}");
     let flow = world.flow(client, listener, &exchange);
-    let answer = Frame { tags: backends.to_vec(), flags: SYN | ACK, ..flow.from_backend() };
+    let answer = Frame { tags: backends.to_vec(), ..flow.syn_ack() };
     let exchange = world.run(&answer.bytes());
     assert_eq!(exchange.outcome, Outcome::Replied);
     assert_eq!(exchange.translated(&answer).tags, clients, "{backends:?} to {clients:?}");

@@ -1,7 +1,7 @@
 //! What the program notices about a backend while it forwards.
 
 use lb_common::outcome::Outcome;
-use lb_tests::packets::{ACK, Frame, Ip, RST, SYN, Shape, World};
+use lb_tests::packets::{ACK, Frame, Ip, RST, Shape, World};
 
 /// Does anybody wait for the only backend, and has it ever refused a SYN?
 fn noticed(world: &mut World) -> (bool, bool) {
@@ -16,7 +16,7 @@ fn somebody_waits_from_the_question_to_the_answers_first_byte() {
         assert_eq!(noticed(&mut world), (false, false));
         let flow = world.open(ip.client(1), ip.listener());
         assert_eq!(noticed(&mut world), (true, false), "a SYN is a question");
-        world.run(&Frame { flags: SYN | ACK, ..flow.from_backend() }.bytes());
+        world.run(&flow.syn_ack().bytes());
         world.run(&flow.from_client().bytes());
         world.run(&flow.from_backend().bytes());
         assert_eq!(noticed(&mut world), (true, false), "a kernel's acknowledgements answer nothing");

@@ -1,0 +1,236 @@
+//! A client's segment that is more than an acknowledgement: it changes its flow's state, or proves nothing.
+//!
+//! The step has a function of its own. So the path of the many segments that only acknowledge stays short, and needs little
+//! stack.
+
+use crate::{
+    cell::Cell32,
+    flight_recorder::{FlowEvent, Note, state},
+    flow::{
+        claimer::Clock,
+        close::close,
+        family::Family,
+        query::Query,
+        slot::{Found, Slot},
+    },
+    headers::tcp_flag,
+    layout::{Numbers, backend_flag},
+    meta::{BACKEND_FIN, CLIENT_FIN, Meta, RESET, SYN_ACK},
+    outcome::Event,
+    parse::Segment,
+    subprograms::Subprograms,
+    transition::{self, ClientTransition},
+    word::packed_word,
+};
+
+packed_word! {
+    /// What is to be done with the segment: one of the constants (bits 32-39), and the slot's word as it is now (bits 0-31).
+    pub struct ClientAnswer(u64) as u64;
+}
+
+impl ClientAnswer {
+    /// Forward it.
+    pub const FORWARD: u64 = 0;
+    /// Forward it, and send the flow's replies to where it came from.
+    pub const FORWARD_AND_LEARN: u64 = 1;
+    /// It is a SYN that begins a new flow in this slot.
+    pub const REOPEN: u64 = 2;
+    /// Answer it with a RST: the flow was reset on purpose.
+    pub const RESET: u64 = 3;
+    /// Answer it with a RST: no backend takes new flows.
+    pub const REFUSE: u64 = 4;
+
+    #[inline(always)]
+    const fn new(what: u64, meta: Meta) -> Self {
+        Self(what << 32 | meta.0 as u64)
+    }
+
+    /// One of the constants.
+    #[inline(always)]
+    #[must_use]
+    pub const fn what(self) -> u64 {
+        self.0 >> 32
+    }
+
+    /// The slot's word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn meta(self) -> Meta {
+        Meta(self.0 as u32)
+    }
+}
+
+/// A flow, as a segment of its client meets it.
+struct Met<'a, A: Family> {
+    query: &'a Query<A::Tuple>,
+    slot: Slot,
+    meta: Meta,
+    word: &'a Cell32,
+    service: u16,
+}
+
+impl<A: Family> Met<'_, A> {
+    /// A note about the flow.
+    #[inline(always)]
+    fn note(&self, event: FlowEvent) -> Note {
+        let note = Note::new::<A>(event, A::parts(self.query.tuple));
+        note.of(self.meta.backend()).at(self.slot)
+    }
+
+    /// Exchanges the word, if it has not changed. Returns what it is now.
+    #[inline(always)]
+    fn exchange<S: Subprograms>(&self, maps: &S, next: Meta, event: FlowEvent) -> Option<Meta> {
+        if self.word.compare_exchange(self.meta.0, next.0) != self.meta.0 {
+            return None;
+        }
+        maps.note(self.note(event).detail(state(self.meta)));
+        Some(next)
+    }
+}
+
+/// Takes a segment of the flow with this tuple, which was `found`, to what is to be done with it.
+#[inline(always)]
+pub fn client_event<A: Family, S: Subprograms>(
+    maps: &S,
+    query: &Query<A::Tuple>,
+    found: Found,
+    segment: &Segment,
+    service: u16,
+) -> ClientAnswer {
+    let (slot, meta) = (found.slot(), found.meta());
+    let forward = ClientAnswer::new(ClientAnswer::FORWARD, meta);
+    let (Some(config), Some(ways)) = (maps.config(), A::set(maps, slot.set)) else {
+        return forward;
+    };
+    let Some(numbers) = A::numbers(maps, ways, slot) else {
+        return forward;
+    };
+    let met = Met::<A> { query, slot, meta, word: A::meta(ways, slot.way), service };
+    let clock = Clock::read(maps, config);
+    let before = numbers.load();
+    let (transition, now) = transition::client(meta, before, segment);
+    // Before the word says that they are known.
+    numbers.store(before, now);
+    match transition {
+        ClientTransition::None => forward,
+        ClientTransition::Alive | ClientTransition::Acknowledge => {
+            met.word.store_high(clock.seen);
+            forward
+        }
+        ClientTransition::OutOfSequence => {
+            maps.count_event(service, Event::ClientNumbersOdd);
+            forward
+        }
+        ClientTransition::SuspectReset => {
+            maps.count_event(service, Event::ResetDoubted);
+            met.word.fetch_or(RESET);
+            forward
+        }
+        ClientTransition::RetransmitSyn => retransmit::<A, S>(maps, &met, numbers, segment),
+        ClientTransition::Reopen => ClientAnswer::new(ClientAnswer::REOPEN, meta),
+        ClientTransition::AnswerWithReset => ClientAnswer::new(ClientAnswer::RESET, meta),
+        ClientTransition::Establish(next) => establish::<A, S>(maps, &met, next, clock),
+        ClientTransition::Reset(next) => {
+            let now = met.exchange(maps, next, FlowEvent::ResetByClient).unwrap_or(meta);
+            rests(&met, now, clock)
+        }
+        ClientTransition::Close(kind) => {
+            let before = Meta(met.word.fetch_or(CLIENT_FIN));
+            // Of two CPUs that see it at the same time one notes it.
+            if !before.has(BACKEND_FIN) && !before.has(CLIENT_FIN) {
+                maps.note(met.note(FlowEvent::ClosedByClient).detail(state(meta)));
+            }
+            rests(&met, close(met.word, before.with(CLIENT_FIN), BACKEND_FIN, kind), clock)
+        }
+        ClientTransition::GiveUp => {
+            let before = Meta(met.word.fetch_or(CLIENT_FIN));
+            let reset = segment.has(tcp_flag::RST);
+            let event = if reset { FlowEvent::ResetByClient } else { FlowEvent::ClosedByClient };
+            if !before.has(CLIENT_FIN) {
+                maps.note(met.note(event).detail(state(meta)));
+            }
+            rests(&met, before.with(CLIENT_FIN), clock)
+        }
+    }
+}
+
+/// The flow is, or is about to be, over: its slot rests from now on.
+#[inline(always)]
+fn rests<A: Family>(met: &Met<'_, A>, meta: Meta, clock: Clock) -> ClientAnswer {
+    met.word.store_high(clock.seen);
+    ClientAnswer::new(ClientAnswer::FORWARD, meta)
+}
+
+/// The client has proven its flow.
+#[inline(always)]
+fn establish<A: Family, S: Subprograms>(
+    maps: &S,
+    met: &Met<'_, A>,
+    next: Meta,
+    clock: Clock,
+) -> ClientAnswer {
+    let Some(now) = met.exchange(maps, next.at(clock.seen), FlowEvent::Established) else {
+        return ClientAnswer::new(ClientAnswer::FORWARD, met.meta);
+    };
+    maps.count_event(met.service, Event::FlowEstablished);
+    ClientAnswer::new(ClientAnswer::FORWARD_AND_LEARN, now)
+}
+
+/// A backend with one of these takes new flows. One that is this host always keeps its own: whether such a flow is
+/// established is not seen here, and the local socket says no by itself.
+const KEEPS: u32 = backend_flag::ACCEPTS | backend_flag::LOCAL;
+
+#[inline(always)]
+fn flags<S: Subprograms>(maps: &S, meta: Meta) -> u32 {
+    maps.backend(meta.backend()).map_or(0, |backend| backend.flags.load())
+}
+
+/// Does the slot's backend take new flows?
+#[inline(always)]
+pub fn accepts<S: Subprograms>(maps: &S, meta: Meta) -> bool {
+    flags(maps, meta) & KEEPS != 0
+}
+
+/// Sends a retransmitted SYN to its backend, or to another if that one takes no new flows any more.
+#[inline(always)]
+fn retransmit<A: Family, S: Subprograms>(
+    maps: &S,
+    met: &Met<'_, A>,
+    numbers: &Numbers,
+    segment: &Segment,
+) -> ClientAnswer {
+    let mut meta = met.meta;
+    if meta.has(CLIENT_FIN) {
+        // The client has ended its flow to this host, whose own segments are not seen, and uses its port again within
+        // seconds. The local socket would refuse it, where it takes no new flows.
+        if flags(maps, meta) & KEEPS == backend_flag::LOCAL {
+            return ClientAnswer::new(ClientAnswer::REOPEN, meta);
+        }
+        // What the client has ended was an earlier flow: one that its backend still remembered (RFC 5961 §4), or one to
+        // this host.
+        let begun = meta.without(CLIENT_FIN);
+        if met.word.compare_exchange(meta.0, begun.0) != meta.0 {
+            return ClientAnswer::new(ClientAnswer::FORWARD, meta);
+        }
+        meta = begun;
+    }
+    if meta.has(SYN_ACK) {
+        return ClientAnswer::new(ClientAnswer::FORWARD, meta);
+    }
+    // Of several SYNs the last holds.
+    numbers.next.store(segment.sequence.wrapping_add(1));
+    if accepts(maps, meta) {
+        return ClientAnswer::new(ClientAnswer::FORWARD_AND_LEARN, meta);
+    }
+    let other = maps.another::<A>(met.service, met.query.hash, meta.backend());
+    if other == 0 {
+        return ClientAnswer::new(ClientAnswer::REFUSE, meta);
+    }
+    if met.word.compare_exchange(meta.0, meta.on(other).0) != meta.0 {
+        return ClientAnswer::new(ClientAnswer::FORWARD, meta);
+    }
+    maps.note(met.note(FlowEvent::Moved).other(other));
+    maps.count_event(met.service, Event::Rebalanced);
+    maps.count_flow(other);
+    ClientAnswer::new(ClientAnswer::FORWARD_AND_LEARN, meta.on(other))
+}
