@@ -37,7 +37,7 @@ const LIVE: Slot = Is(Established, 0, 1, 0);
 type Choice = (&'static str, [Slot; 4], Option<usize>, Option<Event>);
 
 // Ages are one off the limits where time may pass during the test.
-const CHOICES: [Choice; 13] = [
+const CHOICES: [Choice; 12] = [
     ("a free slot before a resting one", [Is(ClosedByBackend, 0, 1, 30), LIVE, Free, LIVE], Some(2), None),
     (
         "a minute's rest after the backend closed first",
