@@ -128,9 +128,12 @@ impl Frame for XdpFrame<'_> {
         laundered(subprograms::frame_upper_layer(self.context.ctx, transport as u64, next.into()))
     }
 
+    /// Opaque to LLVM, which would otherwise turn `(end - start) - number` into `end - (start + number)`. Verifiers
+    /// up to Linux 6.18 know no bounds of a number that has been through a byte swap, and refuse to add it to a packet
+    /// pointer. Packet pointers meet no other number than the offsets of [`Frame::at`], which are masked.
     #[inline(always)]
     fn length(&self) -> usize {
-        self.end - self.start
+        laundered((self.end - self.start) as u64) as usize
     }
 
     #[inline(always)]
