@@ -1,0 +1,97 @@
+//! What is tried in every kernel: do the programs load, do they decide as they should, does the load balancer serve.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use lb_tests::{
+    cluster::{Cluster, NODE_PORT, Shape},
+    daemon::{Daemon, has_xdp},
+    dial::dial,
+    load::Crowd,
+};
+use lb_userspace::dataplane::{OBJECT, probe};
+
+use crate::{
+    PREFIX,
+    joints::Joint,
+    serving::{serve, wait_for_the_network},
+};
+
+/// Connections that are open while the daemon is killed.
+const OPEN: usize = 20;
+
+/// Loads every program, with and without the packet log, and says how many instructions the verifier went through.
+pub(crate) fn load() -> Result<()> {
+    for (log_one_in, suffix) in [(None, ""), (Some(1), "+log")] {
+        for program in probe(OBJECT, log_one_in)? {
+            // Only one program has a log in it.
+            if let Some(count) = program.verified_instructions
+                && (suffix.is_empty() || program.name == "sheave")
+            {
+                println!("{PREFIX}figure {}{suffix} {count}", program.name);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The tests that hand packets to the program with `BPF_PROG_TEST_RUN`.
+pub(crate) fn packets() -> Result<()> {
+    let output = Command::new("packets").arg("--nocapture").env("RUST_TEST_THREADS", "2").output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    println!("{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    if output.status.success() {
+        return Ok(());
+    }
+    let failed = text.lines().filter_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED"));
+    let failed: Vec<_> = failed.collect();
+    bail!("{}: {}", output.status, failed.join(" "))
+}
+
+/// One arm on a virtio card: requests, the connect hook, `kill -9` and the next start, and the end of everything.
+pub(crate) fn smoke() -> Result<()> {
+    let mut join = |lab: &_, host: &mut _, segment, number| Joint::card("front").join(lab, host, segment, number);
+    let cluster = Cluster::start_joined(Shape::OneArm, 2, &mut join, true)?;
+    wait_for_the_network(&cluster)?;
+    let mut settings = cluster.settings()?;
+    let local = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()];
+    let local = local.map(|address| SocketAddr::new(address, NODE_PORT));
+    settings.listen.extend(local);
+    let start = || -> Result<Daemon> {
+        let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings)?;
+        daemon.wait_ready(cluster.apiservers.len())?;
+        Ok(daemon)
+    };
+    let mut daemon = start()?;
+    serve(&cluster)?;
+    for address in local {
+        dial(&cluster.lb, true, &cluster.ca_file(), address, OPEN)?.require_all(OPEN, address)?;
+    }
+
+    let mut crowds = Vec::new();
+    for vip in cluster.vips() {
+        let mut crowd = Crowd::open(&cluster.client, &cluster.client_of(vip)?, OPEN)?;
+        crowd.ask_names().require_all(OPEN)?;
+        crowds.push(crowd);
+    }
+    daemon.process().kill()?;
+    for crowd in &mut crowds {
+        crowd.ask_names().require_all(OPEN).context("without a daemon")?;
+    }
+    let daemon = start()?;
+    for crowd in &mut crowds {
+        crowd.ask_names().require_all(OPEN).context("after the next start")?;
+    }
+    drop(crowds);
+    cluster.require_no_own_resets()?;
+
+    let interface = &cluster.lb.link()?.interface;
+    ensure!(has_xdp(&cluster.lb, interface)?, "the program is not on {interface}");
+    let unloaded = daemon.unload()?;
+    ensure!(unloaded.status.success(), "unload: {}", String::from_utf8_lossy(&unloaded.stderr));
+    ensure!(!has_xdp(&cluster.lb, interface)?, "the program is still on {interface} after `unload`");
+    Ok(())
+}
