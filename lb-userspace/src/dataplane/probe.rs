@@ -40,7 +40,9 @@ pub fn probe(object: &[u8], log_one_in: Option<u32>) -> Result<Vec<Probed>, Data
     let mut dataplane = Dataplane::over_maps(ebpf)?;
     dataplane.load_hook()?;
     let names = PACKET_PROGRAMS.into_iter().chain(hook::PROGRAMS);
-    names.map(|name| Ok(Probed { name, verified_instructions: dataplane.verified_instructions(name)? })).collect()
+    names
+        .map(|name| Ok(Probed { name, verified_instructions: dataplane.verified_instructions(name)? }))
+        .collect()
 }
 
 /// Those that look at packets, and the clock's.

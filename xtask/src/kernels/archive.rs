@@ -66,7 +66,9 @@ impl Archive {
 
     /// A suite that cannot be read is said by apt, and the others count.
     fn update(&self) -> Result<()> {
-        process::phase("reading the lists of Debian's other suites (apt-get update, in a directory of its own)");
+        process::phase(
+            "reading the lists of Debian's other suites (apt-get update, in a directory of its own)",
+        );
         let read = process::output(self.command("apt-get").args(["--quiet", "--quiet", "update"]));
         if let Err(error) = read {
             process::phase(format_args!("{error:#}"));
@@ -142,7 +144,8 @@ struct Mirrors {
 
 impl Mirrors {
     fn of_this_machine() -> Result<Self> {
-        let targets = process::output(Command::new("apt-get").args(["indextargets", "Created-By: Packages"]))?;
+        let targets =
+            process::output(Command::new("apt-get").args(["indextargets", "Created-By: Packages"]))?;
         Self::read(&targets).context("this machine's package sources name no mirror of Debian's")
     }
 
@@ -154,7 +157,8 @@ impl Mirrors {
             match target.get("Label").map(String::as_str) {
                 Some("Debian") if mirrors.debian.is_empty() => {
                     mirrors.debian.clone_from(address);
-                    mirrors.signed_by = target.get("Signed-By").filter(|keyring| keyring.starts_with('/')).cloned();
+                    mirrors.signed_by =
+                        target.get("Signed-By").filter(|keyring| keyring.starts_with('/')).cloned();
                 }
                 Some("Debian-Security") => mirrors.security = Some(address.clone()),
                 _ => {}
@@ -213,7 +217,10 @@ mod tests {
         assert_eq!(mirrors.debian, "http://mirror.example/debian/");
         let text = sources(&mirrors);
         assert!(text.contains("URIs: http://mirror.example/debian/\nSuites: oldstable "), "{text}");
-        assert!(text.contains("URIs: http://mirror.example/security/\nSuites: oldstable-security "), "{text}");
+        assert!(
+            text.contains("URIs: http://mirror.example/security/\nSuites: oldstable-security "),
+            "{text}"
+        );
         assert_eq!(text.matches("Signed-By: /keys/debian.gpg").count(), 2);
         assert_eq!(Mirrors::read("Label: Ubuntu\nRepo-URI: http://mirror.example/ubuntu/\n"), None);
     }

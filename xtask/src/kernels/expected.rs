@@ -43,9 +43,10 @@ impl Expected {
 
     /// What the list says of a case on a kernel's series.
     pub(super) fn reason(&self, kernel: &str, case: &str) -> Option<&str> {
-        let found = self.0.iter().find(|failure| {
-            failure.case == case && (failure.kernel == "*" || failure.kernel == kernel)
-        });
+        let found = self
+            .0
+            .iter()
+            .find(|failure| failure.case == case && (failure.kernel == "*" || failure.kernel == kernel));
         found.map(|failure| failure.reason.as_str())
     }
 
@@ -61,10 +62,14 @@ impl Expected {
 
 fn parse(line: &str) -> Result<Failure> {
     let mut words = line.splitn(3, ' ').map(str::trim);
-    let mut word = |what: &str| words.next().filter(|word| !word.is_empty()).with_context(|| format!("no {what}"));
+    let mut word =
+        |what: &str| words.next().filter(|word| !word.is_empty()).with_context(|| format!("no {what}"));
     let (kernel, case) = (word("kernel")?.to_owned(), word("case")?.to_owned());
     let reason = word("reason")?.to_owned();
-    ensure!(kernel == "*" || super::series::Series::parse(&kernel).is_some(), "{kernel} is no series of kernels");
+    ensure!(
+        kernel == "*" || super::series::Series::parse(&kernel).is_some(),
+        "{kernel} is no series of kernels"
+    );
     ensure!(super::cases::ALL.contains(&case.as_str()), "there is no case {case}");
     Ok(Failure { kernel, case, reason })
 }
@@ -80,7 +85,8 @@ mod tests {
 
     #[test]
     fn what_is_expected_is_no_failure_and_what_passes_by_surprise_is_one() {
-        let list = Expected::read("# a comment\n\n* load none loads\n6.12 smoke for a reason\n").expect("a list");
+        let list =
+            Expected::read("# a comment\n\n* load none loads\n6.12 smoke for a reason\n").expect("a list");
         assert_eq!(list.judge("6.1", "load", Verdict::Failed), Verdict::Expected);
         assert_eq!(list.judge("6.1", "load", Verdict::Ok), Verdict::Unexpected);
         assert_eq!(list.judge("6.1", "load", Verdict::Skipped), Verdict::Skipped);

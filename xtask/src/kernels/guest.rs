@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use super::{image::INIT, report::Said, wires};
-use crate::process;
+use crate::{process, setup::EMULATOR};
 
 /// Two emulated processors: what happens on two at once is tried as well.
 const PROCESSORS: &str = "2";
@@ -27,7 +27,6 @@ const CASE_LIMIT: Duration = Duration::from_secs(420);
 /// What a guest is made of.
 #[derive(Debug)]
 pub(super) struct Guest<'a> {
-    pub(super) emulator: &'a str,
     pub(super) image: &'a Path,
     /// The first file system.
     pub(super) files: &'a Path,
@@ -60,7 +59,7 @@ impl Guest<'_> {
             .stdout(Stdio::piped())
             .stderr(log.try_clone()?)
             .spawn()
-            .with_context(|| format!("cannot run {}", self.emulator))?;
+            .with_context(|| format!("cannot run {}", EMULATOR))?;
         let end = Self::follow(&mut child, &mut log, said);
         let _ = child.kill();
         child.wait()?;
@@ -75,7 +74,9 @@ impl Guest<'_> {
         loop {
             let line = match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) => line,
-                Err(RecvTimeoutError::Timeout) => return Ok(End::Lost { case, why: "the guest says nothing" }),
+                Err(RecvTimeoutError::Timeout) => {
+                    return Ok(End::Lost { case, why: "the guest says nothing" });
+                }
                 Err(RecvTimeoutError::Disconnected) => return Ok(End::Lost { case, why: "the guest ended" }),
             };
             writeln!(log, "{line}")?;
@@ -95,15 +96,25 @@ impl Guest<'_> {
         let mut command = process::as_root("unshare")?;
         // The shell makes the wires and becomes the emulator, whose end is the namespace's.
         let script = format!("{}exec \"$@\"", self.wires.script());
-        command.args(["--net", "sh", "-c", &script, "sh", self.emulator]);
-        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]);
+        command.args(["--net", "sh", "-c", &script, "sh", EMULATOR]);
+        command.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-serial",
+            "stdio",
+        ]);
         command.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"]);
         command.args(["-smp", PROCESSORS, "-m", MEMORY, "-device", "virtio-rng-pci"]);
         command.arg("-kernel").arg(self.image).arg("-initrd").arg(self.files);
         // What follows `--` becomes the arguments of the first process. A kernel that panics ends the emulator.
         let told = wires::for_the_guest().join(" ");
         let cases = cases.join(" ");
-        command.arg("-append").arg(format!("console=ttyS0 loglevel=5 panic=-1 rdinit={INIT} -- {told} {cases}"));
+        command
+            .arg("-append")
+            .arg(format!("console=ttyS0 loglevel=5 panic=-1 rdinit={INIT} -- {told} {cases}"));
         command.args(self.wires.arguments());
         Ok(command)
     }

@@ -10,7 +10,7 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 
 use super::{archive::Archive, cpio::Writer, modules, series::Stock};
 use crate::process;
@@ -39,7 +39,8 @@ impl Kernel {
         if kernel.modules.exists() {
             return Ok(kernel);
         }
-        let files: Vec<_> = stock.packages.iter().map(|package| archive.fetch(package)).collect::<Result<_>>()?;
+        let files: Vec<_> =
+            stock.packages.iter().map(|package| archive.fetch(package)).collect::<Result<_>>()?;
         process::phase(format_args!("unpacking Linux {}", stock.release));
         fs::create_dir_all(&place).with_context(|| format!("making {}", place.display()))?;
         let tree = place.join("unpacked");
@@ -132,7 +133,8 @@ fn find(tool: &str) -> Result<PathBuf> {
 fn libraries<'a>(programs: impl Iterator<Item = &'a Path>) -> Result<BTreeSet<String>> {
     let mut found = BTreeSet::new();
     for program in programs {
-        let output = Command::new("ldd").arg(program).env("LC_ALL", "C").output().context("cannot run ldd")?;
+        let output =
+            Command::new("ldd").arg(program).env("LC_ALL", "C").output().context("cannot run ldd")?;
         // It fails for a static program, which needs none.
         found.extend(library_paths(&String::from_utf8_lossy(&output.stdout)));
     }
@@ -191,21 +193,6 @@ fn digest(content: impl std::hash::Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     content.hash(&mut hasher);
     hasher.finish()
-}
-
-/// What makes the guests' machine; installed where it is missing.
-///
-/// # Errors
-///
-/// It cannot be installed.
-pub(super) fn ensure_emulator() -> Result<&'static str> {
-    const EMULATOR: &str = "qemu-system-x86_64";
-    ensure!(cfg!(target_arch = "x86_64"), "the guests are x86-64 machines, and this is none");
-    if !process::has_program(EMULATOR) {
-        ensure!(crate::apt::is_here(), "install {EMULATOR}");
-        crate::apt::install(&["qemu-system-x86"])?;
-    }
-    Ok(EMULATOR)
 }
 
 #[cfg(test)]

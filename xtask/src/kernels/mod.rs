@@ -31,7 +31,7 @@ use self::{
     report::{Column, Said, Verdict},
     series::{Series, Stock},
 };
-use crate::{process, tally::Tally};
+use crate::{process, setup, tally::Tally};
 
 /// A case that ends its guest is no reason to leave out those behind it, but a kernel that does so again and again is.
 const BOOTS: usize = 6;
@@ -58,16 +58,12 @@ pub(crate) fn run(extent: &Extent, filter: Option<&str>, sheave: &Path) -> Resul
     let expected = Expected::of_this_tree()?;
     let directory = process::target_directory()?.join("kernels");
     fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
-    let available = image::ensure_emulator().and_then(|emulator| {
-        let archive = Archive::open(&directory)?;
-        let stock = series::newest_of_each(&archive)?;
-        Ok((emulator, archive, stock))
-    });
-    let (emulator, archive, stock) = match available {
+    let (archive, stock) = match available(&directory) {
         Ok(available) => available,
         Err(error) => {
             process::phase(format_args!("no kernel is tried: {error:#}"));
-            let count = if matches!(extent, Extent::Smoke) { 2 * cases::SMOKE.len() } else { cases::ALL.len() };
+            let count =
+                if matches!(extent, Extent::Smoke) { 2 * cases::SMOKE.len() } else { cases::ALL.len() };
             return Ok(Tally { skipped: count as u64, ..Tally::default() });
         }
     };
@@ -81,7 +77,7 @@ pub(crate) fn run(extent: &Extent, filter: Option<&str>, sheave: &Path) -> Resul
         return Ok(tally);
     }
     let programs = programs(sheave)?.pack(&directory)?;
-    let machine = Machine { directory, emulator, archive, programs, wires: wires::Kind::of_this_machine() };
+    let machine = Machine { directory, archive, programs, wires: wires::Kind::of_this_machine() };
     let mut columns = Vec::new();
     for (stock, cases) in plan {
         let column = machine.try_kernel(stock, &cases, &expected)?;
@@ -99,10 +95,20 @@ pub(crate) fn run(extent: &Extent, filter: Option<&str>, sheave: &Path) -> Resul
     Ok(tally)
 }
 
+/// What makes virtual machines is installed, and the kernels that can be had are looked up.
+fn available(directory: &Path) -> Result<(Archive, Vec<Stock>)> {
+    ensure!(cfg!(target_arch = "x86_64"), "the virtual machines are x86-64 machines, as this one is not");
+    setup::ensure_tools(&setup::KERNEL_TOOLS)?;
+    let archive = Archive::open(directory)?;
+    let stock = series::newest_of_each(&archive)?;
+    Ok((archive, stock))
+}
+
 fn wanted_series(extent: &Extent) -> Result<Vec<Series>> {
     let Extent::Whole(names) = extent else { return Ok(Vec::new()) };
     let parse = |name: &String| {
-        let series = Series::parse(name).with_context(|| format!("{name:?} is no series of kernels, such as 6.12"))?;
+        let series =
+            Series::parse(name).with_context(|| format!("{name:?} is no series of kernels, such as 6.12"))?;
         ensure!(series.is_supported(), "Linux {series} is older than what sheave is for");
         Ok(series)
     };
@@ -128,7 +134,11 @@ fn plan<'a>(
             (Extent::Whole(_), None) if is_thorough(index, kernel) => &cases::ALL,
             (Extent::Whole(_), None) => &cases::BASIC,
         };
-        let holds = |case: &&&str| filter.is_none_or(|filter| case.contains(filter));
+        // A case's whole name means this one alone, though it may be a part of others.
+        let names_one = filter.is_some_and(|filter| cases::ALL.contains(&filter));
+        let holds = |case: &&&str| {
+            filter.is_none_or(|filter| if names_one { **case == filter } else { case.contains(filter) })
+        };
         all.iter().filter(holds).map(|case| (*case).to_owned()).collect()
     };
     let kernels = stock.iter().enumerate().map(|(index, kernel)| (kernel, cases(index, kernel)));
@@ -139,7 +149,6 @@ fn plan<'a>(
 /// What every guest is made of.
 struct Machine {
     directory: PathBuf,
-    emulator: &'static str,
     archive: Archive,
     programs: PathBuf,
     wires: wires::Kind,
@@ -162,8 +171,13 @@ impl Machine {
         image::join(&[&self.programs, &kernel.modules], &files)?;
         let log = self.directory.join(format!("{series}.log"));
         let _ = fs::remove_file(&log);
-        process::phase(format_args!("Linux {}: {} (console: {})", stock.release, cases.join(" "), log.display()));
-        let guest = Guest { emulator: self.emulator, image: &kernel.image, files: &files, wires: self.wires, log };
+        process::phase(format_args!(
+            "Linux {}: {} (console: {})",
+            stock.release,
+            cases.join(" "),
+            log.display()
+        ));
+        let guest = Guest { image: &kernel.image, files: &files, wires: self.wires, log };
         let began = Instant::now();
         run_all(&guest, cases, &mut |said| note(&mut column, said, began, &series, expected))?;
         column.took = began.elapsed();
@@ -244,7 +258,8 @@ fn programs(sheave: &Path) -> Result<Programs> {
         built.extend(executable(&message?));
     }
     ensure!(child.wait()?.success(), "the tests do not build");
-    let mut take = |name: &str| built.remove(name).with_context(|| format!("cargo built no program named {name}"));
+    let mut take =
+        |name: &str| built.remove(name).with_context(|| format!("cargo built no program named {name}"));
     Ok(Programs {
         init: take("sheave-guest")?,
         others: vec![
@@ -303,7 +318,8 @@ mod tests {
 
     #[test]
     fn a_program_is_taken_from_its_artifact() {
-        let message = r#"{"reason":"compiler-artifact","target":{"name":"packets"},"executable":"/t/packets-1"}"#;
+        let message =
+            r#"{"reason":"compiler-artifact","target":{"name":"packets"},"executable":"/t/packets-1"}"#;
         assert_eq!(executable(message), Some(("packets".to_owned(), "/t/packets-1".into())));
         assert_eq!(executable("no JSON"), None);
     }

@@ -87,7 +87,8 @@ pub(super) fn table(columns: &[Column], cases: &[&str]) -> String {
     let mut rows = vec![row("case", columns.iter().map(|column| column.kernel.clone()))];
     let ran = |case: &&&str| columns.iter().any(|column| column.cases.contains_key(**case));
     for case in cases.iter().filter(ran) {
-        let verdict = |column: &Column| column.cases.get(*case).map_or("-", |(verdict, _)| verdict.word()).to_owned();
+        let verdict =
+            |column: &Column| column.cases.get(*case).map_or("-", |(verdict, _)| verdict.word()).to_owned();
         rows.push(row(case, columns.iter().map(verdict)));
     }
     let mut programs: Vec<_> = columns.iter().flat_map(|column| column.figures.keys()).collect();
@@ -109,7 +110,9 @@ fn row(name: &str, cells: impl Iterator<Item = String>) -> Vec<String> {
 
 fn align(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
-    let width = |column: usize| rows.iter().filter_map(|row| row.get(column)).map(String::len).max().unwrap_or_default();
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(String::len).max().unwrap_or_default()
+    };
     let widths: Vec<_> = (0..columns).map(width).collect();
     let mut text = String::new();
     for row in rows {

@@ -123,12 +123,10 @@ mod tests {
             "linux-image-7.2.13+deb14-amd64",
         ];
         let newest = newest_releases(&packages.map(str::to_owned));
-        let found: Vec<_> = newest.iter().map(|(series, release)| (series.to_string(), release.as_str())).collect();
-        let expected = [
-            ("6.1", "6.1.0-54-amd64"),
-            ("6.12", "6.12.113+deb13-amd64"),
-            ("7.2", "7.2.13+deb14-amd64"),
-        ];
+        let found: Vec<_> =
+            newest.iter().map(|(series, release)| (series.to_string(), release.as_str())).collect();
+        let expected =
+            [("6.1", "6.1.0-54-amd64"), ("6.12", "6.12.113+deb13-amd64"), ("7.2", "7.2.13+deb14-amd64")];
         assert_eq!(found, expected.map(|(series, release)| (series.to_owned(), release)));
     }
 
@@ -136,7 +134,10 @@ mod tests {
     fn a_split_kernel_is_all_its_parts() {
         let depends = "dracut | initramfs-tools (>= 0.120), linux-base-7.2.13-amd64 (= 1), \
                        linux-binary-7.2.13-amd64 (= 1), linux-modules-7.2.13-amd64 (= 1)";
-        assert_eq!(parts(depends, "7.2.13-amd64"), ["linux-binary-7.2.13-amd64", "linux-modules-7.2.13-amd64"]);
+        assert_eq!(
+            parts(depends, "7.2.13-amd64"),
+            ["linux-binary-7.2.13-amd64", "linux-modules-7.2.13-amd64"]
+        );
         assert_eq!(parts("kmod, linux-base (>= 4.3~)", "6.1.0-54-amd64"), [""; 0]);
     }
 }

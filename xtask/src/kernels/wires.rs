@@ -83,7 +83,8 @@ impl Kind {
                 let _ = writeln!(script, "ip link set dev w{index}{letter} up");
             }
             for (from, to) in [("a", "b"), ("b", "a")] {
-                let _ = writeln!(script, "{}", redirect(&format!("w{index}{from}"), &format!("w{index}{to}")));
+                let _ =
+                    writeln!(script, "{}", redirect(&format!("w{index}{from}"), &format!("w{index}{to}")));
             }
         }
         script
@@ -100,7 +101,10 @@ fn redirect(from: &str, to: &str) -> String {
 
 /// Whether this machine's kernel can do that.
 fn redirects() -> bool {
-    let script = format!("ip link add one type dummy && ip link add two type dummy && {}", redirect("one", "two"));
+    let script = format!(
+        "ip tuntap add dev one mode tap && ip tuntap add dev two mode tap && {}",
+        redirect("one", "two")
+    );
     let tried = Command::new("unshare").args(["--net", "sh", "-c", &script]).output();
     tried.is_ok_and(|output| output.status.success())
 }

@@ -58,7 +58,8 @@ impl Wire {
     pub(crate) fn fresh(name: &str) -> Result<[String; 2]> {
         let wires = told();
         let mut wires = wires.iter().filter_map(|wire| Self::parse(wire));
-        let wire = wires.find(|wire| wire.name == name).with_context(|| format!("there is no wire {name}"))?;
+        let wire =
+            wires.find(|wire| wire.name == name).with_context(|| format!("there is no wire {name}"))?;
         for slot in &wire.slots {
             renew(slot)?;
         }
@@ -72,7 +73,8 @@ fn device(slot: &str) -> PathBuf {
 }
 
 fn renew(slot: &str) -> Result<()> {
-    let driver = fs::canonicalize(device(slot).join("driver")).with_context(|| format!("{slot} has no driver"))?;
+    let driver =
+        fs::canonicalize(device(slot).join("driver")).with_context(|| format!("{slot} has no driver"))?;
     let write = |file: &str| {
         let path = driver.join(file);
         fs::write(&path, slot).with_context(|| format!("writing {slot} to {}", path.display()))

@@ -59,7 +59,9 @@ impl Joint {
             for (namespace, device) in [(host.namespace(), &mut interface), (switch, &mut port)] {
                 let vlan = format!("{device}.{id}");
                 namespace.ip(&format!("link set {device} up"))?;
-                namespace.ip(&format!("link add link {device} name {vlan} type vlan protocol {protocol} id {id}"))?;
+                namespace.ip(&format!(
+                    "link add link {device} name {vlan} type vlan protocol {protocol} id {id}"
+                ))?;
                 *device = vlan;
             }
         }

@@ -130,9 +130,9 @@ pub(crate) fn wait_for_the_network(cluster: &Cluster) -> Result<()> {
         for address in [IpAddr::from(link.v4), link.v6.into()] {
             eventually(LINK_LIMIT, "the load balancer reaches its servers", || {
                 let at = std::net::SocketAddr::new(address, lb_tests::stub::PORT);
-                let connected = cluster.lb.in_namespace(|| {
-                    std::net::TcpStream::connect_timeout(&at, Duration::from_secs(1))
-                })?;
+                let connected = cluster
+                    .lb
+                    .in_namespace(|| std::net::TcpStream::connect_timeout(&at, Duration::from_secs(1)))?;
                 connected.map(drop).with_context(|| format!("connecting to {at}"))
             })?;
         }
@@ -143,7 +143,8 @@ pub(crate) fn wait_for_the_network(cluster: &Cluster) -> Result<()> {
 /// Asks in every way, over both families.
 pub(crate) fn serve(cluster: &Cluster) -> Result<()> {
     for vip in cluster.vips() {
-        let name = run(&mut cluster.curl(vip, "/name")).with_context(|| format!("the first request to {vip}"))?;
+        let name =
+            run(&mut cluster.curl(vip, "/name")).with_context(|| format!("the first request to {vip}"))?;
         ensure!(name.starts_with("api-"), "an apiserver answers with its name, and not with {name:?}");
         let client = cluster.client_of(vip)?;
         load::sequential(&cluster.client, &client, SEQUENTIAL)?.require_all(SEQUENTIAL)?;
@@ -151,7 +152,11 @@ pub(crate) fn serve(cluster: &Cluster) -> Result<()> {
         let report = crowd.ask_names();
         report.require_all(AT_ONCE)?;
         let servers = report.by_server().len();
-        ensure!(servers == cluster.apiservers.len(), "{servers} servers share the connections: {:?}", report.by_server());
+        ensure!(
+            servers == cluster.apiservers.len(),
+            "{servers} servers share the connections: {:?}",
+            report.by_server()
+        );
         drop(crowd);
         transfer::download(cluster, vip, LENGTH).with_context(|| format!("a download from {vip}"))?;
         transfer::upload_and_back(cluster, vip, LENGTH).with_context(|| format!("an upload to {vip}"))?;
