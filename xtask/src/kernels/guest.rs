@@ -93,10 +93,12 @@ impl Guest<'_> {
     }
 
     fn command(&self, cases: &[String]) -> Result<Command> {
-        let mut command = process::as_root("unshare")?;
+        // It ends with this process, however that ends.
+        let mut command = process::as_root("setpriv")?;
+        command.args(["--pdeathsig", "KILL"]);
         // The shell makes the wires and becomes the emulator, whose end is the namespace's.
         let script = format!("{}exec \"$@\"", self.wires.script());
-        command.args(["--net", "sh", "-c", &script, "sh", EMULATOR]);
+        command.args(["unshare", "--net", "sh", "-c", &script, "sh", EMULATOR]);
         command.args([
             "-nodefaults",
             "-no-user-config",

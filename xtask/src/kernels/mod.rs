@@ -77,7 +77,9 @@ pub(crate) fn run(extent: &Extent, filter: Option<&str>, sheave: &Path) -> Resul
         return Ok(tally);
     }
     let programs = programs(sheave)?.pack(&directory)?;
-    let machine = Machine { directory, archive, programs, wires: wires::Kind::of_this_machine() };
+    let wires = wires::Kind::of_this_machine();
+    process::phase(format_args!("cards are joined by {wires}"));
+    let machine = Machine { directory, archive, programs, wires };
     let mut columns = Vec::new();
     for (stock, cases) in plan {
         let column = machine.try_kernel(stock, &cases, &expected)?;

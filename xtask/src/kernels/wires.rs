@@ -5,7 +5,11 @@
 //! a network namespace that ends with the emulator. Frames keep what a virtual machine's frames have: unfinished
 //! checksums, and sizes that a card is to cut. Elsewhere it is a hub of the emulator's own, where no card has offloads.
 
-use std::{fmt::Write as _, fs::File, process::Command};
+use std::{
+    fmt::{self, Write as _},
+    fs::File,
+    process::Command,
+};
 
 /// One wire and its cards.
 struct Wire {
@@ -88,6 +92,17 @@ impl Kind {
             }
         }
         script
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Taps => "taps, with offloads",
+            Self::Hub => {
+                "the emulator's hubs, without offloads: there is no /dev/net/tun, or no `mirred` here"
+            }
+        })
     }
 }
 

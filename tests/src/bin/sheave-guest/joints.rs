@@ -108,8 +108,10 @@ fn bond(host: &Host, lab: &Lab, segment: Segment, mode: &str) -> Result<(String,
             if namespace.name() == switch.name() && is_alone {
                 continue;
             }
-            namespace.ip(&format!("link set {device} down"))?;
-            namespace.ip(&format!("link set {device} master {bond} up"))?;
+            // A bond takes no card that is up.
+            for change in ["down", &format!("master {bond}"), "up"] {
+                namespace.ip(&format!("link set {device} {change}"))?;
+            }
         }
         ports.push(port);
     }

@@ -30,6 +30,8 @@ const MOUNTS: [(&str, &str); 7] = [
     ("bpf", "/sys/fs/bpf"),
     ("cgroup2", "/sys/fs/cgroup"),
 ];
+/// The program under test.
+const SHEAVE: &str = "/usr/bin/sheave";
 /// A case that takes longer is ended. On emulated processors none takes a third of it.
 const CASE_LIMIT: Duration = Duration::from_secs(300);
 
@@ -99,6 +101,7 @@ fn run_apart(case: &str) -> Result<(ExitStatus, String)> {
         .args(["case", case])
         .env("HOME", "/tmp")
         .env("TMPDIR", "/tmp")
+        .env("SHEAVE", SHEAVE)
         .env(cards::VARIABLE, cards::told().join(" "))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
