@@ -1,11 +1,12 @@
 //! What is tried in every kernel: do the programs load, do they decide as they should, does the load balancer serve.
 
 use std::{
+    io::{BufRead as _, BufReader},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    process::Command,
+    process::{Command, Stdio},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use lb_tests::{
     cluster::{Cluster, NODE_PORT, Shape},
     daemon::{Daemon, has_xdp},
@@ -51,18 +52,23 @@ pub(crate) fn load() -> Result<()> {
 
 /// The tests that hand packets to the program with `BPF_PROG_TEST_RUN`.
 pub(crate) fn packets() -> Result<()> {
-    let output = Command::new(PACKETS)
+    let mut child = Command::new(PACKETS)
         .args(["--nocapture", "--skip", HOST_ONLY])
         .env("RUST_TEST_THREADS", "2")
-        .output()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    println!("{text}\n{}", String::from_utf8_lossy(&output.stderr));
-    if output.status.success() {
-        return Ok(());
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("starting the packet tests")?;
+    let output = child.stdout.take().context("the tests have no output")?;
+    let mut failed = Vec::new();
+    for line in BufReader::new(output).lines() {
+        let line = line?;
+        println!("{line}");
+        let name = line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED"));
+        failed.extend(name.map(str::to_owned));
     }
-    let failed = text.lines().filter_map(|line| line.strip_prefix("test ")?.strip_suffix(" ... FAILED"));
-    let failed: Vec<_> = failed.collect();
-    bail!("{}: {}", output.status, failed.join(" "))
+    let status = child.wait()?;
+    ensure!(status.success(), "{status}: {}", failed.join(" "));
+    Ok(())
 }
 
 /// One arm on a virtio card: requests, the connect hook, `kill -9` and the next start, and the end of everything.
