@@ -114,7 +114,7 @@ impl Trial {
         let status = daemon.status_json()?;
         let interfaces = status["interfaces"].as_array().context("the status names no interface")?;
         let modes: Vec<_> = interfaces.iter().map(|it| it["xdp_mode"].as_str().unwrap_or_default()).collect();
-        println!("modes: {modes:?}");
+        println!("the backends are ready; modes: {modes:?}");
         ensure!(!modes.is_empty(), "the program is on no interface");
         let is_right = |mode: &&str| self.mode == Mode::Auto || *mode == self.mode.word();
         ensure!(modes.iter().all(is_right), "{:?} was asked for, and the modes are {modes:?}", self.mode);
@@ -147,7 +147,9 @@ pub(crate) fn serve(cluster: &Cluster) -> Result<()> {
             run(&mut cluster.curl(vip, "/name")).with_context(|| format!("the first request to {vip}"))?;
         ensure!(name.starts_with("api-"), "an apiserver answers with its name, and not with {name:?}");
         let client = cluster.client_of(vip)?;
+        println!("{vip}: {name} answers");
         load::sequential(&cluster.client, &client, SEQUENTIAL)?.require_all(SEQUENTIAL)?;
+        println!("{vip}: {SEQUENTIAL} requests one after the other");
         let mut crowd = Crowd::open(&cluster.client, &client, AT_ONCE)?;
         let report = crowd.ask_names();
         report.require_all(AT_ONCE)?;
@@ -158,8 +160,10 @@ pub(crate) fn serve(cluster: &Cluster) -> Result<()> {
             report.by_server()
         );
         drop(crowd);
+        println!("{vip}: {AT_ONCE} connections at once");
         transfer::download(cluster, vip, LENGTH).with_context(|| format!("a download from {vip}"))?;
         transfer::upload_and_back(cluster, vip, LENGTH).with_context(|| format!("an upload to {vip}"))?;
+        println!("{vip}: {LENGTH} bytes each way");
     }
     cluster.require_no_own_resets()
 }
