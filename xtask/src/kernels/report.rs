@@ -20,7 +20,7 @@ impl Verdict {
         matches!(self, Self::Failed | Self::Unexpected)
     }
 
-    fn word(self) -> &'static str {
+    pub(super) fn word(self) -> &'static str {
         match self {
             Self::Ok => "ok",
             Self::Failed => "FAILED",
@@ -68,6 +68,12 @@ impl Said {
             _ => return None,
         })
     }
+}
+
+/// As much of a detail as fits a few lines. The console's log has it all.
+pub(super) fn beginning(detail: &str) -> &str {
+    const LENGTH: usize = 400;
+    detail.char_indices().nth(LENGTH).map_or(detail, |(index, _)| &detail[..index])
 }
 
 /// One kernel's results.

@@ -1,8 +1,10 @@
 //! The ways in which the load balancer is joined to a segment: by a card, a VLAN, a bond, a bridge, and what can be built
 //! of them. The switch has the counterpart at the other end of the wire.
 
+use std::process::Command;
+
 use anyhow::Result;
-use lb_tests::lab::{Host, Lab, Namespace, Segment};
+use lb_tests::lab::{Host, Lab, Namespace, Segment, run};
 
 use crate::cards::Wire;
 
@@ -74,16 +76,7 @@ fn plug(host: &Namespace, switch: &Namespace, wire: &str, index: usize) -> Resul
     let [card, peer] = Wire::fresh(wire)?;
     let (interface, port) = (format!("eth{index}"), format!("lb.{index}"));
     for (namespace, from, to) in [(host, card, &interface), (switch, peer, &port)] {
-        lb_tests::lab::run(std::process::Command::new("ip").args([
-            "link",
-            "set",
-            "dev",
-            &from,
-            "netns",
-            namespace.name(),
-            "name",
-            to,
-        ]))?;
+        run(Command::new("ip").args(["link", "set", "dev", &from, "netns", namespace.name(), "name", to]))?;
         namespace.ip(&format!("link set {to} up"))?;
     }
     Ok((interface, port))
@@ -108,6 +101,8 @@ fn bond(host: &Host, lab: &Lab, segment: Segment, mode: &str) -> Result<(String,
             if namespace.name() == switch.name() && is_alone {
                 continue;
             }
+            // LACP bundles no card of unknown speed, as virtio's is until somebody says it.
+            run(namespace.command("ethtool").args(["-s", device, "speed", "1000", "duplex", "full"]))?;
             // A bond takes no card that is up.
             for change in ["down", &format!("master {bond}"), "up"] {
                 namespace.ip(&format!("link set {device} {change}"))?;

@@ -19,7 +19,7 @@ const SEQUENTIAL: usize = 20;
 /// Connections that are open at once, of each family.
 const AT_ONCE: usize = 40;
 /// Bytes of a transfer: some thousand packets.
-const LENGTH: u64 = 4_000_000;
+const LENGTH: u64 = 2_000_000;
 /// For bonds to choose their members, and cards to find their carriers.
 const LINK_LIMIT: Duration = Duration::from_secs(30);
 
