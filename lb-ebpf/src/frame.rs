@@ -11,6 +11,8 @@ use lb_common::{
     layout::family,
 };
 
+use crate::barrier::barrier_var;
+
 /// The linear part of an XDP packet: in a packet of several fragments, the first; headers are always there.
 pub struct XdpFrame {
     context: *mut xdp_md,
@@ -109,9 +111,12 @@ impl Frame for XdpFrame {
         })
     }
 
+    /// Opaque to LLVM, which would otherwise turn `(end - start) - number` into `end - (start + number)`. Verifiers
+    /// up to Linux 6.18 know no bounds of a number that has been through a byte swap, and refuse to add it to a packet
+    /// pointer. Packet pointers meet no other number than the offsets of [`Frame::at`], which are masked.
     #[inline(always)]
     fn length(&self) -> usize {
-        self.end - self.start
+        barrier_var((self.end - self.start) as u64) as usize
     }
 
     #[inline(always)]

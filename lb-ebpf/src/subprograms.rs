@@ -3,8 +3,8 @@
 //!
 //! The searches through forty ways would otherwise be followed again for every path that leads to them. For this they
 //! have to be global functions: exported symbols that take numbers and pointers to structures and return a number
-//! (kernel ≥ 5.18 with all that is used here; `Documentation/bpf/verifier.rst` calls them global subprograms). A pointer
-//! that is null is answered as "nothing found"; ours never are, but the verifier does not know our callers.
+//! (`Documentation/bpf/verifier.rst` calls them global subprograms). A pointer that is null is answered as "nothing
+//! found"; ours never are, but the verifier does not know our callers.
 
 use aya_ebpf::bindings::xdp_md;
 use lb_common::{

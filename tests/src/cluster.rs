@@ -94,15 +94,37 @@ impl Cluster {
     /// # Errors
     /// Without root, or when something does not come up.
     pub fn start(shape: Shape, apiservers: u8) -> Result<Self> {
-        let mut cluster = Self::without_vips(shape, apiservers)?;
-        for vip in [cluster.vip4, cluster.vip6] {
-            cluster.lb.add_vip(vip)?;
+        Self::without_vips(shape, apiservers)?.with_vips()
+    }
+
+    /// The same with plain cables, and a load balancer that `join` plugs into each of its segments, under the number that
+    /// it is given. `vips`: the load balancer gets them, as with [`Cluster::start`].
+    ///
+    /// # Errors
+    /// Without root, or when something does not come up.
+    pub fn start_joined(
+        shape: Shape,
+        apiservers: u8,
+        join: &mut dyn FnMut(&Lab, &mut Host, Segment, u8) -> Result<()>,
+        vips: bool,
+    ) -> Result<Self> {
+        let cluster = Self::build(shape, apiservers, Lab::plug_plain, join)?;
+        if vips { cluster.with_vips() } else { cluster.running() }
+    }
+
+    fn with_vips(self) -> Result<Self> {
+        for vip in self.vips() {
+            self.lb.add_vip(vip)?;
         }
-        cluster.count_resets()?;
-        for apiserver in &mut cluster.apiservers {
+        self.running()
+    }
+
+    fn running(mut self) -> Result<Self> {
+        self.count_resets()?;
+        for apiserver in &mut self.apiservers {
             apiserver.start()?;
         }
-        Ok(cluster)
+        Ok(self)
     }
 
     /// Builds the hosts and starts the stubs; nobody has a VIP yet.
@@ -122,23 +144,32 @@ impl Cluster {
     /// # Errors
     /// Without root, or when `ip` fails.
     pub fn without_vips(shape: Shape, apiservers: u8) -> Result<Self> {
+        Self::build(shape, apiservers, Lab::plug, &mut Lab::plug)
+    }
+
+    fn build(
+        shape: Shape,
+        apiservers: u8,
+        plug: fn(&Lab, &mut Host, Segment, u8) -> Result<()>,
+        join: &mut dyn FnMut(&Lab, &mut Host, Segment, u8) -> Result<()>,
+    ) -> Result<Self> {
         let lab = Lab::new()?;
         let front = lab.segment(1)?;
         let behind = if shape == Shape::OneArm { front } else { lab.segment(2)? };
         let (mut client, mut lb) = (lab.host("client")?, lab.host("lb")?);
-        lab.plug(&mut lb, front, LB)?;
+        join(&lab, &mut lb, front, LB)?;
         let router = match shape {
             Shape::OneArm => {
-                lab.plug(&mut client, front, CLIENT)?;
+                plug(&lab, &mut client, front, CLIENT)?;
                 None
             }
             Shape::TwoArm => {
-                lab.plug(&mut client, front, CLIENT)?;
-                lab.plug(&mut lb, behind, LB)?;
+                plug(&lab, &mut client, front, CLIENT)?;
+                join(&lab, &mut lb, behind, LB)?;
                 None
             }
             Shape::Routed(router) => {
-                lab.plug(&mut client, behind, CLIENT)?;
+                plug(&lab, &mut client, behind, CLIENT)?;
                 Some(add_router(&lab, router, front, behind)?)
             }
         };
@@ -152,7 +183,7 @@ impl Cluster {
         let apiservers = (0..apiservers)
             .map(|index| {
                 let mut host = lab.host(&format!("api-{}", index + 1))?;
-                lab.plug(&mut host, backends, FIRST_APISERVER + index)?;
+                plug(&lab, &mut host, backends, FIRST_APISERVER + index)?;
                 if router.is_some() {
                     default_route(&host, front)?;
                 }

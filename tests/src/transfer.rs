@@ -1,6 +1,7 @@
-//! A download through a VIP that goes slowly until it is let go, every byte compared.
+//! Transfers through a VIP, every byte compared; one that goes slowly until it is let go.
 
 use std::{
+    fs,
     io::Read as _,
     net::IpAddr,
     process::{Child, Stdio},
@@ -14,13 +15,50 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 
-use crate::{cluster::Cluster, pattern::Checker};
+use crate::{
+    cluster::Cluster,
+    lab::process::said,
+    pattern::{self, Checker},
+};
 
 /// Longer than what buffers between the ends could hold.
 const LENGTH: u64 = 200_000_000;
 const PIECE: usize = 1 << 16;
 /// After each piece: about 3 MB/s.
 const PAUSE: Duration = Duration::from_millis(20);
+
+/// Downloads `length` bytes through `vip`.
+///
+/// # Errors
+/// When they do not all arrive as they were sent.
+pub fn download(cluster: &Cluster, vip: IpAddr, length: u64) -> Result<()> {
+    let mut curl = cluster.curl(vip, &format!("/bytes/{length}"));
+    let mut child = curl.args(["--max-time", "300"]).stdout(Stdio::piped()).spawn()?;
+    let stream = child.stdout.take().context("curl has no output")?;
+    let position = Checker::default().check_all(stream)?;
+    let status = child.wait()?;
+    ensure!(status.success() && position == length, "{position} of {length} bytes arrived, curl: {status}");
+    Ok(())
+}
+
+/// Sends `length` bytes through `vip` and has them sent back.
+///
+/// # Errors
+/// When they do not all come back as they were sent.
+pub fn upload_and_back(cluster: &Cluster, vip: IpAddr, length: u64) -> Result<()> {
+    let file = cluster.lab.directory().join("upload");
+    let mut sent = Vec::new();
+    while (sent.len() as u64) < length {
+        sent.extend_from_slice(&pattern::piece(sent.len() as u64, length - sent.len() as u64));
+    }
+    fs::write(&file, &sent)?;
+    let mut curl = cluster.curl(vip, "/echo");
+    curl.args(["--max-time", "300"]).arg("--data-binary").arg(format!("@{}", file.display()));
+    let output = curl.output()?;
+    ensure!(output.status.success(), "curl: {}", said(&output));
+    ensure!(output.stdout == sent, "what came back is not what was sent");
+    Ok(())
+}
 
 /// A transfer under way.
 #[derive(Debug)]

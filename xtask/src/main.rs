@@ -5,10 +5,12 @@ mod bench;
 mod build;
 mod demo;
 mod dist;
+mod kernels;
 mod lint;
 mod process;
 mod run;
 mod setup;
+mod tally;
 mod test;
 #[path = "../../lb-ebpf/toolchain.rs"]
 mod toolchain;

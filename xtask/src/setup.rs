@@ -111,8 +111,9 @@ pub(crate) const DEMO_TOOLS: [Tool; 5] = [
 ];
 
 /// What the tests use.
-pub(crate) const TEST_TOOLS: [Tool; 9] = [
+pub(crate) const TEST_TOOLS: [Tool; 10] = [
     Tool { program: "ip", package: "iproute2" },
+    Tool { program: "tc", package: "iproute2" },
     Tool { program: "ss", package: "iproute2" },
     Tool { program: "nft", package: "nftables" },
     Tool { program: "ethtool", package: "ethtool" },
@@ -122,6 +123,13 @@ pub(crate) const TEST_TOOLS: [Tool; 9] = [
     Tool { program: "etcd", package: "etcd-server" },
     Tool { program: "etcdctl", package: "etcd-client" },
 ];
+
+/// What virtual machines with stock kernels take.
+pub(crate) const KERNEL_TOOLS: [Tool; 2] =
+    [Tool { program: EMULATOR, package: "qemu-system-x86" }, Tool { program: "xz", package: "xz-utils" }];
+
+/// The machine that stock kernels are booted in.
+pub(crate) const EMULATOR: &str = "qemu-system-x86_64";
 
 /// What `bench node` uses beside.
 pub(crate) const NODE_BENCH_TOOLS: [Tool; 2] = [

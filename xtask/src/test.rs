@@ -3,14 +3,18 @@
 use std::{
     fs,
     io::{BufRead as _, BufReader},
-    ops::Add,
     path::Path,
     process::{Command, Stdio},
 };
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::{build::Binary, process, setup};
+use crate::{
+    build::Binary,
+    kernels::{self, Extent},
+    process, setup,
+    tally::Tally,
+};
 
 /// Limits the tests that run at once. The end-to-end tests start a daemon and several servers each.
 const THREADS_VARIABLE: &str = "SHEAVE_TEST_THREADS";
@@ -19,29 +23,48 @@ const THREADS_VARIABLE: &str = "SHEAVE_TEST_THREADS";
 pub(crate) struct Options {
     /// Only tests whose path holds this; `loom` is the model check of the flow table
     filter: Option<String>,
+    /// Not the tests of this machine, but the program in Debian's stock kernels, in virtual machines; with VERSIONs (6.1
+    /// 6.12) in these alone. FILTER then chooses cases
+    #[arg(long, num_args = 0.., value_name = "VERSION")]
+    kernels: Option<Vec<String>>,
 }
 
 impl Options {
     pub(crate) fn run(self) -> Result<()> {
         setup::ensure_toolchain()?;
         setup::ensure_tools(&setup::TEST_TOOLS)?;
-        mount_bpffs()?;
         let sheave = Binary::SHEAVE.build()?;
+        let filter = self.filter.as_deref();
+        if let Some(versions) = self.kernels {
+            let tally = kernels::run(&Extent::Whole(versions), filter, &sheave)?;
+            println!("\n{}", tally.line());
+            ensure!(tally.failed == 0, "not every kernel does what is expected of it");
+            return Ok(());
+        }
+        mount_bpffs()?;
 
         process::phase("unit, property, packet and end-to-end tests");
-        let tests = run(workspace_tests(&sheave)?, self.filter.as_deref())?;
-        let model = if self.filter.as_deref().is_none_or(|filter| filter.contains("loom")) {
+        let tests = run(workspace_tests(&sheave)?, filter)?;
+        let wants = |part: &str| filter.is_none_or(|filter| filter.contains(part));
+        let model = if wants("loom") {
             process::phase("model check of the flow table");
             Some(run(model_check()?, Some("loom"))?)
         } else {
             None
         };
-        let total = model.into_iter().fold(tests.tally, |total, model| total + model.tally);
+        let kernels = if wants("kernels") {
+            process::phase("loading and serving in stock kernels");
+            kernels::run(&Extent::Smoke, None, &sheave)?
+        } else {
+            Tally::default()
+        };
+        let total = model.into_iter().fold(tests.tally, |total, model| total + model.tally) + kernels;
         // Continuous integration reads this line: nothing may follow it on standard output.
         println!("\n{}", total.line());
         for outcome in [Some(tests), model].into_iter().flatten() {
             ensure!(outcome.success && outcome.tally.failed == 0, "not all tests built and passed");
         }
+        ensure!(kernels.failed == 0, "a stock kernel does not load the program, or does not serve with it");
         ensure!(total.executed() > 0, "no test ran");
         // A check that checks nothing would go unnoticed among the others.
         ensure!(
@@ -115,72 +138,4 @@ struct Outcome {
     tally: Tally,
     /// False also when a test binary did not build or died.
     success: bool,
-}
-
-/// Numbers of tests.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-struct Tally {
-    passed: u64,
-    failed: u64,
-    skipped: u64,
-}
-
-impl Tally {
-    /// Reads the line that ends a test binary's report:
-    /// `test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.01s`.
-    fn parse(line: &str) -> Option<Self> {
-        let (_verdict, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
-        let count = |what: &str| {
-            counts.split("; ").find_map(|part| part.strip_suffix(what)?.trim_end().parse::<u64>().ok())
-        };
-        Some(Self { passed: count("passed")?, failed: count("failed")?, skipped: count("ignored")? })
-    }
-
-    fn executed(self) -> u64 {
-        self.passed + self.failed
-    }
-
-    fn line(self) -> String {
-        let Self { passed, failed, skipped } = self;
-        match skipped {
-            0 => format!("{passed} passed, {failed} failed"),
-            _ => format!("{passed} passed, {failed} failed, {skipped} skipped"),
-        }
-    }
-}
-
-impl Add for Tally {
-    type Output = Self;
-
-    fn add(self, other: Self) -> Self {
-        Self {
-            passed: self.passed + other.passed,
-            failed: self.failed + other.failed,
-            skipped: self.skipped + other.skipped,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_reports_of_several_test_binaries_add_up_to_one_line() {
-        let output = "\
-running 3 tests
-test a ... ok
-test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 2 filtered out; finished in 0.01s
-
-test result: FAILED. 10 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out; finished in 4.20s
-a test that prints test result: ok. 99 passed; 0 failed; 0 ignored
-";
-        let total = output.lines().filter_map(Tally::parse).fold(Tally::default(), Tally::add);
-        assert_eq!(total.line(), "13 passed, 2 failed, 1 skipped");
-    }
-
-    #[test]
-    fn nothing_skipped_is_not_mentioned() {
-        assert_eq!(Tally { passed: 7, failed: 0, skipped: 0 }.line(), "7 passed, 0 failed");
-    }
 }

@@ -10,12 +10,12 @@ use thiserror::Error;
 pub enum DataplaneError {
     /// The kernel refused the object.
     #[error(
-        "the kernel does not take the program: {0}\n  needed: root (or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON) and Linux 5.18 or newer; `sheave doctor` says what is missing"
+        "the kernel does not take the program: {0}\n  needed: root (or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON) and a kernel that takes the programs: Linux 6.1 and newer do; `sheave doctor` says what is missing"
     )]
     Load(#[source] Box<aya::EbpfError>),
     /// The verifier, or the kernel's lack of a feature.
     #[error(
-        "the kernel does not take program {name}: {source}\n  needed: root (or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON) and Linux 5.18 or newer; `sheave doctor` says what is missing"
+        "the kernel does not take program {name}: {source}\n  needed: root (or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON) and a kernel that takes the programs: Linux 6.1 and newer do; `sheave doctor` says what is missing"
     )]
     Program {
         /// Which.
@@ -25,8 +25,8 @@ pub enum DataplaneError {
     },
     /// The verifier read the program and said no.
     #[error(
-        "the kernel's verifier does not take program {name}: {reason}\n{last_words}\n  it takes Linux 5.18 or newer; \
-         `--log debug` shows all that the verifier said"
+        "the kernel's verifier does not take program {name}: {reason}\n{last_words}\n  Linux 6.1 and newer are tried: an older one may lack \
+         what the program needs; `--log debug` shows all that the verifier said"
     )]
     Verifier {
         /// Which.
@@ -168,6 +168,24 @@ pub enum DataplaneError {
 }
 
 impl DataplaneError {
+    /// The program that the kernel refused, and why: of the verifier's log the sentence, without the figures behind it.
+    pub fn refused_program(&self) -> Option<(&'static str, String)> {
+        match self {
+            Self::Verifier { name, last_words, .. } => {
+                let is_figure = |line: &str| {
+                    ["processed ", "verification time ", "stack depth "]
+                        .iter()
+                        .any(|start| line.starts_with(start))
+                };
+                let mut lines = last_words.lines().rev().map(str::trim);
+                let reason = lines.find(|line| !is_figure(line)).unwrap_or("the verifier gives no reason");
+                Some((name, reason.to_owned()))
+            }
+            Self::Program { name, source } => Some((name, source.to_string())),
+            _ => None,
+        }
+    }
+
     /// Why a program was not loaded. The verifier says thousands of lines, and what matters in the last few.
     pub(super) fn not_loaded(name: &'static str, source: ProgramError) -> Self {
         const LAST_WORDS: usize = 5;
@@ -183,5 +201,24 @@ impl DataplaneError {
             }
             source => Self::Program { name, source: Box::new(source) },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_the_verifiers_sentence_and_not_its_figures() {
+        let error = DataplaneError::Verifier {
+            name: "sheave",
+            reason: io::Error::from_raw_os_error(libc::EACCES),
+            last_words: "  113: (0f) r1 += r2\n  math between pkt pointer and register with unbounded min value is not \
+                         allowed\n  processed 4511 insns (limit 1000000) max_states_per_insn 4"
+                .to_owned(),
+        };
+        let (program, reason) = error.refused_program().unwrap();
+        assert_eq!(program, "sheave");
+        assert_eq!(reason, "math between pkt pointer and register with unbounded min value is not allowed");
     }
 }

@@ -18,7 +18,7 @@ use super::{Dataplane, DataplaneError, Pins, attach::errno, grace, link::RawLink
 
 /// Those that show the address that was dialled come first, and the one that follows sockets: a connection is not
 /// redirected before it can be shown, and counted.
-const PROGRAMS: [&str; 5] = [FOLLOW, "getpeername4", "getpeername6", "connect4", "connect6"];
+pub(super) const PROGRAMS: [&str; 5] = [FOLLOW, "getpeername4", "getpeername6", "connect4", "connect6"];
 const FOLLOW: &str = "follow_sockets";
 
 /// Whether the kernel lets the connect hook choose the error of a connection that it refuses (Linux 6.0). Else such a
@@ -35,9 +35,7 @@ impl Dataplane {
     pub fn attach_hook(&mut self, cgroup: &File, network: u64) -> Result<(), DataplaneError> {
         let id = cgroup.metadata().map_err(|source| DataplaneError::System { call: "fstat", source })?.ino();
         self.change_hook(|before| layout::Hook { network, ..before })?;
-        for name in PROGRAMS {
-            self.hook_program(name)?.load().map_err(|source| DataplaneError::not_loaded(name, source))?;
-        }
+        self.load_hook()?;
         let pins = self.pins.clone();
         let pinned = pins.as_ref().map(Pins::hooks).transpose()?.unwrap_or_default();
         self.hook_watch = (id, BTreeMap::new());
@@ -74,6 +72,14 @@ impl Dataplane {
             if name == FOLLOW && !(is_kept && self.change_hook(|same| same)?.is_following()) {
                 self.follow_anew()?;
             }
+        }
+        Ok(())
+    }
+
+    /// Loads the programs, each of which must be known to the kernel before one of them is put anywhere.
+    pub(super) fn load_hook(&mut self) -> Result<(), DataplaneError> {
+        for name in PROGRAMS {
+            self.hook_program(name)?.load().map_err(|source| DataplaneError::not_loaded(name, source))?;
         }
         Ok(())
     }

@@ -54,7 +54,7 @@ const NATIVE_DRIVERS: [&str; 36] = [
 ];
 
 /// The longest IP packet that fits a page with XDP's head room: above it the driver wants a program that takes
-/// fragments (Linux 5.18).
+/// fragments, and must know of them itself.
 const LARGEST_SINGLE_BUFFER_MTU: u32 = 3498;
 
 /// What our own program's name starts with.
@@ -133,7 +133,7 @@ fn mtu(interface: &Interface) -> Finding {
     if interface.mtu <= LARGEST_SINGLE_BUFFER_MTU {
         return ok(subject(interface), what);
     }
-    let what = format!("{what}: native XDP needs Linux 5.18 and a driver that takes packets in fragments");
+    let what = format!("{what}: native XDP needs a driver that takes packets in fragments");
     warning(subject(interface), what)
         .fix(format!("if attaching fails: ip link set {} mtu {LARGEST_SINGLE_BUFFER_MTU}", interface.name))
 }

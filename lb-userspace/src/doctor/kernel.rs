@@ -5,17 +5,15 @@ use std::fs;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 
 use super::{Finding, failure, note, ok, warning};
+use crate::dataplane::{DataplaneError, OBJECT, Probed, probe};
 
-/// Compare-and-swap in BPF came with 5.12, programs on bonds with 5.15, `bpf_loop` with 5.17, XDP for frames of several
-/// fragments with 5.18.
-const NEEDED: (u32, u32) = (5, 18);
 /// Since then BPF memory counts toward the control group, not toward this limit.
 const MEMLOCK_UNUSED: (u32, u32) = (5, 11);
 
 pub(super) fn examine() -> Vec<Finding> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mut findings = vec![version(release.trim()), privileges(&status)];
+    let mut findings = vec![programs(release.trim(), probe(OBJECT, None)), privileges(&status)];
     findings.extend(fs::read_to_string("/sys/kernel/security/lockdown").ok().and_then(|it| lockdown(&it)));
     findings.push(btf(fs::exists("/sys/kernel/btf/vmlinux").unwrap_or(false)));
     findings.extend(fs::read_to_string("/proc/sys/net/core/bpf_jit_enable").ok().map(|it| jit(it.trim())));
@@ -29,16 +27,22 @@ fn parse_version(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-fn version(release: &str) -> Finding {
-    match parse_version(release) {
-        None => warning("kernel", format!("cannot read the kernel's version from {release:?}")),
-        Some(version) if version < NEEDED => failure(
-            "kernel",
-            format!("Linux {release} cannot load the program: it needs bpf_loop and XDP fragments"),
-        )
-        .fix("install Linux 5.18 or later"),
-        Some(_) => ok("kernel", format!("Linux {release}")),
-    }
+/// What came of loading the programs. A version says little: distributions take features back into older kernels.
+fn programs(release: &str, probed: Result<Vec<Probed>, DataplaneError>) -> Finding {
+    let error = match probed {
+        Ok(programs) => {
+            return ok("kernel", format!("Linux {release} takes all {} programs", programs.len()));
+        }
+        Err(DataplaneError::Empty) => {
+            return warning("kernel", format!("Linux {release}; {}", DataplaneError::Empty));
+        }
+        Err(error) => error,
+    };
+    let what = match error.refused_program() {
+        Some((program, reason)) => format!("Linux {release} refuses program {program}: {reason}"),
+        None => format!("Linux {release} does not take the programs: {error}"),
+    };
+    failure("kernel", what).fix("run sheave doctor as root; if this stays, install Linux 6.1 or later")
 }
 
 fn privileges(status: &str) -> Finding {
@@ -99,20 +103,32 @@ mod tests {
     use super::{super::Level, *};
 
     #[test]
-    fn old_kernels_are_told_from_new_ones() {
-        for (release, level) in [
-            ("4.19.0-27-amd64", Level::Failure),
-            ("5.4.0", Level::Failure),
-            ("5.15.0-119-generic", Level::Failure),
-            ("5.18.0", Level::Ok),
-            ("6.18.44-fc-v595", Level::Ok),
-            ("10.0", Level::Ok),
-            ("unknown", Level::Warning),
-        ] {
-            assert_eq!(version(release).level, level, "{release}");
-        }
+    fn a_kernel_is_judged_by_what_it_takes_and_not_by_its_number() {
+        let program = |name| Probed { name, verified_instructions: None };
+        let finding = programs("5.14.0-427.el9", Ok(vec![program("read_clock"), program("sheave")]));
+        assert_eq!(
+            (finding.level, finding.what.as_str()),
+            (Level::Ok, "Linux 5.14.0-427.el9 takes all 2 programs")
+        );
+
+        let refusal = DataplaneError::Verifier {
+            name: "sheave",
+            reason: std::io::Error::from_raw_os_error(libc::EINVAL),
+            last_words: "  unknown func bpf_loop#181\n  processed 90 insns".to_owned(),
+        };
+        let finding = programs("6.18.0", Err(refusal));
+        assert_eq!(finding.level, Level::Failure);
+        assert_eq!(finding.what, "Linux 6.18.0 refuses program sheave: unknown func bpf_loop#181");
+
+        // A build for lints has no programs in it: nothing is known about the kernel.
+        assert_eq!(programs("6.18.0", Err(DataplaneError::Empty)).level, Level::Warning);
+    }
+
+    #[test]
+    fn locked_memory_matters_to_old_kernels_alone() {
         assert_eq!(memlock("5.4.0", 65536).level, Level::Warning);
         assert_eq!(memlock("6.1.0", 65536).level, Level::Ok);
+        assert_eq!(memlock("unknown", 65536).level, Level::Ok);
     }
 
     #[test]

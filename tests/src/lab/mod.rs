@@ -131,18 +131,61 @@ impl Lab {
     /// # Errors
     /// When `ip` or `ethtool` fails.
     pub fn plug(&self, host: &mut Host, segment: Segment, number: u8) -> Result<()> {
+        let (interface, port) = self.cable(host)?;
+        for (namespace, device) in [(&self.net, &port), (host.namespace(), &interface)] {
+            prepare_for_native_xdp(namespace, device)?;
+        }
+        self.net.enter(|| switch_port::take_transmitted_frames(&port))??;
+        self.connect(host, segment, number, interface, port)
+    }
+
+    /// The same with a cable as it comes: segments are merged, and checksums left to whoever is the last to send.
+    ///
+    /// # Errors
+    /// When `ip` fails.
+    pub fn plug_plain(&self, host: &mut Host, segment: Segment, number: u8) -> Result<()> {
+        let (interface, port) = self.cable(host)?;
+        self.connect(host, segment, number, interface, port)
+    }
+
+    /// Makes a cable from a host to the switch; the names of both ends.
+    fn cable(&self, host: &Host) -> Result<(String, String)> {
         let interface = format!("eth{}", host.links().len());
         let port = format!("{}.{}", host.name(), host.links().len());
         self.net.ip(&format!(
             "link add {port} type veth peer name {interface} netns {}",
             host.namespace().name()
         ))?;
-        self.net.ip(&format!("link set {port} master {} up", segment.bridge()))?;
-        for (namespace, device) in [(&self.net, &port), (host.namespace(), &interface)] {
-            prepare_for_native_xdp(namespace, device)?;
-        }
-        self.net.enter(|| switch_port::take_transmitted_frames(&port))??;
+        Ok((interface, port))
+    }
+
+    /// Makes a host's interface, whose other end is the switch's interface `port`, part of a segment.
+    ///
+    /// # Errors
+    /// When one of them is missing.
+    pub fn connect(
+        &self,
+        host: &mut Host,
+        segment: Segment,
+        number: u8,
+        interface: String,
+        port: String,
+    ) -> Result<()> {
+        self.add_port(segment, &port)?;
         host.connected(Link { interface, port, segment, v4: segment.v4(number), v6: segment.v6(number) })
+    }
+
+    /// Makes an interface of the switch part of a segment.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn add_port(&self, segment: Segment, port: &str) -> Result<()> {
+        self.net.ip(&format!("link set {port} master {} up", segment.bridge()))
+    }
+
+    /// The switch.
+    pub fn switch_namespace(&self) -> &Namespace {
+        &self.net
     }
 
     /// Pulls the plug of a host's first link: frames stop, the host itself sees its carrier go.

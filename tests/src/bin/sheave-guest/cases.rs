@@ -1,0 +1,70 @@
+//! All cases by name.
+
+use anyhow::Result;
+use lb_tests::cluster::Shape;
+
+use crate::{
+    basics,
+    joints::{Base, Joint, Vlan},
+    serving::{Mode, Trial},
+};
+
+/// One case.
+pub(crate) type Case = Box<dyn Fn() -> Result<()>>;
+
+/// One tag, as most networks have it.
+const TAGGED: &[Vlan] = &[("802.1q", 10)];
+/// A service tag and a customer's below it.
+const TAGGED_TWICE: &[Vlan] = &[("802.1ad", 20), ("802.1q", 10)];
+
+/// The case of this name.
+pub(crate) fn find(name: &str) -> Option<Case> {
+    Some(match name {
+        "load" => Box::new(basics::load),
+        "smoke" => Box::new(basics::smoke),
+        "packets" => Box::new(basics::packets),
+        _ => {
+            let trial = trial(name)?;
+            Box::new(move || trial.run())
+        }
+    })
+}
+
+fn trial(name: &str) -> Option<Trial> {
+    let card = |wire: &'static str, mode| Trial::new(mode, Joint::card(wire));
+    let virtio = |mode| card("front", mode);
+    let tagged = |mode, vlans| Trial::new(mode, Joint { base: Base::Card("front"), vlans });
+    let bond = |bond: &'static str, mode| Trial::new(mode, Joint { base: Base::Bond(bond), vlans: &[] });
+    let on = |base, vlans| Trial::new(Mode::Auto, Joint { base, vlans });
+    let two_arms = |mode| Trial { shape: Shape::TwoArm, ..virtio(mode) };
+    let netem = |effect: &'static str| Trial { netem: Some(effect), ..virtio(Mode::Native) };
+    Some(match name {
+        "virtio-native-one-arm" => virtio(Mode::Native),
+        "virtio-native-two-arms" => two_arms(Mode::Native),
+        "virtio-generic-one-arm" => virtio(Mode::Generic),
+        "virtio-generic-two-arms" => two_arms(Mode::Generic),
+        "virtio-one-queue" => Trial { prepare: &["-L", "combined", "1"], ..virtio(Mode::Native) },
+        "virtio-offloads-off" => Trial {
+            prepare: &["-K", "rx", "off", "tx", "off", "gro", "off", "gso", "off", "tso", "off"],
+            ..virtio(Mode::Native)
+        },
+        "virtio-fixed-offloads" => card("fixed", Mode::Auto),
+        "e1000e" => card("intel", Mode::Auto),
+        "e1000e-own" => Trial { own: true, ..card("intel", Mode::Auto) },
+        "vlan-native" => tagged(Mode::Native, TAGGED),
+        "vlan-generic" => tagged(Mode::Generic, TAGGED),
+        "qinq-native" => tagged(Mode::Native, TAGGED_TWICE),
+        "qinq-generic" => tagged(Mode::Generic, TAGGED_TWICE),
+        "bond-active-backup" => bond("active-backup", Mode::Auto),
+        "bond-balance-rr" => bond("balance-rr", Mode::Auto),
+        "bond-802.3ad" => bond("802.3ad", Mode::Auto),
+        "bond-generic" => bond("active-backup", Mode::Generic),
+        "vlan-on-bond" => on(Base::Bond("active-backup"), TAGGED),
+        "bridge" => on(Base::Bridge("front"), &[]),
+        "vlan-on-bridge" => on(Base::Bridge("front"), TAGGED),
+        "loss" => netem("loss 1%"),
+        "reorder" => netem("delay 4ms reorder 25% 50%"),
+        "duplicates" => netem("duplicate 5%"),
+        _ => return None,
+    })
+}

@@ -1,0 +1,177 @@
+//! Does the load balancer serve? Requests over both families, one after the other and many at once, and transfers in
+//! both directions of which every byte is compared.
+
+use std::{net::IpAddr, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use lb_tests::{
+    cluster::{Cluster, Shape},
+    daemon::Daemon,
+    lab::{eventually, run},
+    load::{self, Crowd},
+    transfer,
+};
+
+use crate::joints::Joint;
+
+/// Requests one after the other, each on a connection of its own, of each family.
+const SEQUENTIAL: usize = 20;
+/// Connections that are open at once, of each family.
+const AT_ONCE: usize = 40;
+/// Bytes of a transfer: some thousand packets.
+const LENGTH: u64 = 2_000_000;
+/// For bonds to choose their members, and cards to find their carriers.
+const LINK_LIMIT: Duration = Duration::from_secs(30);
+
+/// `dataplane.xdp_mode`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// As by default.
+    Auto,
+    /// In the driver, or not at all.
+    Native,
+    /// In the network stack.
+    Generic,
+}
+
+impl Mode {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Native => "native",
+            Self::Generic => "generic",
+        }
+    }
+}
+
+/// An arrangement in which the load balancer is to serve.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Trial {
+    /// The mode that is asked for.
+    pub(crate) mode: Mode,
+    /// One arm or two.
+    pub(crate) shape: Shape,
+    /// How the first arm is joined. A second is a virtio card.
+    pub(crate) joint: Joint,
+    /// What `ethtool` is told about the first arm before the daemon starts: an option, and what follows the interface.
+    pub(crate) prepare: &'static [&'static str],
+    /// What happens to frames on their way to the load balancer.
+    pub(crate) netem: Option<&'static str>,
+    /// The daemon brings the virtual addresses itself.
+    pub(crate) own: bool,
+}
+
+impl Trial {
+    /// One arm, with nothing changed.
+    pub(crate) const fn new(mode: Mode, joint: Joint) -> Self {
+        Self { mode, shape: Shape::OneArm, joint, prepare: &[], netem: None, own: false }
+    }
+
+    /// Starts a load balancer and asks through it.
+    ///
+    /// # Errors
+    /// When something is not served, or not as it should be.
+    pub(crate) fn run(self) -> Result<()> {
+        let cluster = self.cluster()?;
+        self.prepare(&cluster)?;
+        let mut settings = if self.own { cluster.settings_with_own_vips()? } else { cluster.settings()? };
+        settings.dataplane.push(format!("xdp_mode = {:?}", self.mode.word()));
+        let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings)?;
+        daemon.wait_ready(cluster.apiservers.len())?;
+        self.require_mode(&daemon)?;
+        serve(&cluster).with_context(|| said(&daemon))?;
+        let unloaded = daemon.unload()?;
+        ensure!(unloaded.status.success(), "unload: {}", String::from_utf8_lossy(&unloaded.stderr));
+        Ok(())
+    }
+
+    fn cluster(self) -> Result<Cluster> {
+        let mut join = |lab: &_, host: &mut _, segment, number| {
+            let arm = lb_tests::lab::Host::links(host).len();
+            let joint = if arm == 0 { self.joint } else { Joint::card("back") };
+            joint.join(lab, host, segment, number)
+        };
+        let cluster = Cluster::start_joined(self.shape, 2, &mut join, !self.own)?;
+        wait_for_the_network(&cluster)?;
+        Ok(cluster)
+    }
+
+    fn prepare(self, cluster: &Cluster) -> Result<()> {
+        let link = cluster.lb.link()?;
+        if let [option, rest @ ..] = self.prepare {
+            run(cluster.lb.command("ethtool").arg(option).arg(&link.interface).args(rest))?;
+            wait_for_the_network(cluster)?;
+        }
+        if let Some(effect) = self.netem {
+            let mut tc = cluster.lab.switch_namespace().command("tc");
+            tc.args(["qdisc", "add", "dev", &link.port, "root", "netem", "limit", "10000"]);
+            run(tc.args(effect.split(' ')))?;
+        }
+        Ok(())
+    }
+
+    fn require_mode(self, daemon: &Daemon) -> Result<()> {
+        let status = daemon.status_json()?;
+        let interfaces = status["interfaces"].as_array().context("the status names no interface")?;
+        let modes: Vec<_> = interfaces.iter().map(|it| it["xdp_mode"].as_str().unwrap_or_default()).collect();
+        println!("the backends are ready; modes: {modes:?}");
+        ensure!(!modes.is_empty(), "the program is on no interface");
+        let is_right = |mode: &&str| self.mode == Mode::Auto || *mode == self.mode.word();
+        ensure!(modes.iter().all(is_right), "{:?} was asked for, and the modes are {modes:?}", self.mode);
+        Ok(())
+    }
+}
+
+/// Cards lose their carriers while they are changed, and a bond needs a while. The servers must answer the load balancer
+/// itself before it can be blamed for anything.
+pub(crate) fn wait_for_the_network(cluster: &Cluster) -> Result<()> {
+    for apiserver in &cluster.apiservers {
+        let link = apiserver.host.link()?;
+        for address in [IpAddr::from(link.v4), link.v6.into()] {
+            eventually(LINK_LIMIT, "the load balancer reaches its servers", || {
+                let at = std::net::SocketAddr::new(address, lb_tests::stub::PORT);
+                let connected = cluster
+                    .lb
+                    .in_namespace(|| std::net::TcpStream::connect_timeout(&at, Duration::from_secs(1)))?;
+                connected.map(drop).with_context(|| format!("connecting to {at}"))
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// Asks in every way, over both families.
+pub(crate) fn serve(cluster: &Cluster) -> Result<()> {
+    for vip in cluster.vips() {
+        let name =
+            run(&mut cluster.curl(vip, "/name")).with_context(|| format!("the first request to {vip}"))?;
+        ensure!(name.starts_with("api-"), "an apiserver answers with its name, and not with {name:?}");
+        let client = cluster.client_of(vip)?;
+        println!("{vip}: {name} answers");
+        load::sequential(&cluster.client, &client, SEQUENTIAL)?.require_all(SEQUENTIAL)?;
+        println!("{vip}: {SEQUENTIAL} requests one after the other");
+        let mut crowd = Crowd::open(&cluster.client, &client, AT_ONCE)?;
+        let report = crowd.ask_names();
+        report.require_all(AT_ONCE)?;
+        let servers = report.by_server().len();
+        ensure!(
+            servers == cluster.apiservers.len(),
+            "{servers} servers share the connections: {:?}",
+            report.by_server()
+        );
+        drop(crowd);
+        println!("{vip}: {AT_ONCE} connections at once");
+        transfer::download(cluster, vip, LENGTH).with_context(|| format!("a download from {vip}"))?;
+        transfer::upload_and_back(cluster, vip, LENGTH).with_context(|| format!("an upload to {vip}"))?;
+        println!("{vip}: {LENGTH} bytes each way");
+    }
+    cluster.require_no_own_resets()
+}
+
+/// The end of what the daemon has logged.
+fn said(daemon: &Daemon) -> String {
+    let log = daemon.log();
+    let lines: Vec<_> = log.lines().collect();
+    println!("--- the daemon's log\n{log}");
+    format!("not served; the daemon's last line: {}", lines.last().unwrap_or(&""))
+}
