@@ -507,7 +507,7 @@ impl Controller {
         signals.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sockets = watch_sockets(self.own_addresses());
         let mut servers = self.watch_servers();
-        self.look_for_vips();
+        self.look_for_vips().await;
         let mut sources = self.sources.clone();
         let mut reports = self.sockets.take_reports();
         loop {
@@ -560,6 +560,7 @@ impl Controller {
             if std::mem::take(&mut self.reloaded) {
                 sockets = watch_sockets(self.own_addresses());
                 sources = self.sources.clone();
+                self.look_for_vips().await;
             }
         }
     }
@@ -681,7 +682,7 @@ impl Controller {
             self.write_ports();
         }
         if changes.contains(&Change::Addresses) {
-            self.look_for_vips();
+            self.look_for_vips().await;
         }
         // Each of them may move a next hop: an address that comes brings a route.
         self.resolve().await;
@@ -694,8 +695,8 @@ impl Controller {
         }
     }
 
-    fn look_for_vips(&mut self) {
-        for news in self.vips.look(&self.network) {
+    async fn look_for_vips(&mut self) {
+        for news in self.vips.look(&self.network).await {
             match news {
                 Presence::Here { vip, interface } => {
                     let name =
@@ -712,7 +713,8 @@ impl Controller {
                 }
                 Presence::Elsewhere { vip } if self.owner.is_some() => {
                     tracing::error!(
-                        "somebody took the VIP {vip} off this host: restart sheave to put it back"
+                        "the VIP {vip} is not on this host any more: another program has removed it, or its interface \
+                         has gone. Restart sheave to put it back"
                     );
                 }
                 Presence::Elsewhere { vip } => {

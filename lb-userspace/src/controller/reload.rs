@@ -493,7 +493,6 @@ impl Controller {
         self.block();
         failures.extend(self.orders.forget_others(&self.config).err().map(|error| error.to_string()));
         self.vips.follow(plan::vips(&self.config));
-        self.look_for_vips();
         self.probes.send_replace(self.probe_targets());
         self.reloaded = true;
         self.announce(&by, answer, reloaded, &failures);

@@ -221,9 +221,27 @@ impl Network {
         })
     }
 
+    /// Reads the kernel's addresses now. To be called where an answer must not depend on a notification that may still be
+    /// on its way: after adding an address, and before telling that one is gone.
+    ///
+    /// # Errors
+    /// When the kernel does not answer; what is known stays as it is.
+    pub async fn reread_addresses(&self) -> Result<(), NetworkError> {
+        // Notifications from before the dump are applied once more afterwards, in their order: they end in the same state.
+        let addresses = dump_addresses(&self.inner.requests).await?;
+        self.inner.tables.write().unwrap_or_else(PoisonError::into_inner).addresses = addresses;
+        Ok(())
+    }
+
     /// What the kernel knows about a neighbour.
     pub fn neighbour(&self, interface: u32, address: IpAddr) -> Option<Neighbour> {
         self.read(|tables| tables.neighbours.get(&(interface, address)).copied())
+    }
+
+    /// From now on notifications do not arrive: the tables stay as they are.
+    #[cfg(test)]
+    pub(crate) fn stop_following(&self) {
+        self.inner.tasks[1].abort();
     }
 
     pub(crate) fn requests(&self) -> &rtnetlink::Handle {
@@ -243,15 +261,22 @@ async fn dump(requests: &rtnetlink::Handle) -> Result<Tables, NetworkError> {
     while let Some(message) = links.try_next().await.map_err(failed("list the interfaces"))? {
         tables.apply(RouteNetlinkMessage::NewLink(message));
     }
-    let mut addresses = requests.address().get().execute();
-    while let Some(message) = addresses.try_next().await.map_err(failed("list the addresses"))? {
-        tables.apply(RouteNetlinkMessage::NewAddress(message));
-    }
+    tables.addresses = dump_addresses(requests).await?;
     let mut neighbours = requests.neighbours().get().execute();
     while let Some(message) = neighbours.try_next().await.map_err(failed("list the neighbours"))? {
         tables.apply(RouteNetlinkMessage::NewNeighbour(message));
     }
     Ok(tables)
+}
+
+async fn dump_addresses(requests: &rtnetlink::Handle) -> Result<BTreeSet<LocalAddress>, NetworkError> {
+    let failed = |error| NetworkError::Kernel { doing: "list the addresses", source: io_error(error) };
+    let mut found = BTreeSet::new();
+    let mut addresses = requests.address().get().execute();
+    while let Some(message) = addresses.try_next().await.map_err(failed)? {
+        found.extend(LocalAddress::from_message(&message));
+    }
+    Ok(found)
 }
 
 type Message = netlink_packet_core::NetlinkMessage<RouteNetlinkMessage>;

@@ -126,6 +126,13 @@ impl Owner {
             }
             links.push((link, interface));
         }
+        // From here on they are known to be here, whenever the kernel's notifications come.
+        if !added.is_empty() {
+            network
+                .reread_addresses()
+                .await
+                .map_err(|source| VipError::Network { vip: added[0].vip, source })?;
+        }
         let rivals = Rivals::default();
         let mut guards = JoinSet::new();
         for (link, interface) in links {
