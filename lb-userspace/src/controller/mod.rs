@@ -39,7 +39,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::future::join_all;
+use futures_util::future::{join_all, try_join_all};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinError,
@@ -52,7 +52,7 @@ use crate::{
     dataplane::{Attached, Dataplane, DataplaneError, Mode, Reaped, Target},
     discovery,
     health::{self, Event, State, Transition},
-    network::{Change, Interface, Network, XdpAttachMode, offloads, used_tcp_ports},
+    network::{CARRIER_WAIT, Change, Interface, Network, XdpAttachMode, offloads, used_tcp_ports},
     sources::Sources,
     systemd,
     vip::{Follower, Owner, Presence, remove_others},
@@ -344,8 +344,10 @@ impl Controller {
             XdpMode::Native => Some(Mode::Native),
             XdpMode::Generic => Some(Mode::Generic),
         };
+        let mut had_carrier = Vec::new();
         for index in self.ports.bases() {
-            let interface = self.network.interface(index)?;
+            let interface = self.network.interface_now(index).await?;
+            had_carrier.extend(interface.carrier.then_some(index));
             if !interface.up {
                 tracing::warn!("{0} is down: `ip link set {0} up`", interface.name);
             }
@@ -394,8 +396,23 @@ impl Controller {
             self.note_harm(harm);
             self.see_to_checksums(&interface, attached.mode)?;
         }
+        self.await_carriers(&had_carrier).await?;
         self.attach_hook().await?;
         self.leave_others()?;
+        Ok(())
+    }
+
+    /// Waits until interfaces that had a carrier before they were touched have it again.
+    async fn await_carriers(&self, interfaces: &[u32]) -> Result<(), ControllerError> {
+        let waits = interfaces.iter().map(|index| self.network.await_carrier(*index, CARRIER_WAIT));
+        for interface in try_join_all(waits).await?.iter().filter(|it| !it.carrier) {
+            tracing::warn!(
+                "{0} has lost its carrier when sheave switched offloads or attached its program, and has none after {1} s: \
+                 look at the other end, and at `ip link show {0}` and the kernel's log",
+                interface.name,
+                CARRIER_WAIT.as_secs()
+            );
+        }
         Ok(())
     }
 

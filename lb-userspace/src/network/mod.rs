@@ -23,6 +23,7 @@ use tokio::{
 };
 
 mod address;
+mod carrier;
 mod ethtool;
 mod interface;
 mod link;
@@ -35,6 +36,7 @@ mod sockets;
 pub(crate) mod testing;
 
 pub use address::LocalAddress;
+pub use carrier::CARRIER_WAIT;
 pub use interface::{AttachedXdp, Interface, Kind, Port, Tag, TagProtocol, XdpAttachMode};
 pub(crate) use link::link_address;
 pub use local_server::is_out_of_reach;
@@ -192,15 +194,10 @@ impl Network {
     /// The XDP programs on an interface, asked for anew: the kernel does not tell when one comes or goes with a link of
     /// its own. None: there is no such interface.
     pub async fn xdp_programs(&self, interface: u32) -> Result<Option<Vec<AttachedXdp>>, NetworkError> {
-        let mut links = self.requests().link().get().match_index(interface).execute();
-        match links.try_next().await {
-            Ok(message) => Ok(message.and_then(|message| Interface::from_message(&message)).map(|it| it.xdp)),
-            Err(error) => match io_error(error) {
-                gone if gone.raw_os_error() == Some(libc::ENODEV) => Ok(None),
-                source => {
-                    Err(NetworkError::Kernel { doing: "ask for the XDP programs of an interface", source })
-                }
-            },
+        match self.interface_now(interface).await {
+            Ok(found) => Ok(Some(found.xdp)),
+            Err(NetworkError::NoInterface(_)) => Ok(None),
+            Err(error) => Err(error),
         }
     }
 

@@ -265,3 +265,25 @@ fn a_vip_is_gone_only_when_the_kernel_says_so() {
         assert_eq!(follower.look(&network).await, [Presence::Elsewhere { vip }]);
     });
 }
+
+/// As a network card that starts anew when its offloads are switched.
+#[test]
+fn a_carrier_that_is_gone_for_a_moment_is_waited_for() {
+    in_namespace(async || {
+        let peer = lan();
+        peer.ip("link set far down");
+        let state = tempfile::tempdir().unwrap();
+        let (network, _changes) = Network::open().await.unwrap();
+        let [vip, _] = vips();
+        let index = network.interface_named("lan").unwrap().index;
+        eventually("it has no carrier", async || !network.interface_now(index).await.unwrap().carrier).await;
+        let comes_back = async {
+            sleep(Duration::from_millis(200)).await;
+            peer.ip("link set far up");
+        };
+        let (owner, ()) = tokio::join!(Owner::acquire(&network, [vip], state.path()), comes_back);
+        let owner = owner.unwrap();
+        assert!(ip("addr show dev lan").contains("10.1.0.140/32"));
+        owner.release().await.unwrap();
+    });
+}
