@@ -698,7 +698,8 @@ impl Controller {
             self.ports.refresh(&self.network);
             self.write_ports();
         }
-        if changes.contains(&Change::Addresses) {
+        // An interface that goes takes with it what is on it.
+        if changes.contains(&Change::Addresses) || changes.contains(&Change::Links) {
             self.look_for_vips().await;
         }
         // Each of them may move a next hop: an address that comes brings a route.

@@ -27,6 +27,7 @@ mod carrier;
 mod ethtool;
 mod interface;
 mod link;
+mod local_route;
 mod local_server;
 mod neighbour;
 pub mod offloads;
@@ -47,6 +48,8 @@ pub use sockets::{
 };
 pub(crate) use sockets::{open_diagnostics, request_bytes};
 
+use local_route::LocalRoutes;
+
 /// An Ethernet address.
 pub type Mac = [u8; 6];
 
@@ -60,7 +63,7 @@ pub fn display_mac(mac: &Mac) -> String {
 pub enum Change {
     /// An interface came, went, or has another state, name, MAC address, MTU or XDP program.
     Links,
-    /// A local address came or went.
+    /// A local address came or went, or a route that makes one local.
     Addresses,
     /// A neighbour has another MAC address, or none any more.
     Neighbours,
@@ -119,6 +122,7 @@ pub(crate) fn io_error(error: rtnetlink::Error) -> io::Error {
 struct Tables {
     links: BTreeMap<u32, Interface>,
     addresses: BTreeSet<LocalAddress>,
+    local_routes: LocalRoutes,
     neighbours: HashMap<(u32, IpAddr), Neighbour>,
 }
 
@@ -211,14 +215,16 @@ impl Network {
         self.read(|tables| tables.addresses.iter().cloned().collect())
     }
 
-    /// The index of the interface that has this address.
+    /// The index of the interface that has this address or, where none has it, of the route of the local table that makes
+    /// it this host's. None: it is not on this host.
     pub fn interface_carrying(&self, address: IpAddr) -> Option<u32> {
         self.read(|tables| {
-            tables.addresses.iter().find(|local| local.address == address).map(|local| local.interface)
+            let carrying = tables.addresses.iter().find(|local| local.address == address);
+            carrying.map(|local| local.interface).or_else(|| tables.local_routes.interface_of(address))
         })
     }
 
-    /// Reads the kernel's addresses now. To be called where an answer must not depend on a notification that may still be
+    /// Reads the kernel's addresses and local routes now. To be called where an answer must not depend on a notification that may still be
     /// on its way: after adding an address, and before telling that one is gone.
     ///
     /// # Errors
@@ -226,7 +232,9 @@ impl Network {
     pub async fn reread_addresses(&self) -> Result<(), NetworkError> {
         // Notifications from before the dump are applied once more afterwards, in their order: they end in the same state.
         let addresses = dump_addresses(&self.inner.requests).await?;
-        self.inner.tables.write().unwrap_or_else(PoisonError::into_inner).addresses = addresses;
+        let local_routes = local_route::dump().await?;
+        let mut tables = self.inner.tables.write().unwrap_or_else(PoisonError::into_inner);
+        (tables.addresses, tables.local_routes) = (addresses, local_routes);
         Ok(())
     }
 
@@ -259,6 +267,7 @@ async fn dump(requests: &rtnetlink::Handle) -> Result<Tables, NetworkError> {
         tables.apply(RouteNetlinkMessage::NewLink(message));
     }
     tables.addresses = dump_addresses(requests).await?;
+    tables.local_routes = local_route::dump().await?;
     let mut neighbours = requests.neighbours().get().execute();
     while let Some(message) = neighbours.try_next().await.map_err(failed("list the neighbours"))? {
         tables.apply(RouteNetlinkMessage::NewNeighbour(message));
@@ -387,12 +396,16 @@ impl Tables {
                 if message.header.interface_family == AddressFamily::Unspec =>
             {
                 let link = Interface::from_message(&message)?;
+                if !link.up {
+                    self.local_routes.interface_down(link.index);
+                }
                 let before = self.links.insert(link.index, link.clone());
                 (before.as_ref() != Some(&link)).then_some(Change::Links)
             }
             RouteNetlinkMessage::DelLink(message)
                 if message.header.interface_family == AddressFamily::Unspec =>
             {
+                self.local_routes.interface_gone(message.header.index);
                 self.links.remove(&message.header.index).map(|_| Change::Links)
             }
             RouteNetlinkMessage::NewAddress(message) => {
@@ -412,6 +425,12 @@ impl Tables {
             RouteNetlinkMessage::DelNeighbour(message) => {
                 let (key, _) = Neighbour::from_message(&message)?;
                 self.neighbours.remove(&key)?.mac().map(|_| Change::Neighbours)
+            }
+            RouteNetlinkMessage::NewRoute(message) if self.local_routes.add(&message) => {
+                Some(Change::Addresses)
+            }
+            RouteNetlinkMessage::DelRoute(message) if self.local_routes.remove(&message) => {
+                Some(Change::Addresses)
             }
             RouteNetlinkMessage::NewRoute(_)
             | RouteNetlinkMessage::DelRoute(_)

@@ -54,7 +54,7 @@ impl Route {
     }
 }
 
-fn ip_address(address: &RouteAddress) -> Option<IpAddr> {
+pub(super) fn ip_address(address: &RouteAddress) -> Option<IpAddr> {
     match address {
         RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
         RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),

@@ -225,6 +225,17 @@ fn a_follower_reports_what_others_do_and_does_nothing() {
             })
             .await;
         }
+        let lo = network.interface_named("lo").unwrap().index;
+        for (command, expected) in
+            [("add", Presence::Here { vip, interface: lo }), ("del", Presence::Elsewhere { vip })]
+        {
+            ip(&format!("route {command} to local {vip} dev lo"));
+            eventually("a change of the local table", async || {
+                changes.recv().await.unwrap();
+                follower.look(&network).await == [expected]
+            })
+            .await;
+        }
     });
 }
 
