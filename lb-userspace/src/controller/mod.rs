@@ -21,6 +21,7 @@ mod ports;
 mod probe_targets;
 mod reload;
 mod resets;
+mod returning;
 mod roster;
 mod selection;
 mod services;
@@ -198,7 +199,11 @@ pub struct Controller {
     /// Of the hook.
     sockets: Sockets,
     /// What the operator should know about interfaces, in sentences.
-    interface_flags: Vec<String>,
+    interface_flags: BTreeSet<String>,
+    /// Names of interfaces that had the program, and have gone.
+    gone_interfaces: BTreeSet<String>,
+    /// Indexes of interfaces that should have the program, and could not be given it.
+    unattached: BTreeSet<u32>,
     /// Backends on this host whose server does not listen where it must, in sentences.
     unreached_servers: BTreeSet<String>,
 }
@@ -263,7 +268,9 @@ impl Controller {
             resets,
             hook: Hook::default(),
             sockets: Sockets::default(),
-            interface_flags: Vec::new(),
+            interface_flags: BTreeSet::new(),
+            gone_interfaces: BTreeSet::new(),
+            unattached: BTreeSet::new(),
             unreached_servers: BTreeSet::new(),
         };
         controller.obey_orders();
@@ -338,68 +345,70 @@ impl Controller {
         if !self.dataplane.adopted() {
             self.dataplane.take_over()?;
         }
+        let mut had_carrier = Vec::new();
+        for index in self.ports.bases() {
+            had_carrier.extend(self.attach_to(index).await?.then_some(index));
+        }
+        self.await_carriers(&had_carrier).await?;
+        self.attach_hook().await?;
+        self.leave_others()?;
+        Ok(())
+    }
+
+    /// Attaches the program to one interface. Returns whether it had a carrier before.
+    async fn attach_to(&mut self, index: u32) -> Result<bool, ControllerError> {
         let state_dir = self.config.dataplane.state_dir.clone();
         let mode = match self.config.dataplane.xdp_mode {
             XdpMode::Auto => None,
             XdpMode::Native => Some(Mode::Native),
             XdpMode::Generic => Some(Mode::Generic),
         };
-        let mut had_carrier = Vec::new();
-        for index in self.ports.bases() {
-            let interface = self.network.interface_now(index).await?;
-            had_carrier.extend(interface.carrier.then_some(index));
-            if !interface.up {
-                tracing::warn!("{0} is down: `ip link set {0} up`", interface.name);
-            }
-            let there = self.network.xdp_programs(index).await?.unwrap_or_default();
-            let tagged = self.ports.is_tagged(index);
-            let mut harm = BTreeSet::new();
-            let mut turn_off = |mode| {
-                let switched = offloads::turn_off(&interface.name, mode == Some(Mode::Generic), &state_dir)?;
-                say_off(&interface.name, &switched.off);
-                harm.extend(switched.consequences(&interface.name, tagged)?);
-                Ok::<_, ControllerError>(())
-            };
-            if self.dataplane.took_over(index) {
-                let generic = there.iter().any(|it| it.mode == XdpAttachMode::Generic);
-                let attached = if generic { Mode::Generic } else { Mode::Native };
-                if mode.is_some_and(|mode| mode != attached) {
-                    tracing::warn!(
-                        "{} stays attached in {} mode: `sheave unload` first to change that",
-                        interface.name,
-                        attached.name()
-                    );
-                }
-                turn_off(Some(attached))?;
-                self.note_harm(harm);
-                self.see_to_checksums(&interface, attached)?;
-                self.dataplane.note_attached(Attached {
-                    name: interface.name,
-                    interface: index,
-                    mode: attached,
-                });
-                continue;
-            }
-            if there.is_empty() {
-                turn_off(mode)?;
-            }
-            let target = Target {
-                name: &interface.name,
-                index,
-                driver: interface.driver.as_deref().unwrap_or_default(),
-                occupied_by: there.first().map(|attached| attached.program),
-            };
-            let attached = self.dataplane.attach(&target, mode)?;
-            if mode.is_none() && attached.mode == Mode::Generic {
-                turn_off(Some(Mode::Generic))?;
-            }
-            self.note_harm(harm);
-            self.see_to_checksums(&interface, attached.mode)?;
+        let interface = self.network.interface_now(index).await?;
+        let had_carrier = interface.carrier;
+        if !interface.up {
+            tracing::warn!("{0} is down: `ip link set {0} up`", interface.name);
         }
-        self.await_carriers(&had_carrier).await?;
-        self.attach_hook().await?;
-        self.leave_others()?;
-        Ok(())
+        let there = self.network.xdp_programs(index).await?.unwrap_or_default();
+        let tagged = self.ports.is_tagged(index);
+        let mut harm = BTreeSet::new();
+        let mut turn_off = |mode| {
+            let switched = offloads::turn_off(&interface.name, mode == Some(Mode::Generic), &state_dir)?;
+            say_off(&interface.name, &switched.off);
+            harm.extend(switched.consequences(&interface.name, tagged)?);
+            Ok::<_, ControllerError>(())
+        };
+        if self.dataplane.took_over(index) {
+            let generic = there.iter().any(|it| it.mode == XdpAttachMode::Generic);
+            let attached = if generic { Mode::Generic } else { Mode::Native };
+            if mode.is_some_and(|mode| mode != attached) {
+                tracing::warn!(
+                    "{} stays attached in {} mode: `sheave unload` first to change that",
+                    interface.name,
+                    attached.name()
+                );
+            }
+            turn_off(Some(attached))?;
+            self.note_harm(harm);
+            self.see_to_checksums(&interface, attached)?;
+            self.dataplane.note_attached(Attached { name: interface.name, interface: index, mode: attached });
+            return Ok(had_carrier);
+        }
+        if there.is_empty() {
+            turn_off(mode)?;
+        }
+        let target = Target {
+            name: &interface.name,
+            index,
+            driver: interface.driver.as_deref().unwrap_or_default(),
+            occupied_by: there.first().map(|attached| attached.program),
+        };
+        let attached = self.dataplane.attach(&target, mode)?;
+        if mode.is_none() && attached.mode == Mode::Generic {
+            turn_off(Some(Mode::Generic))?;
+        }
+        self.note_harm(harm);
+        self.see_to_checksums(&interface, attached.mode)?;
+        Ok(had_carrier)
     }
 
     /// Waits until interfaces that had a carrier before they were touched have it again.
@@ -697,6 +706,7 @@ impl Controller {
         if changes.contains(&Change::Links) {
             self.ports.refresh(&self.network);
             self.write_ports();
+            self.follow_interfaces().await;
         }
         // An interface that goes takes with it what is on it.
         if changes.contains(&Change::Addresses) || changes.contains(&Change::Links) {
@@ -815,6 +825,7 @@ impl Controller {
             self.resolve().await;
             self.network.keep_fresh(FAR_AWAY).await;
             self.correct_learned_hops();
+            self.attach_to_returned().await;
             self.dataplane.forget_learned_hops();
             self.count_strangers();
         }

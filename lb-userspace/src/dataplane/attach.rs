@@ -191,6 +191,19 @@ impl Dataplane {
         Ok(left)
     }
 
+    /// Lets go of an interface that does not exist any more: its index may be another's soon.
+    ///
+    /// # Errors
+    /// When its pin cannot be removed.
+    pub fn forget_interface(&mut self, interface: u32) -> Result<(), DataplaneError> {
+        self.attached.retain(|attached| attached.interface != interface);
+        if let Some(pins) = &self.pins {
+            pins.unpin_link(interface)?;
+        }
+        self.links.remove(&interface);
+        Ok(())
+    }
+
     /// Takes program, maps and pins away.
     pub fn unload(self) -> Result<Removed, DataplaneError> {
         // What is still open goes with this value.

@@ -133,16 +133,47 @@ impl Lab {
     pub fn plug(&self, host: &mut Host, segment: Segment, number: u8) -> Result<()> {
         let interface = format!("eth{}", host.links().len());
         let port = format!("{}.{}", host.name(), host.links().len());
+        let link = Link { interface, port, segment, v4: segment.v4(number), v6: segment.v6(number) };
+        self.make_link(host, &link)?;
+        host.connected(link)
+    }
+
+    /// Takes a host's first interface away, as a network card that is reset. Returns its MAC address.
+    ///
+    /// # Errors
+    /// When the host has none.
+    pub fn remove_link(&self, host: &Host) -> Result<String> {
+        let Link { interface, port, .. } = host.link()?;
+        let shown = host.run(&format!("ip -brief link show dev {interface}"))?;
+        let mac = shown.split_whitespace().nth(2).context("ip shows no MAC address")?.to_owned();
+        self.net.ip(&format!("link del {port}"))?;
+        Ok(mac)
+    }
+
+    /// Gives a host another interface in place of the one that [`Lab::remove_link`] took: to the kernel a new one, with the
+    /// same name and addresses.
+    ///
+    /// # Errors
+    /// When it still has one of that name.
+    pub fn restore_link(&self, host: &Host, mac: &str) -> Result<()> {
+        let link = host.link()?;
+        self.make_link(host, link)?;
+        host.ip(&format!("link set {} address {mac}", link.interface))?;
+        host.configure(link)
+    }
+
+    fn make_link(&self, host: &Host, link: &Link) -> Result<()> {
+        let Link { interface, port, segment, .. } = link;
         self.net.ip(&format!(
             "link add {port} type veth peer name {interface} netns {}",
             host.namespace().name()
         ))?;
         self.net.ip(&format!("link set {port} master {} up", segment.bridge()))?;
-        for (namespace, device) in [(&self.net, &port), (host.namespace(), &interface)] {
+        for (namespace, device) in [(&self.net, port), (host.namespace(), interface)] {
             prepare_for_native_xdp(namespace, device)?;
         }
-        self.net.enter(|| switch_port::take_transmitted_frames(&port))??;
-        host.connected(Link { interface, port, segment, v4: segment.v4(number), v6: segment.v6(number) })
+        self.net.enter(|| switch_port::take_transmitted_frames(port))??;
+        Ok(())
     }
 
     /// Pulls the plug of a host's first link: frames stop, the host itself sees its carrier go.
