@@ -10,6 +10,7 @@ use crate::{
     network::{
         Interface, Kind, Network, Port, TagProtocol, XdpAttachMode,
         offloads::{self, Switched},
+        virtio,
     },
 };
 
@@ -71,7 +72,7 @@ pub(super) fn examine(network: &Network, ports: &[Port], config: Option<&Config>
     for port in ports {
         let Ok(interface) = network.interface(port.index) else { continue };
         findings.push(state(&interface));
-        findings.push(xdp_mode(&interface, mode));
+        findings.push(xdp_mode(&interface, mode, &virtio::obstacles(&interface.name)));
         findings.push(mtu(&interface));
         findings.extend(other_programs(&interface));
         findings.extend(harmful_offloads(&interface, mode, !port.tags.is_empty()));
@@ -106,12 +107,21 @@ fn state(interface: &Interface) -> Finding {
     ))
 }
 
-fn xdp_mode(interface: &Interface, mode: XdpMode) -> Finding {
+/// `obstacles`: [`virtio::obstacles`].
+fn xdp_mode(interface: &Interface, mode: XdpMode, obstacles: &[&str]) -> Finding {
     let driver = interface.driver.as_deref().unwrap_or("unknown");
     let native = NATIVE_DRIVERS.contains(&driver);
     let subject = subject(interface);
     match (mode, native) {
         (XdpMode::Generic, _) => note(subject, format!("driver {driver}: generic XDP, as configured")),
+        (_, true) if driver == "virtio_net" && !obstacles.is_empty() => {
+            let what = format!(
+                "driver virtio_net does not take the program: the hypervisor leaves packets merged or without checksum \
+                 ({}), and does not let this host switch that off (ctrl_guest_offloads)",
+                obstacles.join(", ")
+            );
+            failure(subject, what).fix(virtio::fix_for(obstacles).unwrap_or_default())
+        }
         (_, true) if driver == "virtio_net" => {
             let what =
                 "driver virtio_net: native XDP, if the hypervisor gives it a spare pair of queues per CPU";
@@ -176,15 +186,19 @@ fn harmful_offloads(interface: &Interface, mode: XdpMode, tagged: bool) -> Vec<F
         let what = format!("{} on: sheave switches off while it is attached", off.join(", "));
         note(subject(interface), what).fix(format!("ethtool -K {} {}", interface.name, switches.join(" ")))
     });
-    let fixed = fixed_offloads(interface, Switched { off, fixed }, tagged);
+    let hypervisor_fix = virtio::hypervisor_fix(&interface.name);
+    let fixed = fixed_offloads(interface, Switched { off, fixed, hypervisor_fix }, tagged);
     fixed.into_iter().chain(switchable).collect()
 }
 
 /// As `sheave run` would say it.
 fn fixed_offloads(interface: &Interface, switched: Switched, tagged: bool) -> Vec<Finding> {
-    let fix = "use another driver or network card for this interface";
+    let fix = switched
+        .hypervisor_fix
+        .clone()
+        .unwrap_or_else(|| "use another driver or network card for this interface".to_owned());
     match switched.consequences(&interface.name, tagged) {
-        Ok(sentences) => sentences.into_iter().map(|it| warning(subject(interface), it).fix(fix)).collect(),
+        Ok(sentences) => sentences.into_iter().map(|it| warning(subject(interface), it).fix(&fix)).collect(),
         Err(error) => {
             let text = error.to_string();
             let what = text.split_once("\n   = help: ").map_or(text.as_str(), |(what, _)| what);
@@ -297,12 +311,25 @@ mod tests {
     #[test]
     fn an_offload_that_stays_on_is_as_bad_as_what_comes_of_it() {
         let levels = |name: &str, tagged| -> Vec<_> {
-            let switched = Switched { off: Vec::new(), fixed: vec![name.to_owned()] };
+            let switched = Switched { fixed: vec![name.to_owned()], ..Switched::default() };
             fixed_offloads(&interface(1, "eth0"), switched, tagged).into_iter().map(|it| it.level).collect()
         };
         assert_eq!(levels("rx-lro", false), [Level::Warning]);
         assert_eq!(levels("rx-vlan-hw-parse", false), []);
         assert_eq!(levels("rx-vlan-hw-parse", true), [Level::Failure]);
+    }
+
+    #[test]
+    fn a_virtio_card_that_takes_no_program_is_a_failure_with_the_hypervisors_settings() {
+        let card = Interface { driver: Some("virtio_net".to_owned()), ..interface(1, "eth0") };
+        assert_eq!(xdp_mode(&card, XdpMode::Auto, &[]).level, Level::Ok);
+        for mode in [XdpMode::Auto, XdpMode::Native] {
+            let finding = xdp_mode(&card, mode, &["guest_csum", "guest_ufo"]);
+            assert_eq!(finding.level, Level::Failure);
+            assert!(finding.what.contains("guest_csum, guest_ufo"), "{finding:?}");
+            assert!(finding.fix.unwrap().contains("guest_csum=off,guest_ufo=off"));
+        }
+        assert_eq!(xdp_mode(&card, XdpMode::Generic, &["guest_csum"]).level, Level::Note);
     }
 
     #[test]

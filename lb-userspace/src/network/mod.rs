@@ -35,6 +35,7 @@ mod route;
 mod sockets;
 #[cfg(test)]
 pub(crate) mod testing;
+pub mod virtio;
 
 pub use address::LocalAddress;
 pub use carrier::CARRIER_WAIT;
