@@ -1,6 +1,6 @@
 //! Interfaces that are not as one would like them: late, gone, back, in another network namespace.
 
-use std::{process::Output, time::Duration};
+use std::{path::PathBuf, process::Output, time::Duration};
 
 use anyhow::{Result, ensure};
 use lb_tests::{
@@ -16,6 +16,10 @@ const LIMIT: Duration = Duration::from_secs(60);
 fn index_of(cluster: &Cluster, interface: &str) -> u32 {
     let shown = cluster.lb.run(&format!("ip -o link show dev {interface}")).unwrap();
     shown.split(':').next().unwrap().parse().unwrap()
+}
+
+fn config(cluster: &Cluster) -> PathBuf {
+    cluster.daemon_directory().join("sheave.toml")
 }
 
 fn require_served(cluster: &Cluster) {
@@ -97,12 +101,37 @@ fn pins_of_another_network_namespace_are_left_alone() {
     let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
     let mut daemon = cluster.balance().unwrap();
     daemon.process().kill().unwrap();
-    let config = cluster.daemon_directory().join("sheave.toml");
     // One that went on would run until it is told to stop.
     let mut elsewhere = cluster.client.command("timeout");
-    elsewhere.arg("30").arg(daemon::program().unwrap()).arg("run").arg("--config").arg(&config);
+    elsewhere.arg("30").arg(daemon::program().unwrap()).arg("run").arg("--config").arg(config(&cluster));
     let Output { status, stderr, .. } = elsewhere.output().unwrap();
     let said = String::from_utf8_lossy(&stderr).into_owned();
     assert!(!status.success() && said.contains("another network namespace"), "{said}");
     require_served(&cluster);
+}
+
+#[test]
+fn a_veth_whose_other_end_takes_nothing_at_once_is_named() {
+    const WARNING: &str = "in another network namespace, has no XDP program";
+    let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
+    let daemon = cluster.balance().unwrap();
+    let flags = daemon.flags().unwrap();
+    assert!(!flags.contains("other end, "), "the lab's switch ports have a program: {flags}");
+    let doctor = |level: &str| {
+        let mut doctor = cluster.lb.command(daemon::program().unwrap());
+        let found = doctor.args(["doctor", "--json", "--config"]).arg(config(&cluster)).output().unwrap();
+        let found: serde_json::Value = serde_json::from_slice(&found.stdout).unwrap();
+        let findings = found["findings"].as_array().unwrap();
+        let is_it = |it: &&serde_json::Value| it["what"].as_str().is_some_and(|what| what.contains(WARNING));
+        findings.iter().filter(is_it).filter(|it| it["level"] == level).count()
+    };
+    assert_eq!(doctor("warning"), 0);
+
+    let mac = cluster.lab.remove_link(&cluster.lb).unwrap();
+    daemon.wait_flag("interface eth0 is gone", LIMIT).unwrap();
+    cluster.lab.restore_bare_link(&cluster.lb, &mac).unwrap();
+    daemon.wait_flag(WARNING, LIMIT).unwrap();
+    assert_eq!(doctor("warning"), 1);
+    let reloaded = run(daemon.command("reload").unwrap().arg("--json")).unwrap();
+    assert!(reloaded.contains(WARNING), "{reloaded}");
 }

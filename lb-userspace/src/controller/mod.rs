@@ -53,7 +53,9 @@ use crate::{
     dataplane::{Attached, Dataplane, DataplaneError, Mode, Reaped, Target},
     discovery,
     health::{self, Event, State, Transition},
-    network::{CARRIER_WAIT, Change, Interface, Network, XdpAttachMode, offloads, used_tcp_ports},
+    network::{
+        CARRIER_WAIT, Change, Interface, Kind, Network, XdpAttachMode, mode_for, offloads, used_tcp_ports,
+    },
     sources::Sources,
     systemd,
     vip::{Follower, Owner, Presence, remove_others},
@@ -200,6 +202,8 @@ pub struct Controller {
     sockets: Sockets,
     /// What the operator should know about interfaces, in sentences.
     interface_flags: BTreeSet<String>,
+    /// What the operator should know about the other ends of veths, in sentences.
+    veth_flags: BTreeSet<String>,
     /// Names of interfaces that had the program, and have gone.
     gone_interfaces: BTreeSet<String>,
     /// Indexes of interfaces that should have the program, and could not be given it.
@@ -269,6 +273,7 @@ impl Controller {
             hook: Hook::default(),
             sockets: Sockets::default(),
             interface_flags: BTreeSet::new(),
+            veth_flags: BTreeSet::new(),
             gone_interfaces: BTreeSet::new(),
             unattached: BTreeSet::new(),
             unreached_servers: BTreeSet::new(),
@@ -345,25 +350,52 @@ impl Controller {
         if !self.dataplane.adopted() {
             self.dataplane.take_over()?;
         }
+        // Before any of them is touched.
+        for index in self.ports.bases() {
+            self.mode_on(&self.network.interface(index)?)?;
+        }
+        for described in self.ports.interfaces().into_iter().filter_map(|it| self.network.arrangement(it)) {
+            tracing::info!("{described}");
+        }
         let mut had_carrier = Vec::new();
         for index in self.ports.bases() {
             had_carrier.extend(self.attach_to(index).await?.then_some(index));
         }
         self.await_carriers(&had_carrier).await?;
+        self.look_at_veths().await;
         self.attach_hook().await?;
         self.leave_others()?;
         Ok(())
     }
 
-    /// Attaches the program to one interface. Returns whether it had a carrier before.
-    async fn attach_to(&mut self, index: u32) -> Result<bool, ControllerError> {
-        let state_dir = self.config.dataplane.state_dir.clone();
-        let mode = match self.config.dataplane.xdp_mode {
+    /// How the program is to be attached to an interface; None: as its driver can.
+    fn mode_on(&self, interface: &Interface) -> Result<Option<Mode>, ControllerError> {
+        let tagged = self.ports.is_tagged(interface.index);
+        let mode = mode_for(interface, tagged, self.config.dataplane.xdp_mode);
+        Ok(match mode.map_err(ControllerError::Arrangement)? {
             XdpMode::Auto => None,
             XdpMode::Native => Some(Mode::Native),
             XdpMode::Generic => Some(Mode::Generic),
-        };
+        })
+    }
+
+    /// Looks whether the other ends of veths take at once what the program sends. What is new is said.
+    pub(super) async fn look_at_veths(&mut self) {
+        let mut found = BTreeSet::new();
+        for attached in self.dataplane.attached().iter().filter(|it| it.mode == Mode::Native) {
+            if let Ok(interface) = self.network.interface(attached.interface) {
+                found.extend(self.network.veth_warning(&interface).await);
+            }
+        }
+        found.difference(&self.veth_flags).for_each(|warning| tracing::warn!("{warning}"));
+        self.veth_flags = found;
+    }
+
+    /// Attaches the program to one interface. Returns whether it had a carrier before.
+    async fn attach_to(&mut self, index: u32) -> Result<bool, ControllerError> {
+        let state_dir = self.config.dataplane.state_dir.clone();
         let interface = self.network.interface_now(index).await?;
+        let mode = self.mode_on(&interface)?;
         let had_carrier = interface.carrier;
         if !interface.up {
             tracing::warn!("{0} is down: `ip link set {0} up`", interface.name);
@@ -380,6 +412,10 @@ impl Controller {
         if self.dataplane.took_over(index) {
             let generic = there.iter().any(|it| it.mode == XdpAttachMode::Generic);
             let attached = if generic { Mode::Generic } else { Mode::Native };
+            if interface.kind == Kind::Bond && attached == Mode::Native {
+                let reason = mode_for(&interface, tagged, XdpMode::Native).err().unwrap_or_default();
+                return Err(ControllerError::Arrangement(format!("{reason}, after `sheave unload`")));
+            }
             if mode.is_some_and(|mode| mode != attached) {
                 tracing::warn!(
                     "{} stays attached in {} mode: `sheave unload` first to change that",
@@ -826,6 +862,7 @@ impl Controller {
             self.network.keep_fresh(FAR_AWAY).await;
             self.correct_learned_hops();
             self.attach_to_returned().await;
+            self.look_at_veths().await;
             self.dataplane.forget_learned_hops();
             self.count_strangers();
         }

@@ -6,9 +6,9 @@ use lb_common::layout::PORTS;
 
 use super::ControllerError;
 use crate::{
-    config::Interfaces,
+    config::{Interfaces, XdpMode},
     dataplane,
-    network::{Interface, Network, Port, Tag, TagProtocol},
+    network::{Interface, Network, Port, Tag, TagProtocol, mode_for},
 };
 
 /// The ports in use. A port keeps its number; new ones are appended.
@@ -111,6 +111,9 @@ impl Ports {
             return Err(format!(
                 "it is reached by {name} now, which sheave is not attached to: restart sheave"
             ));
+        }
+        if let Ok(base) = network.interface(port.index) {
+            mode_for(&base, !port.tags.is_empty(), XdpMode::Auto)?;
         }
         let passes_there =
             |interface: &Interface| network.port_of(interface.index).is_ok_and(|found| same(&found));

@@ -254,6 +254,8 @@ impl Controller {
         let steps = self.roster.steps_to(&roster);
         self.check_listener_ports(&roster, &steps)?;
         self.keep_slots_from_sockets_on(&source.addresses).await?;
+        self.look_at_veths().await;
+        let warnings = warnings.into_iter().chain(self.veth_flags.iter().cloned()).collect();
         let mut reloaded = Reloaded { changes: difference::changes(&self.config, &config), warnings };
         reloaded.changes.extend(difference::of_snat_addresses(&self.snat, &source.addresses));
         let checks_use_slots = source.is_used_by_checks(&survey.reach);

@@ -22,6 +22,7 @@ impl Controller {
             self.gone_interfaces.insert(name);
         }
         self.attach_to_returned().await;
+        self.look_at_veths().await;
     }
 
     /// Attaches to interfaces that lead to listeners or backends and have no program yet. What fails is tried again later.

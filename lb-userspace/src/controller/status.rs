@@ -148,6 +148,7 @@ impl Controller {
             flags.push(format!("{} says it has the VIP {} too", display_mac(&rival.mac), rival.vip));
         }
         flags.extend(self.gone_interfaces.iter().map(|name| liveness::gone(name)));
+        flags.extend(self.veth_flags.iter().cloned());
         flags.extend(self.interface_flags.iter().chain(&self.unreached_servers).cloned());
         flags.extend(self.hook_flags());
         flags.extend(self.source_flags());

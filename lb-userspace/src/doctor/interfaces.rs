@@ -8,7 +8,7 @@ use super::{Finding, failure, note, ok, warning};
 use crate::{
     config::{Config, XdpMode},
     network::{
-        Interface, Kind, Network, Port, TagProtocol, XdpAttachMode,
+        Interface, Kind, Network, Port, TagProtocol, XdpAttachMode, mode_for,
         offloads::{self, Switched},
         virtio,
     },
@@ -61,7 +61,7 @@ const LARGEST_SINGLE_BUFFER_MTU: u32 = 3498;
 /// What our own program's name starts with.
 const OUR_PROGRAMS: &str = "sheave";
 
-pub(super) fn examine(network: &Network, ports: &[Port], config: Option<&Config>) -> Vec<Finding> {
+pub(super) async fn examine(network: &Network, ports: &[Port], config: Option<&Config>) -> Vec<Finding> {
     let mode = config.map_or(XdpMode::Auto, |config| config.dataplane.xdp_mode);
     let mut findings = Vec::new();
     if ports.is_empty() {
@@ -77,10 +77,14 @@ pub(super) fn examine(network: &Network, ports: &[Port], config: Option<&Config>
         findings.extend(other_programs(&interface));
         findings.extend(harmful_offloads(&interface, mode, !port.tags.is_empty()));
         findings.extend(unfinished_checksums(&interface, mode));
+        findings.extend(unserved(&interface, !port.tags.is_empty(), mode));
         findings.extend(stacked(network, port, &interface));
+        findings.extend(other_end(network, &interface, mode).await);
         let addressed = network.local_addresses().iter().map(|it| it.interface).collect();
         let base_of = |index| network.port_of(index).ok().map(|port| port.index);
         let devices = devices(&interface, network.interfaces(), &addressed, base_of);
+        let arrangements = devices.iter().filter_map(|it| network.arrangement(it.index));
+        findings.extend(arrangements.map(|what| note(subject(&interface), what)));
         findings.extend(devices.iter().filter_map(reverse_path_filter));
     }
     findings.push(note("ip_forward", "not needed: packets are forwarded before the kernel's routing, but for replies to clients behind more \
@@ -217,6 +221,27 @@ fn unfinished_checksums(interface: &Interface, mode: XdpMode) -> Option<Finding>
     })
 }
 
+/// Whether the program would see nothing of what comes in there.
+fn unserved(interface: &Interface, tagged: bool, mode: XdpMode) -> Option<Finding> {
+    let reason = mode_for(interface, tagged, mode).err()?;
+    Some(
+        failure(subject(interface), reason)
+            .fix("use another interface, or another dataplane.xdp_mode, as said"),
+    )
+}
+
+/// Whether what the program sends arrives at the other end of a veth.
+async fn other_end(network: &Network, interface: &Interface, mode: XdpMode) -> Option<Finding> {
+    let is_generic = interface.xdp.iter().any(|it| it.mode == XdpAttachMode::Generic);
+    if mode == XdpMode::Generic || is_generic {
+        return None;
+    }
+    network.veth_warning(interface).await.map(|what| {
+        warning(subject(interface), what)
+            .fix("dataplane.xdp_mode = \"generic\", or a program at the other end")
+    })
+}
+
 /// VLANs, bonds and bridges: where the program really is.
 fn stacked(network: &Network, port: &Port, interface: &Interface) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -230,19 +255,11 @@ fn stacked(network: &Network, port: &Port, interface: &Interface) -> Vec<Finding
             format!("carries the VLAN ({}): the program is attached here, below the VLAN", tags.join(", "));
         findings.push(note(subject(interface), what));
     }
-    let members = || network.interfaces().into_iter().filter(|it| it.master == Some(interface.index));
     match interface.kind {
         Kind::Bond => {
-            for member in members() {
-                let driver = member.driver.as_deref().unwrap_or("unknown");
-                if !NATIVE_DRIVERS.contains(&driver) {
-                    let what = format!(
-                        "its member {} (driver {driver}) is not known for native XDP: the bond falls back to generic",
-                        member.name
-                    );
-                    findings.push(note(subject(interface), what));
-                }
-            }
+            let what =
+                "a bond: generic XDP, because a native program runs on the members, before the bond is known";
+            findings.push(note(subject(interface), what));
         }
         Kind::Bridge => {
             let what = "a bridge: generic XDP sees only what is addressed to this host, not what the bridge forwards";
@@ -330,6 +347,19 @@ mod tests {
             assert!(finding.fix.unwrap().contains("guest_csum=off,guest_ufo=off"));
         }
         assert_eq!(xdp_mode(&card, XdpMode::Generic, &["guest_csum"]).level, Level::Note);
+    }
+
+    #[test]
+    fn a_vlan_above_a_bond_or_bridge_and_a_native_bond_are_failures() {
+        let level = |kind, tagged, mode| {
+            let interface = Interface { kind, ..interface(1, "it0") };
+            unserved(&interface, tagged, mode).map(|finding| finding.level)
+        };
+        assert_eq!(level(Kind::Bond, true, XdpMode::Auto), Some(Level::Failure));
+        assert_eq!(level(Kind::Bridge, true, XdpMode::Generic), Some(Level::Failure));
+        assert_eq!(level(Kind::Bond, false, XdpMode::Native), Some(Level::Failure));
+        assert_eq!(level(Kind::Bond, false, XdpMode::Auto), None);
+        assert_eq!(level(Kind::Device, true, XdpMode::Native), None);
     }
 
     #[test]

@@ -100,7 +100,7 @@ pub async fn examine(config: Option<&Config>) -> Vec<Finding> {
     let config = resolved.as_ref();
     let (ports, problems) = ports(&network, config).await;
     findings.extend(problems);
-    findings.extend(interfaces::examine(&network, &ports, config));
+    findings.extend(interfaces::examine(&network, &ports, config).await);
     if let Some(config) = config {
         findings.extend(mtu::examine(&network, config).await);
         findings.extend(vips::examine(&network, config).await);

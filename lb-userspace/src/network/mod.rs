@@ -23,6 +23,7 @@ use tokio::{
 };
 
 mod address;
+mod arrangement;
 mod carrier;
 mod ethtool;
 mod interface;
@@ -35,9 +36,11 @@ mod route;
 mod sockets;
 #[cfg(test)]
 pub(crate) mod testing;
+mod veth;
 pub mod virtio;
 
 pub use address::LocalAddress;
+pub use arrangement::mode_for;
 pub use carrier::CARRIER_WAIT;
 pub use interface::{AttachedXdp, Interface, Kind, Port, Tag, TagProtocol, XdpAttachMode};
 pub(crate) use link::link_address;

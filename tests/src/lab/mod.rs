@@ -135,6 +135,7 @@ impl Lab {
         let port = format!("{}.{}", host.name(), host.links().len());
         let link = Link { interface, port, segment, v4: segment.v4(number), v6: segment.v6(number) };
         self.make_link(host, &link)?;
+        self.net.enter(|| switch_port::take_transmitted_frames(&link.port))??;
         host.connected(link)
     }
 
@@ -157,6 +158,16 @@ impl Lab {
     /// When it still has one of that name.
     pub fn restore_link(&self, host: &Host, mac: &str) -> Result<()> {
         let link = host.link()?;
+        self.restore_bare_link(host, mac)?;
+        self.net.enter(|| switch_port::take_transmitted_frames(&link.port))?
+    }
+
+    /// The same, with a switch port that has no XDP program.
+    ///
+    /// # Errors
+    /// As [`Lab::restore_link`].
+    pub fn restore_bare_link(&self, host: &Host, mac: &str) -> Result<()> {
+        let link = host.link()?;
         self.make_link(host, link)?;
         host.ip(&format!("link set {} address {mac}", link.interface))?;
         host.configure(link)
@@ -172,7 +183,6 @@ impl Lab {
         for (namespace, device) in [(&self.net, port), (host.namespace(), interface)] {
             prepare_for_native_xdp(namespace, device)?;
         }
-        self.net.enter(|| switch_port::take_transmitted_frames(port))??;
         Ok(())
     }
 
