@@ -796,7 +796,10 @@ impl Controller {
         let remote: Vec<usize> =
             (0..self.backends.len()).filter(|index| !self.backends[*index].local).collect();
         let network = self.network.clone();
-        let asked = remote.iter().map(|index| network.next_hop(self.backends[*index].address.ip()));
+        let asked = remote.iter().map(|index| {
+            let address = self.backends[*index].address.ip();
+            network.next_hop(plan::source_for(&self.snat, address), address)
+        });
         let answers = join_all(asked).await;
         let known = self.ports.interfaces().len();
         for (index, answer) in remote.into_iter().zip(answers) {

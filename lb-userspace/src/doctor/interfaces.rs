@@ -267,7 +267,9 @@ fn stacked(network: &Network, port: &Port, interface: &Interface) -> Vec<Finding
         }
         _ => {}
     }
-    if let Some(master) = interface.master.and_then(|index| network.interface(index).ok()) {
+    let is_vrf = |it: &Interface| matches!(&it.kind, Kind::Other(kind) if kind == "vrf");
+    let master = interface.master.and_then(|index| network.interface(index).ok());
+    if let Some(master) = master.filter(|master| !is_vrf(master)) {
         let what = format!("belongs to {}: addresses and routes are there, attach there", master.name);
         findings.push(
             warning(subject(interface), what)
