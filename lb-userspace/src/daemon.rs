@@ -339,6 +339,7 @@ pub async fn unload_leftovers(config: Option<&Config>) -> Result<Vec<String>, Da
         removed.extend(pinned.interfaces.iter().map(|index| format!("the program from {}", name(index))));
         removed.extend(pinned.maps.then(|| controller::PINS.to_owned()));
     }
+    network.lower_guard().await.map_err(ControllerError::from)?;
     let restored = offloads::restore(state_dir).map_err(ControllerError::from)?;
     removed.extend(restored.iter().map(|it| format!("its changes to the offloads of {it}")));
     Ok(removed)

@@ -54,7 +54,7 @@ use crate::{
     discovery,
     health::{self, Event, State, Transition},
     network::{
-        CARRIER_WAIT, Change, Interface, Kind, Network, XdpAttachMode, mode_for, offloads, used_tcp_ports,
+        CARRIER_WAIT, Change, Interface, Network, Silenced, XdpAttachMode, mode_for, offloads, used_tcp_ports,
     },
     sources::Sources,
     systemd,
@@ -350,6 +350,10 @@ impl Controller {
         if !self.dataplane.adopted() {
             self.dataplane.take_over()?;
         }
+        // Of a daemon that was killed while it changed a mode.
+        if let Err(error) = self.network.lower_guard().await {
+            tracing::warn!("{error}: see `ip rule`");
+        }
         // Before any of them is touched.
         for index in self.ports.bases() {
             self.mode_on(&self.network.interface(index)?)?;
@@ -412,21 +416,20 @@ impl Controller {
         if self.dataplane.took_over(index) {
             let generic = there.iter().any(|it| it.mode == XdpAttachMode::Generic);
             let attached = if generic { Mode::Generic } else { Mode::Native };
-            if interface.kind == Kind::Bond && attached == Mode::Native {
-                let reason = mode_for(&interface, tagged, XdpMode::Native).err().unwrap_or_default();
-                return Err(ControllerError::Arrangement(format!("{reason}, after `sheave unload`")));
-            }
-            if mode.is_some_and(|mode| mode != attached) {
-                tracing::warn!(
-                    "{} stays attached in {} mode: `sheave unload` first to change that",
-                    interface.name,
-                    attached.name()
-                );
-            }
+            let attached = match mode.filter(|mode| *mode != attached) {
+                Some(wanted) => self.switch_mode(&interface, attached, wanted).await?,
+                None => {
+                    self.dataplane.note_attached(Attached {
+                        name: interface.name.clone(),
+                        interface: index,
+                        mode: attached,
+                    });
+                    attached
+                }
+            };
             turn_off(Some(attached))?;
             self.note_harm(harm);
             self.see_to_checksums(&interface, attached)?;
-            self.dataplane.note_attached(Attached { name: interface.name, interface: index, mode: attached });
             return Ok(had_carrier);
         }
         if there.is_empty() {
@@ -445,6 +448,47 @@ impl Controller {
         self.note_harm(harm);
         self.see_to_checksums(&interface, attached.mode)?;
         Ok(had_carrier)
+    }
+
+    /// Attaches in another mode than the program is in. The kernel has no step from one to the other (a driver's and a
+    /// generic program exclude each other): for some milliseconds packets reach this host's own stack. Flows live on, for
+    /// it may not answer meanwhile; new connections wait for their next SYN.
+    async fn switch_mode(
+        &mut self,
+        interface: &Interface,
+        from: Mode,
+        to: Mode,
+    ) -> Result<Mode, ControllerError> {
+        let Interface { name, index, driver, .. } = interface;
+        let slots = self.dataplane.snat_ports();
+        let slots = self.snat.iter().map(|address| (*address, slots.clone()));
+        let listeners = self.roster.listeners().values().map(|seat| seat.address);
+        let listeners = listeners.map(|address| (address.ip(), address.port()..=address.port()));
+        let silenced: Vec<Silenced> = slots.chain(listeners).collect();
+        if let Err(error) = self.network.raise_guard(&silenced).await {
+            tracing::warn!(
+                "{name} stays attached in {} mode, because connections would be reset in a change ({error}): `sheave \
+                 unload` first",
+                from.name()
+            );
+            self.dataplane.note_attached(Attached { name: name.clone(), interface: *index, mode: from });
+            return Ok(from);
+        }
+        let target =
+            Target { name, index: *index, driver: driver.as_deref().unwrap_or_default(), occupied_by: None };
+        let result = self.dataplane.detach(*index).and_then(|()| self.dataplane.attach(&target, Some(to)));
+        let result = match result {
+            Ok(_) => {
+                tracing::info!("{name}: attached in {} mode now, {} before", to.name(), from.name());
+                Ok(to)
+            }
+            Err(error) => {
+                tracing::error!("{error}; {name} stays in {} mode", from.name());
+                self.dataplane.attach(&target, Some(from)).map(|_| from)
+            }
+        };
+        self.network.lower_guard().await?;
+        Ok(result?)
     }
 
     /// Waits until interfaces that had a carrier before they were touched have it again.

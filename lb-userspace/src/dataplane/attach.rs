@@ -9,7 +9,7 @@ use aya::programs::{
     xdp::{XdpLink, XdpLinkId},
 };
 
-use super::{Dataplane, DataplaneError, Removed, grace, pins::Pins};
+use super::{Dataplane, DataplaneError, Removed, grace, link::RawLink, pins::Pins};
 use crate::network::{offloads, virtio};
 
 /// How the program is attached.
@@ -188,6 +188,21 @@ impl Dataplane {
         }
         pins.drop_replaced()?;
         Ok(left)
+    }
+
+    /// Takes the program off an interface now. Until it is attached again the kernel gets the packets.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or nothing is pinned.
+    pub fn detach(&mut self, interface: u32) -> Result<(), DataplaneError> {
+        let failed = |source| DataplaneError::System { call: "detaching the program", source };
+        if let Some(path) =
+            self.pins.as_ref().map(|pins| pins.links()).transpose()?.and_then(|mut it| it.remove(&interface))
+        {
+            // Without this it would go some time after the last one who has it open.
+            RawLink::open(&path).and_then(|link| link.detach()).map_err(failed)?;
+        }
+        self.forget_interface(interface)
     }
 
     /// Lets go of an interface that does not exist any more: its index may be another's soon.
