@@ -24,7 +24,7 @@ use crate::{
     admin::{self, BindError, ProbeListener, Unloaded},
     config::{Config, VipMode},
     controller::{self, Controller, ControllerError, Dismantled, End, Inbox, Plan},
-    dataplane::{Dataplane, OBJECT, PacketLog, Pins, PinsError, Previous, Settings},
+    dataplane::{Dataplane, DataplaneError, OBJECT, PacketLog, Pins, PinsError, Previous, Settings},
     discovery::{Situation, Wanted},
     health::{self, Event},
     lock::{Lock, LockError},
@@ -210,6 +210,11 @@ async fn start(
     let key_is_given = key_file.is_some();
     let secret = controller::load_hash_key(key_file).map_err(ControllerError::HashKey)?;
     let (network, changes) = Network::open().await?;
+    let programs = async |interface| match network.xdp_programs(interface).await {
+        Ok(there) => there.unwrap_or_default().iter().map(|it| it.program).collect(),
+        Err(_) => Vec::new(),
+    };
+    pins.check_namespace(programs).await.map_err(DataplaneError::from)?;
     let mut sources = Sources::watch_remembered(&config, &config.dataplane.state_dir);
     sources.first_answers(FIRST_NAMES).await;
     let (config, mut plan) = plan_with(&sources, &network).await?;
@@ -334,6 +339,7 @@ pub async fn unload_leftovers(config: Option<&Config>) -> Result<Vec<String>, Da
         removed.extend(pinned.interfaces.iter().map(|index| format!("the program from {}", name(index))));
         removed.extend(pinned.maps.then(|| controller::PINS.to_owned()));
     }
+    network.lower_guard().await.map_err(ControllerError::from)?;
     let restored = offloads::restore(state_dir).map_err(ControllerError::from)?;
     removed.extend(restored.iter().map(|it| format!("its changes to the offloads of {it}")));
     Ok(removed)

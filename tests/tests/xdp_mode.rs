@@ -2,7 +2,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
 
-use std::{net::IpAddr, process::Stdio, time::Duration};
+use std::{
+    net::IpAddr,
+    process::Stdio,
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
 
 use lb_tests::{
     cluster::{Cluster, Shape},
@@ -103,6 +108,40 @@ fn generic_mode_serves_as_the_drivers_does() {
         assert!(daemon.unload().unwrap().status.success());
         assert!(!has_xdp(&cluster.lb, "eth0").unwrap() && !shown(&cluster, "eth0").contains("xdp"));
     }
+}
+
+/// The kernel's own stack gets the packets while the program is in neither mode, and must not answer.
+#[test]
+fn a_restart_in_another_mode_costs_no_connection() {
+    const CROWD: usize = 40;
+    let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let mut daemon = start(&cluster, &settings(&cluster, "native"));
+    let rules = || cluster.lb.run("ip rule").unwrap() + &cluster.lb.run("ip -6 rule").unwrap();
+    let (rules_before, resets) = (rules(), cluster.client_resets().unwrap());
+    let open = |vip| Crowd::open(&cluster.client, &cluster.client_of(vip).unwrap(), CROWD).unwrap();
+    let mut crowds = cluster.vips().map(open);
+    for mode in ["generic", "native"] {
+        daemon.process().kill().unwrap();
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for crowd in &mut crowds {
+                let deadline = Instant::now() + MOMENT;
+                let over = &over;
+                scope.spawn(move || {
+                    while !over.load(Ordering::Relaxed) && Instant::now() < deadline {
+                        crowd.ask_names().require_all(CROWD).unwrap();
+                    }
+                });
+            }
+            daemon = start(&cluster, &settings(&cluster, mode));
+            over.store(true, Ordering::Relaxed);
+        });
+        assert_eq!(attached(&daemon), on("eth0", mode));
+        crowds.iter_mut().for_each(|crowd| crowd.ask_names().require_all(CROWD).unwrap());
+        assert_eq!(rules(), rules_before);
+    }
+    assert_eq!(cluster.client_resets().unwrap(), resets);
+    cluster.require_no_own_resets().unwrap();
 }
 
 /// Puts the load balancer's addresses on a bridge over its interface: a driver without XDP.

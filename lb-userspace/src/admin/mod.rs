@@ -29,9 +29,9 @@ pub use server::{Caller, Request};
 pub use socket::{AdminListener, BindError, bind};
 pub use status::*;
 
-/// Clients served at once on a listener; more wait in the kernel's backlog.
+/// Clients served at once on the admin socket; more wait in the kernel's backlog.
 const CONNECTIONS_MAX: usize = 32;
-/// From the first byte to the end of the headers. Nobody types requests here.
+/// From the connection's begin to the end of the headers. Nobody types requests here.
 const HEADERS_TIMEOUT: Duration = Duration::from_secs(2);
 /// After `accept` failed, which it does while descriptors are short.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);

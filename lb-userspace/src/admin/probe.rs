@@ -1,14 +1,17 @@
 //! `GET /probe/<service>/<backend|self>/<livez|readyz>` over TCP: what an apiserver answers to the check's credential,
 //! for those who have none. With anonymous auth off that is a kubelet's own liveness probe, and any monitor.
 //!
-//! Nothing else is answered here, whoever can reach the address may ask, and a backend is asked about a path once a
-//! second at most, however many ask us.
+//! Nothing else is answered here, and every client that can reach the address may ask. A backend is asked about a path
+//! once a second at most. An answer that is fresh costs the client nothing; places and questions are counted per client
+//! ([`limits`]), so that none starves another.
+
+mod limits;
 
 use std::{
     convert::Infallible,
     io,
     net::{SocketAddr, TcpListener as StdListener},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -23,12 +26,13 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Mutex as AsyncMutex, Semaphore, watch},
+    sync::{Mutex, watch},
     time::{Instant, timeout},
 };
 
-use super::{ACCEPT_RETRY, CONNECTIONS_MAX, http};
+use super::{ACCEPT_RETRY, http};
 use crate::health::{Asker, CheckCode};
+use limits::{Client, Place, Places, Rates};
 
 /// What may be asked for.
 const PATHS: [&str; 2] = ["livez", "readyz"];
@@ -40,9 +44,6 @@ const FRESH: Duration = Duration::from_secs(1);
 const REQUEST_SIZE_MAX: usize = 8 * 1024;
 /// A connection altogether, above what the longest sensible check takes.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(20);
-/// Requests a second in the long run, and how many may come at once.
-const RATE: f64 = 50.0;
-const BURST: f64 = 100.0;
 
 /// A backend that may be asked about.
 #[derive(Debug)]
@@ -53,7 +54,7 @@ pub struct ProbeTarget {
     /// None: its check speaks no HTTP.
     asker: Option<Asker>,
     /// The last answer for each of [`PATHS`], held while a new one is fetched.
-    answers: [AsyncMutex<Option<(Instant, Told)>>; PATHS.len()],
+    answers: [Mutex<Option<(Instant, Told)>>; PATHS.len()],
 }
 
 /// What a client is told.
@@ -79,13 +80,16 @@ impl ProbeTarget {
         self.service == service && (self.backend == backend || backend == OWN && self.local)
     }
 
-    /// An answer that is fresh enough; whoever comes first fetches it for all who wait.
+    /// The last answer, if it is fresh enough. None also while a new one is fetched.
+    fn fresh_answer(&self, path: usize) -> Option<Told> {
+        fresh(&*self.answers[path].try_lock().ok()?)
+    }
+
+    /// An answer that is fresh enough. The first request fetches it for all that wait.
     async fn answer(&self, path: usize) -> Told {
         let mut last = self.answers[path].lock().await;
-        if let Some((when, told)) = &*last
-            && when.elapsed() < FRESH
-        {
-            return told.clone();
+        if let Some(told) = fresh(&last) {
+            return told;
         }
         let told = self.ask(PATHS[path]).await;
         *last = Some((Instant::now(), told.clone()));
@@ -111,6 +115,11 @@ impl ProbeTarget {
             }
         }
     }
+}
+
+fn fresh(last: &Option<(Instant, Told)>) -> Option<Told> {
+    let (when, told) = last.as_ref()?;
+    (when.elapsed() < FRESH).then(|| told.clone())
 }
 
 impl Told {
@@ -142,18 +151,11 @@ impl ProbeListener {
     /// Answers until the future is dropped. Needs a tokio runtime.
     pub async fn serve(self, targets: ProbeTargets) -> io::Result<()> {
         let listener = TcpListener::from_std(self.0)?;
-        let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        let bucket = Arc::new(Bucket::full());
+        let (places, rates) = (Arc::new(Places::default()), Arc::new(Rates::default()));
         loop {
-            let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
+            // Accepted at once, whatever is open already: the kernel's queue is one for all clients.
             match listener.accept().await {
-                Ok((stream, _)) => {
-                    let (targets, bucket) = (targets.clone(), Arc::clone(&bucket));
-                    tokio::spawn(async move {
-                        let _ = timeout(CONNECTION_TIMEOUT, serve_one(stream, targets, bucket)).await;
-                        drop(place);
-                    });
-                }
+                Ok((stream, peer)) => admit(stream, peer, &targets, &places, &rates),
                 Err(error) => {
                     tracing::warn!("cannot accept a client on admin.listen: {error}");
                     tokio::time::sleep(ACCEPT_RETRY).await;
@@ -163,8 +165,36 @@ impl ProbeListener {
     }
 }
 
-async fn serve_one(stream: TcpStream, targets: ProbeTargets, bucket: Arc<Bucket>) {
-    let service = service_fn(|request| respond(request, &targets, &bucket));
+/// Serves a connection in a task of its own, or closes it if there is no place for its client.
+fn admit(
+    stream: TcpStream,
+    peer: SocketAddr,
+    targets: &ProbeTargets,
+    places: &Arc<Places>,
+    rates: &Arc<Rates>,
+) {
+    // It has gone already.
+    let Ok(ours) = stream.local_addr() else { return };
+    let client = Client::of(peer, ours);
+    let Some((place, must_end)) = places.enter(client) else {
+        tracing::debug!("closed a connection to admin.listen: {} has all places it may have", peer.ip());
+        return;
+    };
+    let (targets, rates) = (targets.clone(), Arc::clone(rates));
+    tokio::spawn(async move {
+        let served = timeout(CONNECTION_TIMEOUT, serve_one(stream, &place, client, &targets, &rates));
+        tokio::select! {
+            _ = served => {}
+            _ = must_end => {}
+        }
+    });
+}
+
+async fn serve_one(stream: TcpStream, place: &Place, client: Client, targets: &ProbeTargets, rates: &Rates) {
+    let service = service_fn(|request| {
+        place.asks();
+        respond(request, client, targets, rates)
+    });
     let served = http(REQUEST_SIZE_MAX).serve_connection(TokioIo::new(stream), service).await;
     if let Err(error) = served {
         tracing::debug!("a client of admin.listen: {error}");
@@ -173,22 +203,26 @@ async fn serve_one(stream: TcpStream, targets: ProbeTargets, bucket: Arc<Bucket>
 
 async fn respond(
     request: hyper::Request<Incoming>,
+    client: Client,
     targets: &ProbeTargets,
-    bucket: &Bucket,
+    rates: &Rates,
 ) -> Result<Response<Full<Bytes>>, Infallible> {
-    Ok(match route(&request, targets) {
-        Err(told) => response(told),
-        Ok(_) if !bucket.take() => {
-            let mut response = response(Told::new(StatusCode::TOO_MANY_REQUESTS, "too many probes\n"));
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
-            response
-        }
-        Ok((target, path)) => {
-            // In a task of its own: clients that hang up must not make a backend be asked more often.
-            let asked = tokio::spawn(async move { target.answer(path).await }).await;
-            response(asked.unwrap_or_else(|_| Told::new(StatusCode::INTERNAL_SERVER_ERROR, "")))
-        }
-    })
+    let (target, path) = match route(&request, targets) {
+        Ok(found) => found,
+        Err(told) => return Ok(response(told)),
+    };
+    // Before the client's bucket: an answer that is here costs nothing.
+    if let Some(told) = target.fresh_answer(path) {
+        return Ok(response(told));
+    }
+    if !rates.take(client) {
+        let mut refusal = response(Told::new(StatusCode::TOO_MANY_REQUESTS, "too many probes\n"));
+        refusal.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        return Ok(refusal);
+    }
+    // In a task of its own: clients that hang up must not make a backend be asked more often.
+    let asked = tokio::spawn(async move { target.answer(path).await }).await;
+    Ok(response(asked.unwrap_or_else(|_| Told::new(StatusCode::INTERNAL_SERVER_ERROR, ""))))
 }
 
 /// Which backend is asked about, and which of [`PATHS`].
@@ -255,28 +289,6 @@ fn response(told: Told) -> Response<Full<Bytes>> {
         headers.insert(ALLOW, HeaderValue::from_static("GET"));
     }
     response
-}
-
-/// A token bucket for all clients together.
-struct Bucket(Mutex<(Instant, f64)>);
-
-impl Bucket {
-    fn full() -> Self {
-        Self(Mutex::new((Instant::now(), BURST)))
-    }
-
-    /// Whether one more request may pass.
-    fn take(&self) -> bool {
-        let mut bucket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (filled, tokens) = &mut *bucket;
-        *tokens = (*tokens + filled.elapsed().as_secs_f64() * RATE).min(BURST);
-        *filled = Instant::now();
-        let passes = *tokens >= 1.0;
-        if passes {
-            *tokens -= 1.0;
-        }
-        passes
-    }
 }
 
 #[cfg(test)]
@@ -412,12 +424,95 @@ mod tests {
         assert_eq!(get(address, "/probe/api/mute/readyz").await.0, 404);
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_flood_is_slowed_down() {
-        let bucket = Bucket::full();
-        let passed = (0..1000).filter(|_| bucket.take()).count();
-        assert_eq!(passed, 100);
-        tokio::time::advance(Duration::from_millis(100)).await;
-        assert_eq!((0..100).filter(|_| bucket.take()).count(), 5);
+    /// A connection to the listener from another address of the loopback interface.
+    async fn connect_from(source: &str, address: SocketAddr) -> TcpStream {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::new(source.parse().unwrap(), 0)).unwrap();
+        socket.connect(address).await.unwrap()
+    }
+
+    /// The status of the answer; 0: the connection was closed without one.
+    async fn get_from(source: &str, address: SocketAddr, path: &str) -> u16 {
+        let mut tcp = connect_from(source, address).await;
+        let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n");
+        let _ = tcp.write_all(request.as_bytes()).await;
+        let mut reply = String::new();
+        let _ = tcp.read_to_string(&mut reply).await;
+        reply.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or_default()
+    }
+
+    const PROBE: &str = "/probe/api/self/livez";
+
+    #[tokio::test]
+    async fn a_client_that_asks_all_the_time_takes_no_answer_from_another() {
+        let (here, count) = backend(OK).await;
+        let (address, _targets) = listen(vec![target("here", here, true)]);
+        let flood = async {
+            let mut passed = 0;
+            for _ in 0..50 {
+                let asked = (0..20).map(|_| get_from("127.0.0.2", address, PROBE));
+                let answers = futures_util::future::join_all(asked).await;
+                passed += answers.iter().filter(|status| **status == 200).count();
+            }
+            passed
+        };
+        let prober = async {
+            let mut answers = Vec::new();
+            for _ in 0..100 {
+                answers.push(get_from("127.0.0.3", address, PROBE).await);
+            }
+            answers
+        };
+        let (passed, answers) = tokio::join!(flood, prober);
+        assert_eq!(answers, [200; 100]);
+        // More than all the tokens there are: nearly all of them are answered from memory.
+        assert!(passed > 500, "{passed} of 1000");
+        assert!(count.load(Ordering::Relaxed) < 30, "the backend was asked {count:?} times");
+    }
+
+    #[tokio::test]
+    async fn questions_that_need_the_backend_are_counted_by_client() {
+        // Each is asked about once: no answer is fresh.
+        let (here, _) = backend(OK).await;
+        let targets: Vec<_> = (0..1000).map(|number| target(&number.to_string(), here, false)).collect();
+        let (address, _targets) = listen(targets);
+        let mut statuses = Vec::new();
+        while statuses.last() != Some(&429) {
+            assert!(statuses.len() < 1000, "none of 1000 was refused");
+            let path = format!("/probe/api/{}/livez", statuses.len());
+            statuses.push(get_from("127.0.0.2", address, &path).await);
+        }
+        assert!(statuses.len() > 100, "refused after {}", statuses.len());
+        assert_eq!(get_from("127.0.0.3", address, "/probe/api/0/readyz").await, 200);
+    }
+
+    #[tokio::test]
+    async fn silent_connections_take_no_place_from_another_client() {
+        let (here, _) = backend(OK).await;
+        let (address, _targets) = listen(vec![target("here", here, true)]);
+        let mut silent = Vec::new();
+        for number in 0..900 {
+            silent.push(connect_from("127.0.0.2", address).await);
+            if number % 100 == 0 {
+                let asked = get_from("127.0.0.3", address, PROBE);
+                let status = timeout(Duration::from_secs(1), asked).await;
+                assert_eq!(status, Ok(200), "after {number} silent connections");
+            }
+        }
+        let asked = timeout(Duration::from_secs(1), get_from("127.0.0.2", address, PROBE)).await;
+        assert_eq!(asked, Ok(200), "the same client's oldest makes room");
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_says_nothing_is_closed() {
+        let (here, _) = backend(OK).await;
+        let (address, _targets) = listen(vec![target("here", here, true)]);
+        for beginning in ["", "GET /probe/api/self/livez HTTP/1.1\r\nHo"] {
+            let mut tcp = connect_from("127.0.0.2", address).await;
+            tcp.write_all(beginning.as_bytes()).await.unwrap();
+            let mut reply = Vec::new();
+            let closed = timeout(Duration::from_secs(5), tcp.read_to_end(&mut reply)).await;
+            assert!(closed.is_ok(), "{beginning:?} is still open after 5 s");
+        }
     }
 }

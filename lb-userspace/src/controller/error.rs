@@ -64,6 +64,9 @@ pub enum ControllerError {
         /// The interface's name.
         interface: String,
     },
+    /// The program would recognise no packet of an interface.
+    #[error("{0}")]
+    Arrangement(String),
     /// No interface is of use.
     #[error(
         "no Ethernet interface leads to a backend or a VIP: give this host an address in their subnets or a route \

@@ -19,11 +19,16 @@ pub(super) fn detached(ours: Option<u32>, attached: &[(String, Option<Vec<u32>>)
     attached
         .iter()
         .filter_map(|(name, programs)| match (programs, ours) {
-            (None, _) => Some(format!("interface {name} is gone: restart sheave when it is back")),
+            (None, _) => Some(gone(name)),
             (Some(programs), Some(ours)) if programs.contains(&ours) => None,
             (Some(_), _) => Some(format!("the program is not on {name} any more: restart sheave")),
         })
         .collect()
+}
+
+/// About an interface that does not exist any more.
+pub(super) fn gone(name: &str) -> String {
+    format!("interface {name} is gone: sheave attaches to it again when it is back")
 }
 
 /// Whether the controller turns.

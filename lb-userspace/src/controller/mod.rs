@@ -21,6 +21,7 @@ mod ports;
 mod probe_targets;
 mod reload;
 mod resets;
+mod returning;
 mod roster;
 mod selection;
 mod services;
@@ -39,7 +40,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::future::join_all;
+use futures_util::future::{join_all, try_join_all};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinError,
@@ -52,7 +53,9 @@ use crate::{
     dataplane::{Attached, Dataplane, DataplaneError, Mode, Reaped, Target},
     discovery,
     health::{self, Event, State, Transition},
-    network::{Change, Interface, Network, XdpAttachMode, offloads, used_tcp_ports},
+    network::{
+        CARRIER_WAIT, Change, Interface, Network, Silenced, XdpAttachMode, mode_for, offloads, used_tcp_ports,
+    },
     sources::Sources,
     systemd,
     vip::{Follower, Owner, Presence, remove_others},
@@ -199,7 +202,13 @@ pub struct Controller {
     /// Of the hook.
     sockets: Sockets,
     /// What the operator should know about interfaces, in sentences.
-    interface_flags: Vec<String>,
+    interface_flags: BTreeSet<String>,
+    /// What the operator should know about the other ends of veths, in sentences.
+    veth_flags: BTreeSet<String>,
+    /// Names of interfaces that had the program, and have gone.
+    gone_interfaces: BTreeSet<String>,
+    /// Indexes of interfaces that should have the program, and could not be given it.
+    unattached: BTreeSet<u32>,
     /// Backends on this host whose server does not listen where it must, in sentences.
     unreached_servers: BTreeSet<String>,
 }
@@ -264,7 +273,10 @@ impl Controller {
             resets,
             hook: Hook::default(),
             sockets: Sockets::default(),
-            interface_flags: Vec::new(),
+            interface_flags: BTreeSet::new(),
+            veth_flags: BTreeSet::new(),
+            gone_interfaces: BTreeSet::new(),
+            unattached: BTreeSet::new(),
             unreached_servers: BTreeSet::new(),
         };
         controller.obey_orders();
@@ -339,64 +351,158 @@ impl Controller {
         if !self.dataplane.adopted() {
             self.dataplane.take_over()?;
         }
-        let state_dir = self.config.dataplane.state_dir.clone();
-        let mode = match self.config.dataplane.xdp_mode {
+        // Of a daemon that was killed while it changed a mode.
+        if let Err(error) = self.network.lower_guard().await {
+            tracing::warn!("{error}: see `ip rule`");
+        }
+        // Before any of them is touched.
+        for index in self.ports.bases() {
+            self.mode_on(&self.network.interface(index)?)?;
+        }
+        for described in self.ports.interfaces().into_iter().filter_map(|it| self.network.arrangement(it)) {
+            tracing::info!("{described}");
+        }
+        let mut had_carrier = Vec::new();
+        for index in self.ports.bases() {
+            had_carrier.extend(self.attach_to(index).await?.then_some(index));
+        }
+        self.await_carriers(&had_carrier).await?;
+        self.look_at_veths().await;
+        self.attach_hook().await?;
+        self.leave_others()?;
+        Ok(())
+    }
+
+    /// How the program is to be attached to an interface; None: as its driver can.
+    fn mode_on(&self, interface: &Interface) -> Result<Option<Mode>, ControllerError> {
+        let tagged = self.ports.is_tagged(interface.index);
+        let mode = mode_for(interface, tagged, self.config.dataplane.xdp_mode);
+        Ok(match mode.map_err(ControllerError::Arrangement)? {
             XdpMode::Auto => None,
             XdpMode::Native => Some(Mode::Native),
             XdpMode::Generic => Some(Mode::Generic),
-        };
-        for index in self.ports.bases() {
-            let interface = self.network.interface(index)?;
-            if !interface.up {
-                tracing::warn!("{0} is down: `ip link set {0} up`", interface.name);
+        })
+    }
+
+    /// Looks whether the other ends of veths take at once what the program sends. What is new is said.
+    pub(super) async fn look_at_veths(&mut self) {
+        let mut found = BTreeSet::new();
+        for attached in self.dataplane.attached().iter().filter(|it| it.mode == Mode::Native) {
+            if let Ok(interface) = self.network.interface(attached.interface) {
+                found.extend(self.network.veth_warning(&interface).await);
             }
-            let there = self.network.xdp_programs(index).await?.unwrap_or_default();
-            let tagged = self.ports.is_tagged(index);
-            let mut harm = BTreeSet::new();
-            let mut turn_off = |mode| {
-                let switched = offloads::turn_off(&interface.name, mode == Some(Mode::Generic), &state_dir)?;
-                say_off(&interface.name, &switched.off);
-                harm.extend(switched.consequences(&interface.name, tagged)?);
-                Ok::<_, ControllerError>(())
-            };
-            if self.dataplane.took_over(index) {
-                let generic = there.iter().any(|it| it.mode == XdpAttachMode::Generic);
-                let attached = if generic { Mode::Generic } else { Mode::Native };
-                if mode.is_some_and(|mode| mode != attached) {
-                    tracing::warn!(
-                        "{} stays attached in {} mode: `sheave unload` first to change that",
-                        interface.name,
-                        attached.name()
-                    );
-                }
-                turn_off(Some(attached))?;
-                self.note_harm(harm);
-                self.see_to_checksums(&interface, attached)?;
-                self.dataplane.note_attached(Attached {
-                    name: interface.name,
-                    interface: index,
-                    mode: attached,
-                });
-                continue;
-            }
-            if there.is_empty() {
-                turn_off(mode)?;
-            }
-            let target = Target {
-                name: &interface.name,
-                index,
-                driver: interface.driver.as_deref().unwrap_or_default(),
-                occupied_by: there.first().map(|attached| attached.program),
-            };
-            let attached = self.dataplane.attach(&target, mode)?;
-            if mode.is_none() && attached.mode == Mode::Generic {
-                turn_off(Some(Mode::Generic))?;
-            }
-            self.note_harm(harm);
-            self.see_to_checksums(&interface, attached.mode)?;
         }
-        self.attach_hook().await?;
-        self.leave_others()?;
+        found.difference(&self.veth_flags).for_each(|warning| tracing::warn!("{warning}"));
+        self.veth_flags = found;
+    }
+
+    /// Attaches the program to one interface. Returns whether it had a carrier before.
+    async fn attach_to(&mut self, index: u32) -> Result<bool, ControllerError> {
+        let state_dir = self.config.dataplane.state_dir.clone();
+        let interface = self.network.interface_now(index).await?;
+        let mode = self.mode_on(&interface)?;
+        let had_carrier = interface.carrier;
+        if !interface.up {
+            tracing::warn!("{0} is down: `ip link set {0} up`", interface.name);
+        }
+        let there = self.network.xdp_programs(index).await?.unwrap_or_default();
+        let tagged = self.ports.is_tagged(index);
+        let mut harm = BTreeSet::new();
+        let mut turn_off = |mode| {
+            let switched = offloads::turn_off(&interface.name, mode == Some(Mode::Generic), &state_dir)?;
+            say_off(&interface.name, &switched.off);
+            harm.extend(switched.consequences(&interface.name, tagged)?);
+            Ok::<_, ControllerError>(())
+        };
+        if self.dataplane.took_over(index) {
+            let generic = there.iter().any(|it| it.mode == XdpAttachMode::Generic);
+            let attached = if generic { Mode::Generic } else { Mode::Native };
+            let attached = match mode.filter(|mode| *mode != attached) {
+                Some(wanted) => self.switch_mode(&interface, attached, wanted).await?,
+                None => {
+                    self.dataplane.note_attached(Attached {
+                        name: interface.name.clone(),
+                        interface: index,
+                        mode: attached,
+                    });
+                    attached
+                }
+            };
+            turn_off(Some(attached))?;
+            self.note_harm(harm);
+            self.see_to_checksums(&interface, attached)?;
+            return Ok(had_carrier);
+        }
+        if there.is_empty() {
+            turn_off(mode)?;
+        }
+        let target = Target {
+            name: &interface.name,
+            index,
+            driver: interface.driver.as_deref().unwrap_or_default(),
+            occupied_by: there.first().map(|attached| attached.program),
+        };
+        let attached = self.dataplane.attach(&target, mode)?;
+        if mode.is_none() && attached.mode == Mode::Generic {
+            turn_off(Some(Mode::Generic))?;
+        }
+        self.note_harm(harm);
+        self.see_to_checksums(&interface, attached.mode)?;
+        Ok(had_carrier)
+    }
+
+    /// Attaches in another mode than the program is in. The kernel has no step from one to the other (a driver's and a
+    /// generic program exclude each other): for some milliseconds packets reach this host's own stack. Flows live on, for
+    /// it may not answer meanwhile; new connections wait for their next SYN.
+    async fn switch_mode(
+        &mut self,
+        interface: &Interface,
+        from: Mode,
+        to: Mode,
+    ) -> Result<Mode, ControllerError> {
+        let Interface { name, index, driver, .. } = interface;
+        let slots = self.dataplane.snat_ports();
+        let slots = self.snat.iter().map(|address| (*address, slots.clone()));
+        let listeners = self.roster.listeners().values().map(|seat| seat.address);
+        let listeners = listeners.map(|address| (address.ip(), address.port()..=address.port()));
+        let silenced: Vec<Silenced> = slots.chain(listeners).collect();
+        if let Err(error) = self.network.raise_guard(&silenced).await {
+            tracing::warn!(
+                "{name} stays attached in {} mode, because connections would be reset in a change ({error}): `sheave \
+                 unload` first",
+                from.name()
+            );
+            self.dataplane.note_attached(Attached { name: name.clone(), interface: *index, mode: from });
+            return Ok(from);
+        }
+        let target =
+            Target { name, index: *index, driver: driver.as_deref().unwrap_or_default(), occupied_by: None };
+        let result = self.dataplane.detach(*index).and_then(|()| self.dataplane.attach(&target, Some(to)));
+        let result = match result {
+            Ok(_) => {
+                tracing::info!("{name}: attached in {} mode now, {} before", to.name(), from.name());
+                Ok(to)
+            }
+            Err(error) => {
+                tracing::error!("{error}; {name} stays in {} mode", from.name());
+                self.dataplane.attach(&target, Some(from)).map(|_| from)
+            }
+        };
+        self.network.lower_guard().await?;
+        Ok(result?)
+    }
+
+    /// Waits until interfaces that had a carrier before they were touched have it again.
+    async fn await_carriers(&self, interfaces: &[u32]) -> Result<(), ControllerError> {
+        let waits = interfaces.iter().map(|index| self.network.await_carrier(*index, CARRIER_WAIT));
+        for interface in try_join_all(waits).await?.iter().filter(|it| !it.carrier) {
+            tracing::warn!(
+                "{0} has lost its carrier when sheave switched offloads or attached its program, and has none after {1} s: \
+                 look at the other end, and at `ip link show {0}` and the kernel's log",
+                interface.name,
+                CARRIER_WAIT.as_secs()
+            );
+        }
         Ok(())
     }
 
@@ -508,7 +614,7 @@ impl Controller {
         signals.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sockets = watch_sockets(self.own_addresses());
         let mut servers = self.watch_servers();
-        self.look_for_vips();
+        self.look_for_vips().await;
         let mut sources = self.sources.clone();
         let mut reports = self.sockets.take_reports();
         loop {
@@ -561,6 +667,7 @@ impl Controller {
             if std::mem::take(&mut self.reloaded) {
                 sockets = watch_sockets(self.own_addresses());
                 sources = self.sources.clone();
+                self.look_for_vips().await;
             }
         }
     }
@@ -680,9 +787,11 @@ impl Controller {
         if changes.contains(&Change::Links) {
             self.ports.refresh(&self.network);
             self.write_ports();
+            self.follow_interfaces().await;
         }
-        if changes.contains(&Change::Addresses) {
-            self.look_for_vips();
+        // An interface that goes takes with it what is on it.
+        if changes.contains(&Change::Addresses) || changes.contains(&Change::Links) {
+            self.look_for_vips().await;
         }
         // Each of them may move a next hop: an address that comes brings a route.
         self.resolve().await;
@@ -695,8 +804,8 @@ impl Controller {
         }
     }
 
-    fn look_for_vips(&mut self) {
-        for news in self.vips.look(&self.network) {
+    async fn look_for_vips(&mut self) {
+        for news in self.vips.look(&self.network).await {
             match news {
                 Presence::Here { vip, interface } => {
                     let name =
@@ -713,7 +822,8 @@ impl Controller {
                 }
                 Presence::Elsewhere { vip } if self.owner.is_some() => {
                     tracing::error!(
-                        "somebody took the VIP {vip} off this host: restart sheave to put it back"
+                        "the VIP {vip} is not on this host any more: another program has removed it, or its interface \
+                         has gone. Restart sheave to put it back"
                     );
                 }
                 Presence::Elsewhere { vip } => {
@@ -731,7 +841,10 @@ impl Controller {
         let remote: Vec<usize> =
             (0..self.backends.len()).filter(|index| !self.backends[*index].local).collect();
         let network = self.network.clone();
-        let asked = remote.iter().map(|index| network.next_hop(self.backends[*index].address.ip()));
+        let asked = remote.iter().map(|index| {
+            let address = self.backends[*index].address.ip();
+            network.next_hop(plan::source_for(&self.snat, address), address)
+        });
         let answers = join_all(asked).await;
         let known = self.ports.interfaces().len();
         for (index, answer) in remote.into_iter().zip(answers) {
@@ -796,6 +909,8 @@ impl Controller {
             self.resolve().await;
             self.network.keep_fresh(FAR_AWAY).await;
             self.correct_learned_hops();
+            self.attach_to_returned().await;
+            self.look_at_veths().await;
             self.dataplane.forget_learned_hops();
             self.count_strangers();
         }

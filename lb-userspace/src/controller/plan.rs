@@ -58,22 +58,28 @@ impl Plan {
         for (vip, _) in homes.iter().filter(|(_, home)| home.is_none()) {
             tracing::warn!("the VIP {vip} is in no subnet of this host: clients must be routed here");
         }
-        let wanted = reach.iter().map(|reach| reach.route.interface).chain(homes.values().flatten().copied());
+        let source = Source::choose(config, &homes, &reach, &addresses, first_ephemeral_port());
+        source.notes.iter().for_each(|note| tracing::warn!("{note}"));
+        let ways = Ways::of(network, &source.addresses, &reach, &addresses).await;
         let ports = if config.forwards_packets() {
+            let wanted = ways.interfaces().chain(homes.values().flatten().copied());
             Ports::open(network, &config.dataplane.interfaces, wanted)?
         } else {
             Ports::default()
         };
-        let reached =
-            |reach: &&Reach| !config.forwards_packets() || ports.number(reach.route.interface).is_some();
-        if let (Interfaces::Named(_), Some(out)) =
-            (&config.dataplane.interfaces, reach.iter().find(|it| !reached(it)))
-        {
-            let name = network.interface(out.route.interface).map_or_else(|_| "?".to_owned(), |it| it.name);
-            return Err(ControllerError::NotNamed { backend: out.address, interface: name });
+        if let (Interfaces::Named(_), true) = (&config.dataplane.interfaces, config.forwards_packets()) {
+            let name =
+                |index| network.interface(index).map_or_else(|_| "?".to_owned(), |interface| interface.name);
+            if let Some((backend, interface)) = ways.out.iter().find(|(_, it)| ports.number(**it).is_none()) {
+                return Err(ControllerError::NotNamed { backend: *backend, interface: name(*interface) });
+            }
+            for (address, interface) in ways.back.iter().filter(|(_, it)| ports.number(**it).is_none()) {
+                tracing::warn!(
+                    "replies to {address} arrive on {}, which dataplane.interfaces does not name: add it there",
+                    name(*interface)
+                );
+            }
         }
-        let source = Source::choose(config, &homes, &reach, &addresses, first_ephemeral_port());
-        source.notes.iter().for_each(|note| tracing::warn!("{note}"));
         let checks_use_slots = source.is_used_by_checks(&reach);
         let services = Services::of(config, &roster);
         let snat_room = config.dataplane.snat_addresses_max;
@@ -204,6 +210,47 @@ impl Survey {
         let homes = homes(&vips(config), &addresses, |interface| network.port_of(interface).is_ok());
         Ok((Self { addresses, here, reach, homes }, unreachable))
     }
+}
+
+/// The interfaces that packets to backends leave by, and those that the replies arrive on.
+#[derive(Debug)]
+pub(super) struct Ways {
+    /// By backend, as the kernel routes packets from the SNAT address.
+    pub(super) out: BTreeMap<IpAddr, u32>,
+    /// By SNAT address: the one that has it, or has its subnet. A backend may answer by another way than it is asked.
+    pub(super) back: BTreeMap<IpAddr, u32>,
+}
+
+impl Ways {
+    /// Asks the kernel. Backends to which there is no way are left out.
+    pub(super) async fn of(
+        network: &Network,
+        snat: &[IpAddr],
+        reach: &[Reach],
+        addresses: &[LocalAddress],
+    ) -> Self {
+        let asked = reach.iter().map(async |reach| {
+            let source = source_for(snat, reach.address);
+            let route = network.route_from(source, reach.address).await.ok().filter(|route| !route.local);
+            (reach.address, route.map(|route| route.interface))
+        });
+        let out =
+            join_all(asked).await.into_iter().filter_map(|(backend, it)| Some((backend, it?))).collect();
+        let is_used = |address: &IpAddr| reach.iter().any(|it| it.address.is_ipv4() == address.is_ipv4());
+        let used: Vec<_> = snat.iter().copied().filter(is_used).collect();
+        let back = homes(&used, addresses, |interface| network.port_of(interface).is_ok());
+        Self { out, back: back.into_iter().filter_map(|(address, it)| Some((address, it?))).collect() }
+    }
+
+    /// All of them.
+    pub(super) fn interfaces(&self) -> impl Iterator<Item = u32> {
+        self.out.values().chain(self.back.values()).copied()
+    }
+}
+
+/// The SNAT address that packets to a backend are routed by.
+pub(super) fn source_for(snat: &[IpAddr], backend: IpAddr) -> Option<IpAddr> {
+    snat.iter().copied().find(|address| address.is_ipv4() == backend.is_ipv4())
 }
 
 /// What flows to backends leave from, or would with this configuration: the choice of a daemon that is started now, on
@@ -438,6 +485,7 @@ fn source_towards(reach: &Reach, vips: &[IpAddr], addresses: &[LocalAddress]) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::network::testing::{Peer, in_namespace, ip};
 
     const FRONT: u32 = 2;
     const BACK: u32 = 3;
@@ -468,6 +516,33 @@ mod tests {
                 local: false,
             },
         }
+    }
+
+    #[test]
+    fn packets_leave_by_the_rules_and_replies_arrive_where_the_snat_address_is() {
+        in_namespace(async || {
+            let (_lan, away) = (Peer::behind("lan", "far"), Peer::behind("wan", "away"));
+            ip("addr add 10.1.0.1/24 dev lan");
+            ip("addr add 10.1.0.140/32 dev lan");
+            ip("addr add 10.8.0.1/24 dev wan");
+            away.ip("addr add 10.8.0.2/24 dev away");
+            ip("route add 10.9.0.0/24 via 10.1.0.2");
+            ip("rule add from 10.1.0.140 lookup 100");
+            ip("route add default via 10.8.0.2 table 100");
+            let (network, _changes) = Network::open().await.unwrap();
+            let [lan, wan] = ["lan", "wan"].map(|name| network.interface_named(name).unwrap().index);
+            let (vip, backend) = ("10.1.0.140".parse().unwrap(), "10.9.0.1".parse().unwrap());
+            let route = network.route_to(backend).await.unwrap();
+            assert_eq!(route.interface, lan, "this host's own packets go elsewhere");
+            let reach = [Reach { address: backend, route }];
+            let ways = Ways::of(&network, &[vip], &reach, &network.local_addresses()).await;
+            assert_eq!(ways.out, BTreeMap::from([(backend, wan)]));
+            assert_eq!(ways.back, BTreeMap::from([(vip, lan)]));
+            // An address of the other family has no replies to wait for.
+            let other = ["fd01::1".parse().unwrap()];
+            let ways = Ways::of(&network, &other, &reach, &network.local_addresses()).await;
+            assert_eq!(ways.back, BTreeMap::new());
+        });
     }
 
     fn choose(config: &Config, reach: &[Reach]) -> Source {

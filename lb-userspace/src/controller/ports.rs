@@ -1,14 +1,14 @@
 //! The interfaces and VLANs that clients and backends are reached by, numbered as the data path numbers them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use lb_common::layout::INTERFACES;
 
 use super::ControllerError;
 use crate::{
-    config::Interfaces,
+    config::{Interfaces, XdpMode},
     dataplane,
-    network::{Interface, Network, Port, Tag, TagProtocol},
+    network::{Interface, Network, Port, Tag, TagProtocol, mode_for},
 };
 
 /// The ports in use. A port keeps its number; new ones are appended.
@@ -16,6 +16,8 @@ use crate::{
 pub(super) struct Ports {
     /// The interface that has the addresses (perhaps a VLAN), and where its frames pass.
     entries: Vec<(u32, Port)>,
+    /// The names of these interfaces, for when they have gone and come back.
+    names: BTreeMap<u32, String>,
     /// Numbers that others had before us and nobody has now: slots may know ways by them.
     former: BTreeSet<usize>,
 }
@@ -49,6 +51,7 @@ impl Ports {
         if ports.entries.is_empty() {
             return Err(ControllerError::NoInterface);
         }
+        ports.learn_names(network);
         Ok(ports)
     }
 
@@ -109,21 +112,43 @@ impl Ports {
                 "it is reached by {name} now, which sheave is not attached to: restart sheave"
             ));
         }
+        if let Ok(base) = network.interface(port.index) {
+            mode_for(&base, !port.tags.is_empty(), XdpMode::Auto)?;
+        }
         let passes_there =
             |interface: &Interface| network.port_of(interface.index).is_ok_and(|found| same(&found));
         let interface = network.interfaces().into_iter().find(passes_there);
         let index = interface.map(|it| it.index).ok_or("its interface has just gone")?;
         self.entries.push((index, port.clone()));
+        self.learn_names(network);
         Ok(self.entries.len() - 1)
     }
 
-    /// Takes in new MAC addresses. An interface that is gone keeps its number.
+    /// Takes in new MAC addresses, and interfaces that have come back under another index. An interface that is gone keeps
+    /// its number.
     pub(super) fn refresh(&mut self, network: &Network) {
         for (number, (interface, port)) in self.entries.iter_mut().enumerate() {
-            if let Ok(now) = network.port_of(*interface)
-                && !self.former.contains(&number)
+            if self.former.contains(&number) {
+                continue;
+            }
+            // A name stands for another interface only where the one that had it is gone.
+            if network.interface(*interface).is_err()
+                && let Some(name) = self.names.get(interface)
+                && let Ok(back) = network.interface_named(name)
             {
+                *interface = back.index;
+            }
+            if let Ok(now) = network.port_of(*interface) {
                 *port = now;
+            }
+        }
+        self.learn_names(network);
+    }
+
+    fn learn_names(&mut self, network: &Network) {
+        for (interface, _) in &self.entries {
+            if let Ok(found) = network.interface(*interface) {
+                self.names.insert(*interface, found.name);
             }
         }
     }
@@ -168,7 +193,7 @@ mod tests {
     }
 
     fn ports(entries: &[(u32, Port)]) -> Ports {
-        Ports { entries: entries.to_vec(), former: BTreeSet::new() }
+        Ports { entries: entries.to_vec(), ..Ports::default() }
     }
 
     #[test]

@@ -20,7 +20,7 @@ use tokio::{
 
 use super::{
     Controller, backends, check_files, difference,
-    plan::{self, Source, Survey},
+    plan::{self, Source, Survey, Ways},
     ports::Ports,
     roster::{Roster, Seat, Step},
     services::Services,
@@ -247,14 +247,19 @@ impl Controller {
             .await
             .map_err(|error| Refusal::new(RefusalKind::Failed, error.to_string()))?;
         let source = self.check_sources(&config, &survey)?;
-        let ports =
-            if config.forwards_packets() { self.check_interfaces(&survey)? } else { self.ports.clone() };
+        let ports = if config.forwards_packets() {
+            self.check_interfaces(&survey, &source.addresses).await?
+        } else {
+            self.ports.clone()
+        };
         let local = |address: IpAddr| survey.here.contains(&address);
         let roster = self.roster.next(&config, local).map_err(|full| conflict(full.to_string()))?;
         let backends = backends::enumerate(&config, &roster).map_err(|error| wrong(error.to_string()))?;
         let steps = self.roster.steps_to(&roster);
         self.check_listener_ports(&roster, &steps)?;
         self.keep_slots_from_sockets_on(&source.addresses).await?;
+        self.look_at_veths().await;
+        let warnings = warnings.into_iter().chain(self.veth_flags.iter().cloned()).collect();
         let mut reloaded = Reloaded { changes: difference::changes(&self.config, &config), warnings };
         reloaded.changes.extend(difference::of_snat_addresses(&self.snat, &source.addresses));
         let checks_use_slots = source.is_used_by_checks(&survey.reach);
@@ -316,9 +321,10 @@ impl Controller {
     }
 
     /// Whatever leads to a new backend or VIP must have the program.
-    fn check_interfaces(&self, survey: &Survey) -> Result<Ports, Refusal> {
+    async fn check_interfaces(&self, survey: &Survey, snat: &[IpAddr]) -> Result<Ports, Refusal> {
         let mut ports = self.ports.clone();
-        let backends = survey.reach.iter().map(|reach| (reach.address, reach.route.interface));
+        let ways = Ways::of(&self.network, snat, &survey.reach, &survey.addresses).await;
+        let backends = ways.out.into_iter();
         let vips = survey.homes.iter().filter_map(|(vip, home)| Some((*vip, (*home)?)));
         let named = matches!(self.config.dataplane.interfaces, Interfaces::Named(_));
         let homes: BTreeSet<_> = survey.homes.values().flatten().copied().collect();
@@ -330,6 +336,14 @@ impl Controller {
             }
             if let Err(reason) = ports.number_or_append(&self.network, &port) {
                 return Err(conflict(format!("{address}: {reason}")));
+            }
+        }
+        for (address, interface) in ways.back {
+            let Ok(port) = self.network.port_of(interface) else { continue };
+            if let Err(reason) = ports.number_or_append(&self.network, &port)
+                && !named
+            {
+                return Err(conflict(format!("replies to {address}: {reason}")));
             }
         }
         Ok(ports)
@@ -494,7 +508,6 @@ impl Controller {
         self.block();
         failures.extend(self.orders.forget_others(&self.config).err().map(|error| error.to_string()));
         self.vips.follow(plan::vips(&self.config));
-        self.look_for_vips();
         self.probes.send_replace(self.probe_targets());
         self.reloaded = true;
         self.announce(&by, answer, reloaded, &failures);

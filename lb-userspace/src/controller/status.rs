@@ -147,6 +147,8 @@ impl Controller {
         for rival in self.owner.iter().flat_map(|owner| owner.rivals()) {
             flags.push(format!("{} says it has the VIP {} too", display_mac(&rival.mac), rival.vip));
         }
+        flags.extend(self.gone_interfaces.iter().map(|name| liveness::gone(name)));
+        flags.extend(self.veth_flags.iter().cloned());
         flags.extend(self.interface_flags.iter().chain(&self.unreached_servers).cloned());
         flags.extend(self.hook_flags());
         flags.extend(self.source_flags());
@@ -181,6 +183,7 @@ impl Controller {
                 Err(error) => reasons.push(error.to_string()),
             }
         }
+        reasons.extend(self.gone_interfaces.iter().map(|name| liveness::gone(name)));
         reasons.extend(liveness::detached(self.dataplane.program_id(), &attached));
         reasons.extend(self.hook_reasons());
         reasons.extend(liveness::stalled(self.last_turn, now));

@@ -9,8 +9,8 @@ use aya::programs::{
     xdp::{XdpLink, XdpLinkId},
 };
 
-use super::{Dataplane, DataplaneError, Removed, grace, pins::Pins};
-use crate::network::offloads;
+use super::{Dataplane, DataplaneError, Removed, grace, link::RawLink, pins::Pins};
+use crate::network::{offloads, virtio};
 
 /// How the program is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,8 +92,7 @@ impl Dataplane {
             return Err(DataplaneError::NoNativeMode {
                 interface: target.name.to_owned(),
                 driver: target.driver.to_owned(),
-                fix: native_fix(target.driver),
-                precaution: precaution(target),
+                fix: native_fix(target),
                 source: Box::new(source),
             });
         }
@@ -191,6 +190,34 @@ impl Dataplane {
         Ok(left)
     }
 
+    /// Takes the program off an interface now. Until it is attached again the kernel gets the packets.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or nothing is pinned.
+    pub fn detach(&mut self, interface: u32) -> Result<(), DataplaneError> {
+        let failed = |source| DataplaneError::System { call: "detaching the program", source };
+        if let Some(path) =
+            self.pins.as_ref().map(|pins| pins.links()).transpose()?.and_then(|mut it| it.remove(&interface))
+        {
+            // Without this it would go some time after the last one who has it open.
+            RawLink::open(&path).and_then(|link| link.detach()).map_err(failed)?;
+        }
+        self.forget_interface(interface)
+    }
+
+    /// Lets go of an interface that does not exist any more: its index may be another's soon.
+    ///
+    /// # Errors
+    /// When its pin cannot be removed.
+    pub fn forget_interface(&mut self, interface: u32) -> Result<(), DataplaneError> {
+        self.attached.retain(|attached| attached.interface != interface);
+        if let Some(pins) = &self.pins {
+            pins.unpin_link(interface)?;
+        }
+        self.links.remove(&interface);
+        Ok(())
+    }
+
     /// Takes program, maps and pins away.
     pub fn unload(self) -> Result<Removed, DataplaneError> {
         // What is still open goes with this value.
@@ -216,7 +243,13 @@ fn failure(target: &Target<'_>, mode: Mode, source: ProgramError) -> DataplaneEr
     if let Some(libc::EBUSY) = errno(&source) {
         return DataplaneError::Occupied { interface: target.name.to_owned(), owner: String::new() };
     }
-    DataplaneError::Attach { interface: target.name.to_owned(), mode: mode.name(), source: Box::new(source) }
+    let fix = (mode == Mode::Native).then(|| virtio::hypervisor_fix(target.name)).flatten();
+    DataplaneError::Attach {
+        interface: target.name.to_owned(),
+        mode: mode.name(),
+        source: Box::new(source),
+        fix: fix.map(|fix| format!("\n   = help: {fix}")).unwrap_or_default(),
+    }
 }
 
 pub(super) fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
@@ -234,21 +267,26 @@ fn is_unsupported(error: &ProgramError) -> bool {
     matches!(errno(error), Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ERANGE | libc::ENOMEM | libc::ENOSPC))
 }
 
-fn native_fix(driver: &str) -> &'static str {
-    match driver {
+/// What makes the driver take the program after all, or generic mode safe.
+fn native_fix(target: &Target<'_>) -> String {
+    let name = target.name;
+    let in_generic_mode = |precaution| format!(", or set `xdp_mode = \"generic\"` after {precaution}");
+    match target.driver {
+        // Generic mode is not safe before that either: the guest cannot have the checksums finished.
+        "virtio_net" if let Some(fix) = virtio::hypervisor_fix(name) => fix,
         "virtio_net" => {
-            "give the virtual machine more queues than processors (in libvirt `<driver queues=…>`) and switch off guest_tso4, guest_tso6 and guest_ecn"
+            "give the virtual machine more queues than processors (in libvirt `<driver queues=…>`)".to_owned()
+                + &in_generic_mode(format!("`ethtool -K {name} rx off` on this host"))
         }
-        _ => {
+        driver => {
+            let precaution = match driver {
+                "veth" => format!("`ethtool -K DEVICE tx off` for the other end of {name}"),
+                _ => format!("`ethtool -K {name} rx off` on this host"),
+            };
             "lower the MTU to 3498 or below and leave the driver at least one free transmit queue for each processor"
+                .to_owned()
+                + &in_generic_mode(precaution)
         }
-    }
-}
-
-fn precaution(target: &Target<'_>) -> String {
-    match (target.driver, target.name) {
-        ("veth", name) => format!("after `ethtool -K DEVICE tx off` for the other end of {name}"),
-        (_, name) => format!("after `ethtool -K {name} rx off` on this host"),
     }
 }
 

@@ -114,7 +114,7 @@ pub enum DataplaneError {
     },
     /// The driver has no XDP, and generic mode would lose data there.
     #[error(
-        "{interface}: driver {driver} does not take the program in native mode ({source}), and generic mode would corrupt packets with unfinished checksums there\n  {fix}, or set `xdp_mode = \"generic\"` {precaution}"
+        "{interface}: driver {driver} does not take the program in native mode ({source}), and generic mode would corrupt packets with unfinished checksums there\n   = help: {fix}"
     )]
     NoNativeMode {
         /// The interface's name.
@@ -122,14 +122,12 @@ pub enum DataplaneError {
         /// Its driver.
         driver: String,
         /// What usually helps.
-        fix: &'static str,
-        /// What makes generic mode safe.
-        precaution: String,
+        fix: String,
         /// What the kernel said.
         source: Box<aya::programs::ProgramError>,
     },
     /// The program could not be attached.
-    #[error("cannot attach to {interface} in {mode} mode: {source}")]
+    #[error("cannot attach to {interface} in {mode} mode: {source}{fix}")]
     Attach {
         /// The interface's name.
         interface: String,
@@ -137,6 +135,8 @@ pub enum DataplaneError {
         mode: &'static str,
         /// What the kernel said.
         source: Box<aya::programs::ProgramError>,
+        /// What helps, on a line of its own; empty: not known.
+        fix: String,
     },
     /// More than fit into a map.
     #[error("too many {what}: at most {limit}")]

@@ -42,7 +42,8 @@ struct LinkUpdate {
     program_before: u32,
 }
 
-/// The beginning of `struct bpf_link_info`, for links of cgroups.
+/// The beginning of `struct bpf_link_info`, for links of cgroups. For those of XDP the first half of `cgroup` is the index of
+/// the interface.
 #[repr(C)]
 #[derive(Default)]
 struct LinkInfo {
@@ -67,6 +68,18 @@ impl RawLink {
 
     /// The id (the inode) of the cgroup that it is on; 0: that was removed, or the link was detached from it.
     pub(super) fn cgroup(&self) -> io::Result<u64> {
+        Ok(self.info()?.cgroup)
+    }
+
+    /// The program (the kernel's id), and the index of the interface that it is on, in the interface's own network
+    /// namespace; 0: that interface is gone.
+    pub(super) fn interface(&self) -> io::Result<(u32, u32)> {
+        let info = self.info()?;
+        let [a, b, c, d, ..] = info.cgroup.to_ne_bytes();
+        Ok((info.program, u32::from_ne_bytes([a, b, c, d])))
+    }
+
+    fn info(&self) -> io::Result<LinkInfo> {
         let mut info = LinkInfo::default();
         let mut request = ObjGetInfo {
             descriptor: self.0.as_raw_fd().cast_unsigned(),
@@ -74,7 +87,7 @@ impl RawLink {
             info: (&raw mut info).expose_provenance() as u64,
         };
         bpf(BPF_OBJ_GET_INFO_BY_FD, &mut request)?;
-        Ok(info.cgroup)
+        Ok(info)
     }
 
     /// Puts a program in the place of the one before: there is always one of them.

@@ -31,7 +31,7 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
-use super::CONTROL;
+use super::{CONTROL, link::RawLink};
 
 /// Where the BPF file system belongs.
 const BPF_FILE_SYSTEM: &str = "/sys/fs/bpf";
@@ -82,6 +82,17 @@ pub enum PinsError {
         found: Vec<PathBuf>,
         /// The name of this build's.
         wanted: String,
+    },
+    /// The program is attached in another network namespace.
+    #[error(
+        "{} belongs to a sheave in another network namespace: its program is on the interface with index {interface} \
+         there\n   = help: run this one there, or give it its own `dataplane.pin_dir`", .path.display()
+    )]
+    OtherNamespace {
+        /// The pin directory.
+        path: PathBuf,
+        /// Index of an interface that is not the one of that index here.
+        interface: u32,
     },
     /// The right layout, but not as it must be now.
     #[error(
@@ -337,6 +348,26 @@ impl Pins {
             found.extend(links(directory)?);
         }
         Ok(found)
+    }
+
+    /// Sees to it that the links are on interfaces of this network namespace: an index alone means another interface in
+    /// each. `programs` says which programs (the kernel's ids) are on an interface here.
+    ///
+    /// # Errors
+    /// [`PinsError::OtherNamespace`], or when a link cannot be read.
+    pub async fn check_namespace(
+        &self,
+        mut programs: impl AsyncFnMut(u32) -> Vec<u32>,
+    ) -> Result<(), PinsError> {
+        for (_, path) in self.links()? {
+            let (program, interface) =
+                RawLink::open(&path).and_then(|link| link.interface()).map_err(failed("look at", &path))?;
+            let is_gone = interface == 0;
+            if !is_gone && !programs(interface).await.contains(&program) {
+                return Err(PinsError::OtherNamespace { path: self.root.clone(), interface });
+            }
+        }
+        Ok(())
     }
 
     /// Opens a link.

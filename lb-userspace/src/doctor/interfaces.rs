@@ -8,8 +8,9 @@ use super::{Finding, failure, note, ok, warning};
 use crate::{
     config::{Config, XdpMode},
     network::{
-        Interface, Kind, Network, Port, TagProtocol, XdpAttachMode,
+        Interface, Kind, Network, Port, TagProtocol, XdpAttachMode, mode_for,
         offloads::{self, Switched},
+        virtio,
     },
 };
 
@@ -60,7 +61,7 @@ const LARGEST_SINGLE_BUFFER_MTU: u32 = 3498;
 /// What our own program's name starts with.
 const OUR_PROGRAMS: &str = "sheave";
 
-pub(super) fn examine(network: &Network, ports: &[Port], config: Option<&Config>) -> Vec<Finding> {
+pub(super) async fn examine(network: &Network, ports: &[Port], config: Option<&Config>) -> Vec<Finding> {
     let mode = config.map_or(XdpMode::Auto, |config| config.dataplane.xdp_mode);
     let mut findings = Vec::new();
     if ports.is_empty() {
@@ -71,15 +72,19 @@ pub(super) fn examine(network: &Network, ports: &[Port], config: Option<&Config>
     for port in ports {
         let Ok(interface) = network.interface(port.index) else { continue };
         findings.push(state(&interface));
-        findings.push(xdp_mode(&interface, mode));
+        findings.push(xdp_mode(&interface, mode, &virtio::obstacles(&interface.name)));
         findings.push(mtu(&interface));
         findings.extend(other_programs(&interface));
         findings.extend(harmful_offloads(&interface, mode, !port.tags.is_empty()));
         findings.extend(unfinished_checksums(&interface, mode));
+        findings.extend(unserved(&interface, !port.tags.is_empty(), mode));
         findings.extend(stacked(network, port, &interface));
+        findings.extend(other_end(network, &interface, mode).await);
         let addressed = network.local_addresses().iter().map(|it| it.interface).collect();
         let base_of = |index| network.port_of(index).ok().map(|port| port.index);
         let devices = devices(&interface, network.interfaces(), &addressed, base_of);
+        let arrangements = devices.iter().filter_map(|it| network.arrangement(it.index));
+        findings.extend(arrangements.map(|what| note(subject(&interface), what)));
         findings.extend(devices.iter().filter_map(reverse_path_filter));
     }
     findings.push(note("ip_forward", "not needed: packets are forwarded before the kernel's routing, but for replies to clients behind more \
@@ -106,12 +111,21 @@ fn state(interface: &Interface) -> Finding {
     ))
 }
 
-fn xdp_mode(interface: &Interface, mode: XdpMode) -> Finding {
+/// `obstacles`: [`virtio::obstacles`].
+fn xdp_mode(interface: &Interface, mode: XdpMode, obstacles: &[&str]) -> Finding {
     let driver = interface.driver.as_deref().unwrap_or("unknown");
     let native = NATIVE_DRIVERS.contains(&driver);
     let subject = subject(interface);
     match (mode, native) {
         (XdpMode::Generic, _) => note(subject, format!("driver {driver}: generic XDP, as configured")),
+        (_, true) if driver == "virtio_net" && !obstacles.is_empty() => {
+            let what = format!(
+                "driver virtio_net does not take the program: the hypervisor leaves packets merged or without checksum \
+                 ({}), and does not let this host switch that off (ctrl_guest_offloads)",
+                obstacles.join(", ")
+            );
+            failure(subject, what).fix(virtio::fix_for(obstacles).unwrap_or_default())
+        }
         (_, true) if driver == "virtio_net" => {
             let what =
                 "driver virtio_net: native XDP, if the hypervisor gives it a spare pair of queues per CPU";
@@ -176,15 +190,19 @@ fn harmful_offloads(interface: &Interface, mode: XdpMode, tagged: bool) -> Vec<F
         let what = format!("{} on: sheave switches off while it is attached", off.join(", "));
         note(subject(interface), what).fix(format!("ethtool -K {} {}", interface.name, switches.join(" ")))
     });
-    let fixed = fixed_offloads(interface, Switched { off, fixed }, tagged);
+    let hypervisor_fix = virtio::hypervisor_fix(&interface.name);
+    let fixed = fixed_offloads(interface, Switched { off, fixed, hypervisor_fix }, tagged);
     fixed.into_iter().chain(switchable).collect()
 }
 
 /// As `sheave run` would say it.
 fn fixed_offloads(interface: &Interface, switched: Switched, tagged: bool) -> Vec<Finding> {
-    let fix = "use another driver or network card for this interface";
+    let fix = switched
+        .hypervisor_fix
+        .clone()
+        .unwrap_or_else(|| "use another driver or network card for this interface".to_owned());
     match switched.consequences(&interface.name, tagged) {
-        Ok(sentences) => sentences.into_iter().map(|it| warning(subject(interface), it).fix(fix)).collect(),
+        Ok(sentences) => sentences.into_iter().map(|it| warning(subject(interface), it).fix(&fix)).collect(),
         Err(error) => {
             let text = error.to_string();
             let what = text.split_once("\n   = help: ").map_or(text.as_str(), |(what, _)| what);
@@ -203,6 +221,27 @@ fn unfinished_checksums(interface: &Interface, mode: XdpMode) -> Option<Finding>
     })
 }
 
+/// Whether the program would see nothing of what comes in there.
+fn unserved(interface: &Interface, tagged: bool, mode: XdpMode) -> Option<Finding> {
+    let reason = mode_for(interface, tagged, mode).err()?;
+    Some(
+        failure(subject(interface), reason)
+            .fix("use another interface, or another dataplane.xdp_mode, as said"),
+    )
+}
+
+/// Whether what the program sends arrives at the other end of a veth.
+async fn other_end(network: &Network, interface: &Interface, mode: XdpMode) -> Option<Finding> {
+    let is_generic = interface.xdp.iter().any(|it| it.mode == XdpAttachMode::Generic);
+    if mode == XdpMode::Generic || is_generic {
+        return None;
+    }
+    network.veth_warning(interface).await.map(|what| {
+        warning(subject(interface), what)
+            .fix("dataplane.xdp_mode = \"generic\", or a program at the other end")
+    })
+}
+
 /// VLANs, bonds and bridges: where the program really is.
 fn stacked(network: &Network, port: &Port, interface: &Interface) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -216,19 +255,11 @@ fn stacked(network: &Network, port: &Port, interface: &Interface) -> Vec<Finding
             format!("carries the VLAN ({}): the program is attached here, below the VLAN", tags.join(", "));
         findings.push(note(subject(interface), what));
     }
-    let members = || network.interfaces().into_iter().filter(|it| it.master == Some(interface.index));
     match interface.kind {
         Kind::Bond => {
-            for member in members() {
-                let driver = member.driver.as_deref().unwrap_or("unknown");
-                if !NATIVE_DRIVERS.contains(&driver) {
-                    let what = format!(
-                        "its member {} (driver {driver}) is not known for native XDP: the bond falls back to generic",
-                        member.name
-                    );
-                    findings.push(note(subject(interface), what));
-                }
-            }
+            let what =
+                "a bond: generic XDP, because a native program runs on the members, before the bond is known";
+            findings.push(note(subject(interface), what));
         }
         Kind::Bridge => {
             let what = "a bridge: generic XDP sees only what is addressed to this host, not what the bridge forwards";
@@ -236,7 +267,9 @@ fn stacked(network: &Network, port: &Port, interface: &Interface) -> Vec<Finding
         }
         _ => {}
     }
-    if let Some(master) = interface.master.and_then(|index| network.interface(index).ok()) {
+    let is_vrf = |it: &Interface| matches!(&it.kind, Kind::Other(kind) if kind == "vrf");
+    let master = interface.master.and_then(|index| network.interface(index).ok());
+    if let Some(master) = master.filter(|master| !is_vrf(master)) {
         let what = format!("belongs to {}: addresses and routes are there, attach there", master.name);
         findings.push(
             warning(subject(interface), what)
@@ -297,12 +330,38 @@ mod tests {
     #[test]
     fn an_offload_that_stays_on_is_as_bad_as_what_comes_of_it() {
         let levels = |name: &str, tagged| -> Vec<_> {
-            let switched = Switched { off: Vec::new(), fixed: vec![name.to_owned()] };
+            let switched = Switched { fixed: vec![name.to_owned()], ..Switched::default() };
             fixed_offloads(&interface(1, "eth0"), switched, tagged).into_iter().map(|it| it.level).collect()
         };
         assert_eq!(levels("rx-lro", false), [Level::Warning]);
         assert_eq!(levels("rx-vlan-hw-parse", false), []);
         assert_eq!(levels("rx-vlan-hw-parse", true), [Level::Failure]);
+    }
+
+    #[test]
+    fn a_virtio_card_that_takes_no_program_is_a_failure_with_the_hypervisors_settings() {
+        let card = Interface { driver: Some("virtio_net".to_owned()), ..interface(1, "eth0") };
+        assert_eq!(xdp_mode(&card, XdpMode::Auto, &[]).level, Level::Ok);
+        for mode in [XdpMode::Auto, XdpMode::Native] {
+            let finding = xdp_mode(&card, mode, &["guest_csum", "guest_ufo"]);
+            assert_eq!(finding.level, Level::Failure);
+            assert!(finding.what.contains("guest_csum, guest_ufo"), "{finding:?}");
+            assert!(finding.fix.unwrap().contains("guest_csum=off,guest_ufo=off"));
+        }
+        assert_eq!(xdp_mode(&card, XdpMode::Generic, &["guest_csum"]).level, Level::Note);
+    }
+
+    #[test]
+    fn a_vlan_above_a_bond_or_bridge_and_a_native_bond_are_failures() {
+        let level = |kind, tagged, mode| {
+            let interface = Interface { kind, ..interface(1, "it0") };
+            unserved(&interface, tagged, mode).map(|finding| finding.level)
+        };
+        assert_eq!(level(Kind::Bond, true, XdpMode::Auto), Some(Level::Failure));
+        assert_eq!(level(Kind::Bridge, true, XdpMode::Generic), Some(Level::Failure));
+        assert_eq!(level(Kind::Bond, false, XdpMode::Native), Some(Level::Failure));
+        assert_eq!(level(Kind::Bond, false, XdpMode::Auto), None);
+        assert_eq!(level(Kind::Device, true, XdpMode::Native), None);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use crate::{
     config::{Config, Interfaces},
+    controller,
     network::{Network, Port},
 };
 
@@ -100,7 +101,7 @@ pub async fn examine(config: Option<&Config>) -> Vec<Finding> {
     let config = resolved.as_ref();
     let (ports, problems) = ports(&network, config).await;
     findings.extend(problems);
-    findings.extend(interfaces::examine(&network, &ports, config));
+    findings.extend(interfaces::examine(&network, &ports, config).await);
     if let Some(config) = config {
         findings.extend(mtu::examine(&network, config).await);
         findings.extend(vips::examine(&network, config).await);
@@ -136,10 +137,14 @@ async fn ports(network: &Network, config: Option<&Config>) -> (Vec<Port>, Vec<Fi
             }
         }
         Some((Interfaces::Auto, config)) => {
-            for address in listeners(config).into_iter().chain(backends(config)) {
+            // Where it cannot be found out, as this host's own packets go.
+            let snat = controller::snat_addresses(config, network).await.unwrap_or_default();
+            let ends = listeners(config).into_iter().chain(backends(config)).chain(snat.iter().copied());
+            for address in ends {
+                let from = snat.iter().copied().find(|it| it.is_ipv4() == address.is_ipv4());
                 let interface = match network.interface_carrying(address) {
                     Some(interface) => Some(interface),
-                    None => network.route_to(address).await.ok().map(|route| route.interface),
+                    None => network.route_from(from, address).await.ok().map(|route| route.interface),
                 };
                 found.extend(interface.and_then(|interface| network.port_of(interface).ok()));
             }

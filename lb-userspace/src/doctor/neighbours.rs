@@ -1,6 +1,9 @@
 //! Whether each backend can be reached on the link level.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use futures_util::future::join_all;
 use tokio::time::{Instant, sleep};
@@ -8,6 +11,7 @@ use tokio::time::{Instant, sleep};
 use super::{Finding, failure, ok};
 use crate::{
     config::{Config, Service},
+    controller,
     network::{Network, NetworkError, NextHop, TcpSocket, display_mac, is_out_of_reach, listening_sockets},
 };
 
@@ -17,23 +21,26 @@ const PATIENCE: Duration = Duration::from_millis(1500);
 pub(super) async fn examine(network: &Network, config: &Config) -> Vec<Finding> {
     // Where they cannot be listed nothing is said about them here: `sockets` says that.
     let servers = listening_sockets().await.unwrap_or_default();
+    // As packets will go; where it cannot be found out, as this host's own do.
+    let snat = controller::snat_addresses(config, network).await.unwrap_or_default();
     let services = config.services.iter();
     let pairs = services.flat_map(|service| service.backends.iter().map(move |backend| (service, backend)));
     let findings = pairs.map(|(service, backend)| {
         let subject = format!("backend {}/{}", service.name, backend.name);
-        reach(network, service, backend.address, (&servers, config.forwards_packets()), subject)
+        let from = snat.iter().copied().find(|it| it.is_ipv4() == backend.address.is_ipv4());
+        reach((network, from), service, backend.address, (&servers, config.forwards_packets()), subject)
     });
     join_all(findings).await
 }
 
 async fn reach(
-    network: &Network,
+    (network, from): (&Network, Option<IpAddr>),
     service: &Service,
     backend: SocketAddr,
     (servers, forwards): (&[TcpSocket], bool),
     subject: String,
 ) -> Finding {
-    match resolved(network, backend).await {
+    match resolved(network, from, backend).await {
         Ok(NextHop { mac: Some(mac), neighbour, .. }) => {
             ok(subject, format!("next hop {neighbour} is at {}", display_mac(&mac)))
         }
@@ -47,10 +54,14 @@ async fn reach(
     }
 }
 
-async fn resolved(network: &Network, backend: SocketAddr) -> Result<NextHop, NetworkError> {
+async fn resolved(
+    network: &Network,
+    from: Option<IpAddr>,
+    backend: SocketAddr,
+) -> Result<NextHop, NetworkError> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let hop = network.next_hop(backend.ip()).await?;
+        let hop = network.next_hop(from, backend.ip()).await?;
         if hop.mac.is_some() || Instant::now() >= deadline {
             return Ok(hop);
         }

@@ -100,6 +100,16 @@ fn expect(findings: &[Finding], level: Level, subject: &str, what: &str) -> Find
 }
 
 #[test]
+fn a_vip_of_the_local_table_is_here() {
+    in_namespace(async || {
+        let _peer = lan();
+        ip("route add to local 10.1.0.140 dev lo");
+        let findings = examine(Some(&config("10.1.0.140:6443", &[socket("10.1.0.151:6443")]))).await;
+        expect(&findings, Level::Ok, "VIP 10.1.0.140", "is here, on lo, by a route");
+    });
+}
+
+#[test]
 fn a_host_in_order_has_no_failures() {
     in_namespace(async || {
         let _peer = lan();

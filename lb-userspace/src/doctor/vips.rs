@@ -12,7 +12,9 @@ pub(super) async fn examine(network: &Network, config: &Config) -> Vec<Finding> 
     for vip in listeners(config) {
         let subject = format!("VIP {vip}");
         if let Some(interface) = network.interface_carrying(vip).and_then(|it| network.interface(it).ok()) {
-            findings.push(ok(subject, format!("is here, on {}", interface.name)));
+            let is_address = network.local_addresses().iter().any(|local| local.address == vip);
+            let how = if is_address { "" } else { ", by a route (`ip route show table local`)" };
+            findings.push(ok(subject, format!("is here, on {}{how}", interface.name)));
             continue;
         }
         findings.push(match (vip::holder(network, vip).await, config.vip.mode) {

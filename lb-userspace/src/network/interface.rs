@@ -140,8 +140,11 @@ impl Interface {
         let mut mtu = None;
         let mut master = None;
         let mut xdp = Vec::new();
+        // The flag follows the carrier up to a second later.
+        let mut carrier = flags.contains(LinkFlags::Running);
         for attribute in &message.attributes {
             match attribute {
+                LinkAttribute::Carrier(0) => carrier = false,
                 LinkAttribute::IfName(value) => name = Some(value.clone()),
                 LinkAttribute::Address(value) => mac = Mac::try_from(value.as_slice()).ok(),
                 LinkAttribute::Mtu(value) => mtu = Some(*value),
@@ -156,7 +159,7 @@ impl Interface {
             mac: mac.filter(|_| message.header.link_layer_type == LinkLayerType::Ether),
             mtu: mtu?,
             up: flags.contains(LinkFlags::Up),
-            carrier: flags.contains(LinkFlags::Running),
+            carrier,
             kind: kind(message),
             master,
             driver: ethtool::driver(&name).ok(),

@@ -23,9 +23,13 @@ use tokio::{
 };
 
 mod address;
+mod arrangement;
+mod carrier;
 mod ethtool;
+mod guard;
 mod interface;
 mod link;
+mod local_route;
 mod local_server;
 mod neighbour;
 pub mod offloads;
@@ -33,8 +37,13 @@ mod route;
 mod sockets;
 #[cfg(test)]
 pub(crate) mod testing;
+mod veth;
+pub mod virtio;
 
 pub use address::LocalAddress;
+pub use arrangement::mode_for;
+pub use carrier::CARRIER_WAIT;
+pub use guard::Silenced;
 pub use interface::{AttachedXdp, Interface, Kind, Port, Tag, TagProtocol, XdpAttachMode};
 pub(crate) use link::link_address;
 pub use local_server::is_out_of_reach;
@@ -44,6 +53,8 @@ pub use sockets::{
     TcpSocket, TcpState, first_ephemeral_port, listening_sockets, tcp_sockets, used_tcp_ports,
 };
 pub(crate) use sockets::{open_diagnostics, request_bytes};
+
+use local_route::LocalRoutes;
 
 /// An Ethernet address.
 pub type Mac = [u8; 6];
@@ -58,7 +69,7 @@ pub fn display_mac(mac: &Mac) -> String {
 pub enum Change {
     /// An interface came, went, or has another state, name, MAC address, MTU or XDP program.
     Links,
-    /// A local address came or went.
+    /// A local address came or went, or a route that makes one local.
     Addresses,
     /// A neighbour has another MAC address, or none any more.
     Neighbours,
@@ -117,6 +128,7 @@ pub(crate) fn io_error(error: rtnetlink::Error) -> io::Error {
 struct Tables {
     links: BTreeMap<u32, Interface>,
     addresses: BTreeSet<LocalAddress>,
+    local_routes: LocalRoutes,
     neighbours: HashMap<(u32, IpAddr), Neighbour>,
 }
 
@@ -192,15 +204,10 @@ impl Network {
     /// The XDP programs on an interface, asked for anew: the kernel does not tell when one comes or goes with a link of
     /// its own. None: there is no such interface.
     pub async fn xdp_programs(&self, interface: u32) -> Result<Option<Vec<AttachedXdp>>, NetworkError> {
-        let mut links = self.requests().link().get().match_index(interface).execute();
-        match links.try_next().await {
-            Ok(message) => Ok(message.and_then(|message| Interface::from_message(&message)).map(|it| it.xdp)),
-            Err(error) => match io_error(error) {
-                gone if gone.raw_os_error() == Some(libc::ENODEV) => Ok(None),
-                source => {
-                    Err(NetworkError::Kernel { doing: "ask for the XDP programs of an interface", source })
-                }
-            },
+        match self.interface_now(interface).await {
+            Ok(found) => Ok(Some(found.xdp)),
+            Err(NetworkError::NoInterface(_)) => Ok(None),
+            Err(error) => Err(error),
         }
     }
 
@@ -214,16 +221,38 @@ impl Network {
         self.read(|tables| tables.addresses.iter().cloned().collect())
     }
 
-    /// The index of the interface that has this address.
+    /// The index of the interface that has this address or, where none has it, of the route of the local table that makes
+    /// it this host's. None: it is not on this host.
     pub fn interface_carrying(&self, address: IpAddr) -> Option<u32> {
         self.read(|tables| {
-            tables.addresses.iter().find(|local| local.address == address).map(|local| local.interface)
+            let carrying = tables.addresses.iter().find(|local| local.address == address);
+            carrying.map(|local| local.interface).or_else(|| tables.local_routes.interface_of(address))
         })
+    }
+
+    /// Reads the kernel's addresses and local routes now. To be called where an answer must not depend on a notification that may still be
+    /// on its way: after adding an address, and before telling that one is gone.
+    ///
+    /// # Errors
+    /// When the kernel does not answer; what is known stays as it is.
+    pub async fn reread_addresses(&self) -> Result<(), NetworkError> {
+        // Notifications from before the dump are applied once more afterwards, in their order: they end in the same state.
+        let addresses = dump_addresses(&self.inner.requests).await?;
+        let local_routes = local_route::dump().await?;
+        let mut tables = self.inner.tables.write().unwrap_or_else(PoisonError::into_inner);
+        (tables.addresses, tables.local_routes) = (addresses, local_routes);
+        Ok(())
     }
 
     /// What the kernel knows about a neighbour.
     pub fn neighbour(&self, interface: u32, address: IpAddr) -> Option<Neighbour> {
         self.read(|tables| tables.neighbours.get(&(interface, address)).copied())
+    }
+
+    /// From now on notifications do not arrive: the tables stay as they are.
+    #[cfg(test)]
+    pub(crate) fn stop_following(&self) {
+        self.inner.tasks[1].abort();
     }
 
     pub(crate) fn requests(&self) -> &rtnetlink::Handle {
@@ -243,15 +272,23 @@ async fn dump(requests: &rtnetlink::Handle) -> Result<Tables, NetworkError> {
     while let Some(message) = links.try_next().await.map_err(failed("list the interfaces"))? {
         tables.apply(RouteNetlinkMessage::NewLink(message));
     }
-    let mut addresses = requests.address().get().execute();
-    while let Some(message) = addresses.try_next().await.map_err(failed("list the addresses"))? {
-        tables.apply(RouteNetlinkMessage::NewAddress(message));
-    }
+    tables.addresses = dump_addresses(requests).await?;
+    tables.local_routes = local_route::dump().await?;
     let mut neighbours = requests.neighbours().get().execute();
     while let Some(message) = neighbours.try_next().await.map_err(failed("list the neighbours"))? {
         tables.apply(RouteNetlinkMessage::NewNeighbour(message));
     }
     Ok(tables)
+}
+
+async fn dump_addresses(requests: &rtnetlink::Handle) -> Result<BTreeSet<LocalAddress>, NetworkError> {
+    let failed = |error| NetworkError::Kernel { doing: "list the addresses", source: io_error(error) };
+    let mut found = BTreeSet::new();
+    let mut addresses = requests.address().get().execute();
+    while let Some(message) = addresses.try_next().await.map_err(failed)? {
+        found.extend(LocalAddress::from_message(&message));
+    }
+    Ok(found)
 }
 
 type Message = netlink_packet_core::NetlinkMessage<RouteNetlinkMessage>;
@@ -365,12 +402,16 @@ impl Tables {
                 if message.header.interface_family == AddressFamily::Unspec =>
             {
                 let link = Interface::from_message(&message)?;
+                if !link.up {
+                    self.local_routes.interface_down(link.index);
+                }
                 let before = self.links.insert(link.index, link.clone());
                 (before.as_ref() != Some(&link)).then_some(Change::Links)
             }
             RouteNetlinkMessage::DelLink(message)
                 if message.header.interface_family == AddressFamily::Unspec =>
             {
+                self.local_routes.interface_gone(message.header.index);
                 self.links.remove(&message.header.index).map(|_| Change::Links)
             }
             RouteNetlinkMessage::NewAddress(message) => {
@@ -390,6 +431,12 @@ impl Tables {
             RouteNetlinkMessage::DelNeighbour(message) => {
                 let (key, _) = Neighbour::from_message(&message)?;
                 self.neighbours.remove(&key)?.mac().map(|_| Change::Neighbours)
+            }
+            RouteNetlinkMessage::NewRoute(message) if self.local_routes.add(&message) => {
+                Some(Change::Addresses)
+            }
+            RouteNetlinkMessage::DelRoute(message) if self.local_routes.remove(&message) => {
+                Some(Change::Addresses)
             }
             RouteNetlinkMessage::NewRoute(_)
             | RouteNetlinkMessage::DelRoute(_)

@@ -88,7 +88,7 @@ impl Network {
     /// not tell the kernel that a neighbour is in use, so it would forget them.
     pub async fn keep_fresh(&self, addresses: impl IntoIterator<Item = IpAddr>) {
         for address in addresses {
-            if let Err(error) = self.next_hop(address).await {
+            if let Err(error) = self.next_hop(None, address).await {
                 tracing::debug!("next hop to {address}: {error}");
             }
         }

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Interface, ethtool};
+use super::{Interface, ethtool, virtio};
 use crate::state;
 
 /// Takes the VLAN tag out of the frame before XDP sees it.
@@ -104,6 +104,8 @@ pub struct Switched {
     pub off: Vec<String>,
     /// They are on, and the driver lets nobody switch them.
     pub fixed: Vec<String>,
+    /// What must be set outside of this virtual machine for its driver to take the program in native mode, if anything.
+    pub hypervisor_fix: Option<String>,
 }
 
 impl Switched {
@@ -117,6 +119,10 @@ impl Switched {
                 TAGS if tagged => return Err(OffloadError::TagsLost { interface: interface.to_owned() }),
                 // Frames without a tag are as they should be.
                 TAGS => continue,
+                HARMFUL_IN_GENERIC_MODE if self.hypervisor_fix.is_some() => {
+                    "in generic mode packets whose checksum is not finished yet, such as those of virtual machines beside \
+                     this one, are sent on with a wrong one, and their connections hang"
+                }
                 HARMFUL_IN_GENERIC_MODE => {
                     "in generic mode packets whose checksum is not finished yet, such as those of virtual machines beside \
                      this one, are sent on with a wrong one, and their connections hang: if there are any, set xdp_mode = \
@@ -127,7 +133,9 @@ impl Switched {
                      become slow or hang; use another network card or driver"
                 }
             };
-            sentences.push(format!("{interface}: its driver lets nobody switch {name} off: {harm}"));
+            let fix = self.hypervisor_fix.iter().filter(|_| name == HARMFUL_IN_GENERIC_MODE);
+            let fix: String = fix.map(|fix| format!(": {fix}")).collect();
+            sentences.push(format!("{interface}: its driver lets nobody switch {name} off: {harm}{fix}"));
         }
         Ok(sentences)
     }
@@ -153,7 +161,7 @@ pub fn turn_off_below(interface: &str, state_dir: &Path) -> Result<Switched, Off
 fn turn_off_these(interface: &str, names: Vec<String>, state_dir: &Path) -> Result<Switched, OffloadError> {
     let fixed = fixed(interface, &names).map_err(failed("read the offloads", interface))?;
     let off: Vec<String> = names.into_iter().filter(|name| !fixed.contains(name)).collect();
-    let switched = Switched { off, fixed };
+    let switched = Switched { off, fixed, hypervisor_fix: virtio::hypervisor_fix(interface) };
     if switched.off.is_empty() {
         return Ok(switched);
     }
@@ -225,7 +233,7 @@ mod tests {
     #[test]
     fn what_a_driver_does_not_let_go_is_said_and_refused_only_where_nobody_would_be_served() {
         let of = |name: &str, tagged| {
-            let switched = Switched { off: Vec::new(), fixed: vec![name.to_owned()] };
+            let switched = Switched { fixed: vec![name.to_owned()], ..Switched::default() };
             switched.consequences("eth0", tagged)
         };
         let said = |name, what: &str| {
@@ -245,5 +253,12 @@ mod tests {
             "{error}"
         );
         assert_eq!(Switched::default().consequences("eth0", true).unwrap(), Vec::<String>::new());
+        let virtual_machine = Switched {
+            fixed: vec![HARMFUL_IN_GENERIC_MODE.to_owned()],
+            hypervisor_fix: Some("set guest_csum=off there".to_owned()),
+            ..Switched::default()
+        };
+        let [sentence] = &virtual_machine.consequences("eth0", false).unwrap()[..] else { panic!() };
+        assert!(sentence.ends_with("set guest_csum=off there") && !sentence.contains("native"), "{sentence}");
     }
 }

@@ -53,16 +53,58 @@ fn routes_tell_neighbours_from_routers_and_this_host() {
 }
 
 #[test]
+fn a_packet_goes_by_the_rules_about_its_source() {
+    in_namespace(async || {
+        let _peer = lan();
+        let other = Peer::behind("wan", "away");
+        ip("addr add 10.8.0.1/24 dev wan");
+        ip("-6 addr add fd08::1/64 dev wan nodad");
+        other.ip("addr add 10.8.0.2/24 dev away");
+        ip("addr add 10.1.0.140/32 dev lan");
+        ip("-6 addr add fd01::140/128 dev lan nodad");
+        ip("route add default via 10.1.0.2");
+        ip("-6 route add default via fd01::2");
+        ip("rule add from 10.1.0.140 lookup 100");
+        ip("-6 rule add from fd01::140 lookup 100");
+        ip("route add default via 10.8.0.2 table 100");
+        ip("-6 route add default via fd08::2 dev wan table 100");
+        let (network, _changes) = Network::open().await.unwrap();
+        for (vip, ours, away, theirs, far) in [
+            ("10.1.0.140", "10.1.0.1", "10.8.0.2", "10.1.0.2", "10.9.0.1"),
+            ("fd01::140", "fd01::1", "fd08::2", "fd01::2", "fd09::1"),
+        ] {
+            let gateway = async |source: Option<&str>| {
+                network.route_from(source.map(address), address(far)).await.unwrap().gateway.unwrap()
+            };
+            eventually("the rule counts", async || gateway(Some(vip)).await == address(away)).await;
+            assert_eq!(gateway(Some(ours)).await, address(theirs));
+            assert_eq!(gateway(None).await, address(theirs));
+            let hop = network.next_hop(Some(address(vip)), address(far)).await.unwrap();
+            assert_eq!(hop.neighbour, address(away));
+            assert_eq!(hop.port.index, network.interface_named("wan").unwrap().index);
+        }
+        // A VIP that is on another host, and the source of the other family.
+        for source in ["10.1.0.141", "fd01::140"] {
+            let route = network.route_from(Some(address(source)), address("10.9.0.1")).await.unwrap();
+            assert_eq!(route.gateway, Some(address("10.1.0.2")));
+        }
+        ip("rule add from 10.1.0.140 to 10.9.0.0/16 prohibit pref 10");
+        let error = network.route_from(Some(address("10.1.0.140")), address("10.9.0.1")).await.unwrap_err();
+        assert!(error.to_string().contains("from 10.1.0.140"), "{error}");
+    });
+}
+
+#[test]
 fn an_unknown_next_hop_is_asked_for_and_reported_when_it_answers() {
     in_namespace(async || {
         let peer = lan();
         ip("route add 10.2.0.0/16 via 10.1.0.2");
         let (network, mut changes) = Network::open().await.unwrap();
         let answered = async |destination| {
-            let hop = network.next_hop(address(destination)).await.unwrap();
+            let hop = network.next_hop(None, address(destination)).await.unwrap();
             hop.mac == Some([2, 0, 0, 0, 0, 2])
         };
-        network.next_hop(address("10.2.3.4")).await.unwrap();
+        network.next_hop(None, address("10.2.3.4")).await.unwrap();
         eventually("a neighbour change", async || changes.recv().await == Some(Change::Neighbours)).await;
         eventually("the router's answer", async || answered("10.2.3.4").await).await;
         eventually("the server's answer", async || answered("fd01::2").await).await;
@@ -70,10 +112,10 @@ fn an_unknown_next_hop_is_asked_for_and_reported_when_it_answers() {
         peer.ip("link set far address 02:00:00:00:00:03");
         ip("neigh replace 10.1.0.2 lladdr 02:00:00:00:00:03 nud reachable dev lan");
         eventually("the change", async || {
-            network.next_hop(address("10.2.3.4")).await.unwrap().mac == Some([2, 0, 0, 0, 0, 3])
+            network.next_hop(None, address("10.2.3.4")).await.unwrap().mac == Some([2, 0, 0, 0, 0, 3])
         })
         .await;
-        let error = network.next_hop(address("10.1.0.1")).await.unwrap_err();
+        let error = network.next_hop(None, address("10.1.0.1")).await.unwrap_err();
         assert!(matches!(error, NetworkError::Local(_)));
     });
 }
@@ -92,7 +134,7 @@ fn a_stale_neighbour_is_probed_again_and_a_permanent_one_left_alone() {
         })
         .await;
         assert!(ip("neigh show 10.1.0.3 dev lan").contains("PERMANENT"));
-        assert_eq!(network.next_hop(address("10.1.0.3")).await.unwrap().mac, Some([2, 0, 0, 0, 0, 3]));
+        assert_eq!(network.next_hop(None, address("10.1.0.3")).await.unwrap().mac, Some([2, 0, 0, 0, 0, 3]));
     });
 }
 

@@ -41,8 +41,21 @@ impl Follower {
     }
 
     /// What is different since the last look. Call it after [`Change::Addresses`](crate::network::Change).
-    pub fn look(&mut self, network: &Network) -> Vec<Presence> {
+    ///
+    /// A VIP that seems to be gone is looked for in the kernel's own list first: the notification about an address that
+    /// has just been added may still be on its way.
+    pub async fn look(&mut self, network: &Network) -> Vec<Presence> {
         let mut news = Vec::new();
+        let seems_gone = |(vip, known): (&IpAddr, &Option<Option<u32>>)| {
+            network.interface_carrying(*vip).is_none() && *known != Some(None)
+        };
+        if self.known.iter().any(seems_gone)
+            && let Err(error) = network.reread_addresses().await
+        {
+            // What cannot be proven is not told; the next change brings another look.
+            tracing::warn!("cannot find out whether the VIPs are on this host: {error}");
+            return news;
+        }
         for (&vip, known) in &mut self.known {
             let interface = network.interface_carrying(vip);
             if known.replace(interface) != Some(interface) {

@@ -26,7 +26,7 @@ use super::{
     link::Link,
     record::{Placed, Record},
 };
-use crate::network::{Interface, Mac, Network, NetworkError, display_mac, io_error};
+use crate::network::{CARRIER_WAIT, Interface, Mac, Network, NetworkError, display_mac, io_error};
 
 /// RFC 5227 asks three times over up to 7 s, for networks where everybody configures themselves at once and links may
 /// still be coming up. Hosts answer within a millisecond; an operator waits for us.
@@ -99,7 +99,7 @@ impl Owner {
         let mut additions = Vec::new();
         let mut links = Vec::new();
         for vip in vips {
-            match plan(network, vip, Some(&record)).await? {
+            match plan(network, vip, Some(&record), CARRIER_WAIT).await? {
                 Plan::Add(interface) => additions.push((open(&interface, vip)?, interface)),
                 Plan::Adopt(interface) => links.push((open(&interface, vip)?, interface)),
                 Plan::Leave => {
@@ -125,6 +125,13 @@ impl Owner {
                 return Err(error);
             }
             links.push((link, interface));
+        }
+        // From here on they are known to be here, whenever the kernel's notifications come.
+        if !added.is_empty() {
+            network
+                .reread_addresses()
+                .await
+                .map_err(|source| VipError::Network { vip: added[0].vip, source })?;
         }
         let rivals = Rivals::default();
         let mut guards = JoinSet::new();
@@ -159,7 +166,7 @@ impl Owner {
 
 /// Who answers for a VIP that is not on this host, if anybody.
 pub async fn holder(network: &Network, vip: IpAddr) -> Result<Option<Mac>, VipError> {
-    let Plan::Add(interface) = plan(network, vip, None).await? else { return Ok(None) };
+    let Plan::Add(interface) = plan(network, vip, None, Duration::ZERO).await? else { return Ok(None) };
     let link = open(&interface, vip)?;
     match probe(&link, &interface).await {
         Ok(()) => Ok(None),
@@ -168,7 +175,13 @@ pub async fn holder(network: &Network, vip: IpAddr) -> Result<Option<Mac>, VipEr
     }
 }
 
-async fn plan(network: &Network, vip: IpAddr, record: Option<&Record>) -> Result<Plan, VipError> {
+/// `patience`: how long an interface without a carrier may take to have one.
+async fn plan(
+    network: &Network,
+    vip: IpAddr,
+    record: Option<&Record>,
+    patience: Duration,
+) -> Result<Plan, VipError> {
     let failed = |source| VipError::Network { vip, source };
     if let Some(index) = network.interface_carrying(vip) {
         let interface = network.interface(index).map_err(failed)?;
@@ -180,7 +193,7 @@ async fn plan(network: &Network, vip: IpAddr, record: Option<&Record>) -> Result
     if let Some(gateway) = route.gateway {
         return Err(VipError::NoSubnet { vip, gateway });
     }
-    let interface = network.interface(route.interface).map_err(failed)?;
+    let interface = network.await_carrier(route.interface, patience).await.map_err(failed)?;
     if !interface.up || !interface.carrier {
         return Err(VipError::InterfaceDown { vip, interface: interface.name });
     }

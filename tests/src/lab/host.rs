@@ -42,12 +42,16 @@ impl Host {
     }
 
     pub(super) fn connected(&mut self, link: Link) -> Result<()> {
+        self.configure(&link)?;
+        self.links.push(link);
+        Ok(())
+    }
+
+    pub(super) fn configure(&self, link: &Link) -> Result<()> {
         let interface = &link.interface;
         self.ip(&format!("address add {}/24 dev {interface}", link.v4))?;
         self.ip(&format!("address add {}/64 dev {interface} nodad", link.v6))?;
-        self.ip(&format!("link set {interface} up"))?;
-        self.links.push(link);
-        Ok(())
+        self.ip(&format!("link set {interface} up"))
     }
 
     /// Its name within the lab.

@@ -131,12 +131,10 @@ impl Lab {
     /// # Errors
     /// When `ip` or `ethtool` fails.
     pub fn plug(&self, host: &mut Host, segment: Segment, number: u8) -> Result<()> {
-        let (interface, port) = self.cable(host)?;
-        for (namespace, device) in [(&self.net, &port), (host.namespace(), &interface)] {
-            prepare_for_native_xdp(namespace, device)?;
-        }
-        self.net.enter(|| switch_port::take_transmitted_frames(&port))??;
-        self.connect(host, segment, number, interface, port)
+        let link = Self::next_link(host, segment, number);
+        self.make_link(host, &link)?;
+        self.net.enter(|| switch_port::take_transmitted_frames(&link.port))??;
+        host.connected(link)
     }
 
     /// The same with a cable as it comes: segments are merged, and checksums left to whoever is the last to send.
@@ -144,19 +142,9 @@ impl Lab {
     /// # Errors
     /// When `ip` fails.
     pub fn plug_plain(&self, host: &mut Host, segment: Segment, number: u8) -> Result<()> {
-        let (interface, port) = self.cable(host)?;
-        self.connect(host, segment, number, interface, port)
-    }
-
-    /// Makes a cable from a host to the switch; the names of both ends.
-    fn cable(&self, host: &Host) -> Result<(String, String)> {
-        let interface = format!("eth{}", host.links().len());
-        let port = format!("{}.{}", host.name(), host.links().len());
-        self.net.ip(&format!(
-            "link add {port} type veth peer name {interface} netns {}",
-            host.namespace().name()
-        ))?;
-        Ok((interface, port))
+        let link = Self::next_link(host, segment, number);
+        self.lay_cable(host, &link)?;
+        host.connected(link)
     }
 
     /// Makes a host's interface, whose other end is the switch's interface `port`, part of a segment.
@@ -173,6 +161,64 @@ impl Lab {
     ) -> Result<()> {
         self.add_port(segment, &port)?;
         host.connected(Link { interface, port, segment, v4: segment.v4(number), v6: segment.v6(number) })
+    }
+
+    /// The next cable of a host to the switch.
+    fn next_link(host: &Host, segment: Segment, number: u8) -> Link {
+        let interface = format!("eth{}", host.links().len());
+        let port = format!("{}.{}", host.name(), host.links().len());
+        Link { interface, port, segment, v4: segment.v4(number), v6: segment.v6(number) }
+    }
+
+    /// Takes a host's first interface away, as a network card that is reset. Returns its MAC address.
+    ///
+    /// # Errors
+    /// When the host has none.
+    pub fn remove_link(&self, host: &Host) -> Result<String> {
+        let Link { interface, port, .. } = host.link()?;
+        let shown = host.run(&format!("ip -brief link show dev {interface}"))?;
+        let mac = shown.split_whitespace().nth(2).context("ip shows no MAC address")?.to_owned();
+        self.net.ip(&format!("link del {port}"))?;
+        Ok(mac)
+    }
+
+    /// Gives a host another interface in place of the one that [`Lab::remove_link`] took: to the kernel a new one, with the
+    /// same name and addresses.
+    ///
+    /// # Errors
+    /// When it still has one of that name.
+    pub fn restore_link(&self, host: &Host, mac: &str) -> Result<()> {
+        let link = host.link()?;
+        self.restore_bare_link(host, mac)?;
+        self.net.enter(|| switch_port::take_transmitted_frames(&link.port))?
+    }
+
+    /// The same, with a switch port that has no XDP program.
+    ///
+    /// # Errors
+    /// As [`Lab::restore_link`].
+    pub fn restore_bare_link(&self, host: &Host, mac: &str) -> Result<()> {
+        let link = host.link()?;
+        self.make_link(host, link)?;
+        host.ip(&format!("link set {} address {mac}", link.interface))?;
+        host.configure(link)
+    }
+
+    fn make_link(&self, host: &Host, link: &Link) -> Result<()> {
+        self.lay_cable(host, link)?;
+        for (namespace, device) in [(&self.net, &link.port), (host.namespace(), &link.interface)] {
+            prepare_for_native_xdp(namespace, device)?;
+        }
+        Ok(())
+    }
+
+    fn lay_cable(&self, host: &Host, link: &Link) -> Result<()> {
+        let Link { interface, port, segment, .. } = link;
+        self.net.ip(&format!(
+            "link add {port} type veth peer name {interface} netns {}",
+            host.namespace().name()
+        ))?;
+        self.add_port(*segment, port)
     }
 
     /// Makes an interface of the switch part of a segment.

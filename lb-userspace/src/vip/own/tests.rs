@@ -212,8 +212,8 @@ fn a_follower_reports_what_others_do_and_does_nothing() {
         let (network, mut changes) = Network::open().await.unwrap();
         let [vip, _] = vips();
         let mut follower = Follower::new([vip]);
-        assert_eq!(follower.look(&network), [Presence::Elsewhere { vip }]);
-        assert_eq!(follower.look(&network), []);
+        assert_eq!(follower.look(&network).await, [Presence::Elsewhere { vip }]);
+        assert_eq!(follower.look(&network).await, []);
         let interface = network.interface_named("lan").unwrap().index;
         for (command, expected) in
             [("add", Presence::Here { vip, interface }), ("del", Presence::Elsewhere { vip })]
@@ -221,9 +221,80 @@ fn a_follower_reports_what_others_do_and_does_nothing() {
             ip(&format!("addr {command} {vip}/32 dev lan"));
             eventually("a change of addresses", async || {
                 changes.recv().await.unwrap();
-                follower.look(&network) == [expected]
+                follower.look(&network).await == [expected]
             })
             .await;
         }
+        let lo = network.interface_named("lo").unwrap().index;
+        for (command, expected) in
+            [("add", Presence::Here { vip, interface: lo }), ("del", Presence::Elsewhere { vip })]
+        {
+            ip(&format!("route {command} to local {vip} dev lo"));
+            eventually("a change of the local table", async || {
+                changes.recv().await.unwrap();
+                follower.look(&network).await == [expected]
+            })
+            .await;
+        }
+    });
+}
+
+/// The kernel answers the request to add an address before its notification has been read.
+#[test]
+fn what_was_added_is_here_although_no_notification_has_come() {
+    in_namespace(async || {
+        let _peer = lan();
+        let state = tempfile::tempdir().unwrap();
+        let (network, _changes) = Network::open().await.unwrap();
+        let interface = network.interface_named("lan").unwrap().index;
+        let mut follower = Follower::new(vips());
+        network.stop_following();
+        let owner = Owner::acquire(&network, vips(), state.path()).await.unwrap();
+        for vip in vips() {
+            assert_eq!(network.interface_carrying(vip), Some(interface), "status says so at once");
+        }
+        assert_eq!(follower.look(&network).await, vips().map(|vip| Presence::Here { vip, interface }));
+        owner.release().await.unwrap();
+    });
+}
+
+#[test]
+fn a_vip_is_gone_only_when_the_kernel_says_so() {
+    in_namespace(async || {
+        let _peer = lan();
+        let (network, _changes) = Network::open().await.unwrap();
+        let interface = network.interface_named("lan").unwrap().index;
+        let [vip, _] = vips();
+        network.stop_following();
+        ip(&format!("addr add {vip}/32 dev lan"));
+        assert_eq!(network.interface_carrying(vip), None, "not heard of yet");
+        let mut follower = Follower::new([vip]);
+        assert_eq!(follower.look(&network).await, [Presence::Here { vip, interface }]);
+        ip(&format!("addr del {vip}/32 dev lan"));
+        assert_eq!(follower.look(&network).await, [], "nobody has heard that it is gone");
+        network.reread_addresses().await.unwrap();
+        assert_eq!(follower.look(&network).await, [Presence::Elsewhere { vip }]);
+    });
+}
+
+/// As a network card that starts anew when its offloads are switched.
+#[test]
+fn a_carrier_that_is_gone_for_a_moment_is_waited_for() {
+    in_namespace(async || {
+        let peer = lan();
+        peer.ip("link set far down");
+        let state = tempfile::tempdir().unwrap();
+        let (network, _changes) = Network::open().await.unwrap();
+        let [vip, _] = vips();
+        let index = network.interface_named("lan").unwrap().index;
+        eventually("it has no carrier", async || !network.interface_now(index).await.unwrap().carrier).await;
+        let comes_back = async {
+            sleep(Duration::from_millis(200)).await;
+            peer.ip("link set far up");
+        };
+        let (owner, ()) = tokio::join!(Owner::acquire(&network, [vip], state.path()), comes_back);
+        let owner = owner.unwrap();
+        assert!(ip("addr show dev lan").contains("10.1.0.140/32"));
+        owner.release().await.unwrap();
     });
 }

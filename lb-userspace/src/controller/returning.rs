@@ -1,0 +1,66 @@
+//! Interfaces that go while sheave runs, and come back: a card that is reset or plugged in again, a veth or VLAN that is made
+//! anew. To the kernel the one that comes is another interface, with another index and no program.
+
+use super::{Controller, ControllerError};
+use crate::{admin::JournalKind, dataplane::Attached};
+
+impl Controller {
+    /// Takes in that interfaces have gone or come back. Call it after `ports` has been told.
+    pub(super) async fn follow_interfaces(&mut self) {
+        let here = |index: u32| self.network.interface(index).is_ok();
+        let gone: Vec<Attached> =
+            self.dataplane.attached().iter().filter(|it| !here(it.interface)).cloned().collect();
+        for Attached { name, interface, .. } in gone {
+            let line = format!(
+                "interface {name} (index {interface}) is gone: sheave attaches to it again when it is back"
+            );
+            tracing::error!("{line}");
+            self.journal.note(JournalKind::Daemon, None, line);
+            if let Err(error) = self.dataplane.forget_interface(interface) {
+                tracing::warn!("{error}");
+            }
+            self.gone_interfaces.insert(name);
+        }
+        self.attach_to_returned().await;
+        self.look_at_veths().await;
+    }
+
+    /// Attaches to interfaces that lead to listeners or backends and have no program yet. What fails is tried again later.
+    pub(super) async fn attach_to_returned(&mut self) {
+        let is_attached =
+            |index: u32| self.dataplane.attached().iter().any(|attached| attached.interface == index);
+        let bare: Vec<u32> = self.ports.bases().into_iter().filter(|index| !is_attached(*index)).collect();
+        for index in bare {
+            let Ok(interface) = self.network.interface(index) else { continue };
+            let before = self.gone_interfaces.contains(&interface.name);
+            let line = match self.attach_to(index).await {
+                Ok(_) => {
+                    self.gone_interfaces.remove(&interface.name);
+                    let back = if before { "is back" } else { "is new" };
+                    let line = format!(
+                        "interface {} (index {index}) {back}: sheave is attached to it",
+                        interface.name
+                    );
+                    tracing::info!("{line}");
+                    line
+                }
+                // It went again meanwhile.
+                Err(ControllerError::Network(_)) => continue,
+                Err(error) => {
+                    let line = format!(
+                        "interface {} (index {index}) is back, and sheave cannot attach to it: {error}",
+                        interface.name
+                    );
+                    // Said once, tried again and again.
+                    if !self.unattached.insert(index) {
+                        continue;
+                    }
+                    tracing::error!("{line}");
+                    line
+                }
+            };
+            self.journal.note(JournalKind::Daemon, None, line);
+        }
+        self.unattached.retain(|index| self.ports.bases().contains(index));
+    }
+}

@@ -1,0 +1,152 @@
+//! Bonds, bridges and VLANs above them: what the program sees there, and where it sees nothing.
+//!
+//! On a bond the kernel runs a native program on the members, before the bond is known. Above a bond or bridge a generic
+//! program gets frames whose VLAN tag the kernel has taken out when they came in by the member
+//! (`__netif_receive_skb_core`).
+
+use std::collections::BTreeMap;
+
+use super::{Interface, Kind, Network, Port, TagProtocol};
+use crate::config::XdpMode;
+
+/// How the program is to be attached to an interface, or why the arrangement cannot be served.
+///
+/// # Errors
+/// The reason and what to do, in a sentence: the program would recognise no packet, and this host's kernel would refuse
+/// every connection.
+pub fn mode_for(base: &Interface, tagged: bool, mode: XdpMode) -> Result<XdpMode, String> {
+    let Interface { name, kind, .. } = base;
+    let what = match kind {
+        Kind::Bond => "bond",
+        Kind::Bridge => "bridge",
+        Kind::Other(kind) if kind == "team" => "team",
+        _ => return Ok(mode),
+    };
+    if tagged {
+        return Err(format!(
+            "{name} is a {what}, and the VLANs above it cannot be served: the kernel takes the VLAN tags out before the \
+             program sees the frames. Use listeners and backends without a VLAN on {name}, or VLANs on a network card"
+        ));
+    }
+    match (kind, mode) {
+        (Kind::Bond, XdpMode::Native) => Err(format!(
+            "{name} is a bond, which cannot be served in native mode: the kernel runs the program on its members. Set \
+             xdp_mode = \"auto\" or \"generic\""
+        )),
+        // The driver would take it.
+        (Kind::Bond, XdpMode::Auto) => Ok(XdpMode::Generic),
+        (_, mode) => Ok(mode),
+    }
+}
+
+impl Network {
+    /// What an interface is made of, where it is more than a card: `eth0.5: VLAN 5 on bond0, a bond of eth0 and eth1`.
+    pub fn arrangement(&self, interface: u32) -> Option<String> {
+        let port = self.port_of(interface).ok()?;
+        self.read(|tables| describe(&tables.links, interface, &port))
+    }
+}
+
+fn describe(links: &BTreeMap<u32, Interface>, interface: u32, port: &Port) -> Option<String> {
+    let (top, base) = (links.get(&interface)?, links.get(&port.index)?);
+    let tag = |tag: &super::Tag| match tag.protocol {
+        TagProtocol::Ieee8021Q => format!("VLAN {}", tag.id),
+        TagProtocol::Ieee8021Ad => format!("802.1ad VLAN {}", tag.id),
+    };
+    // The innermost first: the interface is that.
+    let mut parts: Vec<_> = port.tags.iter().rev().map(tag).collect();
+    if !port.tags.is_empty() {
+        parts.push(base.name.clone());
+    }
+    let members = links.values().filter(|it| it.master == Some(base.index)).map(|it| it.name.as_str());
+    let members: Vec<_> = members.collect();
+    let of = if members.is_empty() { "nothing yet".to_owned() } else { members.join(", ") };
+    let is = match &base.kind {
+        Kind::Bond => Some(format!("a bond of {of}")),
+        Kind::Bridge => Some(format!("a bridge of {of}")),
+        Kind::Other(kind) if kind == "team" => Some(format!("a team of {of}")),
+        _ => None,
+    };
+    if parts.is_empty() && is.is_none() {
+        return None;
+    }
+    let vlans = parts.join(" on ");
+    let whole =
+        [(!vlans.is_empty()).then_some(vlans), is].into_iter().flatten().collect::<Vec<_>>().join(", ");
+    Some(format!("{}: {whole}", top.name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Tag, interface::port_of};
+    use super::*;
+
+    fn interface(index: u32, name: &str, kind: Kind, master: Option<u32>) -> (u32, Interface) {
+        let interface = Interface {
+            index,
+            name: name.to_owned(),
+            mac: Some([2, 0, 0, 0, 0, index as u8]),
+            mtu: 1500,
+            up: true,
+            carrier: true,
+            kind,
+            master,
+            driver: None,
+            xdp: Vec::new(),
+        };
+        (index, interface)
+    }
+
+    fn vlan(parent: u32, id: u16, protocol: TagProtocol) -> Kind {
+        Kind::Vlan { parent: Some(parent), tag: Tag { protocol, id } }
+    }
+
+    fn links() -> BTreeMap<u32, Interface> {
+        BTreeMap::from([
+            interface(1, "eth0", Kind::Device, Some(3)),
+            interface(2, "eth1", Kind::Device, Some(3)),
+            interface(3, "bond0", Kind::Bond, None),
+            interface(4, "bond0.5", vlan(3, 5, TagProtocol::Ieee8021Q), None),
+            interface(5, "eth2", Kind::Device, Some(6)),
+            interface(6, "br0", Kind::Bridge, None),
+            interface(7, "br0.7", vlan(6, 7, TagProtocol::Ieee8021Ad), None),
+            interface(8, "inner", vlan(7, 8, TagProtocol::Ieee8021Q), None),
+            interface(9, "eth3", Kind::Device, None),
+            interface(10, "eth3.9", vlan(9, 9, TagProtocol::Ieee8021Q), None),
+            interface(11, "team0", Kind::Other("team".to_owned()), None),
+        ])
+    }
+
+    #[test]
+    fn every_stack_is_named_with_all_that_is_in_it() {
+        let links = links();
+        let described = |index| describe(&links, index, &port_of(&links, index).unwrap());
+        assert_eq!(described(9), None);
+        assert_eq!(described(3).unwrap(), "bond0: a bond of eth0, eth1");
+        assert_eq!(described(4).unwrap(), "bond0.5: VLAN 5 on bond0, a bond of eth0, eth1");
+        assert_eq!(described(6).unwrap(), "br0: a bridge of eth2");
+        assert_eq!(described(8).unwrap(), "inner: VLAN 8 on 802.1ad VLAN 7 on br0, a bridge of eth2");
+        assert_eq!(described(10).unwrap(), "eth3.9: VLAN 9 on eth3");
+        assert_eq!(described(11).unwrap(), "team0: a team of nothing yet");
+    }
+
+    #[test]
+    fn what_the_program_cannot_see_is_refused_and_a_bond_goes_to_generic_mode() {
+        use XdpMode::{Auto, Generic, Native};
+        let links = links();
+        let mode = |index: u32, tagged, mode| mode_for(&links[&index], tagged, mode);
+        for asked in [Auto, Native, Generic] {
+            for card in [1, 9] {
+                assert_eq!(mode(card, true, asked), Ok(asked), "VLANs on a card are served in either mode");
+            }
+            for stack in [3, 6, 11] {
+                let reason = mode(stack, true, asked).unwrap_err();
+                assert!(reason.contains("VLANs above it cannot be served"), "{reason}");
+            }
+            assert_eq!(mode(6, false, asked), Ok(asked));
+        }
+        assert_eq!(mode(3, false, Auto), Ok(Generic));
+        assert_eq!(mode(3, false, Generic), Ok(Generic));
+        assert!(mode(3, false, Native).unwrap_err().contains("bond0 is a bond"));
+    }
+}

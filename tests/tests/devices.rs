@@ -1,0 +1,137 @@
+//! Interfaces that are not as one would like them: late, gone, back, in another network namespace.
+
+use std::{path::PathBuf, process::Output, time::Duration};
+
+use anyhow::{Result, ensure};
+use lb_tests::{
+    cluster::{Cluster, Shape},
+    daemon::{self, Daemon, has_xdp},
+    lab::{eventually, run},
+    load,
+};
+
+/// More than anything here takes.
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn index_of(cluster: &Cluster, interface: &str) -> u32 {
+    let shown = cluster.lb.run(&format!("ip -o link show dev {interface}")).unwrap();
+    shown.split(':').next().unwrap().parse().unwrap()
+}
+
+fn config(cluster: &Cluster) -> PathBuf {
+    cluster.daemon_directory().join("sheave.toml")
+}
+
+fn require_served(cluster: &Cluster) {
+    for vip in cluster.vips() {
+        load::sequential(&cluster.client, &cluster.client_of(vip).unwrap(), 20)
+            .unwrap()
+            .require_all(20)
+            .unwrap();
+    }
+}
+
+fn logged(daemon: &Daemon, words: &str) -> Result<()> {
+    let log = daemon.log();
+    ensure!(log.contains(words), "{words:?} is not in the log: {log}");
+    Ok(())
+}
+
+#[test]
+fn own_mode_starts_on_a_link_that_comes_up_late() {
+    let cluster = Cluster::start_without_vips(Shape::OneArm, 2).unwrap();
+    cluster.lab.unplug(&cluster.lb).unwrap();
+    eventually(LIMIT, "the carrier goes", || {
+        let shown = cluster.lb.run("ip link show dev eth0")?;
+        ensure!(shown.contains("NO-CARRIER"), "{shown}");
+        Ok(())
+    })
+    .unwrap();
+    let settings = cluster.settings_with_own_vips().unwrap();
+    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
+    eventually(LIMIT, "it waits", || logged(&daemon, "eth0: no carrier, waiting for it")).unwrap();
+    cluster.lab.replug(&cluster.lb).unwrap();
+    daemon.wait_ready(cluster.apiservers.len()).unwrap();
+    require_served(&cluster);
+    assert!(!daemon.log().contains("ERROR"), "{}", daemon.log());
+}
+
+#[test]
+fn an_interface_that_comes_back_has_the_program_again() {
+    let cluster = Cluster::start(Shape::OneArm, 2).unwrap();
+    let mut daemon = cluster.balance().unwrap();
+    require_served(&cluster);
+    let before = index_of(&cluster, "eth0");
+
+    let mac = cluster.lab.remove_link(&cluster.lb).unwrap();
+    daemon.wait_flag("interface eth0 is gone", LIMIT).unwrap();
+    assert!(!daemon.is_alive().unwrap());
+    cluster.lab.restore_link(&cluster.lb, &mac).unwrap();
+    for vip in cluster.vips() {
+        cluster.lb.add_vip(vip).unwrap();
+    }
+    eventually(LIMIT, "it is attached", || {
+        ensure!(has_xdp(&cluster.lb, "eth0")?, "no program on eth0: {}", daemon.log());
+        Ok(())
+    })
+    .unwrap();
+    assert_ne!(index_of(&cluster, "eth0"), before);
+    daemon.wait_ready(cluster.apiservers.len()).unwrap();
+    eventually(LIMIT, "it is alive", || {
+        ensure!(daemon.is_alive()?, "it is not");
+        Ok(())
+    })
+    .unwrap();
+    require_served(&cluster);
+    cluster.require_no_own_resets().unwrap();
+    assert!(!daemon.flags().unwrap().contains("is gone"));
+    let events = run(&mut daemon.command("events").unwrap()).unwrap();
+    assert!(events.contains("interface eth0") && events.contains("is back"), "{events}");
+
+    // The next one finds it where it is, and nothing of the one before.
+    daemon.process().kill().unwrap();
+    let daemon = cluster.balance().unwrap();
+    require_served(&cluster);
+    assert!(daemon.unload().unwrap().status.success());
+    assert!(!has_xdp(&cluster.lb, "eth0").unwrap());
+}
+
+#[test]
+fn pins_of_another_network_namespace_are_left_alone() {
+    let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
+    let mut daemon = cluster.balance().unwrap();
+    daemon.process().kill().unwrap();
+    // One that went on would run until it is told to stop.
+    let mut elsewhere = cluster.client.command("timeout");
+    elsewhere.arg("30").arg(daemon::program().unwrap()).arg("run").arg("--config").arg(config(&cluster));
+    let Output { status, stderr, .. } = elsewhere.output().unwrap();
+    let said = String::from_utf8_lossy(&stderr).into_owned();
+    assert!(!status.success() && said.contains("another network namespace"), "{said}");
+    require_served(&cluster);
+}
+
+#[test]
+fn a_veth_whose_other_end_takes_nothing_at_once_is_named() {
+    const WARNING: &str = "in another network namespace, has no XDP program";
+    let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
+    let daemon = cluster.balance().unwrap();
+    let flags = daemon.flags().unwrap();
+    assert!(!flags.contains("other end, "), "the lab's switch ports have a program: {flags}");
+    let doctor = |level: &str| {
+        let mut doctor = cluster.lb.command(daemon::program().unwrap());
+        let found = doctor.args(["doctor", "--json", "--config"]).arg(config(&cluster)).output().unwrap();
+        let found: serde_json::Value = serde_json::from_slice(&found.stdout).unwrap();
+        let findings = found["findings"].as_array().unwrap();
+        let is_it = |it: &&serde_json::Value| it["what"].as_str().is_some_and(|what| what.contains(WARNING));
+        findings.iter().filter(is_it).filter(|it| it["level"] == level).count()
+    };
+    assert_eq!(doctor("warning"), 0);
+
+    let mac = cluster.lab.remove_link(&cluster.lb).unwrap();
+    daemon.wait_flag("interface eth0 is gone", LIMIT).unwrap();
+    cluster.lab.restore_bare_link(&cluster.lb, &mac).unwrap();
+    daemon.wait_flag(WARNING, LIMIT).unwrap();
+    assert_eq!(doctor("warning"), 1);
+    let reloaded = run(daemon.command("reload").unwrap().arg("--json")).unwrap();
+    assert!(reloaded.contains(WARNING), "{reloaded}");
+}
