@@ -1,6 +1,7 @@
 //! One packet, as the steps after the look-up share it.
 
 use crate::{
+    destination::Arrival,
     flow::family::Family,
     frame::Frame,
     layout::{Config, family},
@@ -25,7 +26,8 @@ pub struct Context<'a> {
 }
 
 /// Finds the interface a packet came in by, and makes sure that the frame was meant for this host: a bridge or a switch
-/// also floods frames for others, and a standby with the same configuration must not answer them.
+/// also floods frames for others, and a standby with the same configuration must not answer them. Err: what becomes of the
+/// packet otherwise.
 #[inline(always)]
 pub fn enter<'a, S: Subprograms>(
     frame: &mut S::Frame,
@@ -34,7 +36,7 @@ pub fn enter<'a, S: Subprograms>(
     link: &Link,
     packet: Packet,
     ports: Ports,
-) -> Option<Context<'a>> {
+) -> Result<Context<'a>, Outcome> {
     // Most hosts have one interface.
     let first = &config.interfaces[0];
     let index = frame.interface();
@@ -42,9 +44,12 @@ pub fn enter<'a, S: Subprograms>(
     let interface = if differs | (first.mac ^ link.destination) == 0 {
         0
     } else {
-        maps.arrival(index, link.vlan, link.destination)?
+        match maps.arrival(index, link.vlan, link.destination) {
+            Arrival::UNKNOWN => return Err(Outcome::UnknownInterface),
+            arrival => arrival.interface().ok_or(Outcome::NotOurs)?,
+        }
     };
-    Some(Context { config, link: *link, packet, ports, interface })
+    Ok(Context { config, link: *link, packet, ports, interface })
 }
 
 /// Checks everything that must hold before a packet of a flow is changed.

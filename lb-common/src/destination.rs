@@ -3,9 +3,11 @@
 use crate::{
     flow::{family::Family, slot::Slot},
     layout::{
-        Config, INTERFACES, LISTENERS_PER_PORT, Listener, SETS_PER_ADDRESS, SNAT_ADDRESSES, SNAT_SHARED, WAYS,
+        Config, INTERFACES, LISTENERS_PER_PORT, Listener, MEMBERS, SETS_PER_ADDRESS, SNAT_ADDRESSES,
+        SNAT_SHARED, WAYS,
     },
     subprograms::Subprograms,
+    word::packed_word,
 };
 
 /// Are the addresses the same? Without a branch for each half.
@@ -109,18 +111,55 @@ pub fn snat_index<A: Family, S: Subprograms>(maps: &S, address: [u64; 2]) -> Opt
     None
 }
 
-/// The number of the interface with this kernel's index and VLAN, if `mac` is its own.
+packed_word! {
+    /// By which interface a packet came in: its number, or one of the constants.
+    pub struct Arrival(u16) as u64;
+}
+
+impl Arrival {
+    /// By none that is served.
+    pub const UNKNOWN: Self = Self(u16::MAX);
+    /// By one that is served, but for another MAC address.
+    pub const OTHER_MAC: Self = Self(u16::MAX - 1);
+
+    /// The interface's number, if the packet was meant for this host.
+    #[inline(always)]
+    #[must_use]
+    pub const fn interface(self) -> Option<u16> {
+        if self.0 < INTERFACES as u16 { Some(self.0) } else { None }
+    }
+}
+
+/// The kernel's index of the bond that an interface is a member of, or of the interface itself.
 #[inline(always)]
-pub fn arrival<S: Subprograms>(maps: &S, interface: u32, vlan: u32, mac: u64) -> Option<u16> {
-    let config = maps.config()?;
+pub fn bond_of(config: &Config, interface: u32) -> u32 {
+    for index in 0..MEMBERS {
+        if index as u32 >= config.member_count {
+            break;
+        }
+        let member = config.members[index];
+        if member.index == interface {
+            return member.bond;
+        }
+    }
+    interface
+}
+
+/// By which interface a packet came in that the kernel says came in by `interface`, in `vlan`, for `mac`.
+#[inline(always)]
+pub fn arrival<S: Subprograms>(maps: &S, interface: u32, vlan: u32, mac: u64) -> Arrival {
+    let Some(config) = maps.config() else {
+        return Arrival::UNKNOWN;
+    };
+    let interface = bond_of(config, interface);
     for index in 0..INTERFACES {
         if index as u32 >= config.interface_count {
             break;
         }
         let known = &config.interfaces[index];
         if known.index == interface && known.vlan == vlan {
-            return (known.mac == mac).then_some(index as u16);
+            return if known.mac == mac { Arrival(index as u16) } else { Arrival::OTHER_MAC };
         }
     }
-    None
+    Arrival::UNKNOWN
 }

@@ -77,7 +77,7 @@ pub fn translate<A: Family, S: Subprograms>(frame: &mut S::Frame, maps: &S) -> D
         return Disposition::NOT_OURS;
     };
     if quoted.source != packet.destination
-        || maps.arrival(frame.interface(), link.vlan, link.destination).is_none()
+        || maps.arrival(frame.interface(), link.vlan, link.destination).interface().is_none()
     {
         return Disposition::NOT_OURS;
     }

@@ -31,6 +31,8 @@ pub const SERVICES: u32 = 65;
 pub const BACKENDS: u32 = 256;
 /// Interfaces that packets come from and go to; a VLAN on one counts as another.
 pub const INTERFACES: usize = 32;
+/// Member interfaces of bonds.
+pub const MEMBERS: usize = 32;
 /// Sockets of the connect hook that are known by cookie, at most. Sockets beyond these are only counted.
 pub const FOLLOWED: u32 = 65_536;
 /// Learned next hops, 0 included, which says "not known".
@@ -174,10 +176,16 @@ pub struct Config {
     /// Not 0: the flows of an earlier table are still being copied into this one. What belongs to no flow may be of one that
     /// is not there yet.
     pub hold: u32,
+    /// How many of `members` there are.
+    pub member_count: u32,
+    /// Zero.
+    pub reserved: u32,
     /// Zero, which the verifier does not know: see [`Config::hide_from_verifier`].
     pub zero: u64,
     /// Where packets come from and go to.
     pub interfaces: [Interface; INTERFACES],
+    /// Which interfaces are members of which bond: where a program is on a bond, the kernel runs it on the members.
+    pub members: [Member; MEMBERS],
     /// IPv4 SNAT addresses, as words.
     pub snat4: [u32; SNAT_ADDRESSES],
     /// IPv6 SNAT addresses, as words.
@@ -279,6 +287,16 @@ impl Config {
     pub const fn hide_from_verifier(&self, number: u64) -> u64 {
         number ^ self.zero
     }
+}
+
+/// An interface that is part of another: packets that come in by it are the other's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Member {
+    /// The kernel's index of the member.
+    pub index: u32,
+    /// The kernel's index of the bond.
+    pub bond: u32,
 }
 
 /// An interface, or a VLAN on one. Its number is its place in [`Config::interfaces`].
@@ -544,9 +562,10 @@ mod tests {
         assert_eq!(
             size_of::<Config>(),
             size_of::<Key>()
-                + 12 * 4
+                + 14 * 4
                 + 8
                 + INTERFACES * size_of::<Interface>()
+                + MEMBERS * size_of::<Member>()
                 + SNAT_ADDRESSES * (4 + 16)
                 + 2 * BUCKETS * size_of::<Bucket>()
         );
@@ -560,7 +579,7 @@ mod tests {
                 + size_of::<Classifier>()
         );
         assert!(offset_of!(Control, classifier) + offset_of!(Classifier, listeners) < 32_768);
-        assert_eq!(offset_of!(Config, interfaces), 88);
+        assert_eq!(offset_of!(Config, interfaces), 96);
     }
 
     #[test]

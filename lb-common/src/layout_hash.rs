@@ -16,10 +16,10 @@ use crate::{
     hash::Key,
     layout::{
         ALLOW_SERVICE_BITS, BACKENDS, BUCKETS, Backend, Bucket, Classifier, Config, Control, Dialled,
-        FOLLOWED, Followed, Hook, INTERFACES, Interface, LISTENERS, LISTENERS_PER_PORT, Listener, NEXT_HOPS,
-        NextHop, Numbers, Numbers4, OverflowMarks, PARTNERS, ReturnHops, SELECTION_HALVES, SELECTION_WORDS,
-        SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, SNAT_PLACES, SNAT_SHARED, Service, Set4, Set6, WAYS,
-        Way6, allow_key, backend_flag, family, snat_place,
+        FOLLOWED, Followed, Hook, INTERFACES, Interface, LISTENERS, LISTENERS_PER_PORT, Listener, MEMBERS,
+        Member, NEXT_HOPS, NextHop, Numbers, Numbers4, OverflowMarks, PARTNERS, ReturnHops, SELECTION_HALVES,
+        SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, SNAT_PLACES, SNAT_SHARED, Service, Set4,
+        Set6, WAYS, Way6, allow_key, backend_flag, family, snat_place,
     },
     maglev::TABLE_SIZE,
     meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_FIN, Kind, Meta, NUMBERED, RESET, RETRANSMITTED, SYN_ACK},
@@ -63,17 +63,14 @@ const fn size_of_field<T, F>(_field: fn(&T) -> &F) -> usize {
     size_of::<F>()
 }
 
-/// Adds a structure: its size, and name, offset and size of every field. A name that was changed without changing what
-/// it means stands in the hash as it was: `field as "former name"`.
+/// Adds a structure: its size, and name, offset and size of every field.
 macro_rules! structure {
-    (@name $name:ident) => { stringify!($name) };
-    (@name $name:ident $former:literal) => { $former };
-    ($digest:expr, $type:ident $(as $former_type:literal)? { $($field:ident $(as $former:literal)?),* $(,)? }) => {{
+    ($digest:expr, $type:ident { $($field:ident),* $(,)? }) => {{
         // A field that is not listed does not compile.
         const _: fn(&$type) = |value| { let $type { $($field: _),* } = value; };
-        $digest.fact(structure!(@name $type $($former_type)?), size_of::<$type>() as u64)
+        $digest.fact(stringify!($type), size_of::<$type>() as u64)
             $(
-                .fact(structure!(@name $field $($former)?), offset_of!($type, $field) as u64)
+                .fact(stringify!($field), offset_of!($type, $field) as u64)
                 .fact("size", size_of_field::<$type, _>(|value| &value.$field) as u64)
             )*
     }};
@@ -95,7 +92,7 @@ fn structures(digest: Digest) -> Digest {
             sets,
             snat4_count,
             snat6_count,
-            interface_count as "port_count",
+            interface_count,
             jiffies_shift,
             half_open_jiffies,
             epoch,
@@ -103,18 +100,23 @@ fn structures(digest: Digest) -> Digest {
             last_backend,
             mtu_floor,
             hold,
+            member_count,
+            reserved,
             zero,
-            interfaces as "ports",
+            interfaces,
+            members,
             snat4,
             snat6,
             bucket4,
             bucket6,
         }
     );
+    let digest = structure!(digest, Member { index, bond });
     let digest = structure!(digest, Classifier { snat4, snat6, listeners });
     let digest = structure!(digest, Control { config, services, listeners, backends, classifier });
-    let digest = structure!(digest, Interface as "Port" { index as "interface", vlan, mac, tags, tag_count, reserved });
-    let digest = structure!(digest, Listener { address, port, family, reserved, service, next, interfaces as "ports", sum });
+    let digest = structure!(digest, Interface { index, vlan, mac, tags, tag_count, reserved });
+    let digest =
+        structure!(digest, Listener { address, port, family, reserved, service, next, interfaces, sum });
     let digest = structure!(digest, Service { selection4, selection6, restricted, pods });
     let digest = structure!(digest, Hook { network, epoch, reserved });
     let digest =
@@ -154,6 +156,7 @@ fn limits(digest: Digest) -> Digest {
         ("services", SERVICES.into()),
         ("backends", BACKENDS.into()),
         ("ports", INTERFACES as u64),
+        ("members", MEMBERS as u64),
         ("followed sockets", FOLLOWED.into()),
         ("next hops", NEXT_HOPS.into()),
         ("selection words", SELECTION_WORDS.into()),

@@ -15,7 +15,7 @@ use crate::{
     cell::{Cell8, Cell16, Cell32, Cell64},
     class::Class,
     client_event::{self, ClientAnswer},
-    destination,
+    destination::{self, Arrival},
     disposition::Disposition,
     flight_recorder::Note,
     flow::{self, Choice, Claim, Claimer, Family, Found, Query, Slot, V4, V6},
@@ -24,9 +24,9 @@ use crate::{
     headers::Be16,
     icmp,
     layout::{
-        BUCKETS, Backend, Bucket, Config, INTERFACES, Interface, LISTENERS, Listener, NextHop, Numbers,
-        Numbers4, PARTNERS, ReturnHops, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, Service, Set4, Set6,
-        backend_flag, family,
+        BUCKETS, Backend, Bucket, Config, INTERFACES, Interface, LISTENERS, Listener, MEMBERS, Member,
+        NextHop, Numbers, Numbers4, PARTNERS, ReturnHops, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES,
+        Service, Set4, Set6, backend_flag, family,
     },
     maglev::TABLE_SIZE,
     maps::{LoopBody, Maps},
@@ -107,8 +107,11 @@ impl Memory {
             last_backend: 0,
             mtu_floor: 552,
             hold: 0,
+            member_count: 0,
+            reserved: 0,
             zero: 0,
             interfaces: [Interface::default(); INTERFACES],
+            members: [Member::default(); MEMBERS],
             snat4: [0; SNAT_ADDRESSES],
             snat6: [[0; 2]; SNAT_ADDRESSES],
             bucket4: [Bucket::default(); BUCKETS],
@@ -376,7 +379,7 @@ impl Subprograms for &Memory {
         destination::snat_index::<A, Self>(self, address)
     }
 
-    fn arrival(&self, interface: u32, vlan: u32, mac: u64) -> Option<u16> {
+    fn arrival(&self, interface: u32, vlan: u32, mac: u64) -> Arrival {
         destination::arrival(self, interface, vlan, mac)
     }
 

@@ -24,6 +24,8 @@ list! {
     NoFlow = Pass, "no_flow";
     /// From a backend to a slot that is not its own: left to the network stack.
     ReplyUnknown = Pass, "reply_unknown_slot";
+    /// For a listener, by an interface or VLAN that is not served: left to the network stack.
+    UnknownInterface = Pass, "unknown_interface";
     /// Of a flow whose backend is this host: left to the local socket.
     ForwardedLocal = Pass, "forwarded_local";
     /// From a client to its backend.

@@ -83,14 +83,15 @@ pub fn segments<A: Family, S: Subprograms>(frame: &mut S::Frame, maps: &S, class
         let query = Query::new::<A>(config, A::tuple(packet.source, ports.source, id));
         let hit = look_up::find::<A, S>(maps, config, &query);
         return match enter(frame, maps, config, &link, packet, ports) {
-            Some(context) => forward::forward::<A, S>(frame, maps, &context, listener, &query, hit),
-            None => Disposition::NOT_OURS,
+            Ok(context) => forward::forward::<A, S>(frame, maps, &context, listener, &query, hit),
+            Err(Outcome::UnknownInterface) => Disposition::with(Outcome::UnknownInterface, listener.service),
+            Err(_) => Disposition::NOT_OURS,
         };
     }
     if let Some(slot) = slot_of::<A, S>(maps, config, class.place(), packet.destination, ports.destination) {
         return match enter(frame, maps, config, &link, packet, ports) {
-            Some(context) => reply::reply::<A, S>(frame, maps, &context, slot),
-            None => Disposition::NOT_OURS,
+            Ok(context) => reply::reply::<A, S>(frame, maps, &context, slot),
+            Err(_) => Disposition::NOT_OURS,
         };
     }
     Disposition::NOT_OURS
@@ -105,7 +106,7 @@ fn too_much<A: Family, S: Subprograms>(
     packet: &Packet,
 ) -> Disposition {
     match maps.snat_index::<A>(packet.destination) {
-        Some(_) if maps.arrival(frame.interface(), link.vlan, link.destination).is_some() => {
+        Some(_) if maps.arrival(frame.interface(), link.vlan, link.destination).interface().is_some() => {
             Disposition::with(Outcome::ExtensionHeaders, 0)
         }
         _ => Disposition::NOT_OURS,

@@ -7,6 +7,7 @@
 use crate::{
     class::Class,
     client_event::ClientAnswer,
+    destination::Arrival,
     disposition::Disposition,
     flow::{
         claimer::Claimer,
@@ -31,7 +32,7 @@ pub trait Subprograms: Maps {
     /// See [`crate::destination::snat_index`].
     fn snat_index<A: Family>(&self, address: [u64; 2]) -> Option<u32>;
     /// See [`crate::destination::arrival`].
-    fn arrival(&self, interface: u32, vlan: u32, mac: u64) -> Option<u16>;
+    fn arrival(&self, interface: u32, vlan: u32, mac: u64) -> Arrival;
     /// See [`crate::forward::another`].
     fn another<A: Family>(&self, service: u16, hash: FlowHash, refused: u8) -> u8;
     /// See [`crate::next_hop::learn`].

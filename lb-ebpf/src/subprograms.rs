@@ -11,13 +11,13 @@ use lb_common::{
     backend_event::backend_event,
     class::Class,
     client_event::{ClientAnswer, client_event},
-    destination,
+    destination::{self, Arrival},
     disposition::Disposition,
     flow::{Choice, Claim, Claimer, Family, Found, Query, Slot, V4, V6, choose, claim_free, find_in, take},
     forward,
     hash::FlowHash,
     icmp,
-    layout::{Config, INTERFACES, SNAT_ADDRESSES, family},
+    layout::{Config, SNAT_ADDRESSES, family},
     maps::Maps as _,
     meta::Meta,
     next_hop,
@@ -45,9 +45,8 @@ impl Subprograms for KernelMaps {
     }
 
     #[inline(always)]
-    fn arrival(&self, interface: u32, vlan: u32, mac: u64) -> Option<u16> {
-        let number = barrier_var(map_arrival(interface.into(), vlan.into(), mac));
-        (number < INTERFACES as u64).then_some(number as u16)
+    fn arrival(&self, interface: u32, vlan: u32, mac: u64) -> Arrival {
+        Arrival::from_word(barrier_var(map_arrival(interface.into(), vlan.into(), mac)))
     }
 
     #[inline(always)]
@@ -266,13 +265,14 @@ extern "C" fn map_snat_index(family_number: u64, high: u64, low: u64) -> u64 {
     index.map_or(SNAT_ADDRESSES as u64, u64::from)
 }
 
-/// See [`destination::arrival`]; [`INTERFACES`] for none.
+/// See [`destination::arrival`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn map_arrival(interface: u64, vlan: u64, mac: u64) -> u64 {
-    KernelMaps::new()
-        .and_then(|maps| destination::arrival(&maps, interface as u32, vlan as u32, mac))
-        .map_or(INTERFACES as u64, u64::from)
+    match KernelMaps::new() {
+        Some(maps) => destination::arrival(&maps, interface as u32, vlan as u32, mac).word(),
+        None => Arrival::UNKNOWN.word(),
+    }
 }
 
 /// See [`forward::another`].

@@ -5,7 +5,7 @@ use aya_ebpf::{
     helpers::bpf_redirect,
     programs::XdpContext,
 };
-use lb_common::{disposition::Disposition, outcome::Action, pipeline};
+use lb_common::{destination::bond_of, disposition::Disposition, maps::Maps as _, outcome::Action, pipeline};
 
 use crate::{
     frame::XdpFrame,
@@ -25,19 +25,26 @@ pub fn handle(context: &XdpContext) -> u32 {
         maps::count(disposition.service(), disposition.outcome_index());
         log::sample(context, disposition);
     }
-    action(context, disposition)
+    action(context, &maps, disposition)
 }
 
 #[inline(always)]
-fn action(context: &XdpContext, disposition: Disposition) -> u32 {
+fn action(context: &XdpContext, maps: &KernelMaps, disposition: Disposition) -> u32 {
     match disposition.action() {
         Action::Pass => XDP_PASS,
         Action::Drop => XDP_DROP,
-        Action::Transmit if disposition.interface() == context.ingress_ifindex() as u32 => XDP_TX,
+        Action::Transmit if leaves_as_it_came(context, maps, disposition.interface()) => XDP_TX,
         // SAFETY: a helper that takes two numbers.
         Action::Transmit => match unsafe { bpf_redirect(disposition.interface(), 0) } {
             result if result == i64::from(XDP_REDIRECT) => XDP_REDIRECT,
             _ => XDP_DROP,
         },
     }
+}
+
+/// Does a packet leave by the interface that it came in by? Of a bond, the kernel chooses the member.
+#[inline(always)]
+fn leaves_as_it_came(context: &XdpContext, maps: &KernelMaps, interface: u32) -> bool {
+    let came_by = context.ingress_ifindex() as u32;
+    came_by == interface || maps.config().is_some_and(|config| bond_of(config, came_by) == interface)
 }

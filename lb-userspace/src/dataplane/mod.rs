@@ -43,8 +43,8 @@ use lb_common::{
     cell::Cell64,
     hash,
     layout::{
-        self, AllowKey, BACKENDS, INTERFACES, LISTENERS, NextHop, PARTNERS, SELECTION_WORDS, SERVICES,
-        SETS_PER_ADDRESS, SNAT_ADDRESSES, WAYS, backend_flag, family,
+        self, AllowKey, BACKENDS, INTERFACES, LISTENERS, MEMBERS, Member, NextHop, PARTNERS, SELECTION_WORDS,
+        SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, WAYS, backend_flag, family,
     },
     maglev::{self, TABLE_SIZE},
     meta::Meta,
@@ -381,6 +381,20 @@ impl Dataplane {
         }
         // A packet may meet the count before the entry: one of zeros is no packet's.
         config.interface_count = ports.len() as u32;
+        self.config.write(0, config);
+        Ok(())
+    }
+
+    /// Tells the program which interfaces (by index) are members of which bonds.
+    pub fn set_members(&mut self, members: &[(u32, u32)]) -> Result<(), DataplaneError> {
+        if members.len() > MEMBERS {
+            return Err(DataplaneError::TooMany { what: "members of bonds", limit: MEMBERS });
+        }
+        let mut config = self.settings();
+        for (entry, (index, bond)) in config.members.iter_mut().zip(members) {
+            *entry = Member { index: *index, bond: *bond };
+        }
+        config.member_count = members.len() as u32;
         self.config.write(0, config);
         Ok(())
     }

@@ -40,6 +40,7 @@ fn make(outcome: Outcome, world: &mut World) -> Result<Exchange, Impossible> {
         Outcome::ReplyUnknown => {
             world.run(&Frame::new(ip.backend(1), SocketAddr::new(ip.vip(0), 5000)).bytes())
         }
+        Outcome::UnknownInterface => world.run(&Frame { tags: vec![(0x8100, 5)], ..syn }.bytes()),
         Outcome::ForwardedLocal => {
             world.dataplane.add_backend(9, ip.listener(), true);
             world.select(0, &[9]);

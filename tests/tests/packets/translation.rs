@@ -127,7 +127,7 @@ fn a_frame_longer_than_a_page_is_forwarded_like_any_other() {
 }
 
 #[test]
-fn frames_for_another_mac_interface_or_vlan_are_not_ours() {
+fn frames_for_another_mac_are_not_ours_and_those_by_another_interface_or_vlan_are_counted() {
     for ip in Ip::BOTH {
         let mut world = World::new(ip);
         let flow = world.establish(ip.client(1));
@@ -136,14 +136,31 @@ fn frames_for_another_mac_interface_or_vlan_are_not_ours() {
                 let exchange = world.run(&Frame { macs, ..frame.clone() }.bytes());
                 assert_eq!((exchange.outcome, exchange.service), (Outcome::NotOurs, None));
             }
+            let to_listener = frame.destination == ip.listener();
             let exchange = world.run(&Frame { tags: vec![(0x8100, 5)], ..frame }.bytes());
-            assert_eq!((exchange.outcome, exchange.service), (Outcome::NotOurs, None));
+            let counted = (Outcome::UnknownInterface, Some(0));
+            let expected = if to_listener { counted } else { (Outcome::NotOurs, None) };
+            assert_eq!((exchange.outcome, exchange.service), expected);
         }
         assert_eq!(world.slots().len(), 1);
 
         let mut world = World::build(&Shape { ports: vec![Shape::port(ELSEWHERE, &[])], ..Shape::new(ip) });
         let exchange = world.run(&Frame::syn(ip.client(2), ip.listener()).bytes());
-        assert_eq!(exchange.outcome, Outcome::NotOurs);
+        assert_eq!(exchange.outcome, Outcome::UnknownInterface);
+    }
+}
+
+/// A program on a bond runs on its members.
+#[test]
+fn what_comes_in_by_a_member_of_a_bond_comes_in_by_the_bond() {
+    for ip in Ip::BOTH {
+        let mut world = World::build(&Shape { ports: vec![Shape::port(ELSEWHERE, &[])], ..Shape::new(ip) });
+        world.dataplane.set_members(&[(LOOPBACK + 100, 77), (LOOPBACK, ELSEWHERE)]).unwrap();
+        let flow = world.establish(ip.client(1));
+        let exchange = world.run(&flow.from_backend().bytes());
+        assert!(!exchange.redirected, "the bond sends it by a member that it chooses");
+        world.dataplane.set_members(&[]).unwrap();
+        assert_eq!(world.run(&flow.from_client().bytes()).outcome, Outcome::UnknownInterface);
     }
 }
 
