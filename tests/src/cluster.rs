@@ -94,14 +94,23 @@ impl Cluster {
     /// # Errors
     /// Without root, or when something does not come up.
     pub fn start(shape: Shape, apiservers: u8) -> Result<Self> {
-        let mut cluster = Self::without_vips(shape, apiservers)?;
-        for vip in [cluster.vip4, cluster.vip6] {
-            cluster.lb.add_vip(vip)?;
-        }
-        cluster.count_resets()?;
+        let mut cluster = Self::without_servers(shape, apiservers)?;
         for apiserver in &mut cluster.apiservers {
             apiserver.start()?;
         }
+        Ok(cluster)
+    }
+
+    /// Builds the hosts and puts both VIPs on the load balancer; no stub runs.
+    ///
+    /// # Errors
+    /// Without root, or when `ip` or `nft` fails.
+    pub fn without_servers(shape: Shape, apiservers: u8) -> Result<Self> {
+        let cluster = Self::without_vips(shape, apiservers)?;
+        for vip in cluster.vips() {
+            cluster.lb.add_vip(vip)?;
+        }
+        cluster.count_resets()?;
         Ok(cluster)
     }
 
