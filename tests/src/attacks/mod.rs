@@ -13,4 +13,4 @@ pub use attacker::{Attacker, Forged, Noise, TooBig, flag};
 pub use flood::{Flooded, Kind, TooFew, flood};
 pub use pair::{Ended, Pair};
 pub use plain::PlainServer;
-pub use stall::stall_calls;
+pub use stall::{Call, stall_calls};
