@@ -7,7 +7,7 @@
 use std::{
     collections::HashSet,
     io::{Read as _, Write as _},
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Shutdown, SocketAddr, TcpStream},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -16,10 +16,12 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use lb_tests::{
     attacks::{
-        Arena, Attacker, Call, Ended, Forged, Kind, Noise, Pair, TooBig, flag, flood, flows, stall_calls,
+        Arena, Attacker, Call, Ended, FloodKind, Forged, Noise, Pair, Shuttle, TooBig, exchange_all, flag,
+        flood, flows, stall_calls,
     },
     daemon::{Daemon, Settings},
     lab::{capture::mac, eventually, process::said},
+    pattern::{self, Checker},
     stub::PORT,
 };
 
@@ -65,7 +67,7 @@ fn open(arena: &Arena, count: usize) -> Vec<Pair> {
 
 /// A byte passes each way on each.
 fn require_alive(pairs: &mut [Pair]) {
-    let failed: Vec<_> = pairs.iter_mut().filter_map(|pair| pair.exchange().err()).collect();
+    let failed = exchange_all(pairs);
     assert!(
         failed.is_empty(),
         "{} of {} connections do not live: {:#}",
@@ -599,18 +601,108 @@ fn floods_of_one_kind_at_a_time_go_unnoticed() {
     /// Frames a second.
     const RATE: u32 = 200_000;
     const TIME: Duration = Duration::from_secs(1);
+    /// Until SYNs have taken every slot, and two seconds more.
+    const SYN_TIME: Duration = Duration::from_secs(3);
     // A machine that is busy with this answers checks late.
     let patient = |settings: &mut Settings| settings.service = vec!["reset_after = \"30s\"".to_owned()];
     let arena = Arena::start(3, patient).unwrap();
     let mut failed = Vec::new();
-    for (number, kind) in Kind::ALL.into_iter().enumerate() {
+    for (number, kind) in FloodKind::ALL.into_iter().enumerate() {
         let vip = arena.cluster.vips()[number % 2];
         let mut victims = arena.open_and_exchange(vip, 20).unwrap();
-        let flooded = flood(&arena, kind, RATE, TIME, &mut victims).unwrap();
-        println!("{flooded:?}");
+        let time = if kind == FloodKind::Syn { SYN_TIME } else { TIME };
+        let flooded = flood(&arena, kind, RATE, time, &mut victims).unwrap();
+        println!("{flooded}");
         failed.extend(flooded.require_unnoticed().err().map(|error| error.to_string()));
     }
     assert!(failed.is_empty(), "{failed:#?}");
+}
+
+/// Bytes in each direction of a transfer: some thousand segments.
+const LENGTH: u64 = 2_000_000;
+
+/// Sends the pattern.
+fn speak(mut stream: &TcpStream) -> Result<()> {
+    let mut position = 0;
+    while position < LENGTH {
+        let piece = pattern::piece(position, LENGTH - position);
+        stream.write_all(&piece)?;
+        position += piece.len() as u64;
+    }
+    Ok(stream.shutdown(Shutdown::Write)?)
+}
+
+/// Reads the pattern to its end.
+fn listen(stream: &TcpStream) -> Result<()> {
+    stream.set_read_timeout(Some(MOMENT))?;
+    let position = Checker::default().check_all(stream)?;
+    ensure!(position == LENGTH, "{position} bytes of {LENGTH} arrived");
+    Ok(())
+}
+
+#[test]
+fn a_bad_path_changes_no_byte_and_every_close_frees_its_slot() {
+    transfer_on_a_bad_path(&[]);
+}
+
+#[test]
+fn blind_packets_change_no_byte_on_a_bad_path() {
+    transfer_on_a_bad_path(&[flag::ACK, flag::ACK | flag::PSH, flag::RST, flag::SYN, flag::ACK | flag::FIN]);
+}
+
+/// A client whose frames are lost, doubled and late; each connection carries megabytes both ways and is closed. Meanwhile
+/// segments with these flags are forged in its name.
+fn transfer_on_a_bad_path(attacks: &[u8]) {
+    let arena = Arena::start(3, |_| {}).unwrap();
+    let lab = &arena.cluster.lab;
+    let (front, beyond) = (arena.cluster.lb.link().unwrap().segment, lab.segment(3).unwrap());
+    let (mut far, mut between) = (lab.host("far").unwrap(), lab.host("between").unwrap());
+    lab.plug(&mut far, beyond, 7).unwrap();
+    lab.plug(&mut between, beyond, 8).unwrap();
+    lab.plug(&mut between, front, 8).unwrap();
+    // It is in the same subnet, by way of the shuttle.
+    far.ip("address flush dev eth0 scope global").unwrap();
+    far.ip(&format!("address add {}/24 dev eth0", front.v4(7))).unwrap();
+    far.ip(&format!("address add {}/64 dev eth0 nodad", front.v6(7))).unwrap();
+    let shuttle = Shuttle::start(&between).unwrap();
+    let mut pairs: Vec<Pair> =
+        arena.cluster.vips().into_iter().flat_map(|vip| arena.open_on(&far, vip, 3).unwrap()).collect();
+    require_alive(&mut pairs);
+    let over = AtomicBool::new(false);
+    let failed: Vec<_> = thread::scope(|scope| {
+        let attack = scope.spawn(|| {
+            let mut noise = Noise::new(11);
+            while !over.load(Ordering::Relaxed) {
+                for flags in attacks {
+                    for pair in &pairs {
+                        let segment = in_name(pair.from, pair.to.ip(), *flags, &mut noise);
+                        arena.beside_client.send(&segment).unwrap();
+                    }
+                }
+                thread::sleep(PAUSE / 10);
+            }
+        });
+        let ends = pairs.iter().flat_map(|pair| [&pair.client, &pair.server]);
+        let transfers: Vec<_> =
+            ends.flat_map(|end| [scope.spawn(|| speak(end)), scope.spawn(|| listen(end))]).collect();
+        let ended: Vec<_> = transfers.into_iter().map(|transfer| transfer.join().unwrap()).collect();
+        over.store(true, Ordering::Relaxed);
+        attack.join().unwrap();
+        ended.into_iter().filter_map(Result::err).collect()
+    });
+    let harm = shuttle.harm();
+    println!("{harm:?}");
+    assert!(failed.is_empty(), "{} of {}: {:#}", failed.len(), pairs.len() * 4, failed[0]);
+    for harm in [&harm.lost, &harm.doubled, &harm.late] {
+        assert!(harm.load(Ordering::Relaxed) > 50, "the path is not bad: {harm:?}");
+    }
+    let clients: Vec<_> = pairs.iter().map(|pair| pair.from).collect();
+    eventually(MOMENT, "no flow is listed that both ends have closed", || {
+        let listed = arena.flows_of(&clients)?;
+        ensure!(listed.is_empty(), "{listed:?}");
+        Ok(())
+    })
+    .unwrap();
 }
 
 /// The shortest `idle_timeout` that there is, and what the daemon needs to see that it is over.

@@ -99,8 +99,16 @@ impl Arena {
     /// # Errors
     /// When one cannot be opened.
     pub fn open(&self, vip: IpAddr, count: usize) -> Result<Vec<Pair>> {
+        self.open_on(&self.cluster.client, vip, count)
+    }
+
+    /// The same from another host.
+    ///
+    /// # Errors
+    /// As [`Arena::open`].
+    pub fn open_on(&self, host: &Host, vip: IpAddr, count: usize) -> Result<Vec<Pair>> {
         let to = SocketAddr::new(vip, PORT);
-        let clients = self.cluster.client.in_namespace(|| {
+        let clients = host.in_namespace(|| {
             (0..count).map(|_| Ok(TcpStream::connect_timeout(&to, ACCEPTED)?)).collect::<Result<Vec<_>>>()
         })??;
         self.pair(to, clients)

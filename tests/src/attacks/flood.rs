@@ -9,11 +9,15 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 
-use super::{Arena, Forged, Noise, Pair, TooBig, flag, flows};
+use super::{Arena, Flow, Forged, Noise, Pair, TooBig, exchange_all, flag, flows};
 use crate::lab::eventually;
 
 /// Different frames of a flood.
 const FRAMES: usize = 16_384;
+/// Different SYNs of a flood: more than there are slots, so that none is sent twice before all slots were taken.
+const SYNS: usize = 98_304;
+/// Of so many SYNs one is on a real flow.
+const SPARED: usize = 16;
 /// Real clients that connect at the same time.
 const TOGETHER: usize = 10;
 /// For real clients that were connected to be gone from the list of flows.
@@ -21,7 +25,7 @@ const GONE: Duration = Duration::from_secs(10);
 
 /// What a flood consists of. Numbers are always random.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum FloodKind {
     /// SYNs of strangers, and on real flows.
     Syn,
     /// Bare ACKs, in clients' names.
@@ -42,10 +46,9 @@ pub enum Kind {
     TooBig,
 }
 
-impl Kind {
-    /// All of them.
+impl FloodKind {
+    /// All of them; SYNs last, as they leave a table full of half-open flows.
     pub const ALL: [Self; 9] = [
-        Self::Syn,
         Self::Ack,
         Self::Data,
         Self::Reset,
@@ -54,6 +57,7 @@ impl Kind {
         Self::BackendData,
         Self::BackendFin,
         Self::TooBig,
+        Self::Syn,
     ];
 
     const fn flags(self) -> u8 {
@@ -83,7 +87,7 @@ impl Kind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flooded {
     /// What it consisted of.
-    pub kind: Kind,
+    pub kind: FloodKind,
     /// Frames.
     pub sent: u64,
     /// Flows that were open, and how many of them ended.
@@ -92,19 +96,17 @@ pub struct Flooded {
     pub refused: (usize, usize),
     /// Established flows afterwards that are nobody's.
     pub left: usize,
+    /// Half-open flows afterwards. They are taken when others need them, or forgotten after four minutes.
+    pub half_open: usize,
 }
 
-/// A flood of which real clients noticed something.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TooFew(pub Flooded);
-
-impl fmt::Display for TooFew {
+impl fmt::Display for Flooded {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Flooded { kind, sent, lost, refused, left } = &self.0;
+        let Self { kind, sent, lost, refused, left, half_open } = self;
         write!(
             formatter,
-            "{kind:?}: {} of {} flows ended, {} of {} new connections failed, {left} established flows are nobody's, \
-             after {sent} frames",
+            "{kind:?}: {} of {} flows ended, {} of {} new connections failed, {left} established and {half_open} half-open \
+             flows are nobody's, after {sent} frames",
             lost.1, lost.0, refused.1, refused.0
         )
     }
@@ -118,7 +120,7 @@ impl Flooded {
     pub fn require_unnoticed(&self) -> Result<()> {
         let (tried, failed) = self.refused;
         let unnoticed = self.lost.1 == 0 && self.left == 0 && failed * 100 <= tried;
-        ensure!(unnoticed, "{}", TooFew(self.clone()));
+        ensure!(unnoticed, "{self}");
         Ok(())
     }
 }
@@ -127,7 +129,13 @@ impl Flooded {
 ///
 /// # Errors
 /// When no frame can be made or sent.
-pub fn flood(arena: &Arena, kind: Kind, rate: u32, time: Duration, victims: &mut [Pair]) -> Result<Flooded> {
+pub fn flood(
+    arena: &Arena,
+    kind: FloodKind,
+    rate: u32,
+    time: Duration,
+    victims: &mut [Pair],
+) -> Result<Flooded> {
     let vip = victims.first().context("no victims")?.to.ip();
     let frames = frames(arena, kind, victims)?;
     let mut refused = (0, 0);
@@ -140,38 +148,41 @@ pub fn flood(arena: &Arena, kind: Kind, rate: u32, time: Duration, victims: &mut
         }
         attack.join().map_err(|_| anyhow!("the attacker panicked"))?
     })?;
-    let ended = victims.iter_mut().filter_map(|pair| pair.exchange().err()).count();
+    let ended = exchange_all(victims).len();
     let known: Vec<SocketAddr> = victims.iter().map(|pair| pair.from).collect();
-    let mut left = 0;
-    let _ = eventually(GONE, "only the victims' flows are established", || {
-        let is_left = |flow: &&super::Flow| {
-            flow.state == "established"
-                && flow.client.is_ipv4() == vip.is_ipv4()
-                && !known.contains(&flow.client)
+    let nobodys = |state: &str| -> Result<usize> {
+        let is_nobodys = |flow: &&Flow| {
+            flow.state == state && flow.client.is_ipv4() == vip.is_ipv4() && !known.contains(&flow.client)
         };
-        left = flows(&arena.daemon)?.iter().filter(is_left).count();
+        Ok(flows(&arena.daemon)?.iter().filter(is_nobodys).count())
+    };
+    // The real clients' are gone after a moment; what stays is counted.
+    let _ = eventually(GONE, "only the victims' flows are established", || {
+        let left = nobodys("established")?;
         ensure!(left == 0, "{left}");
         Ok(())
     });
-    Ok(Flooded { kind, sent, lost: (victims.len(), ended), refused, left })
+    let (left, half_open) = (nobodys("established")?, nobodys("half-open")?);
+    Ok(Flooded { kind, sent, lost: (victims.len(), ended), refused, left, half_open })
 }
 
-/// Half of them about the victims, half about flows that there are not.
-fn frames(arena: &Arena, kind: Kind, victims: &[Pair]) -> Result<Vec<Vec<u8>>> {
+/// Some of them are about the victims, the others about flows that there are not.
+fn frames(arena: &Arena, kind: FloodKind, victims: &[Pair]) -> Result<Vec<Vec<u8>>> {
     let mut noise = Noise::new(kind as u64);
     let to = victims[0].to;
     let segment = arena.cluster.lb.link()?.segment;
     let backends = victims.iter().map(|pair| pair.backend).collect::<Vec<_>>();
-    (0..FRAMES)
+    let (count, share) = if kind == FloodKind::Syn { (SYNS, SPARED) } else { (FRAMES, 2) };
+    (0..count)
         .map(|number| {
-            let victim = (number % 2 == 0).then(|| &victims[noise.below(victims.len())]);
+            let victim = number.is_multiple_of(share).then(|| &victims[noise.below(victims.len())]);
             let port = 1024 + noise.below(64_000) as u16;
             let host = 150 + noise.below(100) as u8;
             let stranger: IpAddr =
                 if to.is_ipv4() { segment.v4(host).into() } else { segment.v6(host).into() };
             let client = victim.map_or(SocketAddr::new(stranger, port), |pair| pair.from);
             let sequence = noise.number();
-            if kind == Kind::TooBig {
+            if kind == FloodKind::TooBig {
                 let error = TooBig { reporter: client.ip(), from: to, to: client, sequence, mtu: 1_300 };
                 return arena.attacker.too_big(arena.attacker.mac(), &error);
             }

@@ -6,11 +6,13 @@ mod attacker;
 mod flood;
 mod pair;
 mod plain;
+mod shuttle;
 mod stall;
 
 pub use arena::{Arena, Flow, ROOM, TOLD, flows};
 pub use attacker::{Attacker, Forged, Noise, TooBig, flag};
-pub use flood::{Flooded, Kind, TooFew, flood};
-pub use pair::{Ended, Pair};
+pub use flood::{FloodKind, Flooded, flood};
+pub use pair::{Ended, Pair, exchange_all};
 pub use plain::PlainServer;
+pub use shuttle::{Harm, Shuttle};
 pub use stall::{Call, stall_calls};

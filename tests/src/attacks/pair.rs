@@ -45,10 +45,11 @@ impl Pair {
     /// # Errors
     /// When one does not arrive, or another does.
     pub fn exchange(&mut self) -> Result<()> {
-        let (from, source) = (self.from, self.source);
-        pass(&mut self.client, &mut self.server, b'>')
-            .and_then(|()| pass(&mut self.server, &mut self.client, b'<'))
-            .with_context(|| format!("the connection of {from}, which its server sees as {source}"))
+        exchange_all(std::slice::from_mut(self)).pop().map_or(Ok(()), Err)
+    }
+
+    fn of(&self) -> String {
+        format!("the connection of {}, which its server sees as {}", self.from, self.source)
     }
 
     /// Waits until the client is told that it is over.
@@ -84,19 +85,48 @@ impl Pair {
     }
 }
 
-fn pass(from: &mut TcpStream, to: &mut TcpStream, byte: u8) -> Result<()> {
-    from.write_all(&[byte]).context("sending a byte")?;
-    to.set_read_timeout(Some(BYTE))?;
-    let mut received = [0];
-    to.read_exact(&mut received).context("waiting for a byte")?;
-    ensure!(received == [byte], "{received:?} arrived instead of {byte}");
+/// Sends a byte each way on each of them, all at the same time, and waits for all. Returns what failed, one for each
+/// connection on which something did.
+pub fn exchange_all(pairs: &mut [Pair]) -> Vec<anyhow::Error> {
+    let mut errors: Vec<Option<anyhow::Error>> = pairs.iter().map(|_| None).collect();
+    pass_all(pairs, &mut errors, b'>', |pair| (&mut pair.client, &mut pair.server));
+    pass_all(pairs, &mut errors, b'<', |pair| (&mut pair.server, &mut pair.client));
+    errors.into_iter().flatten().collect()
+}
+
+/// A byte one way on each of those that have no error yet.
+fn pass_all(
+    pairs: &mut [Pair],
+    errors: &mut [Option<anyhow::Error>],
+    byte: u8,
+    ends: impl Fn(&mut Pair) -> (&mut TcpStream, &mut TcpStream),
+) {
+    let mut each = |act: &dyn Fn(&mut Pair) -> Result<()>| {
+        for (pair, error) in pairs.iter_mut().zip(errors.iter_mut()).filter(|(_, error)| error.is_none()) {
+            *error = act(pair).err().map(|error| error.context(pair.of()));
+        }
+    };
+    each(&|pair| ends(pair).0.write_all(&[byte]).context("sending a byte"));
+    let deadline = Instant::now() + BYTE;
+    each(&|pair| {
+        let stream = ends(pair).1;
+        let mut received = [0];
+        set_deadline(stream, deadline)?;
+        stream.read_exact(&mut received).context("waiting for a byte")?;
+        ensure!(received == [byte], "{received:?} arrived instead of {byte}");
+        Ok(())
+    });
+}
+
+/// Reads of this socket fail from then on, but not before it was looked at.
+fn set_deadline(stream: &TcpStream, deadline: Instant) -> Result<()> {
+    const LOOK: Duration = Duration::from_millis(1);
+    stream.set_read_timeout(Some(deadline.saturating_duration_since(Instant::now()).max(LOOK)))?;
     Ok(())
 }
 
 fn told(stream: &mut TcpStream, deadline: Instant) -> Result<Ended> {
-    /// Also a client whose time is over is looked at.
-    const LOOK: Duration = Duration::from_millis(1);
-    stream.set_read_timeout(Some(deadline.saturating_duration_since(Instant::now()).max(LOOK)))?;
+    set_deadline(stream, deadline)?;
     match stream.read(&mut [0]) {
         Ok(0) => Ok(Ended::Closed),
         Ok(_) => bail!("got a byte instead"),
