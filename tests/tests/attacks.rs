@@ -623,6 +623,7 @@ const LENGTH: u64 = 2_000_000;
 
 /// Sends the pattern.
 fn speak(mut stream: &TcpStream) -> Result<()> {
+    stream.set_write_timeout(Some(MOMENT))?;
     let mut position = 0;
     while position < LENGTH {
         let piece = pattern::piece(position, LENGTH - position);
