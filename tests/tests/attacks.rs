@@ -142,12 +142,12 @@ fn nothing_that_is_blind_makes_an_established_flow() {
     while begin.elapsed() < WATCHED {
         let flows = arena.flows_of(&forged.iter().copied().collect::<Vec<_>>()).unwrap();
         listed = flows.len().max(listed);
-        for story in 0..STORIES.len() {
+        for (number, story) in STORIES.iter().enumerate() {
             let is_of = |flow: &&lb_tests::attacks::Flow| {
-                usize::from(flow.client.port() - 10_000) / 100 == story && flow.state != "half-open"
+                usize::from(flow.client.port() - 10_000) / 100 == number && flow.state != "half-open"
             };
             let made = flows.iter().filter(is_of).count();
-            assert_eq!(made, 0, "forged flows are more than half-open, by {}", STORIES[story].name);
+            assert_eq!(made, 0, "forged flows are more than half-open, by {}", story.name);
         }
         thread::sleep(PAUSE);
     }
