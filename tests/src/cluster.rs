@@ -127,6 +127,19 @@ impl Cluster {
         Ok(self)
     }
 
+    /// Builds the hosts and puts both VIPs on the load balancer; no stub runs.
+    ///
+    /// # Errors
+    /// Without root, or when `ip` or `nft` fails.
+    pub fn without_servers(shape: Shape, apiservers: u8) -> Result<Self> {
+        let cluster = Self::without_vips(shape, apiservers)?;
+        for vip in cluster.vips() {
+            cluster.lb.add_vip(vip)?;
+        }
+        cluster.count_resets()?;
+        Ok(cluster)
+    }
+
     /// Builds the hosts and starts the stubs; nobody has a VIP yet.
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 //! test panics; what a killed run left behind is removed by the next one ([`lab::Lab::new`]).
 
 mod aligned;
+pub mod attacks;
 mod background;
 pub mod cluster;
 pub mod daemon;

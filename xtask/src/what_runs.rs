@@ -21,7 +21,8 @@ const DEMO: [&str; 7] = [
     "tests/src/watches.rs",
 ];
 /// Those of the benchmarks, beside the same laboratory.
-const BENCH: [&str; 9] = [
+const BENCH: [&str; 10] = [
+    "tests/src/attacks",
     "tests/src/bin/sheave-bench.rs",
     "tests/src/dial.rs",
     "tests/src/failover",

@@ -22,6 +22,7 @@ use lb_common::{
     sequence::SendSequence,
 };
 use lb_tests::{
+    attacks::{Arena, FloodKind, Flooded, flood},
     cluster::{Cluster, Shape},
     failover, node,
 };
@@ -62,6 +63,18 @@ enum What {
     },
     /// How long failures last and whom they hit, with HAProxy beside it.
     Failover(failover::Options),
+    /// What real connections notice of floods of forged packets, one kind at a time.
+    Attack {
+        /// Seconds for each kind and family.
+        #[arg(long, default_value_t = 30)]
+        seconds: u64,
+        /// Packets a second.
+        #[arg(long, default_value_t = 200_000)]
+        rate: u32,
+        /// Flows that are open meanwhile and say nothing.
+        #[arg(long, default_value_t = 100)]
+        flows: usize,
+    },
     /// What the connect hook costs a node's clients, with no balancer, HAProxy and nginx beside it; and what a check
     /// costs an apiserver.
     Node(node::Options),
@@ -70,6 +83,7 @@ enum What {
 fn main() -> Result<()> {
     match Arguments::parse().what {
         What::Startup { rounds } => startup(rounds),
+        What::Attack { seconds, rate, flows } => attack(Duration::from_secs(seconds), rate, flows),
         What::Failover(options) => failover::run(&options),
         What::Node(options) => node::run(&options),
         What::Datapath { json, rounds, packets, flows, family } => {
@@ -100,6 +114,30 @@ struct Figure {
     flows: u32,
     ns: u32,
     empty_ns: u32,
+}
+
+/// Floods a daemon in the laboratory, and prints what became of real connections.
+fn attack(time: Duration, rate: u32, flows: usize) -> Result<()> {
+    let arena = Arena::start(3, |_| {})?;
+    println!(
+        "{:>5} {:>13} {:>10} {:>12} {:>14} {:>14} {:>10}",
+        "", "flood of", "frames", "flows lost", "new failed", "left over", "half-open"
+    );
+    for (family, vip) in ["ipv4", "ipv6"].into_iter().zip(arena.cluster.vips()) {
+        for kind in FloodKind::ALL {
+            let mut victims = arena.open_and_exchange(vip, flows)?;
+            let flooded = flood(&arena, kind, rate, time, &mut victims)?;
+            let Flooded { sent, lost, refused, left, half_open, .. } = flooded;
+            let of = |(all, failed): (usize, usize)| format!("{failed} of {all}");
+            println!(
+                "{family:>5} {:>13} {sent:>10} {:>12} {:>14} {left:>14} {half_open:>10}",
+                format!("{kind:?}"),
+                of(lost),
+                of(refused)
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Starts the daemon in the laboratory and has a client knock at the VIP until it is let in.

@@ -271,6 +271,15 @@ impl Lab {
         self.net.ip(&format!("link set {} {state}", link.port))
     }
 
+    /// Has the switch not learn from what a host sends, as from a port whose addresses are configured: frames in the
+    /// names of others take nothing away from these.
+    ///
+    /// # Errors
+    /// When the host has no link.
+    pub fn learn_nothing_from(&self, host: &Host) -> Result<()> {
+        self.net.ip(&format!("link set {} type bridge_slave learning off", host.link()?.port))
+    }
+
     /// Has a host send through its first link as a virtual machine does, and as every veth does by itself: nobody
     /// finishes the checksums, neither the host nor the switch towards it.
     ///

@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use etherparse::PacketBuilder;
 use lb_common::{meta::Kind, outcome::Outcome};
 use lb_tests::packets::{
-    ACK, Change, Fragment, Frame, Icmp, Ip, LB_MAC, LISTENER_PORT, PSH, ROUTER_MAC, SYN, Shape, World,
-    backend_mac, extension,
+    ACK, Change, Fragment, Frame, Icmp, Ip, LB_MAC, LISTENER_PORT, LOOPBACK, PSH, ROUTER_MAC, SYN, Shape,
+    World, backend_mac, extension,
 };
 
 /// An interface that packets are sent to and that does not have to exist for that.

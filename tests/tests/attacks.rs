@@ -1,0 +1,765 @@
+//! Forged packets, and real connections that must not notice them: each test is an attack that once succeeded.
+//!
+//! Blind means with random sequence and acknowledgement numbers: the attacker knows addresses and ports, and sees nothing.
+
+#![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
+
+use std::{
+    collections::HashSet,
+    io::{Read as _, Write as _},
+    net::{IpAddr, Shutdown, SocketAddr, TcpStream},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use lb_tests::{
+    attacks::{
+        Arena, Attacker, Call, Ended, FloodKind, Forged, Noise, Pair, Shuttle, TooBig, exchange_all, flag,
+        flood, flows, stall_calls,
+    },
+    daemon::{Daemon, Settings},
+    lab::{capture::mac, eventually, process::said},
+    pattern::{self, Checker},
+    stub::PORT,
+};
+
+/// For what a busy machine does in a second.
+const MOMENT: Duration = Duration::from_secs(10);
+/// What is asserted not to happen is watched for so long.
+const WATCHED: Duration = Duration::from_secs(2);
+/// Between two looks.
+const PAUSE: Duration = Duration::from_millis(50);
+/// After a RST that nobody contradicts a slot was once free, and its flow with it: 10 s and a turn of the daemon.
+const BEYOND_A_RESET: Duration = Duration::from_secs(13);
+/// The smallest flow table: forged flows fill it soon.
+const FEW_SLOTS: &str = "snat_ports = \"1024-5119\"";
+/// Its ports.
+const FEW_PORTS: std::ops::RangeInclusive<u16> = 1024..=5119;
+
+fn few_slots(settings: &mut Settings) {
+    settings.dataplane.push(FEW_SLOTS.to_owned());
+}
+
+/// Addresses in the segment that nobody has, with ports.
+fn strangers(arena: &Arena, vip: IpAddr, count: u16) -> Vec<SocketAddr> {
+    let segment = arena.cluster.lb.link().unwrap().segment;
+    let stranger = |number: u16| {
+        let host = 150 + (number % 100) as u8;
+        let address: IpAddr = if vip.is_ipv4() { segment.v4(host).into() } else { segment.v6(host).into() };
+        SocketAddr::new(address, 10_000 + number)
+    };
+    (0..count).map(stranger).collect()
+}
+
+/// A segment in a client's name, to the listener behind `vip`.
+fn in_name(from: SocketAddr, vip: IpAddr, flags: u8, noise: &mut Noise) -> Forged<'static> {
+    let (sequence, acknowledgement) = (noise.number(), noise.number());
+    Forged { from, to: SocketAddr::new(vip, PORT), flags, sequence, acknowledgement, payload: b"" }
+}
+
+/// Opens connections through both VIPs, on which a byte has passed each way.
+fn open(arena: &Arena, count: usize) -> Vec<Pair> {
+    let open = |vip| arena.open_and_exchange(vip, count).unwrap();
+    arena.cluster.vips().into_iter().flat_map(open).collect()
+}
+
+/// A byte passes each way on each.
+fn require_alive(pairs: &mut [Pair]) {
+    let failed = exchange_all(pairs);
+    assert!(
+        failed.is_empty(),
+        "{} of {} connections do not live: {:#}",
+        failed.len(),
+        pairs.len(),
+        failed[0]
+    );
+}
+
+/// What an attacker sends after a SYN, without having seen the answer.
+struct Story {
+    name: &'static str,
+    /// Flags, how far the sequence number is from the SYN's, and what is carried, of each segment after the SYN.
+    segments: &'static [(u8, u32, &'static [u8])],
+}
+
+const STORIES: &[Story] = &[
+    // Linux answers the last with a bare ACK, which the backend's proof once was.
+    Story {
+        name: "an ACK, then data far ahead without ACK",
+        segments: &[(flag::ACK, 1, b""), (flag::PSH, 1 << 30, b"forged")],
+    },
+    Story { name: "data with any ACK", segments: &[(flag::ACK | flag::PSH, 1, b"forged")] },
+    Story { name: "a FIN with any ACK", segments: &[(flag::ACK | flag::FIN, 1, b"")] },
+    Story {
+        name: "data without ACK",
+        segments: &[(flag::PSH, 1, b"forged"), (flag::PSH, 1 << 30, b"forged")],
+    },
+];
+
+/// SYNs alone.
+const NO_STORY: Story = Story { name: "nothing", segments: &[] };
+
+/// A handshake of which the attacker sees nothing, step by step for all of them.
+fn forge_handshakes(arena: &Arena, vip: IpAddr, from: &[SocketAddr], story: &Story, noise: &mut Noise) {
+    let begun: Vec<u32> = from.iter().map(|_| noise.number()).collect();
+    let answered = arena.packets("replied").unwrap() + from.len() as u64 / 2;
+    for (from, sequence) in from.iter().zip(&begun) {
+        let syn = Forged { sequence: *sequence, ..in_name(*from, vip, flag::SYN, noise) };
+        arena.attacker.send(&syn).unwrap();
+    }
+    eventually(MOMENT, "the backends answer", || {
+        let replied = arena.packets("replied")?;
+        ensure!(replied >= answered, "{replied} replies of {answered}");
+        Ok(())
+    })
+    .unwrap();
+    for (flags, ahead, payload) in story.segments {
+        for (from, sequence) in from.iter().zip(&begun) {
+            let segment = in_name(*from, vip, *flags, noise);
+            let sequence = sequence.wrapping_add(*ahead);
+            arena.attacker.send(&Forged { sequence, payload, ..segment }).unwrap();
+        }
+    }
+}
+
+#[test]
+fn nothing_that_is_blind_makes_an_established_flow() {
+    let arena = Arena::start(3, |_| {}).unwrap();
+    let mut noise = Noise::new(1);
+    for vip in arena.cluster.vips() {
+        for (number, story) in STORIES.iter().enumerate() {
+            let from = strangers(&arena, vip, 400);
+            let from = &from[number * 100..(number + 1) * 100];
+            forge_handshakes(&arena, vip, from, story, &mut noise);
+        }
+    }
+    let forged: HashSet<SocketAddr> =
+        arena.cluster.vips().into_iter().flat_map(|vip| strangers(&arena, vip, 400)).collect();
+    let begin = Instant::now();
+    let mut listed = 0;
+    while begin.elapsed() < WATCHED {
+        let flows = arena.flows_of(&forged.iter().copied().collect::<Vec<_>>()).unwrap();
+        listed = flows.len().max(listed);
+        for (number, story) in STORIES.iter().enumerate() {
+            let is_of = |flow: &&lb_tests::attacks::Flow| {
+                usize::from(flow.client.port() - 10_000) / 100 == number && flow.state != "half-open"
+            };
+            let made = flows.iter().filter(is_of).count();
+            assert_eq!(made, 0, "forged flows are more than half-open, by {}", story.name);
+        }
+        thread::sleep(PAUSE);
+    }
+    assert!(listed > 0, "the forged SYNs made no flow at all");
+}
+
+#[test]
+fn a_flood_of_blind_handshakes_leaves_room_for_real_clients() {
+    let arena = Arena::start(3, few_slots).unwrap();
+    let mut victims = open(&arena, 5);
+    let mut noise = Noise::new(2);
+    for vip in arena.cluster.vips() {
+        let from = strangers(&arena, vip, 8_000);
+        for some in from.chunks(1_000) {
+            forge_handshakes(&arena, vip, some, &STORIES[0], &mut noise);
+        }
+        let connected = arena.connected(vip, 20).unwrap();
+        assert_eq!(connected, 20, "of 20 real clients through {vip}");
+    }
+    require_alive(&mut victims);
+}
+
+/// Nobody's connection is gone from the list of flows for so long.
+fn watch_listed(arena: &Arena, pairs: &[Pair], time: Duration) {
+    let clients: Vec<_> = pairs.iter().map(|pair| pair.from).collect();
+    let begin = Instant::now();
+    while begin.elapsed() < time {
+        let listed = arena.flows_of(&clients).unwrap();
+        assert_eq!(listed.len(), clients.len(), "flows listed after {:?}", begin.elapsed());
+        thread::sleep(PAUSE * 4);
+    }
+}
+
+/// RSTs in the name of every backend to every slot.
+fn sweep(arena: &Arena, noise: &mut Noise) {
+    for vip in arena.cluster.vips() {
+        for apiserver in &arena.cluster.apiservers {
+            let from = SocketAddr::new(apiserver.host.address(vip).unwrap(), PORT);
+            for port in FEW_PORTS {
+                let to = SocketAddr::new(vip, port);
+                let segment = in_name(from, vip, flag::RST, noise);
+                arena.attacker.send(&Forged { to, ..segment }).unwrap();
+            }
+        }
+    }
+}
+
+/// A blind RST in the name of each client, and one in the name of its backend.
+fn reset_blindly(arena: &Arena, pairs: &[Pair], noise: &mut Noise) {
+    for pair in pairs {
+        let of_client = in_name(pair.from, pair.to.ip(), flag::RST, noise);
+        arena.attacker.send(&of_client).unwrap();
+        let of_backend = Forged { from: pair.backend, to: pair.source, ..of_client };
+        arena.attacker.send(&Forged { sequence: noise.number(), ..of_backend }).unwrap();
+    }
+}
+
+#[test]
+fn blind_resets_end_no_idle_connection_and_keep_no_client_from_being_told() {
+    let mut arena = Arena::start(3, few_slots).unwrap();
+    let mut noise = Noise::new(3);
+    let mut pairs = open(&arena, 10);
+    let swept = open(&arena, 10);
+    reset_blindly(&arena, &pairs, &mut noise);
+    pairs.extend(swept);
+    sweep(&arena, &mut noise);
+    watch_listed(&arena, &pairs, BEYOND_A_RESET);
+    // And a SYN, where a RST was seen and nothing since.
+    for pair in pairs.iter().step_by(2) {
+        arena.attacker.send(&in_name(pair.from, pair.to.ip(), flag::SYN, &mut noise)).unwrap();
+    }
+    // And more new flows than there are slots, which take what seems to be over.
+    for vip in arena.cluster.vips() {
+        for some in strangers(&arena, vip, 6_000).chunks(1_000) {
+            forge_handshakes(&arena, vip, some, &NO_STORY, &mut noise);
+        }
+    }
+    require_alive(&mut pairs);
+    reset_blindly(&arena, &pairs, &mut noise);
+    arena.cut_off_and_require_told(0, &mut pairs).unwrap();
+}
+
+#[test]
+fn a_blind_reset_and_a_syn_end_nothing_on_a_backend_that_drains() {
+    let arena = Arena::start(3, |_| {}).unwrap();
+    let mut noise = Noise::new(4);
+    let mut pairs = open(&arena, 12);
+    pairs.retain(|pair| pair.at == 0);
+    assert!(pairs.len() > 2, "{} connections at api-1", pairs.len());
+    let drained = arena.daemon.command("drain").unwrap().args(["api-1", "--all-services"]).output().unwrap();
+    assert!(drained.status.success(), "{}", said(&drained));
+    let targets: Vec<_> = pairs.iter().map(|pair| (pair.from, pair.to.ip())).collect();
+    let (over, (busy, idle)) = (AtomicBool::new(false), pairs.split_at_mut(targets.len() / 2));
+    thread::scope(|scope| {
+        let talk = scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                require_alive(busy);
+            }
+        });
+        for _ in 0..20 {
+            for (from, vip) in &targets {
+                for flags in [flag::RST, flag::SYN] {
+                    arena.attacker.send(&in_name(*from, *vip, flags, &mut noise)).unwrap();
+                }
+            }
+            thread::sleep(PAUSE);
+        }
+        over.store(true, Ordering::Relaxed);
+        talk.join().unwrap();
+    });
+    require_alive(idle);
+    require_alive(&mut pairs);
+}
+
+#[test]
+fn acks_from_another_mac_do_not_take_the_replies_away() {
+    /// How often the server says something.
+    const EVENTS: u8 = 40;
+    let arena = Arena::start(2, |_| {}).unwrap();
+    let mut noise = Noise::new(5);
+    let mut pairs = open(&arena, 3);
+    for event in 0..EVENTS {
+        for pair in &mut pairs {
+            // Several a second: a way back is followed at most once in one.
+            arena.attacker.send(&in_name(pair.from, pair.to.ip(), flag::ACK, &mut noise)).unwrap();
+            pair.server.write_all(&[event]).unwrap();
+        }
+        thread::sleep(PAUSE * 2);
+    }
+    for pair in &mut pairs {
+        let mut events = [0; EVENTS as usize];
+        pair.client.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
+        let read = pair.client.read_exact(&mut events);
+        read.with_context(|| format!("the events for {}: {events:?}", pair.from)).unwrap();
+        assert!(events.iter().copied().eq(0..EVENTS), "{events:?}");
+    }
+    require_alive(&mut pairs);
+}
+
+#[test]
+fn blind_acks_with_the_clients_mac_keep_no_client_from_being_told() {
+    let mut arena = Arena::start(3, |_| {}).unwrap();
+    let mut noise = Noise::new(6);
+    let mut pairs = open(&arena, 10);
+    for _ in 0..3 {
+        for pair in &pairs {
+            let segment = in_name(pair.from, pair.to.ip(), flag::ACK, &mut noise);
+            arena.beside_client.send(&segment).unwrap();
+        }
+    }
+    arena.cut_off_and_require_told(0, &mut pairs).unwrap();
+}
+
+#[test]
+fn data_forged_in_a_backends_name_does_not_veto_its_death() {
+    let mut arena = Arena::start(3, |_| {}).unwrap();
+    let mut noise = Noise::new(7);
+    let mut pairs = open(&arena, 10);
+    let targets: Vec<_> = pairs.iter().map(|pair| (pair.at, pair.backend, pair.source)).collect();
+    let backend_mac = mac(&arena.cluster.apiservers[0].host, "eth0").unwrap();
+    let attacker = Attacker::new(&arena.attacking, &arena.cluster.lb, "eth0").unwrap();
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                for (_, from, to) in targets.iter().filter(|(at, ..)| *at == 0) {
+                    for mac in [attacker.mac(), backend_mac] {
+                        let segment = in_name(*from, to.ip(), flag::ACK | flag::PSH, &mut noise);
+                        let forged = Forged { to: *to, payload: b"alive", ..segment };
+                        attacker.send_frame(&attacker.frame(mac, &forged).unwrap()).unwrap();
+                    }
+                }
+                thread::sleep(PAUSE * 10);
+            }
+        });
+        let told = arena.cut_off_and_require_told(0, &mut pairs);
+        over.store(true, Ordering::Relaxed);
+        told
+    })
+    .unwrap();
+}
+
+#[test]
+fn half_open_flows_do_not_keep_real_clients_from_being_told() {
+    /// A tenth of a second of resets.
+    const RATE: &str = "reset_rate = 50";
+    let mut arena = Arena::start(3, |settings| settings.service.push(RATE.to_owned())).unwrap();
+    let mut noise = Noise::new(8);
+    let mut pairs = open(&arena, 9);
+    for vip in arena.cluster.vips() {
+        let from = strangers(&arena, vip, 6_000);
+        for some in from.chunks(1_000) {
+            forge_handshakes(&arena, vip, some, &NO_STORY, &mut noise);
+        }
+    }
+    let backend = pairs.iter().find(|pair| pair.at == 0).unwrap().backend;
+    let half_open = flows(&arena.daemon).unwrap();
+    let half_open =
+        half_open.iter().filter(|flow| flow.state == "half-open" && flow.backend_address == backend);
+    let half_open = half_open.count();
+    assert!(half_open > 1_000, "only {half_open} half-open flows at {backend}");
+    arena.cut_off_and_require_told(0, &mut pairs).unwrap();
+}
+
+/// What a server's kernel believes of the path to this address.
+fn path_mtu(arena: &Arena, server: usize, to: IpAddr) -> Option<u32> {
+    let shown = arena.cluster.apiservers[server].host.run(&format!("ip route get {to}")).unwrap();
+    let after = shown.split_whitespace().skip_while(|word| *word != "mtu").skip(1);
+    after.filter(|word| *word != "lock").find_map(|mtu| mtu.parse().ok())
+}
+
+/// The sequence number of the next byte that the server of an open connection will send.
+fn next_number(arena: &Arena, pair: &mut Pair) -> u32 {
+    let watcher = Attacker::new(&arena.cluster.client, &arena.cluster.lb, "eth0").unwrap();
+    pair.exchange().unwrap();
+    watcher.next_number(pair.to, pair.from, MOMENT).unwrap()
+}
+
+#[test]
+fn nobody_narrows_the_path_of_others() {
+    let arena = Arena::start(2, |_| {}).unwrap();
+    let mut noise = Noise::new(9);
+    for vip in arena.cluster.vips() {
+        let mut pairs = arena.open_and_exchange(vip, 8).unwrap();
+        let client_mac = arena.beside_client.mac();
+        let translated = arena.packets("icmp_translated").unwrap();
+        for pair in &mut pairs {
+            // Nothing is on its way: the number of the next byte, which the client knows, is that of no packet.
+            let next = next_number(&arena, pair);
+            let guessed = std::iter::repeat_with(|| noise.number()).take(10);
+            for sequence in guessed.chain([next]) {
+                for mtu in [552, 600, 68, 1_280] {
+                    let error =
+                        TooBig { reporter: pair.from.ip(), from: pair.to, to: pair.from, sequence, mtu };
+                    let frame = arena.beside_client.too_big(client_mac, &error).unwrap();
+                    arena.beside_client.send_frame(&frame).unwrap();
+                }
+            }
+        }
+        require_alive(&mut pairs);
+        for pair in &pairs {
+            let mtu = path_mtu(&arena, pair.at, pair.source.ip());
+            let translated = arena.packets("icmp_translated").unwrap() - translated;
+            assert_eq!(mtu, None, "to {} at api-{}, {translated} translated", pair.source, pair.at + 1);
+        }
+    }
+}
+
+#[test]
+fn a_path_is_never_narrower_than_the_floor() {
+    let arena = Arena::start(1, |_| {}).unwrap();
+    for (vip, floor) in arena.cluster.vips().into_iter().zip([552, 1_280]) {
+        let mut pair = arena.open_and_exchange(vip, 1).unwrap().pop().unwrap();
+        let lost = next_number(&arena, &mut pair);
+        // The client stops to acknowledge, and says that what it does not acknowledge was too big.
+        arena.cluster.client.cut_off().unwrap();
+        pair.server.write_all(&[b'<'; 100]).unwrap();
+        let client_mac = arena.beside_client.mac();
+        for mtu in [1_400, 600, 68] {
+            let error =
+                TooBig { reporter: pair.from.ip(), from: pair.to, to: pair.from, sequence: lost, mtu };
+            let frame = arena.beside_client.too_big(client_mac, &error).unwrap();
+            arena.beside_client.send_frame(&frame).unwrap();
+        }
+        arena.cluster.client.reconnect().unwrap();
+        let mut rest = [0; 100];
+        pair.client.set_read_timeout(Some(MOMENT)).unwrap();
+        pair.client.read_exact(&mut rest).unwrap();
+        let mtu = path_mtu(&arena, pair.at, pair.source.ip());
+        // Believed, as it is about what is on its way.
+        assert!(mtu.is_some_and(|mtu| mtu >= floor), "{mtu:?} through {vip}");
+        pair.exchange().unwrap();
+    }
+}
+
+/// In which order the two ends of a connection go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    ClientFirst,
+    ServerFirst,
+    /// The client has said nothing, and the server's FIN is the first that it says.
+    ServerFirstInSilence,
+    ClientFirstInSilence,
+    /// Each has sent its FIN before it receives the other's.
+    Together,
+    TogetherInSilence,
+    /// The server goes on for a while after the client's FIN.
+    HalfClosed,
+}
+
+const ORDERS: [Order; 7] = [
+    Order::ClientFirst,
+    Order::ServerFirst,
+    Order::ServerFirstInSilence,
+    Order::ClientFirstInSilence,
+    Order::Together,
+    Order::TogetherInSilence,
+    Order::HalfClosed,
+];
+
+fn close(arena: &Arena, order: Order, pair: &mut Pair) -> Result<()> {
+    match order {
+        Order::ClientFirst | Order::ClientFirstInSilence | Order::HalfClosed => {
+            pair.close_client()?;
+            ensure!(pair.server_told(Instant::now() + MOMENT)? == Ended::Closed);
+            if order == Order::HalfClosed {
+                pair.server.write_all(b"<<")?;
+                pair.client.read_exact(&mut [0; 2])?;
+            }
+            pair.close_server()?;
+            ensure!(pair.client_told(Instant::now() + MOMENT)? == Ended::Closed);
+        }
+        Order::ServerFirst | Order::ServerFirstInSilence => {
+            pair.close_server()?;
+            ensure!(pair.client_told(Instant::now() + MOMENT)? == Ended::Closed);
+            pair.close_client()?;
+            ensure!(pair.server_told(Instant::now() + MOMENT)? == Ended::Closed);
+        }
+        Order::Together | Order::TogetherInSilence => {
+            arena.cluster.client.cut_off()?;
+            pair.close_client()?;
+            pair.close_server()?;
+            arena.cluster.client.reconnect()?;
+            ensure!(pair.client_told(Instant::now() + MOMENT)? == Ended::Closed);
+            ensure!(pair.server_told(Instant::now() + MOMENT)? == Ended::Closed);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_slot_is_free_after_an_orderly_close_in_any_order() {
+    let arena = Arena::start(3, |_| {}).unwrap();
+    let mut closed = Vec::new();
+    for vip in arena.cluster.vips() {
+        for order in ORDERS {
+            let silent = [Order::ServerFirstInSilence, Order::ClientFirstInSilence, Order::TogetherInSilence];
+            for mut pair in arena.open(vip, 3).unwrap() {
+                if !silent.contains(&order) {
+                    pair.exchange().unwrap();
+                }
+                close(&arena, order, &mut pair).with_context(|| format!("{order:?} {}", pair.from)).unwrap();
+                closed.push((order, pair.from, pair.at));
+            }
+        }
+    }
+    eventually(MOMENT, "no flow is listed that both ends have closed", || {
+        let clients: Vec<_> = closed.iter().map(|(_, from, _)| *from).collect();
+        let listed = arena.flows_of(&clients)?;
+        let orders: Vec<_> = closed
+            .iter()
+            .filter_map(|(order, from, _)| {
+                let flow = listed.iter().find(|flow| flow.client == *from)?;
+                Some((*order, from.is_ipv4(), flow.state.clone()))
+            })
+            .collect();
+        ensure!(orders.is_empty(), "{orders:?}");
+        Ok(())
+    })
+    .unwrap();
+
+    // A later connection from the same port is another one, and a backend in maint gets none.
+    let ordered = arena.daemon.command("maint").unwrap().args(["api-1", "--all-services"]).output().unwrap();
+    assert!(ordered.status.success(), "{}", said(&ordered));
+    let mut again = 0;
+    for (order, from, at) in closed {
+        // Where the client closed first its own port rests.
+        if at == 0 && matches!(order, Order::ServerFirst | Order::ServerFirstInSilence) {
+            let vip = arena.cluster.vips()[usize::from(from.is_ipv6())];
+            let mut pair = arena.open_from(from, vip).unwrap();
+            assert_ne!(pair.at, 0, "{order:?}: {from} is at a backend in maint");
+            pair.exchange().unwrap();
+            again += 1;
+        }
+    }
+    assert!(again > 0, "by chance nothing was at api-1");
+}
+
+#[test]
+fn a_start_that_stands_still_ends_no_flow() {
+    /// Two frequencies of the kernel's clock are as far apart in the 40 ms of a measurement.
+    const STALL: Duration = Duration::from_millis(400);
+    /// Of bpf(2), from its start on: until it has attached.
+    const CALLS: usize = 160;
+    let mut arena = Arena::start(2, |_| {}).unwrap();
+    let mut pairs = open(&arena, 10);
+    let mut stalled = Vec::new();
+    for round in 0..5 {
+        arena.daemon.process().kill().unwrap();
+        arena.daemon = again(&arena);
+        let pid = arena.daemon.process().pid();
+        // At one of the times when it reads the clock (all together would make up for each other), and at some other
+        // moments, which are others in each round.
+        let wanted = |call: Call| call.run == Some(round % 2) || call.number % 100 == 17 * round + 11;
+        stalled.extend(stall_calls(pid, CALLS, STALL, wanted).unwrap());
+        arena.daemon.wait_ready(2).unwrap();
+        watch_listed(&arena, &pairs, WATCHED);
+    }
+    println!("it stood still after {stalled:?}");
+    assert!(stalled.len() >= 5, "it stood still after {stalled:?}");
+    require_alive(&mut pairs);
+    arena.cluster.require_no_own_resets().unwrap();
+}
+
+/// The daemon once more, with the configuration that is there.
+fn again(arena: &Arena) -> Daemon {
+    let file = arena.cluster.daemon_directory().join("sheave.toml");
+    let text = std::fs::read_to_string(file).unwrap();
+    let program = arena.cluster.lb.command(lb_tests::daemon::program().unwrap());
+    Daemon::start_with(&arena.cluster.lb, arena.cluster.lab.directory(), |_| text, program).unwrap()
+}
+
+/// Ten thousand clients in one segment, each with a MAC of its own: every one is answered, though the host does not route.
+#[test]
+fn ten_thousand_neighbours_are_answered() {
+    const CLIENTS: u32 = 10_000;
+    let arena = Arena::start(2, |_| {}).unwrap();
+    arena.cluster.lb.namespace().sysctl("net/ipv4/ip_forward", "0").unwrap();
+    arena.cluster.lb.namespace().sysctl("net/ipv6/conf/all/forwarding", "0").unwrap();
+    let mut noise = Noise::new(10);
+    for vip in arena.cluster.vips() {
+        let neighbour = |number: u32| {
+            let [_, high, middle, low] = number.to_be_bytes();
+            [6, 0x77, u8::from(vip.is_ipv6()), high, middle, low]
+        };
+        let from = strangers(&arena, vip, CLIENTS as u16);
+        let mut answered = HashSet::new();
+        // A SYN that got lost is sent again, as a real client's would.
+        for _ in 0..3 {
+            for some in (0..CLIENTS).collect::<Vec<_>>().chunks(250) {
+                let mut missing = 0;
+                for number in some.iter().filter(|number| !answered.contains(&neighbour(**number))) {
+                    let syn = in_name(from[*number as usize], vip, flag::SYN, &mut noise);
+                    let frame = arena.attacker.frame(neighbour(*number), &syn).unwrap();
+                    arena.attacker.send_frame(&frame).unwrap();
+                    missing += 1;
+                }
+                let is_answer = |frame: &[u8]| frame.starts_with(&[6, 0x77, u8::from(vip.is_ipv6())]);
+                answered.extend(arena.attacker.arrivals(missing, PAUSE, is_answer));
+            }
+        }
+        assert_eq!(answered.len(), CLIENTS as usize, "neighbours answered through {vip}");
+        // And one more, who is real.
+        let mut pairs = arena.open_and_exchange(vip, 1).unwrap();
+        require_alive(&mut pairs);
+    }
+}
+
+#[test]
+fn floods_of_one_kind_at_a_time_go_unnoticed() {
+    /// Frames a second.
+    const RATE: u32 = 200_000;
+    const TIME: Duration = Duration::from_secs(1);
+    /// Until SYNs have taken every slot, and two seconds more.
+    const SYN_TIME: Duration = Duration::from_secs(3);
+    // A machine that is busy with this answers checks late.
+    let patient = |settings: &mut Settings| settings.service = vec!["reset_after = \"30s\"".to_owned()];
+    let arena = Arena::start(3, patient).unwrap();
+    let mut failed = Vec::new();
+    for (number, kind) in FloodKind::ALL.into_iter().enumerate() {
+        let vip = arena.cluster.vips()[number % 2];
+        let mut victims = arena.open_and_exchange(vip, 20).unwrap();
+        let time = if kind == FloodKind::Syn { SYN_TIME } else { TIME };
+        let flooded = flood(&arena, kind, RATE, time, &mut victims).unwrap();
+        println!("{flooded}");
+        failed.extend(flooded.require_unnoticed().err().map(|error| error.to_string()));
+    }
+    assert!(failed.is_empty(), "{failed:#?}");
+}
+
+/// Bytes in each direction of a transfer: some thousand segments.
+const LENGTH: u64 = 2_000_000;
+
+/// Sends the pattern.
+fn speak(mut stream: &TcpStream) -> Result<()> {
+    stream.set_write_timeout(Some(MOMENT))?;
+    let mut position = 0;
+    while position < LENGTH {
+        let piece = pattern::piece(position, LENGTH - position);
+        stream.write_all(&piece)?;
+        position += piece.len() as u64;
+    }
+    Ok(stream.shutdown(Shutdown::Write)?)
+}
+
+/// Reads the pattern to its end.
+fn listen(stream: &TcpStream) -> Result<()> {
+    stream.set_read_timeout(Some(MOMENT))?;
+    let position = Checker::default().check_all(stream)?;
+    ensure!(position == LENGTH, "{position} bytes of {LENGTH} arrived");
+    Ok(())
+}
+
+#[test]
+fn a_bad_path_changes_no_byte_and_every_close_frees_its_slot() {
+    transfer_on_a_bad_path(&[]);
+}
+
+#[test]
+fn blind_packets_change_no_byte_on_a_bad_path() {
+    transfer_on_a_bad_path(&[flag::ACK, flag::ACK | flag::PSH, flag::RST, flag::SYN, flag::ACK | flag::FIN]);
+}
+
+/// A client whose frames are lost, doubled and late; each connection carries megabytes both ways and is closed. Meanwhile
+/// segments with these flags are forged in its name.
+fn transfer_on_a_bad_path(attacks: &[u8]) {
+    let arena = Arena::start(3, |_| {}).unwrap();
+    let lab = &arena.cluster.lab;
+    let (front, beyond) = (arena.cluster.lb.link().unwrap().segment, lab.segment(3).unwrap());
+    let (mut far, mut between) = (lab.host("far").unwrap(), lab.host("between").unwrap());
+    lab.plug(&mut far, beyond, 7).unwrap();
+    lab.plug(&mut between, beyond, 8).unwrap();
+    lab.plug(&mut between, front, 8).unwrap();
+    // It is in the same subnet, by way of the shuttle.
+    far.ip("address flush dev eth0 scope global").unwrap();
+    far.ip(&format!("address add {}/24 dev eth0", front.v4(7))).unwrap();
+    far.ip(&format!("address add {}/64 dev eth0 nodad", front.v6(7))).unwrap();
+    let shuttle = Shuttle::start(&between).unwrap();
+    let mut pairs: Vec<Pair> =
+        arena.cluster.vips().into_iter().flat_map(|vip| arena.open_on(&far, vip, 3).unwrap()).collect();
+    require_alive(&mut pairs);
+    let over = AtomicBool::new(false);
+    let failed: Vec<_> = thread::scope(|scope| {
+        let attack = scope.spawn(|| {
+            let mut noise = Noise::new(11);
+            while !over.load(Ordering::Relaxed) {
+                for flags in attacks {
+                    for pair in &pairs {
+                        let segment = in_name(pair.from, pair.to.ip(), *flags, &mut noise);
+                        arena.beside_client.send(&segment).unwrap();
+                    }
+                }
+                thread::sleep(PAUSE / 10);
+            }
+        });
+        let ends = pairs.iter().flat_map(|pair| [&pair.client, &pair.server]);
+        let transfers: Vec<_> =
+            ends.flat_map(|end| [scope.spawn(|| speak(end)), scope.spawn(|| listen(end))]).collect();
+        let ended: Vec<_> = transfers.into_iter().map(|transfer| transfer.join().unwrap()).collect();
+        over.store(true, Ordering::Relaxed);
+        attack.join().unwrap();
+        ended.into_iter().filter_map(Result::err).collect()
+    });
+    let harm = shuttle.harm();
+    println!("{harm:?}");
+    assert!(failed.is_empty(), "{} of {}: {:#}", failed.len(), pairs.len() * 4, failed[0]);
+    for harm in [&harm.lost, &harm.doubled, &harm.late] {
+        assert!(harm.load(Ordering::Relaxed) > 50, "the path is not bad: {harm:?}");
+    }
+    let clients: Vec<_> = pairs.iter().map(|pair| pair.from).collect();
+    eventually(MOMENT, "no flow is listed that both ends have closed", || {
+        let listed = arena.flows_of(&clients)?;
+        ensure!(listed.is_empty(), "{listed:?}");
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// The shortest `idle_timeout` that there is, and what the daemon needs to see that it is over.
+const IDLE: Duration = Duration::from_secs(60 + 15);
+
+fn idle_arena(on_idle: Option<&str>) -> Result<Arena> {
+    Arena::start(2, |settings| {
+        settings.service.push("idle_timeout = \"1m\"".to_owned());
+        settings.service.extend(on_idle.map(|what| format!("on_idle = {what:?}")));
+    })
+}
+
+/// Waits until flows that are idle for too long are forgotten.
+fn wait_unlisted(arena: &Arena, pairs: &[Pair]) -> Result<()> {
+    let clients: Vec<_> = pairs.iter().map(|pair| pair.from).collect();
+    eventually(IDLE, "the idle flows are forgotten", || {
+        let listed = arena.flows_of(&clients)?;
+        ensure!(listed.is_empty(), "{} of {}", listed.len(), clients.len());
+        Ok(())
+    })
+}
+
+/// By default.
+fn both_ends_are_told() -> Result<()> {
+    let arena = idle_arena(None)?;
+    let mut pairs = open(&arena, 5);
+    wait_unlisted(&arena, &pairs)?;
+    let deadline = Instant::now() + MOMENT;
+    for pair in &mut pairs {
+        pair.client_told(deadline)?;
+        pair.server_told(deadline)?;
+    }
+    Ok(())
+}
+
+/// With `on_idle = "silent"`.
+fn neither_end_is_told() -> Result<()> {
+    let arena = idle_arena(Some("silent"))?;
+    let mut pairs = open(&arena, 5);
+    wait_unlisted(&arena, &pairs)?;
+    let until = Instant::now() + WATCHED;
+    for pair in &mut pairs {
+        ensure!(pair.client_told(until).is_err(), "the client {} was told", pair.from);
+        ensure!(pair.server_told(until).is_err(), "the server of {} was told", pair.source);
+    }
+    Ok(())
+}
+
+/// Both at the same time: each takes more than a minute.
+#[test]
+fn an_idle_timeout_is_told_to_both_ends_or_to_neither() {
+    let (told, silent) = thread::scope(|scope| {
+        let told = scope.spawn(both_ends_are_told);
+        let silent = neither_end_is_told();
+        (told.join().unwrap(), silent)
+    });
+    let said = |result: Result<()>| result.err().map(|error| format!("{error:#}"));
+    assert_eq!((said(told), said(silent)), (None, None), "by default, and with on_idle = \"silent\"");
+}
