@@ -1,5 +1,7 @@
 //! Interfaces that are not as one would like them: late, gone, back, in another network namespace.
 
+#![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
+
 use std::{path::PathBuf, process::Output, time::Duration};
 
 use anyhow::{Result, ensure};
