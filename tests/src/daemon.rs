@@ -210,14 +210,17 @@ impl Daemon {
     /// When the daemon ends, or it takes too long.
     pub fn wait_ready(&mut self, backends: usize) -> Result<()> {
         eventually(READY_LIMIT, &format!("{backends} backends are ready"), || {
-            self.require_running()?;
+            // There is nothing to wait for any more.
+            if let Err(ended) = self.require_running() {
+                return Ok(Err(ended));
+            }
             let status = self.status()?;
             for service in &status.services {
                 let ready = service.backends.iter().filter(|backend| backend.state == "ready").count();
                 ensure!(ready == backends, "{} has {ready} ready backends: {service:?}", service.name);
             }
-            Ok(())
-        })
+            Ok(Ok(()))
+        })?
     }
 
     /// Waits until a backend is in this state in every service that has it.

@@ -7,7 +7,7 @@ use std::{
     ops::RangeInclusive,
 };
 
-use aya::programs::{TestRun as _, TestRunOptions, Xdp};
+use aya::programs::{ProgramError, TestRun as _, TestRunOptions, Xdp};
 use aya_obj::programs::XdpAttachType;
 use lb_common::{
     flow::{Family, Slot, V4, V6},
@@ -217,7 +217,14 @@ impl World {
         self.run_behind(&[], frame)
     }
 
-    /// The same, with metadata in front of the frame, which takes room that the driver would lend.
+    /// Whether the kernel runs a program on frames with so many bytes of metadata in front: before 6.6 it takes 32.
+    pub fn takes_metadata(&mut self, bytes: usize) -> bool {
+        // A program that passes everything and counts nothing.
+        let program = self.dataplane.program("read_clock").unwrap();
+        try_test_run(program, &vec![0; bytes], &[0; 64]).is_ok()
+    }
+
+    /// [`World::run`] with metadata in front of the frame, which takes room that the driver would lend.
     pub fn run_behind(&mut self, metadata: &[u8], frame: &[u8]) -> Exchange {
         let (verdict, bytes) = test_run(self.dataplane.program("sheave").unwrap(), metadata, frame);
         let exchange = self.exchange(verdict, bytes);
@@ -464,6 +471,13 @@ impl Processor {
 
 /// Verdict and frame.
 fn test_run(program: &Xdp, metadata: &[u8], frame: &[u8]) -> (u32, Vec<u8>) {
+    let length = metadata.len() + frame.len();
+    try_test_run(program, metadata, frame)
+        .unwrap_or_else(|error| panic!("a test run with {length} bytes: {}", chain(&error)))
+}
+
+/// The same; an error when the kernel does not run a program on such a frame.
+fn try_test_run(program: &Xdp, metadata: &[u8], frame: &[u8]) -> Result<(u32, Vec<u8>), ProgramError> {
     let data = [metadata, frame].concat();
     // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
     let context: Vec<u8> = [metadata.len() as u32, data.len() as u32, 0, LOOPBACK, 0, 0]
@@ -471,17 +485,15 @@ fn test_run(program: &Xdp, metadata: &[u8], frame: &[u8]) -> (u32, Vec<u8>) {
         .flat_map(|word| word.to_ne_bytes())
         .collect();
     let mut bytes = vec![0; data.len() + 64];
-    let result = program
-        .test_run(TestRunOptions {
-            data_in: Some(&data),
-            data_out: Some(&mut bytes),
-            ctx_in: Some(&context),
-            ..TestRunOptions::default()
-        })
-        .unwrap_or_else(|error| panic!("a test run with {} bytes: {}", data.len(), chain(&error)));
+    let result = program.test_run(TestRunOptions {
+        data_in: Some(&data),
+        data_out: Some(&mut bytes),
+        ctx_in: Some(&context),
+        ..TestRunOptions::default()
+    })?;
     bytes.truncate(result.data_size_out as usize);
     bytes.drain(..metadata.len());
-    (result.return_value, bytes)
+    Ok((result.return_value, bytes))
 }
 
 const XDP_DROP: u32 = 1;

@@ -2,10 +2,11 @@
 //! `tests/src/bin/sheave-guest`.
 
 /// Every case, in the order in which they run.
-pub(super) const ALL: [&str; 26] = [
+pub(super) const ALL: [&str; 27] = [
     "load",
     "smoke",
     "packets",
+    "packets-more",
     "virtio-native-one-arm",
     "virtio-native-two-arms",
     "virtio-generic-one-arm",

@@ -224,7 +224,7 @@ fn note(column: &mut Column, said: Said, began: Instant, series: &str, expected:
         Said::Case { name, verdict, detail } => {
             let verdict = expected.judge(series, &name, verdict);
             let at = began.elapsed().as_secs();
-            println!("{series:6} {name:24} {:8} at {at} s {}", verdict.word(), report::beginning(&detail));
+            println!("{series:6} {name:24} {:8} at {at} s {}", verdict.word(), report::shortened(&detail));
             column.cases.insert(name, (verdict, detail));
         }
         Said::Begin(_) | Said::Done => {}
@@ -241,7 +241,7 @@ fn explain(columns: &[Column], expected: &Expected) {
                     "{series} {case} passes, but {} says that it fails ({reason}): remove this line",
                     expected::FILE
                 ),
-                _ => println!("{series} {case} failed: {}", report::beginning(detail)),
+                _ => println!("{series} {case} failed: {}", report::shortened(detail)),
             }
         }
     }

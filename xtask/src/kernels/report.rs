@@ -70,10 +70,16 @@ impl Said {
     }
 }
 
-/// As much of a detail as fits a few lines. The console's log has it all.
-pub(super) fn beginning(detail: &str) -> &str {
-    const LENGTH: usize = 400;
-    detail.char_indices().nth(LENGTH).map_or(detail, |(index, _)| &detail[..index])
+/// Both ends of a detail that is longer than a few lines: it begins with what was tried, and ends with why it failed, which
+/// may be a daemon's last words. The console's log has it all.
+pub(super) fn shortened(detail: &str) -> String {
+    const END: usize = 300;
+    let letters: Vec<char> = detail.chars().collect();
+    if letters.len() <= 2 * END {
+        return detail.to_owned();
+    }
+    let part = |letters: &[char]| letters.iter().collect::<String>();
+    format!("{} … {}", part(&letters[..END]), part(&letters[letters.len() - END..]))
 }
 
 /// One kernel's results.
@@ -149,6 +155,17 @@ mod tests {
         };
         assert_eq!(Said::parse("[ 9.9] sheave-guest: case bond failed curl: exit status 7"), Some(failed));
         assert_eq!(Said::parse("sheave-guest: done"), Some(Said::Done));
+    }
+
+    #[test]
+    fn a_long_detail_keeps_both_ends() {
+        assert_eq!(shortened("short"), "short");
+        let long = format!("begin {} end", "ü".repeat(1000));
+        let short = shortened(&long);
+        assert!(
+            short.starts_with("begin ü") && short.ends_with("ü end") && short.len() < long.len(),
+            "{short}"
+        );
     }
 
     #[test]

@@ -51,25 +51,36 @@ pub(crate) fn load() -> Result<()> {
     Ok(())
 }
 
-/// The tests that hand packets to the program with `BPF_PROG_TEST_RUN`.
-pub(crate) fn packets() -> Result<()> {
+/// Modules of the packet tests that look at what becomes of single packets: every outcome, every event, every kind of
+/// packet is in them.
+pub(crate) const DECISIONS: [&str; 7] =
+    ["budget::", "icmp::", "outcomes::", "refusal::", "routes::", "tags::", "translation::"];
+/// Those of what becomes of flows and tables, and those of hostile packets: minutes on emulated processors.
+pub(crate) const HISTORIES: [&str; 7] =
+    ["black_box::", "hostile::", "killed::", "selection::", "states::", "table::", "witness::"];
+
+/// The tests of some modules that hand packets to the program with `BPF_PROG_TEST_RUN`.
+pub(crate) fn packets(modules: &[&str]) -> Result<()> {
     let mut child = Command::new(PACKETS)
         .arg("--nocapture")
+        .args(modules)
         .args(HOST_ONLY.iter().flat_map(|name| ["--skip", name]))
         .env("RUST_TEST_THREADS", "2")
         .stdout(Stdio::piped())
         .spawn()
         .context("starting the packet tests")?;
     let output = child.stdout.take().context("the tests have no output")?;
-    let mut failed = Vec::new();
+    let (mut failed, mut passed) = (Vec::new(), 0);
     for line in BufReader::new(output).lines() {
         let line = line?;
         println!("{line}");
         let name = line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED"));
         failed.extend(name.map(str::to_owned));
+        passed += usize::from(line.ends_with(" ... ok"));
     }
     let status = child.wait()?;
     ensure!(status.success(), "{status}: {}", failed.join(" "));
+    ensure!(passed > 0, "no packet test has a name with any of {modules:?}");
     Ok(())
 }
 
@@ -117,4 +128,26 @@ pub(crate) fn smoke() -> Result<()> {
     ensure!(unloaded.status.success(), "unload: {}", String::from_utf8_lossy(&unloaded.stderr));
     ensure!(!has_xdp(&cluster.lb, interface)?, "the program is still on {interface} after `unload`");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, path::Path};
+
+    use super::*;
+
+    /// A module that is in neither list would be tried in no kernel but the host's.
+    #[test]
+    fn every_module_of_the_packet_tests_is_in_one_of_the_lists() {
+        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/packets");
+        let there: BTreeSet<_> = std::fs::read_dir(directory)
+            .unwrap()
+            .filter_map(|entry| Some(format!("{}::", entry.unwrap().path().file_stem()?.to_str()?)))
+            .filter(|module| module != "main::")
+            .collect();
+        let listed: BTreeSet<_> =
+            DECISIONS.iter().chain(&HISTORIES).map(|module| (*module).to_owned()).collect();
+        assert_eq!(listed, there);
+        assert_eq!(listed.len(), DECISIONS.len() + HISTORIES.len(), "none is in both");
+    }
 }

@@ -22,7 +22,8 @@ pub(crate) fn find(name: &str) -> Option<Case> {
     Some(match name {
         "load" => Box::new(basics::load),
         "smoke" => Box::new(basics::smoke),
-        "packets" => Box::new(basics::packets),
+        "packets" => Box::new(|| basics::packets(&basics::DECISIONS)),
+        "packets-more" => Box::new(|| basics::packets(&basics::HISTORIES)),
         _ => {
             let trial = trial(name)?;
             Box::new(move || trial.run())
