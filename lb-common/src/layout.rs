@@ -35,8 +35,9 @@ pub const INTERFACES: usize = 32;
 pub const MEMBERS: usize = 32;
 /// Sockets of the connect hook that are known by cookie, at most. Sockets beyond these are only counted.
 pub const FOLLOWED: u32 = 65_536;
-/// Learned next hops, 0 included, which says "not known".
-pub const NEXT_HOPS: u32 = 4096;
+/// Learned next hops: a power of two, 256 KiB. Index 0 says "not known", and the rest of its bucket is not used either, see
+/// [`crate::next_hop`].
+pub const NEXT_HOPS: u32 = 32_768;
 /// Words of one half of a selection table: one byte an entry.
 pub const SELECTION_WORDS: u32 = crate::maglev::TABLE_SIZE.div_ceil(8);
 /// Selection tables: two halves for each service and family.

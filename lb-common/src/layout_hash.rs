@@ -23,6 +23,7 @@ use crate::{
     },
     maglev::TABLE_SIZE,
     meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_FIN, Kind, Meta, NUMBERED, RESET, RETRANSMITTED, SYN_ACK},
+    next_hop::{BUCKET, UNNAMED},
 };
 
 /// An arbitrary key.
@@ -159,6 +160,8 @@ fn limits(digest: Digest) -> Digest {
         ("members", MEMBERS as u64),
         ("followed sockets", FOLLOWED.into()),
         ("next hops", NEXT_HOPS.into()),
+        ("next hops of a bucket", BUCKET.into()),
+        ("unnamed next hop", UNNAMED),
         ("selection words", SELECTION_WORDS.into()),
         ("selection halves", SELECTION_HALVES.into()),
         ("selection entries", TABLE_SIZE.into()),

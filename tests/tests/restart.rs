@@ -330,7 +330,7 @@ fn a_flow_table_that_does_not_fit_is_refused_with_what_is_different() {
     fs::remove_file(&pin).unwrap();
     Array::<MapData, u64>::create(7, 0).unwrap().pin(&pin).unwrap();
     let message = refused(&cluster, &settings);
-    assert!(message.contains("map NEXT_HOP") && message.contains("entries 7 instead of 4096"), "{message}");
+    assert!(message.contains("map NEXT_HOP") && message.contains("entries 7 instead of 32768"), "{message}");
     require_served(&cluster, 10);
 
     let _daemon = start_again(&cluster, &["--replace-layout"]);

@@ -30,6 +30,7 @@ mod sources;
 mod status;
 mod steps;
 mod transitions;
+mod ways_back;
 mod witness;
 
 use std::{
@@ -67,7 +68,7 @@ pub use hash_key::{HashKeyError, load as load_hash_key};
 pub use hook::HOOK;
 use hook::Hook;
 use journal::Journal;
-use next_hops::{Found, Hop, LearnedHops};
+use next_hops::{Found, Hop};
 use orders::Orders;
 pub use plan::{Plan, snat_addresses};
 use ports::Ports;
@@ -80,6 +81,7 @@ use services::Services;
 use sockets::{Sockets, reported};
 use sources::{Taken, news};
 use steps::{RETIRED_IDLE, idle_policy};
+use ways_back::LearnedHops;
 use witness::Witness;
 
 /// How often the data path is asked what it has noticed.
@@ -883,18 +885,6 @@ impl Controller {
         backend.way = way;
     }
 
-    fn correct_learned_hops(&mut self) {
-        let entries = self.dataplane.learned_hops();
-        let neighbours = self.network.neighbours();
-        for (index, mac, port) in self.learned.review(&entries, &self.ports.interfaces(), &neighbours) {
-            tracing::info!(
-                "a neighbour that replies to clients leave by has the MAC address {} now",
-                crate::network::display_mac(&mac)
-            );
-            self.dataplane.correct_learned_hop(index, (mac, port));
-        }
-    }
-
     /// What is done every second, and what is done every so many.
     async fn turn(&mut self) {
         self.last_turn = Instant::now();
@@ -902,6 +892,7 @@ impl Controller {
         self.end_drains();
         self.begin_queued_reload();
         self.review_sources().await;
+        self.find_ways_back().await;
         if self.turns.is_multiple_of(REAP_EVERY) {
             self.reap();
         }
@@ -911,7 +902,7 @@ impl Controller {
             self.correct_learned_hops();
             self.attach_to_returned().await;
             self.look_at_veths().await;
-            self.dataplane.forget_learned_hops();
+            self.age_learned_hops();
             self.count_strangers();
         }
         if self.turns % CLEAR_MARKS_EVERY == CLEAR_MARKS_EVERY - 1

@@ -1,6 +1,6 @@
-//! Where frames to backends and back to clients go first, as neighbours come, go and change. Pure.
+//! Where frames to backends go first, as neighbours come, go and change. Pure.
 
-use std::{collections::HashMap, net::IpAddr};
+use std::net::IpAddr;
 
 use crate::network::{Mac, display_mac};
 
@@ -93,57 +93,12 @@ impl Way {
     }
 }
 
-/// The ways back to clients that the data path has learned, and whose they are.
-#[derive(Debug, Default)]
-pub(super) struct LearnedHops {
-    /// The neighbours that an entry's MAC address belonged to when it was last seen, by index of the entry.
-    owners: HashMap<usize, Vec<IpAddr>>,
-}
-
-/// An entry of the data path's table: index, MAC address and number of the port.
-pub(super) type Entry = (usize, Mac, usize);
-
-impl LearnedHops {
-    /// Looks at the `entries` against the kernel's `neighbours` (interface, address, MAC address); `interfaces` has
-    /// the interface of each port. Returns the entries that must be changed, as they must be.
-    ///
-    /// An entry is changed when nobody on its link has its MAC address any more and the neighbour who had it now has
-    /// another. A neighbour that merely left the kernel's table may well be there.
-    pub(super) fn review(
-        &mut self,
-        entries: &[Entry],
-        interfaces: &[u32],
-        neighbours: &[(u32, IpAddr, Mac)],
-    ) -> Vec<Entry> {
-        let mut by_mac: HashMap<(u32, Mac), Vec<IpAddr>> = HashMap::new();
-        let mut by_address = HashMap::new();
-        for (interface, address, mac) in neighbours {
-            by_mac.entry((*interface, *mac)).or_default().push(*address);
-            by_address.insert((*interface, *address), *mac);
-        }
-        let mut corrections = Vec::new();
-        for (index, mac, port) in entries {
-            let Some(interface) = interfaces.get(*port) else { continue };
-            if let Some(owners) = by_mac.get(&(*interface, *mac)) {
-                self.owners.insert(*index, owners.clone());
-                continue;
-            }
-            let owners = self.owners.get(index).into_iter().flatten();
-            if let Some(now) = owners.filter_map(|owner| by_address.get(&(*interface, *owner))).next() {
-                corrections.push((*index, *now, *port));
-            }
-        }
-        corrections
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     const OLD: Mac = [2, 0, 0, 0, 0, 1];
     const NEW: Mac = [2, 0, 0, 0, 0, 2];
-    const OTHER: Mac = [2, 0, 0, 0, 0, 3];
 
     fn neighbour(last: u8) -> IpAddr {
         [10, 0, 0, last].into()
@@ -177,34 +132,5 @@ mod tests {
         let lost = known.after(Found::Lost("no route".to_owned()));
         assert_eq!(lost.next_hop(), None);
         assert_eq!(lost.news(&known).unwrap(), ("there is no way to it: no route".to_owned(), true));
-    }
-
-    #[test]
-    fn replies_follow_a_router_that_has_a_new_mac_address() {
-        let mut learned = LearnedHops::default();
-        let entry = [(7, OLD, 0)];
-        let before = [(2, neighbour(1), OLD), (2, neighbour(5), OTHER)];
-        assert_eq!(learned.review(&entry, &[2], &before), []);
-        let after = [(2, neighbour(1), NEW), (2, neighbour(5), OTHER)];
-        assert_eq!(learned.review(&entry, &[2], &after), [(7, NEW, 0)]);
-        assert_eq!(learned.review(&[(7, NEW, 0)], &[2], &after), []);
-    }
-
-    #[test]
-    fn an_entry_stays_while_somebody_has_its_mac_address_or_nobody_is_known_to_have_moved() {
-        let mut learned = LearnedHops::default();
-        let entry = [(7, OLD, 0)];
-        let both = [(2, neighbour(1), OLD), (2, neighbour(2), OLD)];
-        assert_eq!(learned.review(&entry, &[2], &both), []);
-        let one_moved = [(2, neighbour(1), NEW), (2, neighbour(2), OLD)];
-        assert_eq!(learned.review(&entry, &[2], &one_moved), [], "the other address is still there");
-        assert_eq!(learned.review(&entry, &[2], &[]), [], "forgotten by the kernel, not gone");
-        let elsewhere = [(3, neighbour(2), NEW)];
-        assert_eq!(learned.review(&entry, &[2], &elsewhere), [], "the same address on another link");
-        assert_eq!(
-            LearnedHops::default().review(&entry, &[2], &one_moved[..1]),
-            [],
-            "never seen: a stranger"
-        );
     }
 }

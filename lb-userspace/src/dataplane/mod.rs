@@ -63,6 +63,8 @@ use grace::Grace;
 pub use grace::wait as wait_grace_period;
 pub use hook::sets_error;
 pub use known::{Known, KnownBackend, KnownListener, Previous, usable_ports};
+use learned::Ageing;
+pub use learned::{LEARNED_HOPS_MAX, Unremembered};
 pub use list::{Cursor, FlowState, ListedFlow};
 pub use mapped::Mapped;
 use pins::Definition;
@@ -154,6 +156,8 @@ pub struct Dataplane {
     /// The clock when the maps were there.
     loaded: Reading,
     grace: Grace,
+    /// Of the learned ways back to clients.
+    ageing: Ageing,
     /// Idle timeouts of the flows of listeners that belong to no service any more, by listener id.
     kept_idle: BTreeMap<u16, IdlePolicy>,
     /// Idle timeouts as the last look through the flow table had them, by listener id.
@@ -278,6 +282,7 @@ impl Dataplane {
             ticks: Ticks { frequency: 250 },
             loaded: Reading { jiffies: 0, before: Instant::now(), after: Instant::now() },
             grace: Grace::default(),
+            ageing: Ageing::default(),
             kept_idle: BTreeMap::new(),
             idle_units: Vec::new(),
             attached: Vec::new(),

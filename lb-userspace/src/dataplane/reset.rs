@@ -14,6 +14,7 @@ use lb_common::{
     kill::{is_resettable, kill, reset_number},
     layout::{self, INTERFACES, NextHop, Numbers, WAYS, backend_flag},
     meta::{Kind, Meta},
+    next_hop::UNNAMED,
 };
 
 use super::{
@@ -352,7 +353,7 @@ impl Lookup<'_> {
         if index == 0 {
             return NextHop::UNKNOWN;
         }
-        NextHop(maps.next_hops.get(usize::from(index)).map_or(0, |hop| hop.load()))
+        NextHop(maps.next_hops.get(usize::from(index)).map_or(0, |hop| hop.load() & !UNNAMED))
     }
 
     fn hop(&self, hop: NextHop) -> Option<Hop> {

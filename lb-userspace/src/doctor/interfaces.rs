@@ -7,6 +7,7 @@ use aya::programs::loaded_programs;
 use super::{Finding, failure, note, ok, warning};
 use crate::{
     config::{Config, XdpMode},
+    dataplane::LEARNED_HOPS_MAX,
     network::{
         Interface, Kind, Network, Port, TagProtocol, XdpAttachMode, mode_for,
         offloads::{self, Switched},
@@ -87,8 +88,9 @@ pub(super) async fn examine(network: &Network, ports: &[Port], config: Option<&C
         findings.extend(arrangements.map(|what| note(subject(&interface), what)));
         findings.extend(devices.iter().filter_map(reverse_path_filter));
     }
-    findings.push(note("ip_forward", "not needed: packets are forwarded before the kernel's routing, but for replies to clients behind more \
-         than 4,095 neighbours at once"));
+    findings.push(note("ip_forward", format!("not needed: packets are forwarded before the kernel's routing, and replies to clients leave by \
+         the neighbours that their packets came from. Only with clients behind more than {LEARNED_HOPS_MAX} neighbours at once the replies to \
+         further ones are routed by the kernel, which takes ip_forward = 1")));
     findings
 }
 

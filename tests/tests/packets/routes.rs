@@ -1,7 +1,11 @@
 //! By which interface and which neighbour a packet leaves.
 
+use std::net::SocketAddr;
+
 use lb_common::{
     layout::{NEXT_HOPS, NextHop},
+    meta::Meta,
+    next_hop::UNNAMED,
     outcome::{Event, Outcome},
 };
 use lb_tests::{
@@ -58,23 +62,120 @@ pub(crate) fn fill_learned_hops(world: &mut World) {
     }
 }
 
+/// A neighbour's MAC address, each number another one.
+fn neighbour(number: u32) -> [u8; 6] {
+    let [a, b, c, d] = number.to_be_bytes();
+    [2, 0x10, a, b, c, d]
+}
+
 #[test]
-fn ways_back_that_no_flow_needs_are_forgotten_when_the_table_fills_up() {
+fn ten_thousand_neighbours_on_one_segment_are_all_answered_by_their_own_mac_address() {
+    const NEIGHBOURS: u32 = 10_000;
+    for ip in Ip::BOTH {
+        let mut world = World::new(ip);
+        let flows: Vec<_> = (0..NEIGHBOURS)
+            .map(|number| {
+                let syn = Frame {
+                    macs: (neighbour(number), LB_MAC),
+                    ..Frame::syn(ip.client(number), ip.listener())
+                };
+                let exchange = world.run(&syn.bytes());
+                assert_eq!(exchange.outcome, Outcome::Forwarded, "{ip:?} {number}");
+                assert!(
+                    !exchange.events.contains(&Event::NextHopOverflow),
+                    "{ip:?} {number} of {NEIGHBOURS}"
+                );
+                world.flow(ip.client(number), ip.listener(), &exchange)
+            })
+            .collect();
+        for (number, flow) in (0..).zip(&flows) {
+            let seen = world.run(&flow.syn_ack().bytes()).seen();
+            assert_eq!((seen.macs, seen.destination), ((LB_MAC, neighbour(number)), flow.client));
+        }
+        assert_eq!(world.dataplane.learned_hops().len(), NEIGHBOURS as usize);
+    }
+}
+
+/// Ends a client's flow as the daemon does.
+fn free(world: &World, client: SocketAddr) {
+    let slot = world.slots().into_iter().find(|slot| slot.client == client).unwrap();
+    world.change(&slot, Change::Word(Meta::FREE));
+}
+
+#[test]
+fn ways_back_that_no_flow_names_are_forgotten_at_the_second_look() {
+    for ip in Ip::BOTH {
+        let mut world = World::new(ip);
+        let flow = world.establish(ip.client(1));
+        let (named, ..) = world.dataplane.learned_hops()[0];
+        let stranger = Frame { macs: (neighbour(3), LB_MAC), ..Frame::syn(ip.client(3), ip.listener()) };
+        world.run(&stranger.bytes());
+        let unnamed =
+            world.dataplane.learned_hops().into_iter().find(|(index, ..)| *index != named).unwrap().0;
+        assert_eq!(world.dataplane.age_learned_hops().unwrap(), [] as [usize; 0], "named");
+        free(&world, ip.client(3));
+
+        assert_eq!(world.dataplane.age_learned_hops().unwrap(), [] as [usize; 0], "the first look");
+        assert_eq!(world.dataplane.learned_hops().len(), 2);
+        // Its own neighbour takes it again, and no flow names it once more.
+        world.run(&stranger.bytes());
+        assert_eq!(world.dataplane.age_learned_hops().unwrap(), [] as [usize; 0], "named between the looks");
+        free(&world, ip.client(3));
+        assert_eq!(world.dataplane.age_learned_hops().unwrap(), [] as [usize; 0], "the first look again");
+        assert_eq!(world.dataplane.age_learned_hops().unwrap(), [unnamed]);
+
+        let seen = world.run(&flow.from_backend().bytes()).seen();
+        assert_eq!(seen.macs, (LB_MAC, ROUTER_MAC));
+        assert_eq!(world.dataplane.learned_hops(), [(named, ROUTER_MAC, 0)]);
+    }
+}
+
+#[test]
+fn a_way_back_that_is_about_to_be_forgotten_still_leads_back() {
     for ip in Ip::BOTH {
         let mut world = World::new(ip);
         let flow = world.establish(ip.client(1));
         let hops = world.dataplane.map::<u64>("NEXT_HOP").unwrap();
-        let fill = |up_to: u32| {
-            for index in (1..up_to as usize).filter(|index| hops.read(*index) == Some(0)) {
-                hops.write(index, NextHop::new(index as u64 | 1 << 40, 0).0);
-            }
-        };
-        fill(NEXT_HOPS / 2);
-        assert_eq!(world.dataplane.forget_learned_hops(), 0, "there is room");
-        fill(NEXT_HOPS);
-        assert_eq!(world.dataplane.forget_learned_hops(), NEXT_HOPS as usize - 2);
-        assert_eq!(world.run(&flow.from_backend().bytes()).outcome, Outcome::Replied);
-        assert_eq!(world.dataplane.learned_hops().len(), 1);
+        let (index, ..) = world.dataplane.learned_hops()[0];
+        let word = hops.read(index).unwrap();
+        hops.write(index, word | UNNAMED);
+        assert_eq!(world.run(&flow.from_backend().bytes()).seen().macs, (LB_MAC, ROUTER_MAC));
+        assert_eq!(world.dataplane.learned_hops(), [(index, ROUTER_MAC, 0)]);
+        // The client's next packet that is looked at takes the mark off and stays with the entry.
+        world.change(&world.taken(&flow), Change::Older(1));
+        world.run(&flow.from_client().bytes());
+        assert_eq!(hops.read(index), Some(word));
+        assert_eq!(world.dataplane.learned_hops(), [(index, ROUTER_MAC, 0)]);
+    }
+}
+
+#[test]
+fn a_way_back_that_the_daemon_found_is_used_while_the_slot_is_the_same_flows() {
+    for ip in Ip::BOTH {
+        let mut world = World::new(ip);
+        fill_learned_hops(&mut world);
+        let (one, other) = (ip.client(1), ip.client(2));
+        let flow = world.open(one, ip.listener());
+        assert!(world.run(&flow.syn_ack().bytes()).outcome == Outcome::NextHopUnknown);
+        let unremembered = world.dataplane.unremembered_flows(10);
+        let [found] = unremembered[..] else { panic!("{unremembered:?}") };
+        assert_eq!((found.client, found.listener), (one.ip(), ip.vip(0)));
+        assert!(!world.dataplane.remember_next_hop(&found, (ROUTER_MAC, 0)), "the table is full");
+
+        // Room far from the neighbour's own buckets.
+        let hops = world.dataplane.map::<u64>("NEXT_HOP").unwrap();
+        hops.write(20_000, 0);
+        assert!(world.dataplane.remember_next_hop(&found, (ROUTER_MAC, 0)));
+        assert_eq!(world.run(&flow.syn_ack().bytes()).seen().macs, (LB_MAC, ROUTER_MAC));
+        assert_eq!(world.dataplane.unremembered_flows(10), []);
+        assert!(!world.dataplane.remember_next_hop(&found, (neighbour(1), 0)), "it has one");
+
+        // The slot is another flow's when the answer comes.
+        world.open(other, ip.listener());
+        let unremembered = world.dataplane.unremembered_flows(10);
+        let [late] = unremembered[..] else { panic!("{unremembered:?}") };
+        free(&world, other);
+        assert!(!world.dataplane.remember_next_hop(&late, (ROUTER_MAC, 0)), "no flow has the slot");
     }
 }
 
