@@ -189,7 +189,8 @@ impl Dataplane {
             let held = since.elapsed();
             self.hold(false);
             tracing::info!(
-                "all flows of the earlier version are in this one's table: {changed} slots had changed meanwhile; what                  belonged to no flow was held for {:.1} ms",
+                "all flows of the earlier version are in this one's table: {changed} slots had changed meanwhile; what \
+                 belonged to no flow was held for {:.1} ms",
                 held.as_secs_f64() * 1000.0
             );
             if let Some(conversion) = &mut self.conversion {

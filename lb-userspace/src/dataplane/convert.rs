@@ -112,10 +112,12 @@ impl Conversion {
 
     /// Copies every flow into tables that no program uses yet. Returns how many there were.
     pub(super) fn first_pass(&mut self, new: New<'_>) -> usize {
+        let [sets4, sets6] = self.sets_in_use();
         self.copy_next_hops(new.next_hops);
-        self.copy_marks(new.tables);
-        let written4 = copy_all(new.tables, self.slots4(), |slot| self.slot4(slot));
-        let written6 = copy_all(new.tables, self.slots6(), |slot| self.slot6(slot));
+        self.copy_blocked(new.tables);
+        self.copy_marks(new.tables, sets4);
+        let written4 = copy_all(new.tables, slots(sets4), |slot| self.slot4(slot));
+        let written6 = copy_all(new.tables, slots(sets6), |slot| self.slot6(slot));
         let flows = written4.iter().chain(&written6).filter(|meta| meta.is_live()).count();
         self.written = Some([written4, written6]);
         flows
@@ -124,17 +126,18 @@ impl Conversion {
     /// Copies what has changed since the first pass. No program uses the old tables any more, and this build's program the new
     /// ones. Returns how many slots that were.
     pub(super) fn second_pass(&mut self, new: New<'_>) -> usize {
+        let [sets4, sets6] = self.sets_in_use();
         self.copy_next_hops(new.next_hops);
-        self.copy_marks(new.tables);
+        self.copy_marks(new.tables, sets4);
         let (written4, written6) = match &self.written {
             Some([written4, written6]) => (Some(written4.as_slice()), Some(written6.as_slice())),
             None => (None, None),
         };
-        let changed4 = copy_changed(new.tables, written4, self.slots4(), |slot| {
+        let changed4 = copy_changed(new.tables, written4, slots(sets4), |slot| {
             let found = self.slot4(slot)?;
             Some(PreviousSlot { return_hop: self.hop(new.next_hops, found.return_hop), ..found })
         });
-        let changed6 = copy_changed(new.tables, written6, self.slots6(), |slot| {
+        let changed6 = copy_changed(new.tables, written6, slots(sets6), |slot| {
             let found = self.slot6(slot)?;
             Some(PreviousSlot { return_hop: self.hop(new.next_hops, found.return_hop), ..found })
         });
@@ -174,12 +177,11 @@ impl Conversion {
         Ok(())
     }
 
-    fn slots4(&self) -> impl Iterator<Item = Slot> + use<> {
-        slots(self.sets4.len())
-    }
-
-    fn slots6(&self) -> impl Iterator<Item = Slot> + use<> {
-        slots(self.sets6.len())
+    /// The sets of the SNAT addresses that there are: nothing is in those of the places behind them.
+    fn sets_in_use(&self) -> [usize; 2] {
+        let addresses =
+            self.control.get(0).map_or([0; 2], |it| [it.config.snat4_count, it.config.snat6_count]);
+        addresses.map(|count| (count * SETS_PER_ADDRESS) as usize)
     }
 
     fn slot4(&self, slot: Slot) -> Option<PreviousSlot<V4>> {
@@ -219,13 +221,20 @@ impl Conversion {
         if is_there { index } else { 0 }
     }
 
-    /// What the old layout kept beside the IPv4 sets is in them now.
-    fn copy_marks(&self, tables: &Tables) {
-        for index in 0..self.sets4.len() {
-            let Some(set) = V4::set(tables, index as u32) else { break };
-            if let Some(marks) = self.overflow4.get(index / 8) {
+    /// The overflow marks of so many IPv4 sets, which are in the sets now.
+    fn copy_marks(&self, tables: &Tables, sets: usize) {
+        for index in 0..sets {
+            let (set, marks) = (V4::set(tables, index as u32), self.overflow4.get(index / 8));
+            if let (Some(set), Some(marks)) = (set, marks) {
                 set.overflow.store(marks.sets[index % 8].load());
             }
+        }
+    }
+
+    /// The ports that must not become slots, which are in every IPv4 set now.
+    fn copy_blocked(&self, tables: &Tables) {
+        for index in 0..self.sets4.len() {
+            let Some(set) = V4::set(tables, index as u32) else { break };
             let port = index % SETS_PER_ADDRESS as usize * WAYS;
             let word = self.blocked.read(port / 64).unwrap_or_default();
             set.blocked.store((word >> (port % 64)) as u8 & 0xf);
