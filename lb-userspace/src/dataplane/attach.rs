@@ -1,6 +1,6 @@
 //! Putting the program on an interface, and only where nobody else's is.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Instant};
 
 use aya::programs::{
     ProgramError, Xdp, XdpMode,
@@ -9,7 +9,7 @@ use aya::programs::{
     xdp::{XdpLink, XdpLinkId},
 };
 
-use super::{Dataplane, DataplaneError, Removed, grace, link::RawLink, pins::Pins};
+use super::{Dataplane, DataplaneError, Removed, convert::New, grace, link::RawLink, pins::Pins};
 use crate::network::{offloads, virtio};
 
 /// How the program is attached.
@@ -133,10 +133,22 @@ impl Dataplane {
     /// packet meets one of them. Where nothing outlives us, nothing is done.
     ///
     /// To be called once: before maps that were adopted are written to, and after new ones are filled. Returns when
-    /// the program before has ended everywhere.
+    /// the program before has ended everywhere, and all flows of an earlier layout are copied.
     pub fn take_over(&mut self) -> Result<(), DataplaneError> {
         let Some(pins) = self.pins.clone() else { return Ok(()) };
+        self.begin_conversion()?;
         pins.commit(self.program("sheave")?)?;
+        let since = Instant::now();
+        let replaced = self.replace_programs(&pins);
+        if !self.links.is_empty() {
+            grace::wait().map_err(|source| DataplaneError::System { call: "membarrier", source })?;
+        }
+        // Also where an interface was left out: nothing may be held for good.
+        self.end_conversion(since)?;
+        replaced
+    }
+
+    fn replace_programs(&mut self, pins: &Pins) -> Result<(), DataplaneError> {
         for (interface, path) in pins.links()? {
             match self.replace_program(Pins::open_link(&path)?) {
                 Ok(link) => {
@@ -149,10 +161,46 @@ impl Dataplane {
                 Err(source) => return Err(DataplaneError::Replace { interface, source }),
             }
         }
-        if self.links.is_empty() {
+        Ok(())
+    }
+
+    /// Copies the flows of an earlier layout for the first time, where another process has not done so already, and holds
+    /// from now on what belongs to none of them.
+    fn begin_conversion(&mut self) -> Result<(), DataplaneError> {
+        if self.pins.as_ref().is_some_and(Pins::adopts) {
             return Ok(());
         }
-        grace::wait().map_err(|source| DataplaneError::System { call: "membarrier", source })
+        let Some(conversion) = &mut self.conversion else { return Ok(()) };
+        let flows = conversion.first_pass(New { tables: &self.tables, next_hops: &self.next_hops });
+        conversion.add_counts(&mut self.counters)?;
+        tracing::info!("copies {flows} flows from the flow table of an earlier version");
+        self.hold(true);
+        Ok(())
+    }
+
+    /// Copies what has changed in the tables of an earlier layout, which no program uses any more, and holds nothing from now
+    /// on. `since`: when packets may first have been held.
+    fn end_conversion(&mut self, since: Instant) -> Result<(), DataplaneError> {
+        if let Some(conversion) = &mut self.conversion {
+            let changed = conversion.second_pass(New { tables: &self.tables, next_hops: &self.next_hops });
+            if let Some(pins) = &mut self.pins {
+                pins.set_previous_aside()?;
+            }
+            let held = since.elapsed();
+            self.hold(false);
+            tracing::info!(
+                "all flows of the earlier version are in this one's table: {changed} slots had changed meanwhile; what \
+                 belonged to no flow was held for {:.1} ms",
+                held.as_secs_f64() * 1000.0
+            );
+            if let Some(conversion) = &mut self.conversion {
+                conversion.add_counts(&mut self.counters)?;
+            }
+        } else if self.adopted && self.settings().hold != 0 {
+            // A daemon was ended just before it did this.
+            self.hold(false);
+        }
+        Ok(())
     }
 
     fn replace_program(&mut self, link: FdLink) -> Result<FdLink, Box<dyn std::error::Error + Send + Sync>> {
@@ -179,6 +227,10 @@ impl Dataplane {
     /// Detaches from every interface that is not in `wanted`, and removes the pins of what was replaced. Returns the
     /// indexes of the interfaces left.
     pub fn leave_others(&mut self, wanted: &BTreeSet<u32>) -> Result<Vec<u32>, DataplaneError> {
+        if let Some(mut conversion) = self.conversion.take() {
+            // The connect hook before this one has counted there until now.
+            conversion.add_counts(&mut self.counters)?;
+        }
         let Some(pins) = &mut self.pins else { return Ok(Vec::new()) };
         let left: Vec<_> = self.links.keys().copied().filter(|index| !wanted.contains(index)).collect();
         for interface in &left {

@@ -16,7 +16,7 @@ use lb_common::{
 };
 
 use super::{
-    CONTROL, Dataplane, Mapped, Port, Settings, Tables, address_of,
+    CONTROL, Dataplane, Mapped, Port, Settings, Tables, address_of, convert, empty_config,
     flows::sets_in_use,
     pins::{self, Pins},
     sets,
@@ -212,15 +212,26 @@ pub struct Previous {
 }
 
 impl Previous {
-    /// Reads it; None where there are no such maps, or where they are not this build's.
+    /// Reads it; None where there are no such maps, or where they are neither this build's nor of the layout before.
     pub fn read(pins: &Pins) -> Option<Self> {
-        Self::pinned_at(|name| pins.map(name))
+        match pins.previous().filter(|_| !pins.adopts()) {
+            Some(directory) => Self::to_convert(directory),
+            None => Self::pinned_at(|name| pins.map(name)),
+        }
     }
 
     /// The same, below a `dataplane.pin_dir` that may be a daemon's: without its lock.
     pub fn recorded(root: &Path) -> Option<Self> {
         let directory = pins::layout_directory(root);
-        Self::pinned_at(|name| Some(pins::map_path(&directory, name)))
+        if directory.exists() {
+            return Self::pinned_at(|name| Some(pins::map_path(&directory, name)));
+        }
+        Self::to_convert(&pins::previous_directory(root))
+    }
+
+    fn to_convert(directory: &Path) -> Option<Self> {
+        let (config, rooms) = convert::settings(directory, empty_config())?;
+        (config.sets != 0).then_some(Self { config, rooms })
     }
 
     fn pinned_at(pin: impl Fn(&str) -> Option<PathBuf>) -> Option<Self> {

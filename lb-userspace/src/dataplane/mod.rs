@@ -7,6 +7,7 @@
 mod attach;
 mod change;
 mod clock;
+mod convert;
 mod error;
 mod flight_recorder;
 mod flows;
@@ -18,6 +19,7 @@ mod link;
 mod list;
 mod mapped;
 mod pins;
+mod previous_layout;
 mod probe;
 mod recorded;
 mod reset;
@@ -55,6 +57,7 @@ use lb_common::{
 pub use attach::{Attached, Mode, Target};
 use clock::Reading;
 pub use clock::Ticks;
+use convert::Conversion;
 pub use error::DataplaneError;
 pub use flight_recorder::{Account, Clock, Entry, FlightRecorder, Rings, What};
 use flows::IdleUnits;
@@ -176,17 +179,20 @@ pub struct Dataplane {
     /// None: everything goes with this value.
     pins: Option<Pins>,
     adopted: bool,
+    /// Flows are copied from maps of the previous layout, or were until a moment ago.
+    conversion: Option<Conversion>,
 }
 
 impl Dataplane {
     /// Loads the object and fills what does not depend on the network. Nothing is attached yet, and everything goes
     /// with the value.
     pub fn load(object: &[u8], settings: &Settings) -> Result<Self, DataplaneError> {
-        Self::build(object, settings, None, BTreeMap::new())
+        Self::build(object, settings, None, Origin::default())
     }
 
     /// As [`Dataplane::load`], with maps that outlive this process: those that are pinned already, if flows in them
-    /// are not lost with these settings, else new ones. `key_is_given`: the hash key is not just any.
+    /// are not lost with these settings, else new ones. Flows in maps of the previous layout are copied into new ones, see
+    /// [`Dataplane::take_over`]. `key_is_given`: the hash key is not just any.
     ///
     /// # Errors
     /// [`PinsError::Different`] when what is pinned does not fit and may not be replaced.
@@ -199,36 +205,35 @@ impl Dataplane {
         if object.is_empty() {
             return Err(DataplaneError::Empty);
         }
-        let mut adopted = BTreeMap::new();
-        if pins.adopts() {
+        let mut origin = Origin::default();
+        if pins.adopts() || pins.previous().is_some() {
             let previous = Previous::read(&pins);
             let conflict = previous.as_ref().and_then(|previous| previous.conflict(settings, key_is_given));
             let rooms = previous.map_or(settings.rooms(), |previous| previous.rooms());
             let conflict = conflict.or_else(|| other_rooms(rooms, settings).filter(|_| pins.replaces()));
             let fitting = match conflict {
                 Some(what) => Err(pins.different(what)),
-                None => pins.adopt(&definitions(object, rooms)?),
+                None => Origin::find(&pins, rooms, &definitions(object, rooms)?),
             };
             match fitting {
-                Ok(fitting) => adopted = fitting,
+                Ok(fitting) => origin = fitting,
                 Err(error @ PinsError::Different { .. }) => pins.give_up(error)?,
                 Err(error) => return Err(error.into()),
             }
-            if let Some(note) = other_rooms(rooms, settings).filter(|_| !adopted.is_empty()) {
+            if let Some(note) = other_rooms(rooms, settings).filter(|_| origin.is_given()) {
                 tracing::warn!(
                     "the flow table was made before: {note}; `sheave unload` first to change that"
                 );
             }
         }
-        Self::build(object, settings, Some(pins), adopted)
+        Self::build(object, settings, Some(pins), origin)
     }
 
-    /// `adopted`: the pins of maps to go on with, by name.
     fn build(
         object: &[u8],
         settings: &Settings,
         pins: Option<Pins>,
-        adopted: BTreeMap<String, PathBuf>,
+        origin: Origin,
     ) -> Result<Self, DataplaneError> {
         if object.is_empty() {
             return Err(DataplaneError::Empty);
@@ -240,9 +245,11 @@ impl Dataplane {
                 limit: SNAT_ADDRESSES,
             });
         }
-        let mut ebpf = load_object(object, settings, &adopted)?;
+        let mut ebpf = load_object(object, settings, &origin)?;
         if let Some(pins) = &pins {
-            let fresh = |name: &str| outlives(name) && !adopted.contains_key(name);
+            // Those that are shared with an earlier layout are pinned once more.
+            let is_there = |name: &str| pins.adopts() && origin.maps.contains_key(name);
+            let fresh = |name: &str| outlives(name) && !is_there(name);
             ebpf.maps()
                 .filter(|(name, _)| fresh(name))
                 .try_for_each(|(name, map)| pins.pin_map(name, map))?;
@@ -252,9 +259,13 @@ impl Dataplane {
         let mut dataplane = Self::over_maps(ebpf)?;
         dataplane.loaded = dataplane.read_clock()?;
         load_program(&mut dataplane.ebpf, "sheave")?;
-        (dataplane.pins, dataplane.adopted) = (pins, !adopted.is_empty());
+        let is_new = pins.as_ref().is_none_or(|pins| !pins.adopts());
+        dataplane.adopted = origin.is_given();
+        (dataplane.pins, dataplane.conversion) = (pins, origin.conversion);
         if !dataplane.adopted {
             dataplane.configure(settings)?;
+        } else if is_new {
+            dataplane.convert_control()?;
         }
         Ok(dataplane)
     }
@@ -293,21 +304,31 @@ impl Dataplane {
             links: BTreeMap::new(),
             pins: None,
             adopted: false,
+            conversion: None,
             ebpf,
         })
     }
 
     fn configure(&mut self, settings: &Settings) -> Result<(), DataplaneError> {
-        let mut config = layout::Config {
-            key: hash::Key::new(settings.secret),
-            epoch: 1,
-            mtu_floor: MTU_FLOOR,
-            ..self.settings()
-        };
+        let mut config = layout::Config { key: hash::Key::new(settings.secret), ..self.new_config() };
         (config.first_set, config.sets, config.partners) = sets(&settings.snat_ports);
         self.ticks.apply(&mut config);
         self.config.write(0, config);
         self.set_snat_addresses(&settings.snat_addresses)
+    }
+
+    /// What a new table begins with, whatever the settings.
+    fn new_config(&self) -> layout::Config {
+        layout::Config { epoch: 1, mtu_floor: MTU_FLOOR, ..self.settings() }
+    }
+
+    /// Has everything keep the number that it has in the maps of the previous layout.
+    fn convert_control(&mut self) -> Result<(), DataplaneError> {
+        let Some(conversion) = &self.conversion else { return Ok(()) };
+        let control: Mapped<layout::Control> = mapped(&mut self.ebpf, CONTROL)?;
+        conversion.fill_control(&control);
+        self.config.write(0, conversion.config(self.new_config()));
+        Ok(())
     }
 
     /// Finds out how fast the kernel's clock ticks: from the flow table where there was one, as its slots are dated by that;
@@ -557,6 +578,36 @@ impl Port {
     }
 }
 
+/// The maps of a daemon before this one that are gone on with.
+#[derive(Default)]
+struct Origin {
+    /// Places for SNAT addresses, of IPv4 and of IPv6; None: as the settings say.
+    rooms: Option<[usize; 2]>,
+    /// The pins, by name.
+    maps: BTreeMap<String, PathBuf>,
+    /// Those of the previous layout that are copied.
+    conversion: Option<Conversion>,
+}
+
+impl Origin {
+    fn find(
+        pins: &Pins,
+        rooms: [usize; 2],
+        definitions: &BTreeMap<String, Definition>,
+    ) -> Result<Self, PinsError> {
+        let maps =
+            if pins.adopts() { pins.adopt(definitions)? } else { pins.share(&convert::SHARED, definitions)? };
+        let conversion = pins.previous().map(Conversion::open).transpose();
+        let conversion = conversion.map_err(|error| pins.different(error.to_string()))?;
+        Ok(Self { rooms: Some(rooms), maps, conversion })
+    }
+
+    /// Are there any?
+    fn is_given(&self) -> bool {
+        !self.maps.is_empty() || self.conversion.is_some()
+    }
+}
+
 /// What tests reach in for.
 impl Dataplane {
     /// A map's values, for tests and benchmarks.
@@ -598,6 +649,12 @@ fn other_rooms(rooms: [usize; 2], settings: &Settings) -> Option<String> {
     differs.then(differ)
 }
 
+/// A configuration of zeros.
+fn empty_config() -> layout::Config {
+    // SAFETY: integers and arrays of them.
+    unsafe { std::mem::zeroed() }
+}
+
 /// How large the maps are that grow with the number of places for SNAT addresses, of IPv4 and of IPv6.
 fn map_sizes([room4, room6]: [usize; 2]) -> [(&'static str, u32); 5] {
     // A map of a family without addresses is never looked at, and cannot be empty.
@@ -635,19 +692,15 @@ fn definitions(object: &[u8], rooms: [usize; 2]) -> Result<BTreeMap<String, Defi
     Ok(object.maps.iter().filter(|(name, _)| outlives(name)).map(definition).collect())
 }
 
-fn load_object(
-    object: &[u8],
-    settings: &Settings,
-    adopted: &BTreeMap<String, PathBuf>,
-) -> Result<Ebpf, DataplaneError> {
+fn load_object(object: &[u8], settings: &Settings, origin: &Origin) -> Result<Ebpf, DataplaneError> {
     let log_one_in = settings.log_one_in;
     let mut loader = EbpfLoader::new();
     // Those that are adopted stay as they are.
-    for (name, entries) in map_sizes(settings.rooms()) {
+    for (name, entries) in map_sizes(origin.rooms.unwrap_or_else(|| settings.rooms())) {
         loader.map_max_entries(name, entries);
     }
     // Their definitions have been compared: aya takes whatever is there.
-    for (name, path) in adopted {
+    for (name, path) in &origin.maps {
         loader.map_pin_path(name, path.as_path());
     }
     // Constants of the program: with these two the verifier takes the log out of it.

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! A directory appears complete or not at all: it is filled under another name first. One whose layout is not this
-//! build's is never touched unless the operator says so.
+//! build's is never touched unless the operator says so, but for the layout before this one, see [`super::convert`].
 
 use std::{
     collections::BTreeMap,
@@ -31,7 +31,7 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
-use super::{CONTROL, link::RawLink};
+use super::{CONTROL, convert, link::RawLink, previous_layout};
 
 /// Where the BPF file system belongs.
 const BPF_FILE_SYSTEM: &str = "/sys/fs/bpf";
@@ -182,6 +182,8 @@ pub struct Pins {
     directory: PathBuf,
     /// Directories whose program is to be replaced, and that are removed afterwards.
     replaced: Vec<PathBuf>,
+    /// The one of these whose flows are copied first: its layout is the one before this build's.
+    previous: Option<PathBuf>,
     /// What to do about a layout that does not fit.
     replace: bool,
     /// There were pins before us.
@@ -205,6 +207,7 @@ impl Pins {
             inherited: directory.exists(),
             directory,
             replaced: Vec::new(),
+            previous: None,
             replace,
             _lock: Arc::new(lock),
         };
@@ -225,7 +228,13 @@ impl Pins {
             }
         }
         self.inherited |= !self.replaced.is_empty() || !others.is_empty();
-        if !others.is_empty() && !self.replace {
+        let previous = previous_directory(&self.root);
+        // Where both are there, and it is not known that the one is being copied into the other, either may be the older.
+        if others == [previous.clone()]
+            && (!self.adopts() || convert::was_interrupted(&map_path(&self.directory, CONTROL)))
+        {
+            self.previous = Some(previous);
+        } else if !others.is_empty() && !self.replace {
             let wanted = names(std::slice::from_ref(&self.directory));
             return Err(PinsError::OtherLayout { found: others, wanted });
         }
@@ -236,6 +245,48 @@ impl Pins {
     /// Whether there are maps to go on with.
     pub fn adopts(&self) -> bool {
         self.directory.exists()
+    }
+
+    /// The directory of the previous layout whose flows are to be copied, or were not all copied yet.
+    pub(super) fn previous(&self) -> Option<&Path> {
+        self.previous.as_deref()
+    }
+
+    /// The pins of these maps in the directory of the previous layout, by name, where they are as this build makes them.
+    ///
+    /// # Errors
+    /// [`PinsError::Different`] where flows would be lost with one that is not.
+    pub(super) fn share(
+        &self,
+        names: &[&str],
+        definitions: &BTreeMap<String, Definition>,
+    ) -> Result<BTreeMap<String, PathBuf>, PinsError> {
+        let mut shared = BTreeMap::new();
+        let Some(previous) = self.previous() else { return Ok(shared) };
+        for (name, wanted) in definitions.iter().filter(|(name, _)| names.contains(&name.as_str())) {
+            let path = previous_layout::map_path(previous, name);
+            let difference = match path.exists() {
+                true => wanted.difference(&Definition::of_pinned(&path).map_err(failed("look at", &path))?),
+                false => Some("it is missing".to_owned()),
+            };
+            match difference {
+                None => drop(shared.insert(name.clone(), path)),
+                Some(what) if ESSENTIAL.contains(&name.as_str()) => {
+                    return Err(self.different(format!("map {name}: {what}")));
+                }
+                Some(what) => tracing::info!("map {name} is made anew: {what}"),
+            }
+        }
+        Ok(shared)
+    }
+
+    /// Notes that all flows of the previous layout are copied: a daemon that comes after this need not look at it.
+    pub(super) fn set_previous_aside(&mut self) -> Result<(), PinsError> {
+        let Some(previous) = self.previous.take() else { return Ok(()) };
+        self.replaced.retain(|path| *path != previous);
+        let aside = self.set_aside(&previous)?;
+        self.replaced.push(aside);
+        Ok(())
     }
 
     /// Whether maps that do not fit may be given up.
@@ -287,7 +338,7 @@ impl Pins {
 
     /// The pinned maps are not as they must be.
     pub(super) fn different(&self, what: String) -> PinsError {
-        PinsError::Different { path: self.directory.clone(), what }
+        PinsError::Different { path: self.previous.as_ref().unwrap_or(&self.directory).clone(), what }
     }
 
     /// Gives up the maps that were to be gone on with, if the operator allows that: else the error.
@@ -296,17 +347,21 @@ impl Pins {
             return Err(error);
         }
         tracing::warn!("{error}");
-        let free = |number: &u32| !self.set_aside(*number).exists();
-        let number = (0..).find(free).unwrap_or_default();
-        let aside = self.set_aside(number);
-        fs::rename(&self.directory, &aside).map_err(failed("rename", &self.directory))?;
-        self.replaced.push(aside);
+        self.previous = None;
+        if self.adopts() {
+            let aside = self.set_aside(&self.directory)?;
+            self.replaced.push(aside);
+        }
         Ok(())
     }
 
-    fn set_aside(&self, number: u32) -> PathBuf {
-        let name = names(std::slice::from_ref(&self.directory));
-        self.root.join(format!("{name}_{number}{REPLACED}"))
+    /// Renames a directory, so that nothing takes its maps for those to go on with. Returns its name from now on.
+    fn set_aside(&self, directory: &Path) -> Result<PathBuf, PinsError> {
+        let name = names(&[directory.to_owned()]);
+        let numbered = |number: u32| self.root.join(format!("{name}_{number}{REPLACED}"));
+        let aside = (0..).map(numbered).find(|path| !path.exists()).unwrap_or_else(|| numbered(0));
+        fs::rename(directory, &aside).map_err(failed("rename", directory))?;
+        Ok(aside)
     }
 
     /// Pins a map: into the directory that is in use, or into the one that is being filled.
@@ -473,6 +528,11 @@ impl Pins {
 /// Where this build's pins are below `root`.
 pub(super) fn layout_directory(root: &Path) -> PathBuf {
     root.join(format!("{LAYOUT}{:016x}", layout_hash()))
+}
+
+/// Where the pins of the layout before this one are below `root`.
+pub(super) fn previous_directory(root: &Path) -> PathBuf {
+    root.join(previous_layout::DIRECTORY)
 }
 
 /// The pin of a map.

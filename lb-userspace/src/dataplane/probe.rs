@@ -1,10 +1,8 @@
 //! Whether this kernel takes the programs: they are loaded, as the daemon loads them, and go again.
 
-use std::collections::BTreeMap;
-
 use aya::programs::ProgramInfo;
 
-use super::{Dataplane, DataplaneError, Settings, hook, load_object, load_program};
+use super::{Dataplane, DataplaneError, Origin, Settings, hook, load_object, load_program};
 
 /// A program that the kernel took.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +31,7 @@ pub fn probe(object: &[u8], log_one_in: Option<u32>) -> Result<Vec<Probed>, Data
         log_one_in,
         sets_error: hook::sets_error(),
     };
-    let mut ebpf = load_object(object, &settings, &BTreeMap::new())?;
+    let mut ebpf = load_object(object, &settings, &Origin::default())?;
     for name in PACKET_PROGRAMS {
         load_program(&mut ebpf, name)?;
     }
