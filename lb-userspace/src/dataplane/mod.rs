@@ -5,6 +5,7 @@
 //! one word that makes them count, and what was taken out is not reused before a grace period is over.
 
 mod attach;
+mod budgets;
 mod change;
 mod clock;
 mod error;
@@ -53,6 +54,7 @@ use lb_common::{
 };
 
 pub use attach::{Attached, Mode, Target};
+pub use budgets::{HeavySource, SourceShares, Usage};
 use clock::Reading;
 pub use clock::Ticks;
 pub use error::DataplaneError;
@@ -141,6 +143,8 @@ pub struct Dataplane {
     tables: Tables,
     next_hops: Mapped<Cell64>,
     clock: Mapped<u64>,
+    source_budgets: Mapped<layout::SourceBudgets>,
+    source_shares: SourceShares,
     flight_recorder: FlightRecorder,
     unattended: Duration,
     allow: LpmTrie<MapData, AllowKey, u32>,
@@ -267,6 +271,8 @@ impl Dataplane {
             tables: Tables::of(&mut ebpf)?,
             next_hops: mapped(&mut ebpf, "NEXT_HOP")?,
             clock: mapped(&mut ebpf, "CLOCK")?,
+            source_budgets: mapped(&mut ebpf, "SOURCES")?,
+            source_shares: SourceShares::default(),
             flight_recorder: FlightRecorder::of(&mut ebpf)?,
             unattended: Duration::ZERO,
             allow: typed(&mut ebpf, "ALLOW")?,

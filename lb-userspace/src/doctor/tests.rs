@@ -10,8 +10,8 @@ use rustls_pki_types::{PrivateKeyDer, pem::PemObject};
 use super::*;
 use crate::{
     config::{
-        Admin, Backend, Balance, Cgroup, Check, CheckKind, Dataplane, Forward, OnDead, Service, Vip, VipMode,
-        XdpMode,
+        Admin, Backend, Balance, Cgroup, Check, CheckKind, Dataplane, Forward, OnDead, OnIdle, Service, Vip,
+        VipMode, XdpMode,
     },
     hook::Place,
     network::testing::{Peer, in_namespace, ip, until_state},
@@ -41,6 +41,8 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
             snat_addresses_max: 4,
             snat_ports: None,
             hash_key_file: None,
+            source_share: Some(Dataplane::SOURCE_SHARE),
+            half_open_share: Some(Dataplane::HALF_OPEN_SHARE),
             state_dir: "/nonexistent".into(),
             pin_dir: "/nonexistent".into(),
             cgroup: Cgroup::Auto,
@@ -55,6 +57,7 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
             idle_timeout: Duration::from_secs(3600),
             allow: vec![],
             on_dead: OnDead::Reset,
+            on_idle: OnIdle::Reset,
             reset_after: Duration::from_secs(5),
             reset_rate: 2000,
             drain_timeout: None,
