@@ -101,6 +101,19 @@ mod imp {
     const HIGH: usize = if cfg!(target_endian = "little") { 1 } else { 0 };
 
     impl Cell64 {
+        /// Adds, modulo 2^64, with no order towards other words.
+        #[inline(always)]
+        pub fn add(&self, number: u64) {
+            // SAFETY: one atomic instruction on a live, aligned word.
+            unsafe {
+                asm!(
+                    "lock *(u64 *)({pointer} + 0) += {number}",
+                    pointer = in(reg) self.0.get(),
+                    number = in(reg) number,
+                );
+            }
+        }
+
         /// Puts `new` where `old` is; returns what was there.
         #[inline(always)]
         pub fn compare_exchange(&self, old: u64, new: u64) -> u64 {
@@ -176,6 +189,13 @@ mod imp {
     cell!(Cell16, AtomicU16, u16);
     cell!(Cell32, AtomicU32, u32);
     cell!(Cell64, AtomicU64, u64);
+
+    impl Cell64 {
+        /// Adds, modulo 2^64, with no order towards other words.
+        pub fn add(&self, number: u64) {
+            self.0.fetch_add(number, Ordering::Relaxed);
+        }
+    }
 
     impl Cell32 {
         /// Sets `bits`; returns what was there.

@@ -86,6 +86,8 @@ list! {
     Race = 4;
     /// The next hop towards its backend is not known: dropped.
     NoNextHop = 5;
+    /// Its source has used up its budget of slots: dropped.
+    SourceBudget = 6;
 }
 
 list! {
@@ -132,6 +134,7 @@ impl Refusal {
             Outcome::RefusedNotAllowed => Self::NotAllowed as u8,
             Outcome::TableFull => Self::TableFull as u8,
             Outcome::SynRace => Self::Race as u8,
+            Outcome::SourceBudget => Self::SourceBudget as u8,
             _ => 0,
         }
     }

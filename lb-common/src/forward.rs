@@ -197,6 +197,9 @@ fn reopen<A: Family, S: Subprograms>(
         let other = maps.another::<A>(listener.service, query.hash, backend);
         backend = if other == 0 { backend } else { other };
     }
+    if !maps.admit_source(A::NUMBER, A::source(context.packet.source)) {
+        return Err(Outcome::SourceBudget);
+    }
     let claimer = claimer(listener, backend, segment, clock);
     let claim = maps.take::<A>(query, &claimer, found);
     if claim.failure().is_some() {
@@ -240,6 +243,9 @@ fn new_flow<A: Family, S: Subprograms>(
         0 => return Err(Outcome::RefusedNoBackend),
         half => maps.select(half - 1, query.hash),
     };
+    if !maps.admit_source(A::NUMBER, A::source(context.packet.source)) {
+        return Err(Outcome::SourceBudget);
+    }
     let claimer = claimer(listener, backend, segment, Clock::read(maps, context.config));
     let claim = claim::<A, S>(maps, query, &claimer);
     if let Some(outcome) = claim.failure() {

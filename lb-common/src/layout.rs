@@ -4,6 +4,7 @@ use crate::{
     cell::{Cell8, Cell16, Cell32, Cell64},
     hash::Key,
     sequence::SendSequence,
+    source_budget::{SOURCE_CELLS, SOURCE_ROWS},
     word::packed_word,
 };
 
@@ -143,6 +144,19 @@ pub struct ReturnHops {
 pub struct OverflowMarks {
     /// One for each set.
     pub sets: [Cell8; 8],
+}
+
+/// What sources of flows use, and may use: see [`crate::source_budget`].
+#[repr(C)]
+pub struct SourceBudgets {
+    /// The tick counter when the daemon last counted the flow table.
+    pub counted_at: Cell64,
+    /// What each source may use of the flow table, a [`crate::source_budget::SourceCount`]: of IPv4's, of IPv6's. Written by
+    /// the daemon.
+    pub limits: [Cell64; 2],
+    pub(crate) reserved: Cell64,
+    /// What sources use, a [`crate::source_budget::SourceCount`] each. The program adds to them, the daemon overwrites them.
+    pub cells: [[Cell64; SOURCE_CELLS]; SOURCE_ROWS],
 }
 
 /// The configuration that all packets share.
@@ -553,6 +567,7 @@ mod tests {
             (16, 20, 24)
         );
         assert_eq!((size_of::<ReturnHops>(), size_of::<OverflowMarks>()), (8, 8));
+        assert_eq!(size_of::<SourceBudgets>(), 4 * 8 + 2 * 16_384 * 8);
         assert_eq!(size_of::<Interface>(), 4 + 4 + 8 + 8 + 4 + 4);
         assert_eq!(size_of::<Listener>(), 16 + 2 + 1 + 1 + 2 + 2 + 4 + 4);
         assert_eq!(size_of::<Service>(), 16);

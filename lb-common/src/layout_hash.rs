@@ -19,7 +19,7 @@ use crate::{
         FOLLOWED, Followed, Hook, INTERFACES, Interface, LISTENERS, LISTENERS_PER_PORT, Listener, MEMBERS,
         Member, NEXT_HOPS, NextHop, Numbers, Numbers4, OverflowMarks, PARTNERS, ReturnHops, SELECTION_HALVES,
         SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, SNAT_PLACES, SNAT_SHARED, Service, Set4,
-        Set6, WAYS, Way6, allow_key, backend_flag, family, snat_place,
+        Set6, SourceBudgets, WAYS, Way6, allow_key, backend_flag, family, snat_place,
     },
     maglev::TABLE_SIZE,
     meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_FIN, Kind, Meta, NUMBERED, RESET, RETRANSMITTED, SYN_ACK},
@@ -85,6 +85,7 @@ fn structures(digest: Digest) -> Digest {
     let digest = structure!(digest, Set6 { ways });
     let digest = structure!(digest, ReturnHops { ways });
     let digest = structure!(digest, OverflowMarks { sets });
+    let digest = structure!(digest, SourceBudgets { counted_at, limits, reserved, cells });
     let digest = structure!(
         digest,
         Config {

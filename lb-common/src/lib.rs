@@ -59,6 +59,7 @@ pub mod refuse;
 pub mod reply;
 pub mod rewrite;
 pub mod sequence;
+pub mod source_budget;
 pub mod subprograms;
 pub mod tables;
 pub mod transition;

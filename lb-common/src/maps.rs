@@ -5,7 +5,7 @@ use crate::{
     flight_recorder::Note,
     flow::family::Family,
     hash::FlowHash,
-    layout::{Backend, Config, Listener, Service},
+    layout::{Backend, Config, Listener, Service, SourceBudgets},
     maglev::TABLE_SIZE,
     outcome::{Counter, Event},
     tables::FlowTables,
@@ -31,6 +31,8 @@ pub trait Maps: FlowTables + Copy {
     fn learned_hop(&self, index: u16) -> Option<&Cell64>;
     /// May this client (IPv4 mapped) use this restricted service?
     fn allows(&self, service: u16, client: [u64; 2]) -> bool;
+    /// What sources of flows use, and may use.
+    fn source_budgets(&self) -> Option<&SourceBudgets>;
     /// The kernel's tick counter.
     fn jiffies(&self) -> u64;
     /// Counts one, for the counter at `place`: see [`Counter::index`].

@@ -26,7 +26,7 @@ use crate::{
     layout::{
         BUCKETS, Backend, Bucket, Config, INTERFACES, Interface, LISTENERS, Listener, MEMBERS, Member,
         NextHop, Numbers, Numbers4, PARTNERS, ReturnHops, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES,
-        Service, Set4, Set6, backend_flag, family,
+        Service, Set4, Set6, SourceBudgets, backend_flag, family,
     },
     maglev::TABLE_SIZE,
     maps::{LoopBody, Maps},
@@ -35,6 +35,7 @@ use crate::{
     parse::{self, Segment},
     pipeline, refuse, reply,
     rewrite::{self, endpoint_sum},
+    source_budget::{self, SourceCount},
     subprograms::Subprograms,
     tables::FlowTables,
 };
@@ -80,6 +81,8 @@ pub(crate) struct Memory {
     numbers4: Vec<Numbers4>,
     return_hops6: Vec<ReturnHops>,
     overflow6: Vec<Cell8>,
+    /// None: sources have no budgets. A model of so many cells would be slow.
+    source_budgets: Option<Box<SourceBudgets>>,
     // The standard library's, also under loom: nothing that is decided depends on these.
     jiffies: AtomicU64,
     counters: Vec<AtomicU64>,
@@ -134,6 +137,7 @@ impl Memory {
             numbers4: zeroed(all),
             return_hops6: zeroed(all),
             overflow6: zeroed(all),
+            source_budgets: None,
             jiffies: AtomicU64::new(1000 * JIFFIES),
             counters: zeroed(SERVICES * COUNTERS as u32),
             notes: Mutex::default(),
@@ -164,6 +168,33 @@ impl Memory {
     /// Where a set is: here an address has no more of them than are used.
     fn place(&self, set: u32) -> usize {
         (set / SETS_PER_ADDRESS) as usize * self.blocked.len() + (set % SETS_PER_ADDRESS) as usize
+    }
+
+    /// Gives every source this budget, of either family. What they have used by now is kept.
+    pub(crate) fn limit_sources(&mut self, limit: SourceCount) {
+        let budgets = self.source_budgets.get_or_insert_with(|| {
+            let row = || std::array::from_fn(|_| Cell64::default());
+            Box::new(SourceBudgets {
+                counted_at: Cell64::default(),
+                limits: Default::default(),
+                reserved: Cell64::default(),
+                cells: [row(), row()],
+            })
+        });
+        budgets.limits.iter().for_each(|it| it.store(limit.word()));
+        budgets.counted_at.store(self.jiffies.load(Ordering::Relaxed));
+    }
+
+    /// What sources use, as the daemon finds it; the others use nothing.
+    pub(crate) fn recount_sources(&self, found: &[(u64, SourceCount)]) {
+        let budgets = self.source_budgets.as_ref().expect("sources have budgets");
+        budgets.counted_at.store(self.jiffies.load(Ordering::Relaxed));
+        budgets.cells.iter().flatten().for_each(|cell| cell.store(0));
+        for (source, count) in found {
+            for (row, cell) in source_budget::cells_of(&self.config, *source).into_iter().enumerate() {
+                budgets.cells[row][cell].add(count.word());
+            }
+        }
     }
 
     /// Takes an interface into use. Returns its number.
@@ -311,6 +342,10 @@ impl Maps for &Memory {
         self.allowed.contains(&(service, client))
     }
 
+    fn source_budgets(&self) -> Option<&SourceBudgets> {
+        self.source_budgets.as_deref()
+    }
+
     fn jiffies(&self) -> u64 {
         self.jiffies.load(Ordering::Relaxed)
     }
@@ -389,6 +424,10 @@ impl Subprograms for &Memory {
 
     fn learn(&self, hop: u64) -> u16 {
         next_hop::learn(self, hop)
+    }
+
+    fn admit_source(&self, family: u8, source: u64) -> bool {
+        source_budget::admit(self, family, source)
     }
 
     fn is_backend(&self, family: u8, address: [u64; 2], port: u16) -> bool {

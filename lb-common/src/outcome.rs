@@ -48,6 +48,8 @@ list! {
     IcmpUnproven = Drop, "dropped_icmp_unproven";
     /// A SYN that found no slot in any of its candidate sets.
     TableFull = Drop, "dropped_table_full";
+    /// A SYN whose source has as many slots as one source may have: the client sends another.
+    SourceBudget = Drop, "dropped_source_budget";
     /// A SYN that met its own copy on another CPU: the client sends another.
     SynRace = Drop, "dropped_syn_race";
     /// Of no flow, or of one that is yet to be copied from the table of an earlier version: its sender sends it again.

@@ -37,6 +37,8 @@ pub trait Subprograms: Maps {
     fn another<A: Family>(&self, service: u16, hash: FlowHash, refused: u8) -> u8;
     /// See [`crate::next_hop::learn`].
     fn learn(&self, hop: u64) -> u16;
+    /// See [`crate::source_budget::admit`].
+    fn admit_source(&self, family: u8, source: u64) -> bool;
     /// See [`crate::reply::is_backend`].
     fn is_backend(&self, family: u8, address: [u64; 2], port: u16) -> bool;
 

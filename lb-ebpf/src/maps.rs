@@ -20,7 +20,7 @@ use lb_common::{
     layout::{
         AllowKey, BACKENDS, Backend, Config, Control, FOLLOWED, Followed, Listener, NEXT_HOPS, Numbers,
         Numbers4, OverflowMarks, ReturnHops, SELECTION_HALVES, SELECTION_WORDS, SERVICES, SETS_PER_ADDRESS,
-        Service, Set4, Set6, WAYS, allow_key,
+        Service, Set4, Set6, SourceBudgets, WAYS, allow_key,
     },
     maps::{LoopBody, Maps},
     outcome::{COUNTERS, Counter, Event},
@@ -55,6 +55,9 @@ static BLOCKED: Array<u64, { 65_536 / 64 }, MAPPED> = Array::new();
 /// Learned ways back to clients: see `NextHop`.
 #[btf_map]
 static NEXT_HOP: Array<u64, { NEXT_HOPS as usize }, MAPPED> = Array::new();
+/// What sources of flows use, and may use.
+#[btf_map]
+static SOURCES: Array<SourceBudgets, 1, MAPPED> = Array::new();
 #[btf_map]
 static ALLOW: LpmTrie<AllowKey, u32, 4096> = LpmTrie::new();
 #[btf_map]
@@ -164,6 +167,11 @@ impl Maps for KernelMaps {
     fn allows(&self, service: u16, client: [u64; 2]) -> bool {
         let [high, low] = client;
         barrier_var(map_allows(service.into(), high, low)) != 0
+    }
+
+    #[inline(always)]
+    fn source_budgets(&self) -> Option<&SourceBudgets> {
+        SOURCES.get(0)
     }
 
     #[inline(always)]

@@ -22,7 +22,7 @@ use lb_common::{
     meta::Meta,
     next_hop,
     parse::{self, Segment},
-    pipeline, refuse, reply, rewrite,
+    pipeline, refuse, reply, rewrite, source_budget,
     subprograms::Subprograms,
 };
 
@@ -58,6 +58,11 @@ impl Subprograms for KernelMaps {
     #[inline(always)]
     fn learn(&self, hop: u64) -> u16 {
         barrier_var(map_learn(hop)) as u16
+    }
+
+    #[inline(always)]
+    fn admit_source(&self, family: u8, source: u64) -> bool {
+        barrier_var(map_admit_source(family.into(), source)) != 0
     }
 
     #[inline(always)]
@@ -295,6 +300,13 @@ extern "C" fn map_another(family_number: u64, service: u64, hash: u64, refused: 
 #[inline(never)]
 extern "C" fn map_learn(hop: u64) -> u64 {
     KernelMaps::new().map_or(0, |maps| next_hop::learn(&maps, hop)).into()
+}
+
+/// See [`source_budget::admit`]: 1 or 0.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn map_admit_source(family: u64, source: u64) -> u64 {
+    KernelMaps::new().is_none_or(|maps| source_budget::admit(&maps, family as u8, source)).into()
 }
 
 /// See [`reply::is_backend`]: 1 or 0.

@@ -24,6 +24,8 @@ pub trait Family: Copy + 'static {
     fn tuple(address: [u64; 2], port: u16, listener: u16) -> Self::Tuple;
     /// The parts of a tuple: address, port, listener.
     fn parts(tuple: Self::Tuple) -> ([u64; 2], u16, u16);
+    /// Whose budget of slots a client's flows are counted for: its address, or the /64 of it. See [`crate::source_budget`].
+    fn source(address: [u64; 2]) -> u64;
     /// 0 for equal tuples, without a branch for each part: the verifier would follow every branch.
     fn difference(one: Self::Tuple, other: Self::Tuple) -> u64;
     /// The hash of a tuple.
@@ -78,6 +80,11 @@ impl Family for V4 {
     #[inline(always)]
     fn parts(tuple: u64) -> ([u64; 2], u16, u16) {
         ([tuple & 0xffff_ffff, 0], (tuple >> 32) as u16, (tuple >> 48) as u16)
+    }
+
+    #[inline(always)]
+    fn source(address: [u64; 2]) -> u64 {
+        address[0]
     }
 
     #[inline(always)]
@@ -202,6 +209,11 @@ impl Family for V6 {
     #[inline(always)]
     fn parts(tuple: Tuple6) -> ([u64; 2], u16, u16) {
         (tuple.address, tuple.port_listener as u16, (tuple.port_listener >> 16) as u16)
+    }
+
+    #[inline(always)]
+    fn source(address: [u64; 2]) -> u64 {
+        address[0]
     }
 
     #[inline(always)]

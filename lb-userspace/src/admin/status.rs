@@ -25,6 +25,9 @@ pub struct Status {
     /// Packets since the maps were made, by the name of the outcome.
     #[serde(default)]
     pub packets: BTreeMap<String, u64>,
+    /// The flow table of each family that is listened on, at most some seconds ago.
+    #[serde(default)]
+    pub flow_tables: Vec<FlowTableStatus>,
     /// What the operator should know about this load balancer, in sentences.
     #[serde(default)]
     pub flags: Vec<String>,
@@ -38,6 +41,23 @@ impl Status {
     pub fn lacks_ready_backend(&self) -> bool {
         self.services.iter().any(|service| !service.has_ready_backend())
     }
+}
+
+/// How the slots of a family's flow table are used.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowTableStatus {
+    /// `"ipv4"` or `"ipv6"`.
+    pub family: String,
+    /// Slots there are.
+    pub slots: u64,
+    /// Those that are not free: the sum of the following.
+    pub used: u64,
+    /// Established flows.
+    pub established: u64,
+    /// Handshakes, and all flows to a backend that is this host.
+    pub half_open: u64,
+    /// Flows that are closed or were reset, and rest.
+    pub closed: u64,
 }
 
 /// A service and its backends.

@@ -108,6 +108,7 @@ ca_file = "/etc/sheave/ca.crt"
     assert_eq!(config.dataplane.interfaces, Interfaces::Auto);
     assert_eq!(config.dataplane.xdp_mode, XdpMode::Auto);
     assert_eq!(config.dataplane.snat_ports, None);
+    assert_eq!((config.dataplane.source_share, config.dataplane.half_open_share), (Some(50), Some(25)));
     assert_eq!(config.dataplane.state_dir, Path::new("/var/lib/sheave"));
     assert_eq!(config.dataplane.pin_dir, Path::new("/sys/fs/bpf/sheave"));
     assert_eq!(config.admin.socket, Path::new("/run/sheave/admin.sock"));
@@ -136,6 +137,8 @@ xdp_mode = "generic"
 snat_addresses = ["10.0.0.250", "fd00::250"]
 snat_ports = "20000-32767"
 hash_key_file = "hash.key"
+source_share = "100 %"
+half_open_share = "off"
 state_dir = "/srv/sheave"
 pin_dir = "/sys/fs/bpf/other"
 cgroup = "/sys/fs/cgroup/system.slice"
@@ -186,6 +189,7 @@ address = "[fd00::151]:6443"
     assert!(warnings.is_empty(), "{warnings:?}");
     assert_eq!(config.dataplane.hash_key_file.as_deref(), Some(Path::new("/etc/sheave/hash.key")));
     assert_eq!(config.dataplane.snat_ports, Some(20000..=32767));
+    assert_eq!((config.dataplane.source_share, config.dataplane.half_open_share), (Some(100), None));
     assert_eq!(config.vip.mode, VipMode::Own);
     let service = &config.services[0];
     assert_eq!(service.idle_timeout, Duration::from_secs(5400));
@@ -411,6 +415,16 @@ fn numbers_and_durations() {
         ("[dataplane]\nsnat_ports = \"80-20000\"\n", "\"snat_ports\" begins below 1024"),
         ("[dataplane]\nsnat_ports = \"20000-24094\"\n", "\"snat_ports\" holds 4095 ports, too few"),
         ("[dataplane]\nsnat_ports = \"30000-20000\"\n", "\"snat_ports\" holds 0 ports, too few"),
+        (
+            "[dataplane]\nsource_share = \"0%\"\n",
+            "\"source_share\" is not a share: \"0%\"\n= help: write \"1%\" to \"100%\" of the flow table, such as \"50%\", or \"off\"",
+        ),
+        ("[dataplane]\nsource_share = \"101%\"\n", "\"source_share\" is not a share: \"101%\""),
+        ("[dataplane]\nhalf_open_share = \"25\"\n", "such as \"25%\", or \"off\""),
+        (
+            "[dataplane]\nhalf_open_share = 25\n",
+            "\"half_open_share\" must be a string, not an integer\n= help: write \"25%\", in double quotes",
+        ),
         (
             "[[service]]\nname = \"a\"\nlisten = [\"192.0.2.1:1\"]\n[[service.backend]]\naddress = \"10.0.0.1:1\"\nweight = 257\n",
             "\"weight\" is out of range\n= help: write a number from 0 to 256",

@@ -36,6 +36,10 @@ pub struct Dataplane {
     pub snat_ports: Option<RangeInclusive<u16>>,
     /// 128 bits in hexadecimal, the same file on every load balancer of a VIP. Absent: random.
     pub hash_key_file: Option<PathBuf>,
+    /// The most that one source may use of the slots of a family, in per cent. None: no limit.
+    pub source_share: Option<u8>,
+    /// The same, of half-open slots.
+    pub half_open_share: Option<u8>,
     /// What must survive a restart.
     pub state_dir: PathBuf,
     /// Where maps, program and links are pinned, on a BPF file system: one directory for each load balancer.

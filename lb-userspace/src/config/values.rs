@@ -128,6 +128,22 @@ pub(super) fn snat_ports(section: &Section) -> Result<Option<RangeInclusive<u16>
     Err(Problem::at(written.span(), message).help(help))
 }
 
+/// A share of the flow table, in per cent: `"50%"`; None: `"off"`.
+pub(super) fn share(section: &Section, key: &str, default: u8) -> Result<Option<u8>, Problem> {
+    let example = format!("\"{default}%\"");
+    let Some(written) = section.text(key, &example)? else { return Ok(Some(default)) };
+    let text = written.get_ref().as_str();
+    if text == "off" {
+        return Ok(None);
+    }
+    let percent = text.strip_suffix('%').and_then(|number| number.trim_end().parse::<u8>().ok());
+    match percent.filter(|percent| (1..=100).contains(percent)) {
+        Some(percent) => Ok(Some(percent)),
+        None => Err(Problem::at(written.span(), format!("{key:?} is not a share: {text:?}"))
+            .help(format!("write \"1%\" to \"100%\" of the flow table, such as {example}, or \"off\""))),
+    }
+}
+
 /// What fits into a `sockaddr_un` with its final zero.
 const SOCKET_PATH_MAX: usize = 107;
 

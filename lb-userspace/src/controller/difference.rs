@@ -30,7 +30,7 @@ pub(super) fn needs_restart(old: &Config, new: &Config) -> Vec<&'static str> {
 
 /// What is different between two configurations, a line each, for the operator.
 pub(super) fn changes(old: &Config, new: &Config) -> Vec<String> {
-    let mut lines = Vec::new();
+    let mut lines = of_shares(old, new);
     for service in &new.services {
         match old.services.iter().find(|before| before.name == service.name) {
             Some(before) => of_service(before, service, &mut lines),
@@ -49,6 +49,20 @@ pub(super) fn changes(old: &Config, new: &Config) -> Vec<String> {
         ));
     }
     lines
+}
+
+/// What a source may use.
+fn of_shares(old: &Config, new: &Config) -> Vec<String> {
+    let (before, after) = (&old.dataplane, &new.dataplane);
+    let text = |share: Option<u8>| share.map_or("off".to_owned(), |percent| format!("{percent}%"));
+    [
+        ("source_share", before.source_share, after.source_share),
+        ("half_open_share", before.half_open_share, after.half_open_share),
+    ]
+    .into_iter()
+    .filter(|(_, before, after)| before != after)
+    .map(|(key, before, after)| format!("{key} is {}, before {}", text(after), text(before)))
+    .collect()
 }
 
 /// What becomes of flows when they leave from other addresses than before.
@@ -177,6 +191,17 @@ mod tests {
     #[test]
     fn the_same_is_no_change() {
         assert_eq!(said(FIRST), Vec::<String>::new());
+    }
+
+    #[test]
+    fn the_shares_of_sources_change_in_place() {
+        let with = |lines: &str| config(&format!("[dataplane]\n{lines}\n{FIRST}"));
+        let other = with("source_share = \"off\"\nhalf_open_share = \"10%\"");
+        assert_eq!(
+            changes(&config(FIRST), &other),
+            ["source_share is off, before 50%", "half_open_share is 10%, before 25%"]
+        );
+        assert_eq!(needs_restart(&config(FIRST), &other), [""; 0]);
     }
 
     #[test]

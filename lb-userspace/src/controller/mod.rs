@@ -22,6 +22,7 @@ mod probe_targets;
 mod reload;
 mod resets;
 mod returning;
+mod room;
 mod roster;
 mod selection;
 mod services;
@@ -74,6 +75,7 @@ pub use plan::{Plan, snat_addresses};
 use ports::Ports;
 use reload::{Naming, Pending};
 use resets::Resets;
+use room::{Room, source_shares};
 pub use roster::NumbersError;
 use roster::{Roster, Step};
 use selection::Choice;
@@ -185,6 +187,7 @@ pub struct Controller {
     owner: Option<Owner>,
     reaped: Reaped,
     reaped_at: Instant,
+    room: Room,
     /// Replies to slots that are not the sender's, counted every ten seconds, the oldest first.
     strangers: VecDeque<u64>,
     checks_use_slots: bool,
@@ -261,6 +264,7 @@ impl Controller {
             owner: None,
             reaped: Reaped::default(),
             reaped_at: now,
+            room: Room::default(),
             strangers: VecDeque::new(),
             checks_use_slots: plan.checks_use_slots,
             started: now,
@@ -297,6 +301,7 @@ impl Controller {
         for (number, service) in self.services.iter() {
             self.dataplane.set_allowed(number, &service.allow)?;
         }
+        self.dataplane.set_source_shares(source_shares(&self.config));
         self.set_pods();
         let steps = self.steps.clone();
         let seats = self.roster.backends().clone();
@@ -896,6 +901,7 @@ impl Controller {
         if self.turns.is_multiple_of(REAP_EVERY) {
             self.reap();
         }
+        self.look_at_room();
         if self.turns.is_multiple_of(REFRESH_EVERY) {
             self.resolve().await;
             self.network.keep_fresh(FAR_AWAY).await;

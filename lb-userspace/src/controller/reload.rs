@@ -22,6 +22,7 @@ use super::{
     Controller, backends, check_files, difference,
     plan::{self, Source, Survey, Ways},
     ports::Ports,
+    room::source_shares,
     roster::{Roster, Seat, Step},
     services::Services,
     steps::idle_policy,
@@ -483,6 +484,7 @@ impl Controller {
         self.witnesses.retain(|id, _| self.backends.iter().any(|backend| backend.id == *id));
         self.roster = roster;
         self.config = config;
+        self.dataplane.set_source_shares(source_shares(&self.config));
         sources.remember(&self.config);
         self.sources = Some(sources);
         self.update_checks();

@@ -52,6 +52,7 @@ impl Controller {
                 .collect(),
             hook: self.hook_status(),
             packets: self.packets(),
+            flow_tables: self.room.status(),
             flags: self.host_flags(),
             daemon: DaemonStatus {
                 pid: std::process::id(),
@@ -150,6 +151,7 @@ impl Controller {
         flags.extend(self.gone_interfaces.iter().map(|name| liveness::gone(name)));
         flags.extend(self.veth_flags.iter().cloned());
         flags.extend(self.interface_flags.iter().chain(&self.unreached_servers).cloned());
+        flags.extend(self.room.flags());
         flags.extend(self.hook_flags());
         flags.extend(self.source_flags());
         flags

@@ -131,13 +131,7 @@ impl Dataplane {
                 IdleUnits { timeout, forgotten }
             })
             .collect();
-        let local: Vec<bool> = (0..self.backends.len())
-            .map(|id| {
-                self.backends
-                    .get(id)
-                    .is_some_and(|backend| backend.flags.load() & lb_common::layout::backend_flag::LOCAL != 0)
-            })
-            .collect();
+        let local = self.local_backends();
         let claims = std::mem::take(&mut self.claims);
         let transitory = self.ticks.units(TRANSITORY);
         let round =

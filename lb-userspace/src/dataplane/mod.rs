@@ -5,6 +5,7 @@
 //! one word that makes them count, and what was taken out is not reused before a grace period is over.
 
 mod attach;
+mod budgets;
 mod change;
 mod clock;
 mod convert;
@@ -55,6 +56,7 @@ use lb_common::{
 };
 
 pub use attach::{Attached, Mode, Target};
+pub use budgets::{HeavySource, SourceShares, Usage};
 use clock::Reading;
 pub use clock::Ticks;
 use convert::Conversion;
@@ -146,6 +148,8 @@ pub struct Dataplane {
     tables: Tables,
     next_hops: Mapped<Cell64>,
     clock: Mapped<u64>,
+    source_budgets: Mapped<layout::SourceBudgets>,
+    source_shares: SourceShares,
     flight_recorder: FlightRecorder,
     unattended: Duration,
     allow: LpmTrie<MapData, AllowKey, u32>,
@@ -282,6 +286,8 @@ impl Dataplane {
             tables: Tables::of(&mut ebpf)?,
             next_hops: mapped(&mut ebpf, "NEXT_HOP")?,
             clock: mapped(&mut ebpf, "CLOCK")?,
+            source_budgets: mapped(&mut ebpf, "SOURCES")?,
+            source_shares: SourceShares::default(),
             flight_recorder: FlightRecorder::of(&mut ebpf)?,
             unattended: Duration::ZERO,
             allow: typed(&mut ebpf, "ALLOW")?,

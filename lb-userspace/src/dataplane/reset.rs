@@ -60,6 +60,8 @@ pub struct Walk {
     /// Sets of the IPv4 table, then of the IPv6 table.
     next: usize,
     ended: bool,
+    /// Of two walks, this is the second.
+    again: bool,
 }
 
 impl Walk {
@@ -138,8 +140,10 @@ pub struct Hop {
 
 impl Dataplane {
     /// Resets flows, about `limit` of them (never more than a set's ways above), from `cursor` on, as far as is looked at in
-    /// one go. They are returned as
-    /// they were; their clients are yet to be told. Flows of a backend that is this host are its own kernel's.
+    /// one go. They are returned as they were; their clients are yet to be told. Flows of a backend that is this host are its
+    /// own kernel's.
+    ///
+    /// The table is walked through twice: for established flows, then for answered handshakes, of which a flood makes many.
     pub fn kill_flows(
         &mut self,
         filter: &FlowFilter,
@@ -147,9 +151,19 @@ impl Dataplane {
         limit: usize,
     ) -> Result<Vec<Flow>, DataplaneError> {
         let now = (self.jiffies()? >> self.ticks.shift()) as u16;
-        Ok(self.walk(filter, cursor, limit, Wanted::Resettable, |word, numbers, meta| {
-            kill(word, numbers, meta.backend(), now).is_some()
-        }))
+        let act =
+            |word: &Cell32, numbers: &Numbers, meta: Meta| kill(word, numbers, meta.backend(), now).is_some();
+        let mut flows = Vec::new();
+        if !cursor.again {
+            flows = self.walk(filter, cursor, limit, Wanted::Established, act);
+            if !cursor.ended {
+                return Ok(flows);
+            }
+            *cursor = Walk { again: true, ..Walk::default() };
+        }
+        // Those, too, that were proven since the first walk passed them.
+        flows.extend(self.walk(filter, cursor, limit - flows.len().min(limit), Wanted::Resettable, act));
+        Ok(flows)
     }
 
     /// As [`Dataplane::kill_flows`], of flows that neither end has used for their idle timeout.
@@ -252,6 +266,8 @@ impl Dataplane {
 /// The state that a flow must be in.
 #[derive(Clone, Copy)]
 enum Wanted {
+    /// The client has proven that it is connected.
+    Established,
     /// Its client believes to be connected.
     Resettable,
     /// Established, or killed while its backend was not there to hear of it.
@@ -265,6 +281,7 @@ enum Wanted {
 impl Wanted {
     fn fits(self, meta: Meta, idle: &[IdleUnits], listener: u16) -> bool {
         match self {
+            Self::Established => meta.is(Kind::Established),
             Self::Resettable => is_resettable(meta),
             Self::Doubtful => meta.is(Kind::Established) || meta.is_untold(),
             Self::Idle(now) => idle.get(usize::from(listener)).is_some_and(|idle| idle.is_over(meta, now)),

@@ -41,6 +41,8 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
             snat_addresses_max: 4,
             snat_ports: None,
             hash_key_file: None,
+            source_share: Some(Dataplane::SOURCE_SHARE),
+            half_open_share: Some(Dataplane::HALF_OPEN_SHARE),
             state_dir: "/nonexistent".into(),
             pin_dir: "/nonexistent".into(),
             cgroup: Cgroup::Auto,

@@ -168,6 +168,7 @@ fn word(what: What) -> &'static str {
         What::Refused(Refusal::NoBackend) => "refused_no_backend",
         What::Refused(Refusal::NotAllowed) => "refused_not_allowed",
         What::Refused(Refusal::TableFull) => "dropped_table_full",
+        What::Refused(Refusal::SourceBudget) => "dropped_source_budget",
         What::Refused(Refusal::Race) => "dropped_syn_race",
         What::Refused(Refusal::NoNextHop) => "dropped_next_hop_unknown",
         What::Closed { by_client: true } => "closed_by_client",
@@ -284,6 +285,10 @@ impl Telling<'_> {
             Refusal::TableFull => format!(
                 "SYN to {listener} dropped: every slot that it could have had was taken; the client sends it again, \
                  more `snat_addresses` make room"
+            ),
+            Refusal::SourceBudget => format!(
+                "SYN to {listener} dropped: the client's address, or its /64, has as many slots as one source may have; the \
+                 client sends it again, `source_share` and `half_open_share` make room"
             ),
             Refusal::Race => format!(
                 "SYN to {listener} dropped: its own copy was being worked on by another CPU; the client sends it again"
@@ -444,6 +449,7 @@ mod tests {
             (Refusal::NoBackend, "refused by sheave (RST): no backend was usable"),
             (Refusal::NotAllowed, "none of the service's `allow` prefixes"),
             (Refusal::TableFull, "more `snat_addresses` make room"),
+            (Refusal::SourceBudget, "`source_share` and `half_open_share` make room"),
             (Refusal::Race, "the client sends it again"),
         ] {
             let connections = told(&[(0, What::Refused(refusal)), (0, What::Refused(refusal))]);

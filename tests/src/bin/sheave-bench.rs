@@ -17,9 +17,10 @@ use lb_common::{
     bench::{FLOWS, IN_FLIGHT, PACKET, Place, Plan, call, client, direction},
     flow::{Family, Slot, V4, V6},
     hash::split_mix,
-    layout::{SETS_PER_ADDRESS, Set4, Set6, WAYS},
+    layout::{SETS_PER_ADDRESS, Set4, Set6, SourceBudgets, WAYS},
     meta::{Kind, Meta, NUMBERED},
     sequence::SendSequence,
+    source_budget::SourceCount,
 };
 use lb_tests::{
     attacks::{Arena, FloodKind, Flooded, flood},
@@ -286,6 +287,10 @@ impl Bench {
         }
         let members: Vec<_> = (1..=BACKENDS).zip(names).map(|(id, name)| (id, name, 1)).collect();
         dataplane.select(0, ipv6, &members)?;
+        // Sources are counted, as they are by default, and have no limit that is reached.
+        let budgets = dataplane.map::<SourceBudgets>("SOURCES")?;
+        let limit = SourceCount::new(u32::MAX, u32::MAX);
+        budgets.get(0).into_iter().flat_map(|it| &it.limits).for_each(|it| it.store(limit.word()));
         dataplane.program("bench")?.load()?;
         let plan = dataplane.map("PLAN")?;
         let mut bench = Self { dataplane, plan, ipv6, flows, round: 0 };

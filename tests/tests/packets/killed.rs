@@ -276,3 +276,31 @@ fn the_daemon_resets_a_backends_flows_a_few_at_a_time_and_no_others() {
         assert_eq!(world.dataplane.release_killed(2).unwrap(), doomed.len() as u64 - 2);
     }
 }
+
+#[test]
+fn handshakes_of_a_flood_do_not_delay_established_flows() {
+    /// Flows that `reset_rate` lets be reset at once.
+    const LIMIT: usize = 20;
+    for ip in Ip::BOTH {
+        let mut world = World::build(&Shape { backends: 1, ..Shape::new(ip) });
+        let forged: Vec<_> = (100..3100).map(|number| world.open(ip.client(number), ip.listener())).collect();
+        let real: BTreeSet<_> = (0..18).map(|number| world.establish(ip.client(number)).client).collect();
+        for flow in &forged {
+            world.run(&flow.syn_ack().bytes());
+        }
+        let (filter, mut walk) = (FlowFilter::of_backend(1), Walk::default());
+        let first = world.dataplane.kill_flows(&filter, &mut walk, LIMIT).unwrap();
+        let first: BTreeSet<_> = first.iter().map(|flow| flow.client).collect();
+        assert!(first.is_superset(&real), "{ip:?}: {} of {}", first.intersection(&real).count(), real.len());
+        assert!((LIMIT..LIMIT + 4).contains(&first.len()) && !walk.is_at_end(), "{}", first.len());
+        // Then the others.
+        let mut killed = first.len();
+        for _ in 0..1000 {
+            killed += world.dataplane.kill_flows(&filter, &mut walk, LIMIT).unwrap().len();
+            if walk.is_at_end() {
+                break;
+            }
+        }
+        assert_eq!((killed, walk.is_at_end()), (forged.len() + real.len(), true));
+    }
+}

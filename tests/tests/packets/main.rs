@@ -15,6 +15,7 @@ mod outcomes;
 mod refusal;
 mod routes;
 mod selection;
+mod source_budget;
 mod states;
 mod table;
 mod tags;

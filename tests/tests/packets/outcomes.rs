@@ -8,6 +8,7 @@ use lb_common::outcome::{Event, Outcome};
 use lb_tests::packets::{
     ACK, Change, Exchange, Fragment, Frame, Icmp, Ip, LOOPBACK, RST, Shape, World, extension,
 };
+use lb_userspace::dataplane::SourceShares;
 
 /// What cannot be made to happen here, and why.
 type Impossible = &'static str;
@@ -90,6 +91,13 @@ fn make(outcome: Outcome, world: &mut World) -> Result<Exchange, Impossible> {
             for number in 0..4 {
                 small.open(ip.client(number), listener);
             }
+            small.run(&syn.bytes())
+        }
+        Outcome::SourceBudget => {
+            let mut small = World::build(&Shape { snat_ports: 1024..=1027, ..Shape::new(ip) });
+            small.dataplane.set_source_shares(SourceShares { slots: Some(25), half_open: None });
+            small.dataplane.count_sources().unwrap();
+            small.open(ip.client(0), listener);
             small.run(&syn.bytes())
         }
         Outcome::SynRace => return Err(RACE),
