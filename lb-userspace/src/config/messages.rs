@@ -420,7 +420,10 @@ fn numbers_and_durations() {
             "\"source_share\" is not a share: \"0%\"\n= help: write \"1%\" to \"100%\" of the flow table, such as \"50%\", or \"off\"",
         ),
         ("[dataplane]\nsource_share = \"101%\"\n", "\"source_share\" is not a share: \"101%\""),
-        ("[dataplane]\nhalf_open_share = \"25\"\n", "such as \"25%\", or \"off\""),
+        (
+            "[dataplane]\nhalf_open_share = \"25\"\n",
+            "\"half_open_share\" is not a share: \"25\"\n= help: write \"1%\" to \"100%\" of the flow table, such as \"25%\", or \"off\"",
+        ),
         (
             "[dataplane]\nhalf_open_share = 25\n",
             "\"half_open_share\" must be a string, not an integer\n= help: write \"25%\", in double quotes",
