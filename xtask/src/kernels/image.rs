@@ -34,7 +34,8 @@ impl Kernel {
     ///
     /// A package cannot be downloaded or unpacked.
     pub(super) fn prepare(archive: &Archive, stock: &Stock, directory: &Path) -> Result<Self> {
-        let place = directory.join(format!("{}-{:016x}", stock.release, digest(modules::WANTED)));
+        let kept = digest((modules::WANTED, stock.has_modules));
+        let place = directory.join(format!("{}-{kept:016x}", stock.release));
         let kernel = Self { image: place.join("vmlinuz"), modules: place.join("modules.cpio") };
         if kernel.modules.exists() {
             return Ok(kernel);
@@ -53,13 +54,14 @@ impl Kernel {
         ];
         let image = image.iter().find(|path| path.is_file()).context("the packages hold no kernel image")?;
         fs::copy(image, &kernel.image)?;
-        write_modules(&modules::collect(&tree)?, &kernel.modules)?;
+        let modules = if stock.has_modules { modules::collect(&tree)? } else { Vec::new() };
+        write_modules(&modules, &kernel.modules)?;
         fs::remove_dir_all(&tree)?;
         Ok(kernel)
     }
 }
 
-/// Modules as `/modules/NAME.ko`, and their order, a name a line, in `/modules/order`. The file appears whole or not.
+/// Modules as `/modules/NAME.ko`, and their order, a name a line, in `/modules/order`.
 fn write_modules(modules: &[modules::Module], path: &Path) -> Result<()> {
     write_whole(path, |output| {
         let mut writer = Writer::new(output);

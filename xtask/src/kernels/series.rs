@@ -44,6 +44,8 @@ pub(super) struct Stock {
     pub(super) version: String,
     /// The packages that hold its image and its modules.
     pub(super) packages: Vec<String>,
+    /// The archive has its modules. Of a backport that another has followed it may not, though it has the image.
+    pub(super) has_modules: bool,
 }
 
 /// The newest kernel of every series that the archive has, oldest series first.
@@ -61,8 +63,13 @@ fn describe(archive: &Archive, series: Series, release: String) -> Result<Stock>
     let fields = archive.show(&image)?;
     let version = fields.get("Version").with_context(|| format!("{image} has no version"))?.clone();
     let depends = fields.get("Depends").map(String::as_str).unwrap_or_default();
-    let packages = parts(depends, &release).into_iter().chain([image]).collect();
-    Ok(Stock { series, release, version, packages })
+    let mut packages: Vec<_> = parts(depends, &release).into_iter().chain([image]).collect();
+    let modules = format!("linux-modules-{release}");
+    let has_modules = !packages.contains(&modules) || archive.names(&modules)?.contains(&modules);
+    if !has_modules {
+        packages.retain(|package| *package != modules);
+    }
+    Ok(Stock { series, release, version, packages, has_modules })
 }
 
 /// The packages of the same release that an image depends on: newer ones are split.
