@@ -28,20 +28,22 @@ pub const SOURCE_ROWS: usize = 2;
 const STALE: u64 = 4;
 
 packed_word! {
-    /// What a source uses: slots of flows (bits 0-31), and of these half-open ones (bits 32-63). Counted are established flows,
-    /// and handshakes of the last seconds. Closed and killed flows are not, nor old handshakes: their slots are given to
-    /// others when these need them ([`crate::flow`]).
+    /// What a source uses: slots of established flows, as the daemon counted them last (bits 0-31), and handshakes of the
+    /// last seconds, claims since that count included (bits 32-63). Closed and killed flows are not counted, nor old
+    /// handshakes: their slots are given to others when these need them ([`crate::flow`]).
+    ///
+    /// A SYN can be forged in any client's name, so a handshake counts as no slot: it would cost that client its budget.
     #[derive(Default)]
     pub struct SourceCount(u64) as u64;
 }
 
 impl SourceCount {
-    /// A claim: one slot, half-open.
-    pub const CLAIM: Self = Self::new(1, 1);
+    /// A claim: a handshake.
+    pub const CLAIM: Self = Self::new(0, 1);
     /// As a limit: there is none, and nothing is counted.
     pub const UNLIMITED: Self = Self(0);
 
-    /// So many slots, and so many of them half-open.
+    /// So many slots of established flows, and so many handshakes.
     #[must_use]
     pub const fn new(slots: u32, half_open: u32) -> Self {
         Self(slots as u64 | (half_open as u64) << 32)
@@ -109,8 +111,10 @@ pub fn admit<M: Maps>(maps: &M, family_number: u8, source: u64) -> bool {
     if used.reaches(limit) && is_recent(maps, config, budgets) {
         return false;
     }
-    first.add(SourceCount::CLAIM.0);
-    second.add(SourceCount::CLAIM.0);
+    if limit.half_open() != u32::MAX {
+        first.add(SourceCount::CLAIM.0);
+        second.add(SourceCount::CLAIM.0);
+    }
     true
 }
 
@@ -154,7 +158,7 @@ mod tests {
         assert!(admits(&memory, 2));
         // As after a count: the handshakes are over, the flows are there.
         memory.recount_sources(&[(1, SourceCount::new(7, 0)), (2, SourceCount::new(1, 0))]);
-        assert_eq!(admitted(&memory, 1, 100), 1, "the last of its slots");
+        assert_eq!(admitted(&memory, 1, 100), LIMIT.half_open(), "one slot is left, until it is counted");
         memory.recount_sources(&[(1, SourceCount::new(8, 0))]);
         assert_eq!((admitted(&memory, 1, 100), admitted(&memory, 2, 3)), (0, 3));
         memory.recount_sources(&[]);
@@ -183,7 +187,9 @@ mod tests {
         // Of one kind only.
         let mut memory = self::memory();
         memory.limit_sources(SourceCount::new(10, u32::MAX));
-        assert_eq!(admitted(&memory, 1, 1000), 10);
+        assert_eq!(admitted(&memory, 1, 1000), 1000, "handshakes are no slots: anyone can forge them");
+        memory.recount_sources(&[(1, SourceCount::new(10, 0))]);
+        assert_eq!(admitted(&memory, 1, 1000), 0);
     }
 
     #[test]

@@ -108,7 +108,7 @@ ca_file = "/etc/sheave/ca.crt"
     assert_eq!(config.dataplane.interfaces, Interfaces::Auto);
     assert_eq!(config.dataplane.xdp_mode, XdpMode::Auto);
     assert_eq!(config.dataplane.snat_ports, None);
-    assert_eq!((config.dataplane.source_share, config.dataplane.half_open_share), (Some(50), Some(25)));
+    assert_eq!((config.dataplane.source_share, config.dataplane.half_open_share), (Some(50), None));
     assert_eq!(config.dataplane.state_dir, Path::new("/var/lib/sheave"));
     assert_eq!(config.dataplane.pin_dir, Path::new("/sys/fs/bpf/sheave"));
     assert_eq!(config.admin.socket, Path::new("/run/sheave/admin.sock"));
@@ -138,7 +138,7 @@ snat_addresses = ["10.0.0.250", "fd00::250"]
 snat_ports = "20000-32767"
 hash_key_file = "hash.key"
 source_share = "100 %"
-half_open_share = "off"
+half_open_share = "25%"
 state_dir = "/srv/sheave"
 pin_dir = "/sys/fs/bpf/other"
 cgroup = "/sys/fs/cgroup/system.slice"
@@ -189,7 +189,7 @@ address = "[fd00::151]:6443"
     assert!(warnings.is_empty(), "{warnings:?}");
     assert_eq!(config.dataplane.hash_key_file.as_deref(), Some(Path::new("/etc/sheave/hash.key")));
     assert_eq!(config.dataplane.snat_ports, Some(20000..=32767));
-    assert_eq!((config.dataplane.source_share, config.dataplane.half_open_share), (Some(100), None));
+    assert_eq!((config.dataplane.source_share, config.dataplane.half_open_share), (Some(100), Some(25)));
     assert_eq!(config.vip.mode, VipMode::Own);
     let service = &config.services[0];
     assert_eq!(service.idle_timeout, Duration::from_secs(5400));

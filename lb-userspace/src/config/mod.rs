@@ -135,8 +135,8 @@ fn read_dataplane(root: &Section, document: &Document) -> Result<Dataplane, Prob
             .unwrap_or(Dataplane::SNAT_ADDRESSES_MAX),
         snat_ports: values::snat_ports(&section)?,
         hash_key_file: section.path("hash_key_file", document)?,
-        source_share: values::share(&section, "source_share", Dataplane::SOURCE_SHARE)?,
-        half_open_share: values::share(&section, "half_open_share", Dataplane::HALF_OPEN_SHARE)?,
+        source_share: values::share(&section, "source_share", Some(Dataplane::SOURCE_SHARE))?,
+        half_open_share: values::share(&section, "half_open_share", None)?,
         state_dir: section
             .path("state_dir", document)?
             .unwrap_or_else(|| Path::new(Dataplane::STATE_DIR).to_owned()),
@@ -190,8 +190,6 @@ impl Dataplane {
     pub const SNAT_ADDRESSES_MAX: usize = 4;
     /// `source_share` where the file names none, in per cent. All of a NAT or a pod network is one source.
     pub const SOURCE_SHARE: u8 = 50;
-    /// `half_open_share` where the file names none, in per cent.
-    pub const HALF_OPEN_SHARE: u8 = 25;
     /// `pin_dir` where the file names none.
     pub const PIN_DIR: &str = "/sys/fs/bpf/sheave";
 }

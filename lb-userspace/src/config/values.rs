@@ -129,9 +129,9 @@ pub(super) fn snat_ports(section: &Section) -> Result<Option<RangeInclusive<u16>
 }
 
 /// A share of the flow table, in per cent: `"50%"`; None: `"off"`.
-pub(super) fn share(section: &Section, key: &str, default: u8) -> Result<Option<u8>, Problem> {
-    let example = format!("\"{default}%\"");
-    let Some(written) = section.text(key, &example)? else { return Ok(Some(default)) };
+pub(super) fn share(section: &Section, key: &str, default: Option<u8>) -> Result<Option<u8>, Problem> {
+    let example = format!("\"{}%\"", default.unwrap_or(25));
+    let Some(written) = section.text(key, &example)? else { return Ok(default) };
     let text = written.get_ref().as_str();
     if text == "off" {
         return Ok(None);

@@ -199,7 +199,7 @@ mod tests {
         let other = with("source_share = \"off\"\nhalf_open_share = \"10%\"");
         assert_eq!(
             changes(&config(FIRST), &other),
-            ["source_share is off, before 50%", "half_open_share is 10%, before 25%"]
+            ["source_share is off, before 50%", "half_open_share is 10%, before off"]
         );
         assert_eq!(needs_restart(&config(FIRST), &other), [""; 0]);
     }

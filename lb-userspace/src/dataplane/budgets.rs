@@ -209,7 +209,7 @@ fn of_source(now: u16, local: &[bool], meta: Meta) -> SourceCount {
     } else if is_young && (meta.is(Kind::HalfOpen) || meta.is(Kind::Claiming)) {
         // The replies of a backend that is this host are not seen: its flows stay half-open as long as they live.
         let is_local = local.get(usize::from(meta.backend())).copied().unwrap_or_default();
-        SourceCount::new(1, u32::from(!is_local))
+        if is_local { SourceCount::new(1, 0) } else { SourceCount::CLAIM }
     } else {
         SourceCount::default()
     }

@@ -42,7 +42,7 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
             snat_ports: None,
             hash_key_file: None,
             source_share: Some(Dataplane::SOURCE_SHARE),
-            half_open_share: Some(Dataplane::HALF_OPEN_SHARE),
+            half_open_share: None,
             state_dir: "/nonexistent".into(),
             pin_dir: "/nonexistent".into(),
             cgroup: Cgroup::Auto,

@@ -96,8 +96,8 @@ fn make(outcome: Outcome, world: &mut World) -> Result<Exchange, Impossible> {
         Outcome::SourceBudget => {
             let mut small = World::build(&Shape { snat_ports: 1024..=1027, ..Shape::new(ip) });
             small.dataplane.set_source_shares(SourceShares { slots: Some(25), half_open: None });
+            small.establish(ip.client(0));
             small.dataplane.count_sources().unwrap();
-            small.open(ip.client(0), listener);
             small.run(&syn.bytes())
         }
         Outcome::SynRace => return Err(RACE),
