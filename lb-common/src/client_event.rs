@@ -108,7 +108,7 @@ pub fn client_event<A: Family, S: Subprograms>(
     let met = Met::<A> { query, slot, meta, word: A::meta(ways, slot.way), service };
     let clock = Clock::read(maps, config);
     let before = numbers.load();
-    let (transition, now) = transition::client(meta, before, segment);
+    let (transition, now) = transition::client(meta, before, segment, clock.seen);
     // Before the word says that they are known.
     numbers.store(before, now);
     match transition {

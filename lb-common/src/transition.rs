@@ -22,6 +22,10 @@ use crate::{
 /// client may begin anew from the same port.
 pub const RESET_QUARANTINE: u16 = 2;
 
+/// Units without a segment of the backend after which a SYN begins anew in a slot that both sides have closed, though the
+/// client has not acknowledged all that the backend sent: it may still be sent again, and anyone can forge a SYN.
+const REOPEN_AGE: u16 = 2;
+
 /// What a segment of the client makes of its flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClientTransition {
@@ -94,13 +98,14 @@ pub const fn goes_on(meta: Meta, sequence: SendSequence, segment: &Segment) -> b
     meta.is_numbered_flow() && !meta.has(RESET) && segment.flags & FLAGS == 0 && ahead <= REACH
 }
 
-/// After a segment of the client: the change, and the numbers from now on.
+/// After a segment of the client at the time `now`: the change, and the numbers from now on.
 #[inline(always)]
 #[must_use]
 pub const fn client(
     meta: Meta,
     sequence: SendSequence,
     segment: &Segment,
+    now: u16,
 ) -> (ClientTransition, SendSequence) {
     if meta.is(Kind::Killed) {
         return killed_client(sequence, segment);
@@ -108,7 +113,7 @@ pub const fn client(
     if segment.opens() {
         let transition = if meta.is(Kind::HalfOpen) {
             ClientTransition::RetransmitSyn
-        } else if meta.is_closed() {
+        } else if meta.is_closed() && !may_be_sent_again(meta, sequence, now) {
             ClientTransition::Reopen
         } else {
             // The backend knows whether the connection is still there (RFC 5961 §4).
@@ -125,6 +130,12 @@ pub const fn client(
         };
     }
     synchronized_client(meta, sequence, segment)
+}
+
+/// Have both sides sent their FIN a moment ago, and may the backend's have got lost on its way to the client?
+#[inline(always)]
+const fn may_be_sent_again(meta: Meta, sequence: SendSequence, now: u16) -> bool {
+    meta.has(CLIENT_FIN | BACKEND_FIN) && !sequence.is_idle() && meta.age(now) < REOPEN_AGE
 }
 
 /// SYN-RECEIVED (RFC 9293 §3.10.7.4, fifth): only the acknowledgement of the SYN-ACK leads on.
@@ -431,7 +442,7 @@ mod tests {
 
         fn client(mut self, flags: u8, acknowledged: u32) -> Self {
             let (transition, sequence) =
-                client(self.meta, self.sequence, &segment(flags, CLIENT + 1, acknowledged, 0));
+                client(self.meta, self.sequence, &segment(flags, CLIENT + 1, acknowledged, 0), 0);
             self.sequence = sequence;
             self.meta = match transition {
                 ClientTransition::Establish(meta) | ClientTransition::Reset(meta) => meta,
@@ -593,7 +604,7 @@ mod tests {
     #[test]
     fn a_new_syn_of_a_flow_that_was_not_closed_is_the_backends_to_judge() {
         let flow = Slot::established();
-        assert_eq!(client(flow.meta, flow.sequence, &segment(SYN, 0, 0, 0)).0, ClientTransition::None);
+        assert_eq!(client(flow.meta, flow.sequence, &segment(SYN, 0, 0, 0), 0).0, ClientTransition::None);
         assert_eq!(flow.backend(SYN | ACK, 5, 0), flow, "and its SYN-ACK alone says nothing");
         let doubted = flow.client(RST, 0);
         assert_eq!(
@@ -606,7 +617,7 @@ mod tests {
     #[test]
     fn a_client_may_give_up_in_the_handshake_and_keep_its_slot() {
         let meta = Slot::CLAIMED.meta;
-        let of = |flags| client(meta, Slot::CLAIMED.sequence, &segment(flags, 0, 0, 0)).0;
+        let of = |flags| client(meta, Slot::CLAIMED.sequence, &segment(flags, 0, 0, 0), 0).0;
         assert_eq!((of(RST), of(FIN | ACK)), (ClientTransition::GiveUp, ClientTransition::GiveUp));
         assert_eq!((of(SYN), of(ACK)), (ClientTransition::RetransmitSyn, ClientTransition::Alive));
         let answered = Slot::answered();
@@ -618,9 +629,18 @@ mod tests {
     fn a_closed_slot_is_reopened_by_its_own_tuple() {
         for kind in [Kind::ClosedByClient, Kind::ClosedByBackend, Kind::Killed] {
             let (transition, _) =
-                client(Meta::new(kind, 7, 0), SendSequence::default(), &segment(SYN, 0, 0, 0));
+                client(Meta::new(kind, 7, 0), SendSequence::default(), &segment(SYN, 0, 0, 0), 0);
             assert_eq!(transition, ClientTransition::Reopen);
         }
+    }
+
+    #[test]
+    fn a_forged_syn_does_not_take_a_slot_in_which_a_fin_may_be_sent_again() {
+        let closed = Slot::established().client(FIN | ACK, sent(100)).backend(FIN | ACK, sent(100), 0);
+        let of = |slot: Slot, now| client(slot.meta, slot.sequence, &segment(SYN, 0, 0, 0), now).0;
+        assert_eq!(of(closed, REOPEN_AGE - 1), ClientTransition::None);
+        assert_eq!(of(closed, REOPEN_AGE), ClientTransition::Reopen);
+        assert_eq!(of(closed.client(ACK, sent(101)), 0), ClientTransition::Reopen, "all is acknowledged");
     }
 
     #[test]
@@ -628,7 +648,7 @@ mod tests {
         let flow = Slot { meta: Meta::new(Kind::Killed, 7, 0), ..Slot::established() };
         for flags in [0, ACK, FIN | ACK, SYN | ACK, FIN, 0x18] {
             let segment = segment(flags, 1, 2, 3);
-            assert_eq!(client(flow.meta, flow.sequence, &segment).0, ClientTransition::AnswerWithReset);
+            assert_eq!(client(flow.meta, flow.sequence, &segment, 0).0, ClientTransition::AnswerWithReset);
             assert_eq!(backend(flow.meta, flow.sequence, &segment, 0).0, BackendTransition::AnswerWithReset);
         }
         assert_eq!(flow.client(RST | ACK, sent(100)), flow);
@@ -702,7 +722,7 @@ mod tests {
             let sequence = SendSequence { unacknowledged: sent(100 - behind.min(100)), next: sent(100) };
             if is_acknowledgement(meta, sequence, &segment) {
                 let expected = (ClientTransition::Acknowledge, sequence.acknowledged(segment.acknowledgement));
-                prop_assert_eq!(client(meta, sequence, &segment), expected);
+                prop_assert_eq!(client(meta, sequence, &segment, 0), expected);
             }
             if goes_on(meta, sequence, &segment) {
                 let end = segment.sequence.wrapping_add(segment.payload as u32);

@@ -1,8 +1,8 @@
 //! A flow's life, as its packets show it.
 
 use super::lab::{
-    ACK, BACKENDS_MAC, FIN, FRONT, Flow, Lab, OTHER_ROUTER, OURS, ROUTER, RST, SYN, Segment, VERSIONS,
-    Version,
+    ACK, BACKEND_START, BACKENDS_MAC, FIN, FRONT, Flow, Lab, OTHER_ROUTER, OURS, ROUTER, RST, SYN, Segment,
+    VERSIONS, Version,
 };
 use crate::{
     Outcome,
@@ -299,6 +299,8 @@ fn close(lab: &Lab, flow: &Flow, backend_first: bool) {
     lab.send(&first);
     assert!(lab.meta(flow).is(Kind::Established), "half-closed streams live on");
     lab.send(&second);
+    // The last ACK: of the backend's FIN.
+    lab.send(&Segment { acknowledgement: BACKEND_START + 2, ..flow.up(ACK) });
 }
 
 #[test]

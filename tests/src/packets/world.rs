@@ -564,6 +564,11 @@ impl Flow {
         Frame { sequence, acknowledgement, ..Frame::new(self.client, self.listener) }
     }
 
+    /// The client's acknowledgement of a FIN that the backend sent after nothing else.
+    pub fn last_ack(&self) -> Frame {
+        Frame { acknowledgement: BACKEND_START + 2, ..self.from_client() }
+    }
+
     /// A bare ACK of the backend, likewise.
     pub fn from_backend(&self) -> Frame {
         let ip = if self.client.is_ipv4() { Ip::V4 } else { Ip::V6 };

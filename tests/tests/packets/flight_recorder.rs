@@ -188,6 +188,7 @@ fn the_same_client_port_again_is_another_claim() {
         let flow = world.establish(ip.client(1));
         says(&mut world, &flow, true, FIN | ACK);
         says(&mut world, &flow, false, FIN | ACK);
+        world.run(&flow.last_ack().bytes());
         world.open(flow.client, flow.listener);
         let expected = [What::Claimed, What::Established, What::Closed { by_client: true }, What::Claimed];
         assert_eq!(whats(&world, flow.client), expected);

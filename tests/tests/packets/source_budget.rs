@@ -78,6 +78,7 @@ fn a_source_whose_flows_have_ended_may_open_others() {
             let fin = |frame| Frame { flags: super::states::FIN_ACK, ..frame };
             world.run(&fin(flow.from_client()).bytes());
             world.run(&fin(flow.from_backend()).bytes());
+            world.run(&flow.last_ack().bytes());
         }
         assert_eq!(knock(&mut world, late).outcome, Outcome::SourceBudget, "until it is counted");
         world.dataplane.count_sources().unwrap();

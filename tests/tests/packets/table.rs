@@ -188,6 +188,7 @@ fn a_clients_port_is_reused_in_its_own_slot() {
         for _ in 0..20 {
             world.run(&Frame { flags: super::states::FIN_ACK, ..first.from_client() }.bytes());
             world.run(&Frame { flags: super::states::FIN_ACK, ..first.from_backend() }.bytes());
+            world.run(&first.last_ack().bytes());
             assert_eq!(world.establish(first.client), first);
         }
         assert_eq!(world.slots().len(), 1);
