@@ -423,6 +423,7 @@ impl Dataplane {
             return Err(DataplaneError::TooMany { what: "members of bonds", limit: MEMBERS });
         }
         let mut config = self.settings();
+        config.members = [Member::default(); MEMBERS];
         for (entry, (index, bond)) in config.members.iter_mut().zip(members) {
             *entry = Member { index: *index, bond: *bond };
         }
