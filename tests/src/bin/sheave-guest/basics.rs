@@ -56,8 +56,16 @@ pub(crate) fn load() -> Result<()> {
 pub(crate) const DECISIONS: [&str; 7] =
     ["budget::", "icmp::", "outcomes::", "refusal::", "routes::", "tags::", "translation::"];
 /// Those of what becomes of flows and tables, and those of hostile packets: minutes on emulated processors.
-pub(crate) const HISTORIES: [&str; 7] =
-    ["black_box::", "hostile::", "killed::", "selection::", "states::", "table::", "witness::"];
+pub(crate) const HISTORIES: [&str; 8] = [
+    "flight_recorder::",
+    "hostile::",
+    "killed::",
+    "selection::",
+    "source_budget::",
+    "states::",
+    "table::",
+    "witness::",
+];
 
 /// The tests of some modules that hand packets to the program with `BPF_PROG_TEST_RUN`.
 pub(crate) fn packets(modules: &[&str]) -> Result<()> {
