@@ -307,10 +307,17 @@ pub struct Written {
     pub lap: u16,
 }
 
-/// Appends to a ring of 2^`bits` places, of which `place` returns each. Only one writer may append to a
-/// ring at a time.
+/// Appends to a ring of 2^`bits` places, of which `place` returns each, at the time that `jiffies` returns. Only one writer
+/// may append to a ring at a time.
+///
+/// The clock is read as late as possible: in the kernel each value that lives longer takes stack.
 #[inline(always)]
-pub fn append<'a>(place: impl Fn(u32) -> Option<&'a Record>, bits: u32, note: &Note, jiffies: u64) {
+pub fn append<'a>(
+    place: impl Fn(u32) -> Option<&'a Record>,
+    bits: u32,
+    note: &Note,
+    jiffies: impl FnOnce() -> u64,
+) {
     let mask = (1 << bits) - 1;
     let Some(head) = place(0) else { return };
     let next = head.what.load();
@@ -319,7 +326,7 @@ pub fn append<'a>(place: impl Fn(u32) -> Option<&'a Record>, bits: u32, note: &N
     head.what.store(number + 1);
     if let Some(record) = place(number as u32 & mask) {
         let lap = number >> bits & 0xffff;
-        record.write(note, jiffies << JIFFIES | u64::from(note.other) << OTHER | lap);
+        record.write(note, jiffies() << JIFFIES | u64::from(note.other) << OTHER | lap);
     }
 }
 
@@ -394,7 +401,7 @@ mod tests {
         let ring = ring();
         assert_eq!(numbers(&ring), [] as [u64; 0]);
         for count in 1..=40 {
-            append(|at| ring.get(at as usize), BITS, &note(count), 1000 + count);
+            append(|at| ring.get(at as usize), BITS, &note(count), || 1000 + count);
             let expected: Vec<_> = (count.saturating_sub(6).max(1)..=count).collect();
             assert_eq!(numbers(&ring), expected);
         }
@@ -405,12 +412,12 @@ mod tests {
     #[test]
     fn a_record_that_is_being_written_is_none() {
         let ring = ring();
-        append(|at| ring.get(at as usize), BITS, &note(1), 1000);
-        append(|at| ring.get(at as usize), BITS, &note(2), 1000);
+        append(|at| ring.get(at as usize), BITS, &note(1), || 1000);
+        append(|at| ring.get(at as usize), BITS, &note(2), || 1000);
         ring[2].when.store(0);
         assert_eq!(numbers(&ring), [1]);
         // The writer was stopped for good, and the ring goes on.
-        append(|at| ring.get(at as usize), BITS, &note(3), 1001);
+        append(|at| ring.get(at as usize), BITS, &note(3), || 1001);
         assert_eq!(numbers(&ring), [1, 3]);
     }
 
@@ -428,10 +435,10 @@ mod tests {
     #[test]
     fn a_record_that_was_overtaken_is_left_out() {
         let ring = ring();
-        (1..=7).for_each(|number| append(|at| ring.get(at as usize), BITS, &note(number), 1000));
+        (1..=7).for_each(|number| append(|at| ring.get(at as usize), BITS, &note(number), || 1000));
         // As if the head had been read before the writer came round.
         let head = ring[0].what.load();
-        (8..=10).for_each(|number| append(|at| ring.get(at as usize), BITS, &note(number), 1000));
+        (8..=10).for_each(|number| append(|at| ring.get(at as usize), BITS, &note(number), || 1000));
         ring[0].what.store(head);
         assert_eq!(numbers(&ring), [4, 5, 6, 7]);
     }

@@ -343,7 +343,7 @@ extern "C" fn map_note(high: u64, low: u64, what: u64, other: u64) -> u64 {
     let bits = BLACK_BOX_BITS.load() & 31;
     // SAFETY: takes nothing; inlined by the kernel.
     let ring = unsafe { bpf_get_smp_processor_id() } << bits;
-    flight_recorder::append(|place| BLACK_BOX.get(ring + place), bits, &note, jiffies());
+    flight_recorder::append(|place| BLACK_BOX.get(ring + place), bits, &note, jiffies);
     0
 }
 

@@ -10,12 +10,12 @@ use thiserror::Error;
 pub enum DataplaneError {
     /// The kernel refused the object.
     #[error(
-        "the kernel does not take the program: {0}\n  needed: root (or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON) and a kernel that takes the programs: Linux 6.12 and newer do; `sheave doctor` says what is missing"
+        "the kernel does not take the program: {0}\n  needed: root (or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON) and a kernel that takes the programs: Linux 6.1 and newer do; `sheave doctor` says what is missing"
     )]
     Load(#[source] Box<aya::EbpfError>),
     /// The verifier, or the kernel's lack of a feature.
     #[error(
-        "the kernel does not take program {name}: {source}\n  needed: root (or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON) and a kernel that takes the programs: Linux 6.12 and newer do; `sheave doctor` says what is missing"
+        "the kernel does not take program {name}: {source}\n  needed: root (or CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON) and a kernel that takes the programs: Linux 6.1 and newer do; `sheave doctor` says what is missing"
     )]
     Program {
         /// Which.
@@ -25,7 +25,7 @@ pub enum DataplaneError {
     },
     /// The verifier read the program and said no.
     #[error(
-        "the kernel's verifier does not take program {name}: {reason}\n{last_words}\n  Linux 6.12 and newer are tried: an older one may lack \
+        "the kernel's verifier does not take program {name}: {reason}\n{last_words}\n  Linux 6.1 and newer are tried: an older one may lack \
          what the program needs; `--log debug` shows all that the verifier said"
     )]
     Verifier {

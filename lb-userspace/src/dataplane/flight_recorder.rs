@@ -81,7 +81,7 @@ impl FlightRecorder {
     /// Writes into the daemon's ring, at a time in jiffies.
     pub(super) fn note(&self, note: &Note, jiffies: u64) {
         let own = self.rings - 1;
-        append(|place| self.place(own, place), self.bits(), note, jiffies);
+        append(|place| self.place(own, place), self.bits(), note, || jiffies);
     }
 
     /// Notes which time of day it is, for those who read the records.

@@ -42,7 +42,7 @@ fn programs(release: &str, probed: Result<Vec<Probed>, DataplaneError>) -> Findi
         Some((program, reason)) => format!("Linux {release} refuses program {program}: {reason}"),
         None => format!("Linux {release} does not take the programs: {error}"),
     };
-    failure("kernel", what).fix("run sheave doctor as root; if this stays, install Linux 6.12 or later")
+    failure("kernel", what).fix("run sheave doctor as root; if this stays, install Linux 6.1 or later")
 }
 
 fn privileges(status: &str) -> Finding {

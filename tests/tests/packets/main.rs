@@ -16,6 +16,7 @@ mod refusal;
 mod routes;
 mod selection;
 mod source_budget;
+mod stack;
 mod states;
 mod table;
 mod tags;

@@ -53,8 +53,8 @@ pub(crate) fn load() -> Result<()> {
 
 /// Modules of the packet tests that look at what becomes of single packets: every outcome, every event, every kind of
 /// packet is in them.
-pub(crate) const DECISIONS: [&str; 7] =
-    ["budget::", "icmp::", "outcomes::", "refusal::", "routes::", "tags::", "translation::"];
+pub(crate) const DECISIONS: [&str; 8] =
+    ["budget::", "icmp::", "outcomes::", "refusal::", "routes::", "stack::", "tags::", "translation::"];
 /// Those of what becomes of flows and tables, and those of hostile packets: minutes on emulated processors.
 pub(crate) const HISTORIES: [&str; 8] = [
     "flight_recorder::",
