@@ -6,11 +6,12 @@ use crate::{
     flight_recorder::{FlowEvent, Note, state},
     flow::{
         claimer::Clock,
-        close::close,
+        close::{begin_again, close},
         family::Family,
         slot::{Found, Slot},
     },
-    meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_FIN, Kind, Meta, RESET},
+    headers::tcp_flag,
+    meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
     outcome::Event,
     parse::Segment,
     subprograms::Subprograms,
@@ -39,7 +40,7 @@ pub fn backend_event<A: Family, S: Subprograms>(
     let (Some(config), Some(ways)) = (maps.config(), A::set(maps, slot.set)) else {
         return answer::REPLY;
     };
-    let (Some(numbers), Some(backend)) = (A::numbers(maps, ways, slot), maps.backend(meta.backend())) else {
+    let Some(numbers) = A::numbers(maps, ways, slot) else {
         return answer::REPLY;
     };
     let word = A::meta(ways, slot.way);
@@ -48,53 +49,79 @@ pub fn backend_event<A: Family, S: Subprograms>(
     let (transition, now) = transition::backend(meta, before, segment, clock.jiffies);
     // Before the word says that they are known.
     numbers.store(before, now);
-    let note = |event| Note::new::<A>(event, A::parts(A::load(ways, slot.way))).of(meta.backend()).at(slot);
-    match transition {
-        BackendTransition::None => {}
-        BackendTransition::OutOfSequence => maps.count_event(service, Event::BackendNumbersOdd),
+    let mut answer = answer::REPLY;
+    let mut other = 0;
+    let event = match transition {
+        BackendTransition::None => None,
+        BackendTransition::OutOfSequence => {
+            maps.count_event(service, Event::BackendNumbersOdd);
+            None
+        }
         BackendTransition::Set(flags) => {
             word.fetch_or(flags);
+            None
         }
         BackendTransition::Become(next) => {
             word.compare_exchange(meta.0, next.0);
+            None
         }
         BackendTransition::Close(flags, kind) => {
             let before = Meta(word.fetch_or(flags | BACKEND_FIN));
-            // Of two CPUs that see it at the same time one notes it.
-            if !before.has(CLIENT_FIN) && !before.has(BACKEND_FIN) {
-                maps.note(note(FlowEvent::ClosedByBackend).detail(state(meta)));
-            }
             close(word, before.with(flags | BACKEND_FIN), CLIENT_FIN, kind);
+            // Of two CPUs that see it at the same time one notes it.
+            let is_first = !before.has(CLIENT_FIN) && !before.has(BACKEND_FIN);
+            is_first.then_some(FlowEvent::ClosedByBackend)
         }
         BackendTransition::Reset(next) => {
-            if word.compare_exchange(meta.0, next.0) == meta.0 {
-                maps.note(note(FlowEvent::ResetByBackend).detail(state(meta)));
-            }
+            (word.compare_exchange(meta.0, next.0) == meta.0).then_some(FlowEvent::ResetByBackend)
         }
         BackendTransition::SuspectReset => {
             maps.count_event(service, Event::ResetDoubted);
             word.fetch_or(RESET);
+            None
         }
         BackendTransition::Refuse => {
-            backend.refused.store(clock.jiffies);
-            if second_chance::<A, S>(maps, ways, slot, meta, service) {
-                return answer::SECOND_CHANCE;
+            if let Some(backend) = maps.backend(meta.backend()) {
+                backend.refused.store(clock.jiffies);
             }
+            other = second_chance::<A, S>(maps, ways, slot, meta, service);
+            if other != 0 {
+                answer = answer::SECOND_CHANCE;
+                Some(FlowEvent::SecondChance)
+            } else {
+                let closed = meta.without(RESET).become_kind(Kind::ClosedByClient);
+                (word.compare_exchange(meta.0, closed.0) == meta.0).then_some(FlowEvent::RefusedByBackend)
+            }
+        }
+        BackendTransition::Reopen => {
+            let half_open = Meta::new(Kind::HalfOpen, meta.backend(), clock.seen).with(SYN_ACK);
+            let begins = begin_again(word, meta, half_open);
+            if begins {
+                maps.count_event(service, Event::FlowClaimed);
+                maps.count_flow(meta.backend());
+            }
+            begins.then_some(FlowEvent::Claimed)
         }
         BackendTransition::AnswerWithReset => {
             word.compare_exchange(meta.0, meta.with(BACKEND_TOLD).0);
             return answer::RESET;
         }
+    };
+    if let Some(event) = event {
+        // In one place, as each takes stack of its own.
+        let note = Note::new::<A>(event, A::parts(A::load(ways, slot.way))).of(meta.backend()).at(slot);
+        maps.note(note.detail(state(meta)).other(other));
     }
-    // Not in every unit: the client's next packet is to find it old, and to look where it came from.
-    if meta.age(clock.seen) >= 2 {
+    // Not in every unit: the client's next packet is to find it old, and to look where it came from. A RST says nothing of a
+    // flow that goes on, and repeated it would keep a doubt from being asked about.
+    if answer == answer::REPLY && !segment.has(tcp_flag::RST) && meta.age(clock.seen) >= 2 {
         word.store_high(clock.seen);
     }
-    answer::REPLY
+    answer
 }
 
-/// A backend refused a SYN. The first time, the flow moves to another backend and the refusal is swallowed: the client's
-/// next SYN goes there. Otherwise the refusal is sent to the client.
+/// A backend refused a SYN for the first time: the flow moves to another backend, whose id is returned, and the refusal is
+/// swallowed. The client's next SYN goes there. 0: the refusal is the client's.
 #[inline(always)]
 fn second_chance<A: Family, S: Subprograms>(
     maps: &S,
@@ -102,22 +129,19 @@ fn second_chance<A: Family, S: Subprograms>(
     slot: Slot,
     meta: Meta,
     service: u16,
-) -> bool {
+) -> u8 {
     let Some(config) = maps.config() else {
-        return false;
+        return 0;
     };
-    let (word, tuple) = (A::meta(ways, slot.way), A::load(ways, slot.way));
-    let note = |event| Note::new::<A>(event, A::parts(tuple)).of(meta.backend()).at(slot).detail(state(meta));
-    if !meta.has(RESET) {
-        let other = maps.another::<A>(service, A::hash(&config.key, tuple), meta.backend());
-        if other != 0 && word.compare_exchange(meta.0, meta.on(other).with(RESET).0) == meta.0 {
-            maps.note(note(FlowEvent::SecondChance).other(other));
-            maps.count_flow(other);
-            return true;
-        }
+    if meta.has(RESET) {
+        return 0;
     }
-    if word.compare_exchange(meta.0, meta.without(RESET).become_kind(Kind::ClosedByClient).0) == meta.0 {
-        maps.note(note(FlowEvent::RefusedByBackend));
+    let hash = A::hash(&config.key, A::load(ways, slot.way));
+    let other = maps.another::<A>(service, hash, meta.backend());
+    let moved = meta.on(other).with(RESET);
+    if other == 0 || A::meta(ways, slot.way).compare_exchange(meta.0, moved.0) != meta.0 {
+        return 0;
     }
-    false
+    maps.count_flow(other);
+    other
 }

@@ -15,7 +15,7 @@ use crate::{
     },
     headers::tcp_flag,
     layout::{Numbers, backend_flag},
-    meta::{BACKEND_FIN, CLIENT_FIN, Meta, RESET, SYN_ACK},
+    meta::{BACKEND_FIN, CLIENT_FIN, Meta, RESET, SYN_ACK, SYN_WAITS},
     outcome::Event,
     parse::Segment,
     subprograms::Subprograms,
@@ -35,10 +35,12 @@ impl ClientAnswer {
     pub const FORWARD_AND_LEARN: u64 = 1;
     /// It is a SYN that begins a new flow in this slot.
     pub const REOPEN: u64 = 2;
+    /// It is a SYN, and the backend judges whether a new flow begins in this slot: forward it.
+    pub const ASK_BACKEND: u64 = 3;
     /// Answer it with a RST: the flow was reset on purpose.
-    pub const RESET: u64 = 3;
+    pub const RESET: u64 = 4;
     /// Answer it with a RST: no backend takes new flows.
-    pub const REFUSE: u64 = 4;
+    pub const REFUSE: u64 = 5;
 
     #[inline(always)]
     const fn new(what: u64, meta: Meta) -> Self {
@@ -109,6 +111,11 @@ pub fn client_event<A: Family, S: Subprograms>(
     let clock = Clock::read(maps, config);
     let before = numbers.load();
     let (transition, now) = transition::client(meta, before, segment, clock.seen);
+    if transition == ClientTransition::AskBackend && !accepts(maps, meta) {
+        // The new flow is another backend's, at once unless this one is known to repeat its last FIN.
+        let repeats = !meta.has_waiting_syn() && !before.is_idle();
+        return if repeats { forward } else { ClientAnswer::new(ClientAnswer::REOPEN, meta) };
+    }
     // Before the word says that they are known.
     numbers.store(before, now);
     match transition {
@@ -128,6 +135,10 @@ pub fn client_event<A: Family, S: Subprograms>(
         }
         ClientTransition::RetransmitSyn => retransmit::<A, S>(maps, &met, numbers, segment),
         ClientTransition::Reopen => ClientAnswer::new(ClientAnswer::REOPEN, meta),
+        ClientTransition::AskBackend => {
+            met.word.fetch_or(SYN_WAITS);
+            ClientAnswer::new(ClientAnswer::ASK_BACKEND, meta)
+        }
         ClientTransition::AnswerWithReset => ClientAnswer::new(ClientAnswer::RESET, meta),
         ClientTransition::Establish(next) => establish::<A, S>(maps, &met, next, clock),
         ClientTransition::Reset(next) => {

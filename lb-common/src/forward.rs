@@ -120,9 +120,10 @@ fn existing_flow<A: Family, S: Subprograms>(
                 next_hop::remember::<A, S>(maps, listener.service, ways, slot, arrived_from(frame, context));
                 Ok((slot, answer.meta()))
             }
-            ClientAnswer::REOPEN => {
+            ClientAnswer::REOPEN | ClientAnswer::ASK_BACKEND => {
                 let found = Found::new(slot, answer.meta());
-                reopen::<A, S>(frame, maps, context, listener, query, found, segment, clock)
+                let asks = answer.what() == ClientAnswer::ASK_BACKEND;
+                reopen::<A, S>(frame, maps, context, listener, query, found, segment, clock, asks)
             }
             ClientAnswer::REFUSE => Err(Outcome::RefusedNoBackend),
             _ => Err(Outcome::ResetClient),
@@ -165,7 +166,8 @@ fn refresh<A: Family, S: Subprograms>(
     }
 }
 
-/// A SYN on a slot that its own tuple has closed, or that was reset on purpose: a new flow, in the same slot.
+/// A SYN on a slot that its own tuple has closed, or that was reset on purpose: a new flow, in the same slot. Where it `asks` its
+/// backend, the answer begins the flow.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "what a new flow depends on")]
 fn reopen<A: Family, S: Subprograms>(
@@ -177,6 +179,7 @@ fn reopen<A: Family, S: Subprograms>(
     found: Found,
     segment: &Segment,
     clock: Clock,
+    asks: bool,
 ) -> Result<Flow, Outcome> {
     let service = maps.service(listener.service).ok_or(Outcome::Malformed)?;
     if !admits::<A, S>(maps, listener.service, service, context) {
@@ -199,6 +202,9 @@ fn reopen<A: Family, S: Subprograms>(
     }
     if !maps.admit_source(A::NUMBER, A::source(context.packet.source)) {
         return Err(Outcome::SourceBudget);
+    }
+    if asks {
+        return Ok((found.slot(), before));
     }
     let claimer = claimer(listener, backend, segment, clock);
     let claim = maps.take::<A>(query, &claimer, found);

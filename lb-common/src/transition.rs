@@ -10,6 +10,8 @@
 //! | half-open, SYN-ACK seen | when that was, in jiffies | what the client must acknowledge |
 //! | half-open, [`NUMBERED`] | SND.UNA | SND.NXT |
 //! | established | SND.UNA | SND.NXT, if [`NUMBERED`] |
+//! | closed | SND.UNA | SND.NXT |
+//! | closed, [`crate::meta::SYN_WAITS`] | what a SYN-ACK must acknowledge | SND.NXT |
 
 use crate::{
     headers::tcp_flag,
@@ -22,9 +24,10 @@ use crate::{
 /// client may begin anew from the same port.
 pub const RESET_QUARANTINE: u16 = 2;
 
-/// Units without a segment of the backend after which a SYN begins anew in a slot that both sides have closed, though the
-/// client has not acknowledged all that the backend sent: it may still be sent again, and anyone can forge a SYN.
-const REOPEN_AGE: u16 = 2;
+/// Units without a segment after which a SYN begins anew in a slot that both sides have closed. Before, either side may still
+/// repeat what the other has not acknowledged, and anyone can forge a SYN: so its backend judges it. Twice the longest
+/// interval at which Linux has repeated a segment three times (200 ms, doubled each time: RFC 6298 §5.5).
+const REOPEN_AGE: u16 = 4;
 
 /// What a segment of the client makes of its flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +54,9 @@ pub enum ClientTransition {
     RetransmitSyn,
     /// A SYN takes the slot for a new flow of the same tuple.
     Reopen,
+    /// A SYN for a flow that has ended a moment ago: set [`crate::meta::SYN_WAITS`] and forward it. A backend that has ended it, too, answers
+    /// with a SYN-ACK (RFC 9293 §3.10.7.4, RFC 6191).
+    AskBackend,
     /// The flow was reset on purpose: the segment is answered with a RST.
     AnswerWithReset,
 }
@@ -75,6 +81,8 @@ pub enum BackendTransition {
     SuspectReset,
     /// A RST that answers the SYN: another backend may not refuse it.
     Refuse,
+    /// The SYN-ACK for the SYN that waited: a new flow of the same tuple, half-open, and answered.
+    Reopen,
     /// The flow was reset on purpose: the segment is answered with a RST.
     AnswerWithReset,
 }
@@ -111,15 +119,7 @@ pub const fn client(
         return killed_client(sequence, segment);
     }
     if segment.opens() {
-        let transition = if meta.is(Kind::HalfOpen) {
-            ClientTransition::RetransmitSyn
-        } else if meta.is_closed() && !may_be_sent_again(meta, sequence, now) {
-            ClientTransition::Reopen
-        } else {
-            // The backend knows whether the connection is still there (RFC 5961 §4).
-            ClientTransition::None
-        };
-        return (transition, sequence);
+        return opening(meta, sequence, segment, now);
     }
     if meta.is(Kind::HalfOpen) {
         return if meta.has(SYN_ACK) {
@@ -132,10 +132,26 @@ pub const fn client(
     synchronized_client(meta, sequence, segment)
 }
 
-/// Have both sides sent their FIN a moment ago, and may the backend's have got lost on its way to the client?
+/// A SYN of a tuple that has a slot.
 #[inline(always)]
-const fn may_be_sent_again(meta: Meta, sequence: SendSequence, now: u16) -> bool {
-    meta.has(CLIENT_FIN | BACKEND_FIN) && !sequence.is_idle() && meta.age(now) < REOPEN_AGE
+const fn opening(
+    meta: Meta,
+    sequence: SendSequence,
+    segment: &Segment,
+    now: u16,
+) -> (ClientTransition, SendSequence) {
+    if meta.is(Kind::HalfOpen) {
+        return (ClientTransition::RetransmitSyn, sequence);
+    }
+    if !meta.is_closed() {
+        // The backend knows whether the connection is still there (RFC 5961 §4).
+        return (ClientTransition::None, sequence);
+    }
+    // Without their FIN it was a RST that has closed it, and neither end repeats anything.
+    if !meta.has(CLIENT_FIN | BACKEND_FIN) || meta.age(now) >= REOPEN_AGE {
+        return (ClientTransition::Reopen, sequence);
+    }
+    (ClientTransition::AskBackend, sequence.acknowledged(segment.sequence.wrapping_add(1)))
 }
 
 /// SYN-RECEIVED (RFC 9293 §3.10.7.4, fifth): only the acknowledgement of the SYN-ACK leads on.
@@ -179,6 +195,10 @@ const fn synchronized_client(
         } else {
             (ClientTransition::SuspectReset, sequence)
         };
+    }
+    if meta.has_waiting_syn() {
+        // The slot has the SYN's number in place of the one that this segment is compared with.
+        return (ClientTransition::Alive, sequence);
     }
     if !fits {
         // Of a segment that was overtaken by later ones the number is merely old.
@@ -240,7 +260,7 @@ pub const fn backend(
         return (transition, sequence);
     }
     if meta.is_closed() {
-        return (after_close(meta, sequence, segment), sequence);
+        return after_close(meta, sequence, segment, jiffies);
     }
     synchronized_backend(meta, sequence, segment)
 }
@@ -365,15 +385,29 @@ const fn synchronized_backend(
 /// Both sides have closed. A backend whose FIN came second, and that acknowledges the client's after it, had sent its own
 /// before it heard of the client's (RFC 9293 §3.6, figure 13): it is in TIME-WAIT, too.
 #[inline(always)]
-const fn after_close(meta: Meta, sequence: SendSequence, segment: &Segment) -> BackendTransition {
+const fn after_close(
+    meta: Meta,
+    sequence: SendSequence,
+    segment: &Segment,
+    jiffies: u32,
+) -> (BackendTransition, SendSequence) {
+    const SYN_ACK_FLAGS: u8 = tcp_flag::SYN | tcp_flag::ACK;
+    if meta.has_waiting_syn()
+        && segment.has(SYN_ACK_FLAGS)
+        && answers_syn(sequence.unacknowledged, segment.acknowledgement)
+    {
+        let next = segment.sequence.wrapping_add(1);
+        return (BackendTransition::Reopen, SendSequence { unacknowledged: jiffies, next });
+    }
     let acknowledges = segment.payload == 0
         && segment.flags & (tcp_flag::SYN | tcp_flag::FIN) == 0
         && segment.sequence == sequence.next;
-    if meta.is(Kind::ClosedByClient) && meta.has(BACKEND_FIN) && acknowledges {
+    let transition = if meta.is(Kind::ClosedByClient) && meta.has(BACKEND_FIN) && acknowledges {
         BackendTransition::Become(meta.become_kind(Kind::ClosedByBackend))
     } else {
         BackendTransition::None
-    }
+    };
+    (transition, sequence)
 }
 
 /// Does the backend's payload prove that its process lives? Only where it goes on from what was sent before. `sequence` is
@@ -406,7 +440,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::meta::BACKEND_TOLD;
+    use crate::meta::{BACKEND_TOLD, SYN_WAITS};
 
     const SYN: u8 = tcp_flag::SYN;
     const ACK: u8 = tcp_flag::ACK;
@@ -449,6 +483,7 @@ mod tests {
                 ClientTransition::Close(kind) => self.finish(CLIENT_FIN, BACKEND_FIN, kind),
                 ClientTransition::SuspectReset => self.meta.with(RESET),
                 ClientTransition::GiveUp => self.meta.with(CLIENT_FIN),
+                ClientTransition::AskBackend => self.meta.with(SYN_WAITS),
                 _ => self.meta,
             };
             self
@@ -468,6 +503,7 @@ mod tests {
                 BackendTransition::Close(flags, kind) => self.finish(BACKEND_FIN | flags, CLIENT_FIN, kind),
                 BackendTransition::SuspectReset => self.meta.with(RESET),
                 BackendTransition::Refuse => self.meta.become_kind(Kind::ClosedByClient),
+                BackendTransition::Reopen => Meta::new(Kind::HalfOpen, 7, 0).with(SYN_ACK),
                 _ => self.meta,
             };
             self
@@ -626,21 +662,72 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_slot_is_reopened_by_its_own_tuple() {
-        for kind in [Kind::ClosedByClient, Kind::ClosedByBackend, Kind::Killed] {
-            let (transition, _) =
-                client(Meta::new(kind, 7, 0), SendSequence::default(), &segment(SYN, 0, 0, 0), 0);
-            assert_eq!(transition, ClientTransition::Reopen);
+    fn a_slot_that_rests_is_reopened_by_its_own_tuple() {
+        let by_reset = Meta::new(Kind::Established, 7, 0).closed_by_reset();
+        let of = |meta, now| client(meta, SendSequence::default(), &segment(SYN, 0, 0, 0), now).0;
+        assert_eq!(of(by_reset, 0), ClientTransition::Reopen);
+        assert_eq!(of(Meta::new(Kind::ClosedByClient, 7, 0), 0), ClientTransition::Reopen, "refused");
+        assert_eq!(of(Meta::new(Kind::Killed, 7, 0), 0), ClientTransition::Reopen);
+        for kind in [Kind::ClosedByClient, Kind::ClosedByBackend] {
+            let by_both = Meta::new(kind, 7, 0).with(CLIENT_FIN | BACKEND_FIN);
+            assert_eq!(of(by_both, REOPEN_AGE - 1), ClientTransition::AskBackend);
+            assert_eq!(of(by_both, REOPEN_AGE), ClientTransition::Reopen);
+        }
+    }
+
+    /// Both sides have sent a FIN, and the client has acknowledged all.
+    fn closed() -> Slot {
+        let slot = Slot::established().client(FIN | ACK, sent(100)).backend(FIN | ACK, sent(100), 0);
+        slot.client(ACK, sent(101))
+    }
+
+    #[test]
+    fn a_forged_syn_takes_no_slot_in_which_something_may_be_sent_again() {
+        let all_acknowledged = closed();
+        let one_fin_is_not =
+            Slot::established().client(FIN | ACK, sent(100)).backend(FIN | ACK, sent(100), 0);
+        for slot in [all_acknowledged, one_fin_is_not] {
+            let (transition, sequence) =
+                client(slot.meta, slot.sequence, &segment(SYN, 4999, 0, 0), REOPEN_AGE - 1);
+            assert_eq!(transition, ClientTransition::AskBackend);
+            let asked = Slot { meta: slot.meta.with(SYN_WAITS), sequence };
+            // A backend that has not ended the flow answers with what it has sent and got (RFC 5961 §4).
+            assert!(asked.backend(ACK, sent(101), 0).meta.is_closed());
+            assert_eq!(asked.backend(FIN | ACK, sent(100), 0), asked, "sent again");
+            let (transition, after) = client(asked.meta, sequence, &segment(ACK, 0, sent(101), 10), 1);
+            assert_eq!(
+                (transition, after),
+                (ClientTransition::Alive, sequence),
+                "the client's data, sent again"
+            );
         }
     }
 
     #[test]
-    fn a_forged_syn_does_not_take_a_slot_in_which_a_fin_may_be_sent_again() {
-        let closed = Slot::established().client(FIN | ACK, sent(100)).backend(FIN | ACK, sent(100), 0);
-        let of = |slot: Slot, now| client(slot.meta, slot.sequence, &segment(SYN, 0, 0, 0), now).0;
-        assert_eq!(of(closed, REOPEN_AGE - 1), ClientTransition::None);
-        assert_eq!(of(closed, REOPEN_AGE), ClientTransition::Reopen);
-        assert_eq!(of(closed.client(ACK, sent(101)), 0), ClientTransition::Reopen, "all is acknowledged");
+    fn a_backend_that_has_ended_its_flow_lets_its_client_begin_anew() {
+        let closed = closed();
+        let (transition, sequence) = client(closed.meta, closed.sequence, &segment(SYN, 4999, 0, 0), 1);
+        assert_eq!(transition, ClientTransition::AskBackend);
+        let asked = Slot { meta: closed.meta.with(SYN_WAITS), sequence };
+        assert_eq!(asked.backend_answers(SYN | ACK, 70_000, 4999, 0), asked, "it acknowledges another SYN");
+        let forged = closed.backend_answers(SYN | ACK, 70_000, 5000, 0);
+        assert!(forged.meta.is_closed(), "no SYN waits");
+        let answered = asked.backend_answers(SYN | ACK, 70_000, 5000, 0);
+        assert_eq!(answered.meta, Meta::new(Kind::HalfOpen, 7, 0).with(SYN_ACK));
+        assert!(answered.client(ACK, 70_000).meta.is(Kind::HalfOpen));
+        assert!(answered.client(ACK, 70_001).meta.is(Kind::Established));
+    }
+
+    #[test]
+    fn of_several_syns_for_a_closed_slot_the_last_holds() {
+        let closed = closed();
+        let (_, sequence) = client(closed.meta, closed.sequence, &segment(SYN, 4999, 0, 0), 1);
+        let meta = closed.meta.with(SYN_WAITS);
+        let (transition, sequence) = client(meta, sequence, &segment(SYN, 8999, 0, 0), 1);
+        assert_eq!(transition, ClientTransition::AskBackend);
+        let asked = Slot { meta, sequence };
+        assert_eq!(asked.backend_answers(SYN | ACK, 70_000, 5000, 0), asked);
+        assert!(asked.backend_answers(SYN | ACK, 70_000, 9000, 0).meta.is(Kind::HalfOpen));
     }
 
     #[test]

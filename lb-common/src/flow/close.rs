@@ -1,8 +1,8 @@
-//! Closing a flow that both sides have ended.
+//! Closing a flow that both sides have ended, and beginning another of the same tuple in its slot.
 
 use crate::{
     cell::Cell32,
-    meta::{Kind, Meta},
+    meta::{Kind, Meta, RETRANSMITTED},
 };
 
 /// Closes a flow, with one side's FIN noted in its word `meta`, if the `other`'s is there as well.
@@ -13,11 +13,29 @@ pub fn close(word: &Cell32, mut meta: Meta, other: u32, closed: Kind) -> Meta {
         if !meta.has(other) || meta.is_closed() {
             break;
         }
-        let now = Meta(word.compare_exchange(meta.0, meta.become_kind(closed).0));
+        let next = meta.without(RETRANSMITTED).become_kind(closed);
+        let now = Meta(word.compare_exchange(meta.0, next.0));
         if now == meta {
-            return meta.become_kind(closed);
+            return next;
         }
         meta = now;
     }
     meta
+}
+
+/// Makes a closed slot, whose word was `meta`, the half-open one of a new flow. False: it is not closed any more.
+#[inline(always)]
+pub fn begin_again(word: &Cell32, mut meta: Meta, half_open: Meta) -> bool {
+    // The word may be refreshed meanwhile.
+    for _ in 0..2 {
+        let now = Meta(word.compare_exchange(meta.0, half_open.0));
+        if now == meta {
+            return true;
+        }
+        if !now.is_closed() {
+            return false;
+        }
+        meta = now;
+    }
+    false
 }

@@ -349,6 +349,75 @@ fn a_closed_slot_is_reopened_by_its_own_tuple() {
 }
 
 #[test]
+fn a_syn_forged_after_the_close_takes_neither_the_slot_nor_the_replies() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        // The client's FIN has overtaken its last data, which it sends again.
+        close(&lab, &flow, true);
+        for number in 0..3 {
+            let forged = Segment { source_mac: OTHER_ROUTER, sequence: number, ..flow.up(SYN) };
+            lab.send(&forged).sent(Outcome::Forwarded);
+            let answer = lab.send(&flow.down(ACK)).sent(Outcome::Replied);
+            assert_eq!(answer.destination_mac, ROUTER, "the backend has not ended the flow");
+            lab.memory.advance(1);
+            let again = lab.send(&flow.up(ACK).with_payload(b"the last data")).sent(Outcome::Forwarded);
+            assert_eq!((again.from, again.to), (flow.snat, flow.backend));
+            assert!(lab.meta(&flow).is_closed());
+        }
+        assert_eq!(lab.events(Event::FlowClaimed), 1);
+    }
+}
+
+#[test]
+fn the_syn_ack_to_a_syn_after_the_close_begins_a_flow() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        close(&lab, &flow, true);
+        let syn = Segment { sequence: 9_000, ..flow.up(SYN) };
+        lab.send(&syn).sent(Outcome::Forwarded);
+        let answer = |acknowledgement| Segment { acknowledgement, ..flow.down(SYN | ACK) };
+        lab.send(&answer(0x5000_0000)).sent(Outcome::Replied);
+        assert!(lab.meta(&flow).is_closed(), "it acknowledges another SYN");
+        lab.send(&answer(9_001)).sent(Outcome::Replied);
+        assert!(lab.meta(&flow).is(Kind::HalfOpen) && lab.meta(&flow).has(SYN_ACK));
+        lab.send(&flow.up(ACK)).sent(Outcome::Forwarded);
+        assert!(lab.meta(&flow).is(Kind::Established));
+        assert_eq!((lab.occupied(), lab.events(Event::FlowClaimed)), (1, 2));
+    }
+}
+
+#[test]
+fn a_syn_after_the_close_goes_to_another_backend_if_its_own_takes_no_new_flows() {
+    for version in VERSIONS {
+        let mut lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        close(&lab, &flow, true);
+        lab.backend(flow.backend).flags.store(0);
+        let others = [1, 2, 3].into_iter().filter(|number| version.backend(*number) != flow.backend);
+        lab.select(&others.collect::<Vec<_>>());
+        let again = lab.open(flow.client, flow.listener);
+        assert_ne!(again.backend, flow.backend);
+    }
+}
+
+#[test]
+fn resets_forged_in_a_backends_name_are_no_sign_that_its_flow_goes_on() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        let seen = lab.meta(&flow).seen();
+        lab.memory.advance(100);
+        lab.send(&Segment { sequence: 7, ..flow.down(RST) }).sent(Outcome::Replied);
+        assert_eq!(lab.meta(&flow).seen(), seen, "a doubt is asked about all the same");
+        // Ends that both speak keep their flow, whatever its numbers.
+        lab.send(&Segment { sequence: 0x7000_0000, ..flow.down(ACK) }).sent(Outcome::Replied);
+        assert_ne!(lab.meta(&flow).seen(), seen);
+    }
+}
+
+#[test]
 fn what_is_asked_of_a_new_flow_is_asked_of_one_in_its_own_old_slot() {
     for version in VERSIONS {
         let mut lab = Lab::new();

@@ -190,6 +190,9 @@ fn the_same_client_port_again_is_another_claim() {
         says(&mut world, &flow, false, FIN | ACK);
         world.run(&flow.last_ack().bytes());
         world.open(flow.client, flow.listener);
+        let before = [What::Claimed, What::Established, What::Closed { by_client: true }];
+        assert_eq!(whats(&world, flow.client), before, "its backend may still have the flow before");
+        world.run(&flow.syn_ack().bytes());
         let expected = [What::Claimed, What::Established, What::Closed { by_client: true }, What::Claimed];
         assert_eq!(whats(&world, flow.client), expected);
     }
