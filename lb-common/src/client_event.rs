@@ -136,7 +136,8 @@ pub fn client_event<A: Family, S: Subprograms>(
         ClientTransition::RetransmitSyn => retransmit::<A, S>(maps, &met, numbers, segment),
         ClientTransition::Reopen => ClientAnswer::new(ClientAnswer::REOPEN, meta),
         ClientTransition::AskBackend => {
-            met.word.fetch_or(SYN_WAITS);
+            // Where the word has changed meanwhile, it may be another flow's, and the client's next SYN does it.
+            met.word.compare_exchange(meta.0, meta.with(SYN_WAITS).0);
             ClientAnswer::new(ClientAnswer::ASK_BACKEND, meta)
         }
         ClientTransition::AnswerWithReset => ClientAnswer::new(ClientAnswer::RESET, meta),
