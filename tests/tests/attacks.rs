@@ -53,6 +53,18 @@ fn strangers(arena: &Arena, vip: IpAddr, count: u16) -> Vec<SocketAddr> {
     (0..count).map(stranger).collect()
 }
 
+/// Makes the attacker the neighbour of those addresses.
+///
+/// The load balancer's own kernel answers what has found no slot. Such answers would wait for a neighbour, and the hosts of a
+/// lab, which have one kernel, share the memory for them: then the backends would send no answers of that kind either.
+fn give_strangers_a_neighbour(arena: &Arena, vip: IpAddr) {
+    let mac = arena.attacker.mac().map(|byte| format!("{byte:02x}")).join(":");
+    let addresses: HashSet<IpAddr> = strangers(arena, vip, 100).iter().map(SocketAddr::ip).collect();
+    for address in addresses {
+        arena.cluster.lb.ip(&format!("neighbour replace {address} lladdr {mac} dev eth0")).unwrap();
+    }
+}
+
 /// A segment in a client's name, to the listener behind `vip`.
 fn in_name(from: SocketAddr, vip: IpAddr, flags: u8, noise: &mut Noise) -> Forged<'static> {
     let (sequence, acknowledgement) = (noise.number(), noise.number());
@@ -160,6 +172,7 @@ fn a_flood_of_blind_handshakes_leaves_room_for_real_clients() {
     let mut victims = open(&arena, 5);
     let mut noise = Noise::new(2);
     for vip in arena.cluster.vips() {
+        give_strangers_a_neighbour(&arena, vip);
         let from = strangers(&arena, vip, 8_000);
         for some in from.chunks(1_000) {
             forge_handshakes(&arena, vip, some, &STORIES[0], &mut noise);
@@ -510,20 +523,18 @@ fn a_slot_is_free_after_an_orderly_close_in_any_order() {
     .unwrap();
 
     // A later connection from the same port is another one, and a backend in maint gets none.
-    let ordered = arena.daemon.command("maint").unwrap().args(["api-1", "--all-services"]).output().unwrap();
+    // Where the client closed first its own port rests.
+    closed.retain(|(order, ..)| matches!(order, Order::ServerFirst | Order::ServerFirstInSilence));
+    let in_maint = closed[0].2;
+    let name = format!("api-{}", in_maint + 1);
+    let ordered = arena.daemon.command("maint").unwrap().args([&name, "--all-services"]).output().unwrap();
     assert!(ordered.status.success(), "{}", said(&ordered));
-    let mut again = 0;
-    for (order, from, at) in closed {
-        // Where the client closed first its own port rests.
-        if at == 0 && matches!(order, Order::ServerFirst | Order::ServerFirstInSilence) {
-            let vip = arena.cluster.vips()[usize::from(from.is_ipv6())];
-            let mut pair = arena.open_from(from, vip).unwrap();
-            assert_ne!(pair.at, 0, "{order:?}: {from} is at a backend in maint");
-            pair.exchange().unwrap();
-            again += 1;
-        }
+    for (order, from, _) in closed.into_iter().filter(|(.., at)| *at == in_maint) {
+        let vip = arena.cluster.vips()[usize::from(from.is_ipv6())];
+        let mut pair = arena.open_from(from, vip).unwrap();
+        assert_ne!(pair.at, in_maint, "{order:?}: {from} is at a backend in maint");
+        pair.exchange().unwrap();
     }
-    assert!(again > 0, "by chance nothing was at api-1");
 }
 
 #[test]
@@ -703,7 +714,9 @@ fn transfer_on_a_bad_path(attacks: &[u8]) {
     }
     let clients: Vec<_> = pairs.iter().map(|pair| pair.from).collect();
     eventually(MOMENT, "no flow is listed that both ends have closed", || {
-        let listed = arena.flows_of(&clients)?;
+        let mut listed = arena.flows_of(&clients)?;
+        // A SYN that is forged after the backend has ended its flow may begin another, which gets no further.
+        listed.retain(|flow| !(attacks.contains(&flag::SYN) && flow.state == "half-open"));
         ensure!(listed.is_empty(), "{listed:?}");
         Ok(())
     })
