@@ -13,7 +13,7 @@ use crate::{
     headers::tcp_flag,
     meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
     outcome::Event,
-    parse::Segment,
+    segment::Segment,
     subprograms::Subprograms,
     transition::{self, BackendTransition},
 };

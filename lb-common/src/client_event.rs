@@ -5,6 +5,7 @@
 
 use crate::{
     cell::Cell32,
+    client_answer::ClientAnswer,
     flight_recorder::{FlowEvent, Note, state},
     flow::{
         claimer::Clock,
@@ -17,50 +18,10 @@ use crate::{
     layout::{Numbers, backend_flag},
     meta::{BACKEND_FIN, CLIENT_FIN, Meta, RESET, SYN_ACK, SYN_WAITS},
     outcome::Event,
-    parse::Segment,
+    segment::Segment,
     subprograms::Subprograms,
     transition::{self, ClientTransition},
-    word::packed_word,
 };
-
-packed_word! {
-    /// What is to be done with the segment: one of the constants (bits 32-39), and the slot's word as it is now (bits 0-31).
-    pub struct ClientAnswer(u64) as u64;
-}
-
-impl ClientAnswer {
-    /// Forward it.
-    pub const FORWARD: u64 = 0;
-    /// Forward it, and send the flow's replies to where it came from.
-    pub const FORWARD_AND_LEARN: u64 = 1;
-    /// It is a SYN that begins a new flow in this slot.
-    pub const REOPEN: u64 = 2;
-    /// It is a SYN, and the backend judges whether a new flow begins in this slot: forward it.
-    pub const ASK_BACKEND: u64 = 3;
-    /// Answer it with a RST: the flow was reset on purpose.
-    pub const RESET: u64 = 4;
-    /// Answer it with a RST: no backend takes new flows.
-    pub const REFUSE: u64 = 5;
-
-    #[inline(always)]
-    const fn new(what: u64, meta: Meta) -> Self {
-        Self(what << 32 | meta.0 as u64)
-    }
-
-    /// One of the constants.
-    #[inline(always)]
-    #[must_use]
-    pub const fn what(self) -> u64 {
-        self.0 >> 32
-    }
-
-    /// The slot's word.
-    #[inline(always)]
-    #[must_use]
-    pub const fn meta(self) -> Meta {
-        Meta(self.0 as u32)
-    }
-}
 
 /// A flow, as a segment of its client meets it.
 struct Met<'a, A: Family> {

@@ -1,7 +1,7 @@
 //! One packet, as the steps after the look-up share it.
 
 use crate::{
-    destination::Arrival,
+    arrival::Arrival,
     flow::family::Family,
     frame::Frame,
     layout::{Config, family},

@@ -1,13 +1,13 @@
 //! What a packet names: the listener or slot that it is for, and the interface that it came in by.
 
 use crate::{
+    arrival::Arrival,
     flow::{family::Family, slot::Slot},
     layout::{
         Config, INTERFACES, LISTENERS_PER_PORT, Listener, MEMBERS, SETS_PER_ADDRESS, SNAT_ADDRESSES,
         SNAT_SHARED, WAYS,
     },
     subprograms::Subprograms,
-    word::packed_word,
 };
 
 /// Are the addresses the same? Without a branch for each half.
@@ -111,25 +111,6 @@ pub fn snat_index<A: Family, S: Subprograms>(maps: &S, address: [u64; 2]) -> Opt
     None
 }
 
-packed_word! {
-    /// By which interface a packet came in: its number, or one of the constants.
-    pub struct Arrival(u16) as u64;
-}
-
-impl Arrival {
-    /// By none that is served.
-    pub const UNKNOWN: Self = Self(u16::MAX);
-    /// By one that is served, but for another MAC address.
-    pub const OTHER_MAC: Self = Self(u16::MAX - 1);
-
-    /// The interface's number, if the packet was meant for this host.
-    #[inline(always)]
-    #[must_use]
-    pub const fn interface(self) -> Option<u16> {
-        if self.0 < INTERFACES as u16 { Some(self.0) } else { None }
-    }
-}
-
 /// The kernel's index of the bond that an interface is a member of, or of the interface itself.
 #[inline(always)]
 pub fn bond_of(config: &Config, interface: u32) -> u32 {
@@ -161,7 +142,7 @@ pub fn arrival<S: Subprograms>(maps: &S, interface: u32, vlan: u32, mac: u64) ->
         }
         let known = &config.interfaces[index];
         if known.index == interface && known.vlan == vlan {
-            return if known.mac == mac { Arrival(index as u16) } else { Arrival::OTHER_MAC };
+            return if known.mac == mac { Arrival::by(index as u16) } else { Arrival::OTHER_MAC };
         }
     }
     Arrival::UNKNOWN

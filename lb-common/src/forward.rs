@@ -2,7 +2,8 @@
 
 use crate::{
     checksum::{Delta, sum64},
-    client_event::{ClientAnswer, accepts},
+    client_answer::ClientAnswer,
+    client_event::accepts,
     context::{self, Context},
     disposition::Disposition,
     flight_recorder::{FlowEvent, Note, Refusal, mapped},
@@ -20,8 +21,9 @@ use crate::{
     meta::{Kind, Meta, RETRANSMITTED},
     next_hop,
     outcome::{Event, Outcome},
-    parse::{self, Ports, Segment},
+    parse::{self, Ports},
     rewrite,
+    segment::Segment,
     sequence::SendSequence,
     subprograms::Subprograms,
     transition, witness,

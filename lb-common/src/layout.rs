@@ -4,7 +4,6 @@ use crate::{
     cell::{Cell8, Cell16, Cell32, Cell64},
     hash::Key,
     sequence::SendSequence,
-    source_budget::{SOURCE_CELLS, SOURCE_ROWS},
     word::packed_word,
 };
 
@@ -145,6 +144,13 @@ pub struct OverflowMarks {
     /// One for each set.
     pub sets: [Cell8; 8],
 }
+
+/// Cells of a row of [`SourceBudgets`], a power of two.
+pub const SOURCE_CELLS: usize = 1 << SOURCE_BITS;
+/// Its logarithm.
+pub const SOURCE_BITS: u32 = 14;
+/// Rows of cells of [`SourceBudgets`].
+pub const SOURCE_ROWS: usize = 2;
 
 /// What sources of flows use, and may use: see [`crate::source_budget`].
 #[repr(C)]

@@ -10,6 +10,7 @@
 // The kernel's atomic instructions are reached by inline assembly: core has no atomics for this target.
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 
+pub mod arrival;
 pub mod backend_event;
 pub mod bench;
 #[cfg(test)]
@@ -19,6 +20,7 @@ pub mod cell;
 pub mod checksum;
 pub mod class;
 pub mod classify;
+pub mod client_answer;
 pub mod client_event;
 pub mod connect;
 pub mod context;
@@ -58,6 +60,7 @@ pub mod pipeline;
 pub mod refuse;
 pub mod reply;
 pub mod rewrite;
+pub mod segment;
 pub mod sequence;
 pub mod source_budget;
 pub mod subprograms;

@@ -10,12 +10,13 @@ use std::{
 };
 
 use crate::{
+    arrival::Arrival,
     backend_event,
     bytes::Bytes,
     cell::{Cell8, Cell16, Cell32, Cell64},
     class::Class,
-    client_event::{self, ClientAnswer},
-    destination::{self, Arrival},
+    client_answer::ClientAnswer,
+    client_event, destination,
     disposition::Disposition,
     flight_recorder::Note,
     flow::{self, Choice, Claim, Claimer, Family, Found, Query, Slot, V4, V6},
@@ -32,9 +33,9 @@ use crate::{
     maps::{LoopBody, Maps},
     next_hop,
     outcome::{COUNTERS, Counter},
-    parse::{self, Segment},
-    pipeline, refuse, reply,
+    parse, pipeline, refuse, reply,
     rewrite::{self, endpoint_sum},
+    segment::Segment,
     source_budget::{self, SourceCount},
     subprograms::Subprograms,
     tables::FlowTables,

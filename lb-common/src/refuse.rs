@@ -14,8 +14,9 @@ use crate::{
     headers::{Be16, Be32, Be64, Ipv4, Ipv6, Tcp, protocol, tcp_flag},
     layout::family,
     outcome::Outcome,
-    parse::{self, Link, Packet, Ports, Segment},
+    parse::{self, Link, Packet, Ports},
     rewrite::write_macs,
+    segment::Segment,
     subprograms::Subprograms,
 };
 

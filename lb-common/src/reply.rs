@@ -15,8 +15,9 @@ use crate::{
     meta::Meta,
     next_hop::learned,
     outcome::Outcome,
-    parse::{self, Ports, Segment},
+    parse::{self, Ports},
     rewrite,
+    segment::Segment,
     subprograms::Subprograms,
     transition, witness,
 };

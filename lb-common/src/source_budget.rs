@@ -14,16 +14,11 @@
 //! Without a daemon nobody subtracts the flows that end. So a count that is older than some seconds refuses nothing.
 
 use crate::{
-    layout::{Config, SourceBudgets, family},
+    layout::{Config, SOURCE_BITS, SOURCE_ROWS, SourceBudgets, family},
     maps::Maps,
     word::packed_word,
 };
 
-/// Cells of a row, a power of two.
-pub const SOURCE_CELLS: usize = 1 << SOURCE_BITS;
-const SOURCE_BITS: u32 = 14;
-/// Rows of cells.
-pub const SOURCE_ROWS: usize = 2;
 /// Units (about seconds) after which a count of the table is out of date.
 const STALE: u64 = 4;
 
@@ -133,6 +128,7 @@ mod tests {
     use crate::{
         flow::{Family, V4, V6},
         hash::split_mix,
+        layout::SOURCE_CELLS,
         memory::Memory,
     };
 

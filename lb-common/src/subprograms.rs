@@ -5,9 +5,9 @@
 //! this trait is below all steps.
 
 use crate::{
+    arrival::Arrival,
     class::Class,
-    client_event::ClientAnswer,
-    destination::Arrival,
+    client_answer::ClientAnswer,
     disposition::Disposition,
     flow::{
         claimer::Claimer,
@@ -19,7 +19,7 @@ use crate::{
     hash::FlowHash,
     layout::Config,
     maps::Maps,
-    parse::Segment,
+    segment::Segment,
 };
 
 /// Steps in functions of their own, over [`Maps`] and one kind of frame.

@@ -16,7 +16,7 @@
 use crate::{
     headers::tcp_flag,
     meta::{BACKEND_FIN, CLIENT_FIN, Kind, Meta, NUMBERED, RESET, RETRANSMITTED, SYN_ACK},
-    parse::Segment,
+    segment::Segment,
     sequence::{REACH, SendSequence, answers_syn},
 };
 

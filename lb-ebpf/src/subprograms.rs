@@ -8,10 +8,12 @@
 
 use aya_ebpf::bindings::xdp_md;
 use lb_common::{
+    arrival::Arrival,
     backend_event::backend_event,
     class::Class,
-    client_event::{ClientAnswer, client_event},
-    destination::{self, Arrival},
+    client_answer::ClientAnswer,
+    client_event::client_event,
+    destination,
     disposition::Disposition,
     flow::{Choice, Claim, Claimer, Family, Found, Query, Slot, V4, V6, choose, claim_free, find_in, take},
     forward,
@@ -20,9 +22,9 @@ use lb_common::{
     layout::{Config, SNAT_ADDRESSES, family},
     maps::Maps as _,
     meta::Meta,
-    next_hop,
-    parse::{self, Segment},
-    pipeline, refuse, reply, rewrite, source_budget,
+    next_hop, parse, pipeline, refuse, reply, rewrite,
+    segment::Segment,
+    source_budget,
     subprograms::Subprograms,
 };
 

@@ -6,10 +6,10 @@ use ipnet::IpNet;
 use lb_common::{
     cell::Cell64,
     flow::{Family, Slot, V4, V6},
-    layout::{Config, SourceBudgets, WAYS, backend_flag},
+    layout::{Config, SOURCE_CELLS, SOURCE_ROWS, SourceBudgets, WAYS, backend_flag},
     meta::{Kind, Meta},
     outcome::{COUNTERS, Counter, Outcome},
-    source_budget::{SOURCE_CELLS, SOURCE_ROWS, SourceCount, cells_of, limit_place},
+    source_budget::{SourceCount, cells_of, limit_place},
 };
 
 use super::{Dataplane, DataplaneError, Tables, address_of, flows::sets_in_use, sum};
