@@ -302,6 +302,7 @@ impl Controller {
             self.dataplane.set_allowed(number, &service.allow)?;
         }
         self.dataplane.set_source_shares(source_shares(&self.config));
+        self.dataplane.set_path_mtu_floor(self.config.dataplane.path_mtu_floor);
         self.set_pods();
         let steps = self.steps.clone();
         let seats = self.roster.backends().clone();
