@@ -422,7 +422,7 @@ fn the_floor_of_a_path_is_the_configured_one() {
     let arena = Arena::start(1, |settings| settings.dataplane.push(floor(1_000))).unwrap();
     // Whatever its own kernel takes for the least.
     arena.cluster.apiservers[0].host.namespace().sysctl("net/ipv4/route/min_pmtu", "68").unwrap();
-    let mut pair = arena.open_and_exchange(arena.cluster.vip4.into(), 1).unwrap().pop().unwrap();
+    let mut pair = arena.open_and_exchange(arena.cluster.vip4, 1).unwrap().pop().unwrap();
     assert_eq!(narrow(&arena, &mut pair, &[600]), Some(1_000));
     for (before, after) in [(1_000, 700), (700, 300)] {
         let file = arena.cluster.daemon_directory().join("sheave.toml");
