@@ -399,6 +399,12 @@ impl Dataplane {
         self.config.read(0).expect("the configuration map has one entry")
     }
 
+    /// Sets the smallest MTU that an ICMP error may ask an IPv4 sender for, in bytes: see [`lb_common::icmp`].
+    pub fn set_path_mtu_floor(&mut self, bytes: u16) {
+        let config = layout::Config { mtu_floor: bytes.into(), ..self.settings() };
+        self.config.write(0, config);
+    }
+
     /// Tells the program about interfaces and VLANs. Ports keep their numbers for as long as the daemon runs: new ones
     /// are to be appended.
     pub fn set_ports(&mut self, ports: &[Port]) -> Result<(), DataplaneError> {
@@ -413,12 +419,6 @@ impl Dataplane {
         config.interface_count = ports.len() as u32;
         self.config.write(0, config);
         Ok(())
-    }
-
-    /// Sets the smallest MTU that an ICMP error may ask an IPv4 sender for, in bytes: see [`lb_common::icmp`].
-    pub fn set_path_mtu_floor(&mut self, bytes: u16) {
-        let config = layout::Config { mtu_floor: bytes.into(), ..self.settings() };
-        self.config.write(0, config);
     }
 
     /// Tells the program which interfaces (by index) are members of which bonds.

@@ -203,11 +203,6 @@ impl Network {
             .ok_or_else(|| NetworkError::NoInterface(name.to_owned()))
     }
 
-    /// How often an interface was set down since it is followed: also for a moment that is over before anybody looks.
-    pub fn downs(&self, index: u32) -> u64 {
-        self.read(|tables| tables.downs.get(&index).copied().unwrap_or_default())
-    }
-
     /// The XDP programs on an interface, asked for anew: the kernel does not tell when one comes or goes with a link of
     /// its own. None: there is no such interface.
     pub async fn xdp_programs(&self, interface: u32) -> Result<Option<Vec<AttachedXdp>>, NetworkError> {
@@ -235,6 +230,11 @@ impl Network {
             let carrying = tables.addresses.iter().find(|local| local.address == address);
             carrying.map(|local| local.interface).or_else(|| tables.local_routes.interface_of(address))
         })
+    }
+
+    /// How often an interface was set down since it is followed: also for a moment that is over before anybody looks.
+    pub fn downs(&self, index: u32) -> u64 {
+        self.read(|tables| tables.downs.get(&index).copied().unwrap_or_default())
     }
 
     /// Reads the kernel's addresses and local routes now. To be called where an answer must not depend on a notification that may still be
