@@ -30,6 +30,8 @@ pub enum Order {
     OpenPolling(usize),
     /// To open so many connections and say nothing on them.
     OpenPlain(usize),
+    /// To say whom each connection that says nothing is connected to, as `getpeername` has it.
+    NamePeers,
     /// To open connections from now on, one after the other, whether that succeeds or not; the last few hundred stay open.
     KeepOpening,
     /// To close the oldest so many.
@@ -54,6 +56,8 @@ pub enum Said {
         /// How.
         error: String,
     },
+    /// A connection is open, and this is its peer's name.
+    Peer(SocketAddr),
     /// An order is carried out.
     Done,
 }
@@ -140,6 +144,12 @@ impl Holder {
     pub fn opened_to(&self, server: &str) -> usize {
         let opened = |said: &Said| matches!(said, Said::Opened(name) if name == server);
         self.said().iter().filter(|it| opened(it)).count()
+    }
+
+    /// The names of the peers that it was asked for.
+    pub fn peers(&self) -> Vec<SocketAddr> {
+        let peer = |said| if let Said::Peer(address) = said { Some(address) } else { None };
+        self.said().into_iter().filter_map(peer).collect()
     }
 
     /// How each connection ended that the process has not ended itself: whose it was, and the error.

@@ -99,6 +99,60 @@ fn an_interface_that_comes_back_has_the_program_again() {
 }
 
 #[test]
+fn an_own_vip_comes_back_with_its_interface() {
+    let cluster = Cluster::start_without_vips(Shape::OneArm, 2).unwrap();
+    let settings = cluster.settings_with_own_vips().unwrap();
+    let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
+    daemon.wait_ready(cluster.apiservers.len()).unwrap();
+    require_served(&cluster);
+    let vips_are_here = || {
+        let shown = cluster.lb.run("ip address show dev eth0")?;
+        let missing = cluster.vips().into_iter().find(|vip| !shown.contains(&format!("{vip}/")));
+        ensure!(missing.is_none(), "{missing:?} is not there: {shown}");
+        Ok(())
+    };
+    vips_are_here().unwrap();
+
+    let mac = cluster.lab.remove_link(&cluster.lb).unwrap();
+    daemon.wait_flag("interface eth0 is gone", LIMIT).unwrap();
+    cluster.lab.restore_link(&cluster.lb, &mac).unwrap();
+    eventually(LIMIT, "the VIPs are back", vips_are_here).unwrap();
+    require_served(&cluster);
+    let events = run(&mut daemon.command("events").unwrap()).unwrap();
+    for vip in cluster.vips() {
+        assert!(events.contains(&format!("put the VIP {vip} back on eth0")), "{events}");
+    }
+
+    // From an interface that is set down the kernel takes the IPv6 addresses, also the host's own.
+    let gone =
+        format!("the VIP {} is not on this host any more, as eth0 is gone or was set down", cluster.vip6);
+    let times = daemon.log().matches(&gone).count();
+    cluster.lb.ip("link set eth0 down").unwrap();
+    cluster.lb.ip("link set eth0 up").unwrap();
+    let own = cluster.lb.address(cluster.vip6).unwrap();
+    cluster.lb.ip(&format!("address add {own}/64 dev eth0 nodad")).unwrap();
+    eventually(LIMIT, "it is noticed", || {
+        ensure!(daemon.log().matches(&gone).count() > times, "{}", daemon.log());
+        Ok(())
+    })
+    .unwrap();
+    eventually(LIMIT, "the VIPs are back", vips_are_here).unwrap();
+    require_served(&cluster);
+
+    // What another program does is let be.
+    cluster.lb.ip(&format!("address del {}/32 dev eth0", cluster.vip4)).unwrap();
+    eventually(LIMIT, "it is noticed", || {
+        let line =
+            format!("the VIP {} is not on this host any more: another program has removed it", cluster.vip4);
+        logged(&daemon, &line)
+    })
+    .unwrap();
+    assert!(daemon.unload().unwrap().status.success());
+    let shown = cluster.lb.run("ip address show dev eth0").unwrap();
+    assert!(cluster.vips().iter().all(|vip| !shown.contains(&format!("{vip}/"))), "{shown}");
+}
+
+#[test]
 fn pins_of_another_network_namespace_are_left_alone() {
     let cluster = Cluster::start(Shape::OneArm, 1).unwrap();
     let mut daemon = cluster.balance().unwrap();

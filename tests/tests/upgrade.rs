@@ -8,6 +8,7 @@
 use std::{
     fs,
     mem::offset_of,
+    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -24,7 +25,8 @@ use lb_common::{
 };
 use lb_tests::{
     cluster::{Cluster, Shape},
-    daemon::Daemon,
+    daemon::{Daemon, Settings},
+    hold::{Holder, Order},
     lab::{eventually, process::said},
     load::Crowd,
 };
@@ -183,7 +185,7 @@ fn write_ipv4(new: &Path, old: &Path) -> usize {
     let (sets, numbers) = (mapped::<Set4>(new, "FLOW4"), mapped::<Numbers4>(new, "NUMBERS4"));
     let mut flows = create::<[u64; 8]>(old, "FLOW4", sets.len() as u32);
     let mut hops = create::<[u16; 4]>(old, "RETURN_HOP4", sets.len() as u32);
-    create::<[u8; 8]>(old, "OVERFLOW4", sets.len() as u32 / 8);
+    create::<[u8; 8]>(old, "OVERFLOW4", (sets.len() as u32).div_ceil(8));
     let mut handshakes = 0;
     for index in 0..sets.len() {
         let (set, numbers) = (sets.get(index).unwrap(), numbers.get(index).unwrap());
@@ -409,6 +411,63 @@ fn an_upgrade_that_was_interrupted_is_finished() {
     let directory = only_layout(&daemon);
     let config = mapped::<Control>(&directory, "CONTROL").config().read(0).unwrap();
     assert_eq!(config.hold, 0);
+}
+
+/// Connections of this host's processes that the connect hook has redirected.
+#[test]
+fn redirected_sockets_are_followed_and_keep_the_name_of_their_peer() {
+    const SOCKETS: usize = 10;
+    const LATER: usize = 5;
+    let cluster = Cluster::start_without_vips(Shape::OneArm, 2).unwrap();
+    let listeners: [SocketAddr; 2] = ["127.0.0.1:16443", "[::1]:16443"].map(|it| it.parse().unwrap());
+    let settings = Settings { listen: listeners.to_vec(), ..cluster.settings().unwrap() };
+    let start = || {
+        let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
+        daemon.wait_ready(2).unwrap();
+        daemon
+    };
+    let wait_counts = |daemon: &Daemon, active: usize, total: usize| {
+        eventually(MOMENT, &format!("{active} of {total} connections are open"), || {
+            let services = daemon.status()?.services;
+            let backends = services.iter().flat_map(|service| &service.backends);
+            let found = backends.fold((0, 0), |(active, total), backend| {
+                (active + backend.active_flows, total + backend.total_flows)
+            });
+            anyhow::ensure!(found == (active as u64, total as u64), "{found:?}");
+            Ok(())
+        })
+        .unwrap();
+    };
+    let mut daemon = start();
+    let mut holders = listeners.map(|to| Holder::start(&cluster.lb, true, &cluster.ca_file(), to).unwrap());
+    for holder in &mut holders {
+        holder.order(Order::OpenPlain(SOCKETS)).unwrap();
+    }
+    wait_counts(&daemon, 2 * SOCKETS, 2 * SOCKETS);
+    let pins = daemon.pins();
+    daemon.process().kill().unwrap();
+    let (new, _) = write_previous(&pins);
+    fs::remove_dir_all(new).unwrap();
+    // No daemon is there to see these end.
+    holders[0].order(Order::Close(1)).unwrap();
+
+    let daemon = start();
+    assert_ne!(only_layout(&daemon).file_name().unwrap(), DIRECTORY);
+    wait_counts(&daemon, 2 * SOCKETS - 1, 2 * SOCKETS);
+    for (holder, (listener, open)) in
+        holders.iter_mut().zip(listeners.into_iter().zip([SOCKETS - 1, SOCKETS]))
+    {
+        holder.order(Order::NamePeers).unwrap();
+        assert_eq!(holder.peers(), vec![listener; open]);
+        holder.order(Order::OpenPlain(LATER)).unwrap();
+        assert_eq!(holder.ended(), []);
+    }
+    let total = 2 * (SOCKETS + LATER);
+    wait_counts(&daemon, total - 1, total);
+    holders[1].order(Order::Close(SOCKETS)).unwrap();
+    wait_counts(&daemon, total - 1 - SOCKETS, total);
+    drop(holders);
+    wait_counts(&daemon, 0, total);
 }
 
 /// Two tables, and nothing says that the one is being copied into the other.

@@ -109,6 +109,7 @@ ca_file = "/etc/sheave/ca.crt"
     assert_eq!(config.dataplane.xdp_mode, XdpMode::Auto);
     assert_eq!(config.dataplane.snat_ports, None);
     assert_eq!((config.dataplane.source_share, config.dataplane.half_open_share), (Some(50), None));
+    assert_eq!(config.dataplane.path_mtu_floor, 552);
     assert_eq!(config.dataplane.state_dir, Path::new("/var/lib/sheave"));
     assert_eq!(config.dataplane.pin_dir, Path::new("/sys/fs/bpf/sheave"));
     assert_eq!(config.admin.socket, Path::new("/run/sheave/admin.sock"));
@@ -139,6 +140,7 @@ snat_ports = "20000-32767"
 hash_key_file = "hash.key"
 source_share = "100 %"
 half_open_share = "25%"
+path_mtu_floor = 1_280
 state_dir = "/srv/sheave"
 pin_dir = "/sys/fs/bpf/other"
 cgroup = "/sys/fs/cgroup/system.slice"
@@ -190,6 +192,7 @@ address = "[fd00::151]:6443"
     assert_eq!(config.dataplane.hash_key_file.as_deref(), Some(Path::new("/etc/sheave/hash.key")));
     assert_eq!(config.dataplane.snat_ports, Some(20000..=32767));
     assert_eq!((config.dataplane.source_share, config.dataplane.half_open_share), (Some(100), Some(25)));
+    assert_eq!(config.dataplane.path_mtu_floor, 1280);
     assert_eq!(config.vip.mode, VipMode::Own);
     let service = &config.services[0];
     assert_eq!(service.idle_timeout, Duration::from_secs(5400));
@@ -427,6 +430,15 @@ fn numbers_and_durations() {
         (
             "[dataplane]\nhalf_open_share = 25\n",
             "\"half_open_share\" must be a string, not an integer\n= help: write \"25%\", in double quotes",
+        ),
+        (
+            "[dataplane]\npath_mtu_floor = 67\n",
+            "\"path_mtu_floor\" is out of range\n= help: write a number from 68 to 1500",
+        ),
+        ("[dataplane]\npath_mtu_floor = 1501\n", "\"path_mtu_floor\" is out of range"),
+        (
+            "[dataplane]\npath_mtu_floor = \"552\"\n",
+            "\"path_mtu_floor\" must be a whole number, not a string\n= help: write `path_mtu_floor = 68`, without quotes",
         ),
         (
             "[[service]]\nname = \"a\"\nlisten = [\"192.0.2.1:1\"]\n[[service.backend]]\naddress = \"10.0.0.1:1\"\nweight = 257\n",

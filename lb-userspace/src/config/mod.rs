@@ -20,6 +20,7 @@ mod messages;
 
 use std::{
     io::Read as _,
+    ops::RangeInclusive,
     path::{Path, PathBuf},
 };
 
@@ -34,6 +35,10 @@ pub use values::duration as parse_duration;
 
 /// Larger than any real file; keeps `--config /dev/zero` from eating the host.
 const FILE_SIZE_MAX: u64 = 1 << 20;
+
+/// From what every network carries whole (RFC 791 §3.2), below which no error may bring a sender (RFC 1191 §3), to what an
+/// Ethernet frame carries: with a higher one no error would ever be heeded.
+const PATH_MTU_FLOORS: RangeInclusive<i64> = 68..=1500;
 
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
@@ -116,6 +121,7 @@ fn read_dataplane(root: &Section, document: &Document) -> Result<Dataplane, Prob
             "hash_key_file",
             "source_share",
             "half_open_share",
+            "path_mtu_floor",
             "state_dir",
             "pin_dir",
             "cgroup",
@@ -137,6 +143,9 @@ fn read_dataplane(root: &Section, document: &Document) -> Result<Dataplane, Prob
         hash_key_file: section.path("hash_key_file", document)?,
         source_share: values::share(&section, "source_share", Some(Dataplane::SOURCE_SHARE))?,
         half_open_share: values::share(&section, "half_open_share", None)?,
+        path_mtu_floor: section
+            .integer("path_mtu_floor", PATH_MTU_FLOORS)?
+            .unwrap_or(Dataplane::PATH_MTU_FLOOR),
         state_dir: section
             .path("state_dir", document)?
             .unwrap_or_else(|| Path::new(Dataplane::STATE_DIR).to_owned()),
@@ -190,6 +199,9 @@ impl Dataplane {
     pub const SNAT_ADDRESSES_MAX: usize = 4;
     /// `source_share` where the file names none, in per cent. All of a NAT or a pod network is one source.
     pub const SOURCE_SHARE: u8 = 50;
+    /// `path_mtu_floor` where the file names none: below it Linux heeds no error by default (`net.ipv4.route.min_pmtu`,
+    /// `Documentation/networking/ip-sysctl.rst`).
+    pub const PATH_MTU_FLOOR: u16 = 552;
     /// `pin_dir` where the file names none.
     pub const PIN_DIR: &str = "/sys/fs/bpf/sheave";
 }

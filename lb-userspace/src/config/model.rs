@@ -40,6 +40,9 @@ pub struct Dataplane {
     pub source_share: Option<u8>,
     /// The same, of half-open slots.
     pub half_open_share: Option<u8>,
+    /// The smallest MTU that an ICMP error may ask an IPv4 sender for, in bytes. One that asks for less is made to ask for
+    /// this.
+    pub path_mtu_floor: u16,
     /// What must survive a restart.
     pub state_dir: PathBuf,
     /// Where maps, program and links are pinned, on a BPF file system: one directory for each load balancer.

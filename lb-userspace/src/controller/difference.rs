@@ -30,7 +30,7 @@ pub(super) fn needs_restart(old: &Config, new: &Config) -> Vec<&'static str> {
 
 /// What is different between two configurations, a line each, for the operator.
 pub(super) fn changes(old: &Config, new: &Config) -> Vec<String> {
-    let mut lines = of_shares(old, new);
+    let mut lines = of_dataplane(old, new);
     for service in &new.services {
         match old.services.iter().find(|before| before.name == service.name) {
             Some(before) => of_service(before, service, &mut lines),
@@ -51,17 +51,18 @@ pub(super) fn changes(old: &Config, new: &Config) -> Vec<String> {
     lines
 }
 
-/// What a source may use.
-fn of_shares(old: &Config, new: &Config) -> Vec<String> {
+/// What a source may use, and what an ICMP error may ask for.
+fn of_dataplane(old: &Config, new: &Config) -> Vec<String> {
     let (before, after) = (&old.dataplane, &new.dataplane);
     let text = |share: Option<u8>| share.map_or("off".to_owned(), |percent| format!("{percent}%"));
     [
-        ("source_share", before.source_share, after.source_share),
-        ("half_open_share", before.half_open_share, after.half_open_share),
+        ("source_share", text(before.source_share), text(after.source_share)),
+        ("half_open_share", text(before.half_open_share), text(after.half_open_share)),
+        ("path_mtu_floor", before.path_mtu_floor.to_string(), after.path_mtu_floor.to_string()),
     ]
     .into_iter()
     .filter(|(_, before, after)| before != after)
-    .map(|(key, before, after)| format!("{key} is {}, before {}", text(after), text(before)))
+    .map(|(key, before, after)| format!("{key} is {after}, before {before}"))
     .collect()
 }
 
@@ -194,12 +195,16 @@ mod tests {
     }
 
     #[test]
-    fn the_shares_of_sources_change_in_place() {
+    fn the_shares_of_sources_and_the_path_mtu_floor_change_in_place() {
         let with = |lines: &str| config(&format!("[dataplane]\n{lines}\n{FIRST}"));
-        let other = with("source_share = \"off\"\nhalf_open_share = \"10%\"");
+        let other = with("source_share = \"off\"\nhalf_open_share = \"10%\"\npath_mtu_floor = 1280");
         assert_eq!(
             changes(&config(FIRST), &other),
-            ["source_share is off, before 50%", "half_open_share is 10%, before off"]
+            [
+                "source_share is off, before 50%",
+                "half_open_share is 10%, before off",
+                "path_mtu_floor is 1280, before 552"
+            ]
         );
         assert_eq!(needs_restart(&config(FIRST), &other), [""; 0]);
     }

@@ -302,6 +302,7 @@ impl Controller {
             self.dataplane.set_allowed(number, &service.allow)?;
         }
         self.dataplane.set_source_shares(source_shares(&self.config));
+        self.dataplane.set_path_mtu_floor(self.config.dataplane.path_mtu_floor);
         self.set_pods();
         let steps = self.steps.clone();
         let seats = self.roster.backends().clone();
@@ -827,15 +828,7 @@ impl Controller {
                         tracing::info!("the VIP {vip} is here, on {name}");
                     }
                 }
-                Presence::Elsewhere { vip } if self.owner.is_some() => {
-                    tracing::error!(
-                        "the VIP {vip} is not on this host any more: another program has removed it, or its interface \
-                         has gone. Restart sheave to put it back"
-                    );
-                }
-                Presence::Elsewhere { vip } => {
-                    tracing::info!("the VIP {vip} is not on this host; its owner may bring it here");
-                }
+                Presence::Elsewhere { vip } => self.miss_vip(vip),
             }
         }
     }
@@ -898,6 +891,7 @@ impl Controller {
         self.begin_queued_reload();
         self.review_sources().await;
         self.find_ways_back().await;
+        self.put_vips_back().await;
         if self.turns.is_multiple_of(REAP_EVERY) {
             self.reap();
         }

@@ -485,6 +485,7 @@ impl Controller {
         self.roster = roster;
         self.config = config;
         self.dataplane.set_source_shares(source_shares(&self.config));
+        self.dataplane.set_path_mtu_floor(self.config.dataplane.path_mtu_floor);
         sources.remember(&self.config);
         self.sources = Some(sources);
         self.update_checks();

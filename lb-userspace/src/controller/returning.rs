@@ -1,5 +1,8 @@
 //! Interfaces that go while sheave runs, and come back: a card that is reset or plugged in again, a veth or VLAN that is made
-//! anew. To the kernel the one that comes is another interface, with another index and no program.
+//! anew. To the kernel the one that comes is another interface, with another index and no program, and without the VIP that was
+//! on it.
+
+use std::net::IpAddr;
 
 use super::{Controller, ControllerError};
 use crate::{admin::JournalKind, dataplane::Attached};
@@ -62,5 +65,36 @@ impl Controller {
             self.journal.note(JournalKind::Daemon, None, line);
         }
         self.unattached.retain(|index| self.ports.bases().contains(index));
+    }
+    /// Says that a VIP is not on this host, and what will become of it.
+    pub(super) fn miss_vip(&mut self, vip: IpAddr) {
+        let Some(owner) = &mut self.owner else {
+            tracing::info!("the VIP {vip} is not on this host; its owner may bring it here");
+            return;
+        };
+        match owner.lose(vip) {
+            Some(interface) => tracing::error!(
+                "the VIP {vip} is not on this host any more, as {interface} is gone or was set down: sheave puts it back when \
+                 {interface} is up with an address in the VIP's subnet"
+            ),
+            None => tracing::error!(
+                "the VIP {vip} is not on this host any more: another program has removed it. Restart sheave to put it \
+                 back"
+            ),
+        }
+    }
+
+    /// Puts VIPs back whose interface has come back, once the program is on it.
+    pub(super) async fn put_vips_back(&mut self) {
+        let Some(owner) = &mut self.owner else { return };
+        let attached: Vec<u32> = self.dataplane.attached().iter().map(|it| it.interface).collect();
+        let (network, forwards) = (self.network.clone(), self.config.forwards_packets());
+        let served =
+            |index: u32| !forwards || network.port_of(index).is_ok_and(|port| attached.contains(&port.index));
+        for placed in owner.put_back(served).await {
+            let line = format!("put the VIP {} back on {}", placed.vip, placed.interface);
+            tracing::info!("{line}");
+            self.journal.note(JournalKind::Daemon, None, line);
+        }
     }
 }

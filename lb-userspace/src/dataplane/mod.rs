@@ -82,16 +82,14 @@ pub use snat::SnatError;
 pub use sockets::{FollowedSocket, SocketTable};
 pub use tables::Tables;
 
+use crate::config;
+
 /// The kernel programs, as the build script compiled them. Empty if it was told to leave them out.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-ebpf"));
 
 /// The same programs inside the benchmark's wrapper.
 #[cfg(feature = "bench-object")]
 pub static BENCH_OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sheave-ebpf-bench"));
-
-/// The smallest MTU that a router may ask an IPv4 sender for: what Linux takes for the smallest by default
-/// (`net.ipv4.route.min_pmtu`, `Documentation/networking/ip-sysctl.rst`).
-const MTU_FLOOR: u32 = 552;
 
 /// The map of what is looked at for every packet: see [`layout::Control`].
 const CONTROL: &str = "CONTROL";
@@ -325,7 +323,7 @@ impl Dataplane {
 
     /// What a new table begins with, whatever the settings.
     fn new_config(&self) -> layout::Config {
-        layout::Config { epoch: 1, mtu_floor: MTU_FLOOR, ..self.settings() }
+        layout::Config { epoch: 1, mtu_floor: config::Dataplane::PATH_MTU_FLOOR.into(), ..self.settings() }
     }
 
     /// Has everything keep the number that it has in the maps of the previous layout.
@@ -399,6 +397,12 @@ impl Dataplane {
 
     fn settings(&self) -> layout::Config {
         self.config.read(0).expect("the configuration map has one entry")
+    }
+
+    /// Sets the smallest MTU that an ICMP error may ask an IPv4 sender for, in bytes: see [`lb_common::icmp`].
+    pub fn set_path_mtu_floor(&mut self, bytes: u16) {
+        let config = layout::Config { mtu_floor: bytes.into(), ..self.settings() };
+        self.config.write(0, config);
     }
 
     /// Tells the program about interfaces and VLANs. Ports keep their numbers for as long as the daemon runs: new ones

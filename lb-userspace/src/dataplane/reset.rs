@@ -151,8 +151,7 @@ impl Dataplane {
         limit: usize,
     ) -> Result<Vec<Flow>, DataplaneError> {
         let now = (self.jiffies()? >> self.ticks.shift()) as u16;
-        let act =
-            |word: &Cell32, numbers: &Numbers, meta: Meta| kill(word, numbers, meta.backend(), now).is_some();
+        let act = kill_at(now);
         let mut flows = Vec::new();
         if !cursor.again {
             flows = self.walk(filter, cursor, limit, Wanted::Established, act);
@@ -174,9 +173,7 @@ impl Dataplane {
         limit: usize,
     ) -> Result<Vec<Flow>, DataplaneError> {
         let now = (self.jiffies()? >> self.ticks.shift()) as u16;
-        Ok(self.walk(filter, cursor, limit, Wanted::Idle(now), |word, numbers, meta| {
-            kill(word, numbers, meta.backend(), now).is_some()
-        }))
+        Ok(self.walk(filter, cursor, limit, Wanted::Idle(now), kill_at(now)))
     }
 
     /// As [`Dataplane::flows_to_ask`], of flows of which a RST was seen that proves nothing.
@@ -387,6 +384,11 @@ impl Lookup<'_> {
         }
         Some(Hop { interface: interface.index, link_header })
     }
+}
+
+/// What [`Dataplane::walk`] does to flows that end: kills them, at the time `now`. Whether it was this call that did.
+fn kill_at(now: u16) -> impl Fn(&Cell32, &Numbers, Meta) -> bool + Copy {
+    move |word, numbers, meta| kill(word, numbers, meta.backend(), now).is_some()
 }
 
 fn still_killed<F: Family>(tables: &Tables, flow: &Flow) -> Option<u32> {

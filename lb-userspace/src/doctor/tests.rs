@@ -43,6 +43,7 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
             hash_key_file: None,
             source_share: Some(Dataplane::SOURCE_SHARE),
             half_open_share: None,
+            path_mtu_floor: Dataplane::PATH_MTU_FLOOR,
             state_dir: "/nonexistent".into(),
             pin_dir: "/nonexistent".into(),
             cgroup: Cgroup::Auto,

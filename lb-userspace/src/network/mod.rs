@@ -127,6 +127,8 @@ pub(crate) fn io_error(error: rtnetlink::Error) -> io::Error {
 #[derive(Clone, Debug, Default)]
 struct Tables {
     links: BTreeMap<u32, Interface>,
+    /// How often each interface was set down.
+    downs: BTreeMap<u32, u64>,
     addresses: BTreeSet<LocalAddress>,
     local_routes: LocalRoutes,
     neighbours: HashMap<(u32, IpAddr), Neighbour>,
@@ -228,6 +230,11 @@ impl Network {
             let carrying = tables.addresses.iter().find(|local| local.address == address);
             carrying.map(|local| local.interface).or_else(|| tables.local_routes.interface_of(address))
         })
+    }
+
+    /// How often an interface was set down since it is followed: also for a moment that is over before anybody looks.
+    pub fn downs(&self, index: u32) -> u64 {
+        self.read(|tables| tables.downs.get(&index).copied().unwrap_or_default())
     }
 
     /// Reads the kernel's addresses and local routes now. To be called where an answer must not depend on a notification that may still be
@@ -372,7 +379,9 @@ async fn reload(requests: &rtnetlink::Handle, tables: &RwLock<Tables>) {
     loop {
         match dump(requests).await {
             Ok(fresh) => {
-                *tables.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+                let mut tables = tables.write().unwrap_or_else(PoisonError::into_inner);
+                let downs = std::mem::take(&mut tables.downs);
+                *tables = Tables { downs, ..fresh };
                 return;
             }
             Err(error) => tracing::warn!("{error}, trying again"),
@@ -406,12 +415,16 @@ impl Tables {
                     self.local_routes.interface_down(link.index);
                 }
                 let before = self.links.insert(link.index, link.clone());
+                if before.as_ref().is_some_and(|before| before.up) && !link.up {
+                    *self.downs.entry(link.index).or_default() += 1;
+                }
                 (before.as_ref() != Some(&link)).then_some(Change::Links)
             }
             RouteNetlinkMessage::DelLink(message)
                 if message.header.interface_family == AddressFamily::Unspec =>
             {
                 self.local_routes.interface_gone(message.header.index);
+                self.downs.remove(&message.header.index);
                 self.links.remove(&message.header.index).map(|_| Change::Links)
             }
             RouteNetlinkMessage::NewAddress(message) => {

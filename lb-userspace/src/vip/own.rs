@@ -16,9 +16,13 @@ use netlink_packet_route::{
     address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, CacheInfo},
 };
 use tokio::{
-    task::JoinSet,
+    task::{AbortHandle, JoinSet},
     time::{Instant, sleep, sleep_until, timeout_at},
 };
+
+mod returning;
+
+use returning::{Asked, Lost};
 
 use super::{
     VipError,
@@ -71,8 +75,25 @@ pub struct Owner {
     network: Network,
     record: Record,
     rivals: Rivals,
-    /// Announces and watches; ends with the owner.
-    _guards: JoinSet<()>,
+    /// Announce and watch; end with the owner.
+    guards: JoinSet<()>,
+    /// Where the VIPs are that are ours to announce.
+    carriers: BTreeMap<IpAddr, Carrier>,
+    /// Those whose interface is gone or down.
+    lost: BTreeMap<IpAddr, Lost>,
+    /// Find out whether anybody has one of those.
+    asking: JoinSet<Asked>,
+}
+
+/// The interface that carries a VIP.
+#[derive(Debug)]
+struct Carrier {
+    index: u32,
+    name: String,
+    /// [`Network::downs`] when the VIP was last seen there.
+    downs: u64,
+    /// See [`guard`].
+    guard: AbortHandle,
 }
 
 /// What is to be done about one VIP.
@@ -133,15 +154,31 @@ impl Owner {
                 .await
                 .map_err(|source| VipError::Network { vip: added[0].vip, source })?;
         }
-        let rivals = Rivals::default();
-        let mut guards = JoinSet::new();
+        let mut owner = Self {
+            network: network.clone(),
+            record,
+            rivals: Rivals::default(),
+            guards: JoinSet::new(),
+            carriers: BTreeMap::new(),
+            lost: BTreeMap::new(),
+            asking: JoinSet::new(),
+        };
         for (link, interface) in links {
-            if let Err(error) = link.announce() {
-                tracing::warn!("cannot announce the VIP {} on {}: {error}", link.address, interface.name);
-            }
-            guards.spawn(guard(link, interface.name, rivals.clone()));
+            owner.keep(link, interface);
         }
-        Ok(Self { network: network.clone(), record, rivals, _guards: guards })
+        Ok(owner)
+    }
+
+    /// Announces a VIP that is here, now and from now on, and watches for rivals.
+    fn keep(&mut self, link: Link, interface: Interface) {
+        let Interface { index, name, .. } = interface;
+        let vip = link.address;
+        if let Err(error) = link.announce() {
+            tracing::warn!("cannot announce the VIP {vip} on {name}: {error}");
+        }
+        let guard = self.guards.spawn(guard(link, name.clone(), self.rivals.clone()));
+        self.lost.remove(&vip);
+        self.carriers.insert(vip, Carrier { downs: self.network.downs(index), index, name, guard });
     }
 
     /// What we put on this host.

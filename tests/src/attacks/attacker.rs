@@ -227,23 +227,31 @@ impl Attacker {
         Ok(sent)
     }
 
-    /// The destination MACs of frames that arrive within `time` and for which `wanted` holds, until there are `count`.
-    pub fn arrivals(
-        &self,
-        count: usize,
-        time: Duration,
-        wanted: impl Fn(&[u8]) -> bool,
-    ) -> std::collections::HashSet<[u8; 6]> {
-        let deadline = Instant::now() + time;
-        let mut seen = std::collections::HashSet::new();
-        while seen.len() < count {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let Ok(frame) = self.wire.receive(left, |frame| wanted(frame)) else { break };
-            if let Some(mac) = frame.first_chunk() {
-                seen.insert(*mac);
-            }
-        }
-        seen
+    /// As [`Capture::make_room`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn make_room(&self, bytes: usize) -> Result<()> {
+        self.wire.make_room(bytes)
+    }
+
+    /// As [`Capture::lost`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn lost(&self) -> Result<u32> {
+        self.wire.lost()
+    }
+
+    /// Has `hear` told of each SYN-ACK that arrives and of the MAC it is for, until it says that it has heard enough or
+    /// `time` is over.
+    pub fn hear_syn_acks(&self, time: Duration, mut hear: impl FnMut([u8; 6], &SynAck) -> bool) {
+        let enough = |frame: &[u8]| {
+            let mac = frame.first_chunk();
+            mac.zip(SynAck::of(frame)).is_some_and(|(mac, answer)| hear(*mac, &answer))
+        };
+        // An error says that the time is over, or that nothing arrives any more.
+        let _ = self.wire.receive(time, enough);
     }
 
     /// The sequence number of the next byte that `from` will send to `to`, once it has sent a segment with data.
@@ -260,10 +268,40 @@ impl Attacker {
     }
 }
 
+/// The answer to a SYN.
+#[derive(Clone, Copy, Debug)]
+pub struct SynAck {
+    from: SocketAddr,
+    to: SocketAddr,
+    acknowledgement: u32,
+}
+
+impl SynAck {
+    fn of(frame: &[u8]) -> Option<Self> {
+        let (from, to, tcp) = segment(&etherparse::SlicedPacket::from_ethernet(frame).ok()?)?;
+        let is_answer = tcp.syn() && tcp.ack() && !tcp.rst();
+        is_answer.then(|| Self { from, to, acknowledgement: tcp.acknowledgment_number() })
+    }
+
+    /// Does it answer this SYN?
+    pub fn is_to(&self, syn: &Forged<'_>) -> bool {
+        (self.from, self.to) == (syn.to, syn.from) && self.acknowledgement == syn.sequence.wrapping_add(1)
+    }
+}
+
 /// What follows the last byte of a segment with data between these ends.
 fn data_of(frame: &[u8], from: SocketAddr, to: SocketAddr) -> Option<u32> {
     let packet = etherparse::SlicedPacket::from_ethernet(frame).ok()?;
-    let ends = match packet.net? {
+    let (sender, receiver, tcp) = segment(&packet)?;
+    let payload = tcp.payload().len() as u32;
+    ((sender, receiver) == (from, to) && payload > 0).then(|| tcp.sequence_number().wrapping_add(payload))
+}
+
+/// A TCP segment with its ends: sender and receiver.
+fn segment<'f>(
+    packet: &etherparse::SlicedPacket<'f>,
+) -> Option<(SocketAddr, SocketAddr, etherparse::TcpSlice<'f>)> {
+    let (sender, receiver) = match packet.net.as_ref()? {
         etherparse::NetSlice::Ipv4(ip) => {
             (IpAddr::from(ip.header().source_addr()), IpAddr::from(ip.header().destination_addr()))
         }
@@ -272,10 +310,9 @@ fn data_of(frame: &[u8], from: SocketAddr, to: SocketAddr) -> Option<u32> {
         }
         etherparse::NetSlice::Arp(_) => return None,
     };
-    let etherparse::TransportSlice::Tcp(tcp) = packet.transport? else { return None };
-    let ends = (SocketAddr::new(ends.0, tcp.source_port()), SocketAddr::new(ends.1, tcp.destination_port()));
-    let payload = tcp.payload().len() as u32;
-    (ends == (from, to) && payload > 0).then(|| tcp.sequence_number().wrapping_add(payload))
+    let etherparse::TransportSlice::Tcp(tcp) = packet.transport.as_ref()? else { return None };
+    let (from, to) = (tcp.source_port(), tcp.destination_port());
+    Some((SocketAddr::new(sender, from), SocketAddr::new(receiver, to), tcp.clone()))
 }
 
 /// Takes the flag ACK out of a TCP segment, and keeps its checksum right.

@@ -4,6 +4,7 @@
 mod arena;
 mod attacker;
 mod flood;
+mod neighbours;
 mod pair;
 mod plain;
 mod shuttle;
@@ -12,6 +13,7 @@ mod stall;
 pub use arena::{Arena, Flow, ROOM, TOLD, flows};
 pub use attacker::{Attacker, Forged, Noise, TooBig, flag};
 pub use flood::{FloodKind, Flooded, flood};
+pub use neighbours::require_neighbours_answered;
 pub use pair::{Ended, Pair, exchange_all};
 pub use plain::PlainServer;
 pub use shuttle::{Harm, Shuttle};

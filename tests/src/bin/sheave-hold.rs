@@ -1,6 +1,13 @@
 //! Holds connections open, as told on its standard input, and says what becomes of them: see `lb_tests::hold`.
 
-use std::{collections::VecDeque, io::ErrorKind, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::VecDeque,
+    io::ErrorKind,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
@@ -9,7 +16,7 @@ use lb_tests::{
     load::{Client, Connection, raise_descriptor_limit},
 };
 use socket2::{Domain, Socket, Type};
-use tokio::{io::AsyncReadExt as _, net::TcpStream, sync::mpsc, task::JoinHandle};
+use tokio::{net::TcpStream, sync::mpsc, task::JoinHandle};
 
 /// Holds connections open, as told on its standard input.
 #[derive(Parser)]
@@ -40,6 +47,7 @@ async fn main() -> Result<()> {
         std::io::stdin().lines().map_while(Result::ok).try_for_each(|it| sender.send(it))
     });
     let mut held = Vec::new();
+    let mut plain: Vec<Weak<TcpStream>> = Vec::new();
     let mut refused = None;
     // Whoever started us has gone when there is nothing to read any more.
     while let Some(order) = orders.recv().await {
@@ -47,7 +55,11 @@ async fn main() -> Result<()> {
             Order::OpenPlain(count) => {
                 for _ in 0..count {
                     match TcpStream::connect(client.target()).await {
-                        Ok(tcp) => held.push(tokio::spawn(hold_plain(tcp))),
+                        Ok(tcp) => {
+                            let tcp = Arc::new(tcp);
+                            plain.push(Arc::downgrade(&tcp));
+                            held.push(tokio::spawn(hold_plain(tcp)));
+                        }
                         Err(error) => say(&Said::Failed(error.to_string()))?,
                     }
                 }
@@ -58,6 +70,11 @@ async fn main() -> Result<()> {
                         Ok(holding) => held.push(holding),
                         Err(error) => say(&Said::Failed(format!("{error:#}")))?,
                     }
+                }
+            }
+            Order::NamePeers => {
+                for tcp in plain.iter().filter_map(Weak::upgrade) {
+                    say(&Said::Peer(tcp.peer_addr()?))?;
                 }
             }
             Order::KeepOpening => held.push(tokio::spawn(keep_opening(client.target()))),
@@ -71,7 +88,7 @@ async fn main() -> Result<()> {
             Order::DialAgain(other) => match dial_again(refused.take(), other) {
                 Ok(tcp) => {
                     say(&Said::Opened(tcp.peer_addr()?.to_string()))?;
-                    held.push(tokio::spawn(hold_plain(tcp)));
+                    held.push(tokio::spawn(hold_plain(Arc::new(tcp))));
                 }
                 Err(error) => say(&Said::Failed(error.to_string()))?,
             },
@@ -108,12 +125,23 @@ async fn keep_opening(target: SocketAddr) {
 }
 
 /// A connection that says nothing.
-async fn hold_plain(mut tcp: TcpStream) {
-    let ended = match tcp.read_u8().await {
+async fn hold_plain(tcp: Arc<TcpStream>) {
+    let ended = match hear(&tcp).await {
+        Ok(0) => "closed".to_owned(),
         Ok(_) => "it spoke".to_owned(),
         Err(error) => error.to_string(),
     };
     let _ = say(&Said::Ended { server: None, error: ended });
+}
+
+async fn hear(tcp: &TcpStream) -> std::io::Result<usize> {
+    loop {
+        tcp.readable().await?;
+        match tcp.try_read(&mut [0]) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            other => return other,
+        }
+    }
 }
 
 /// A connection that has asked once, and waits from then on, as a watch does; or asks again and again.

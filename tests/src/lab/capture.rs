@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use nix::{
     errno::Errno,
     net::if_::if_nametoindex,
-    sys::socket::{LinkAddr, recvfrom},
+    sys::socket::{LinkAddr, recvfrom, setsockopt, sockopt},
 };
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
@@ -39,6 +39,36 @@ impl Capture {
             socket.bind(&link_address(index)?)?;
             Ok(Self { socket })
         })?
+    }
+
+    /// Has room for frames that were not received yet, in bytes as the kernel counts them, whatever `net.core.rmem_max`
+    /// says.
+    ///
+    /// # Errors
+    /// Without root.
+    pub fn make_room(&self, bytes: usize) -> Result<()> {
+        setsockopt(&self.socket, sockopt::RcvBufForce, &bytes).context("a larger buffer of a packet socket")
+    }
+
+    /// How many frames found no room in the socket's buffer since this was asked last.
+    ///
+    /// # Errors
+    /// When the kernel does not say.
+    pub fn lost(&self) -> Result<u32> {
+        let mut statistics = libc::tpacket_stats { tp_packets: 0, tp_drops: 0 };
+        let mut length = size_of::<libc::tpacket_stats>() as libc::socklen_t;
+        // SAFETY: PACKET_STATISTICS writes a `tpacket_stats`, which the pointer is of, and no more than the length says.
+        let result = unsafe {
+            libc::getsockopt(
+                self.socket.as_raw_fd(),
+                libc::SOL_PACKET,
+                libc::PACKET_STATISTICS,
+                (&raw mut statistics).cast(),
+                &raw mut length,
+            )
+        };
+        Errno::result(result).context("the statistics of a packet socket")?;
+        Ok(statistics.tp_drops)
     }
 
     /// Puts a frame on the wire as it is.

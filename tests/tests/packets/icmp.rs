@@ -189,3 +189,22 @@ fn nobody_is_asked_for_packets_that_are_too_small() {
         }
     }
 }
+
+#[test]
+fn the_floor_of_an_ipv4_path_is_as_it_was_set_last() {
+    for ip in Ip::BOTH {
+        let mut world = World::new(ip);
+        let flow = world.establish(ip.client(1));
+        let sent = on_the_wire(&mut world, &flow);
+        for set in [1500, 68, 1000, 552] {
+            world.dataplane.set_path_mtu_floor(set);
+            let floor = if ip == Ip::V4 { set.into() } else { 1280 };
+            for sent in &sent {
+                for mtu in [0, 68, floor - 1, floor, 1500] {
+                    let error = Icmp { word: u32::to_be_bytes(mtu), ..Icmp::too_big(ip.router(), sent, 8) };
+                    assert_eq!(asked(&mut world, &error), mtu.max(floor), "{ip:?}, {set}");
+                }
+            }
+        }
+    }
+}

@@ -277,6 +277,120 @@ fn a_vip_is_gone_only_when_the_kernel_says_so() {
     });
 }
 
+#[test]
+fn a_vip_that_went_with_its_interface_is_put_back_when_one_of_that_name_is_here_and_served() {
+    in_namespace(async || {
+        let peer = lan();
+        let state = tempfile::tempdir().unwrap();
+        let (network, _changes) = Network::open().await.unwrap();
+        let mut owner = Owner::acquire(&network, vips(), state.path()).await.unwrap();
+        ip("link del lan");
+        drop(peer);
+        eventually("it is gone", async || network.interface_named("lan").is_err()).await;
+        for vip in vips() {
+            assert_eq!(owner.lose(vip).as_deref(), Some("lan"));
+        }
+        assert_eq!(owner.put_back(|_| true).await, [], "there is no interface");
+
+        let peer = lan();
+        let ears = vips().map(|vip| ears(&peer, vip));
+        eventually("it is back", async || network.interface_named("lan").is_ok()).await;
+        for _ in 0..10 {
+            assert_eq!(owner.put_back(|_| false).await, [], "no program is on it");
+            sleep(Duration::from_millis(100)).await;
+        }
+        let mut back = Vec::new();
+        eventually("both are back", async || {
+            back.extend(owner.put_back(|_| true).await);
+            back.len() == 2
+        })
+        .await;
+        back.sort();
+        assert_eq!(back, vips().map(|vip| Placed { vip, interface: "lan".to_owned() }));
+        for (vip, link) in vips().iter().zip(&ears) {
+            assert!(ip("addr show dev lan").contains(&vip.to_string()));
+            assert_eq!(link.hear().await.unwrap().statement, Statement::Probe, "asked first");
+            eventually("it is announced", async || link.hear().await.unwrap().statement == Statement::Claim)
+                .await;
+        }
+        assert_eq!(owner.put_back(|_| true).await, []);
+        owner.release().await.unwrap();
+        assert!(!ip("addr show dev lan").contains("140"));
+    });
+}
+
+#[test]
+fn a_lost_vip_that_another_host_has_meanwhile_is_not_put_back() {
+    in_namespace(async || {
+        let peer = lan();
+        let state = tempfile::tempdir().unwrap();
+        let (network, _changes) = Network::open().await.unwrap();
+        let mut owner = Owner::acquire(&network, vips(), state.path()).await.unwrap();
+        ip("link del lan");
+        drop(peer);
+        eventually("it is gone", async || network.interface_named("lan").is_err()).await;
+        let lost = vips().map(|vip| owner.lose(vip));
+        assert!(lost.iter().all(Option::is_some));
+        let peer = lan();
+        let [taken, free] = vips();
+        peer.ip(&format!("addr add {taken} dev far"));
+        let mut back = Vec::new();
+        eventually("the other one is back", async || {
+            back.extend(owner.put_back(|_| true).await);
+            !back.is_empty()
+        })
+        .await;
+        sleep(PROBE_INTERVAL * PROBES + PROBE_WAIT).await;
+        back.extend(owner.put_back(|_| true).await);
+        assert_eq!(back, [Placed { vip: free, interface: "lan".to_owned() }]);
+        assert!(!ip("addr show dev lan").contains(&taken.to_string()));
+    });
+}
+
+#[test]
+fn an_ipv6_vip_is_put_back_on_an_interface_that_was_down_for_a_moment() {
+    in_namespace(async || {
+        let _peer = lan();
+        let state = tempfile::tempdir().unwrap();
+        let (network, _changes) = Network::open().await.unwrap();
+        let mut owner = Owner::acquire(&network, vips(), state.path()).await.unwrap();
+        let [_, vip] = vips();
+        ip("link set lan down");
+        ip("link set lan up");
+        eventually("it is gone", async || network.interface_carrying(vip).is_none()).await;
+        assert_eq!(owner.lose(vip).as_deref(), Some("lan"));
+        ip("-6 addr add fd01::1/64 dev lan nodad");
+        eventually("it is back", async || !owner.put_back(|_| true).await.is_empty()).await;
+        assert!(ip("addr show dev lan").contains(&format!("{vip}/128")));
+        owner.release().await.unwrap();
+    });
+}
+
+#[test]
+fn a_vip_that_was_taken_off_an_interface_is_not_put_back() {
+    in_namespace(async || {
+        let _peer = lan();
+        let state = tempfile::tempdir().unwrap();
+        let (network, _changes) = Network::open().await.unwrap();
+        let mut owner = Owner::acquire(&network, vips(), state.path()).await.unwrap();
+        let [vip, _] = vips();
+        // IPv4 addresses stay on an interface that is set down.
+        ip("link set lan down");
+        ip("link set lan up");
+        let index = network.interface_named("lan").unwrap().index;
+        eventually("it was down", async || network.downs(index) == 1).await;
+        assert_eq!(owner.put_back(|_| true).await, []);
+        ip(&format!("addr del {vip}/32 dev lan"));
+        network.reread_addresses().await.unwrap();
+        assert_eq!(owner.lose(vip), None);
+        for _ in 0..10 {
+            assert_eq!(owner.put_back(|_| true).await, []);
+            sleep(Duration::from_millis(100)).await;
+        }
+        assert!(!ip("addr show dev lan").contains(&vip.to_string()));
+    });
+}
+
 /// As a network card that starts anew when its offloads are switched.
 #[test]
 fn a_carrier_that_is_gone_for_a_moment_is_waited_for() {
