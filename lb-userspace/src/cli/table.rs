@@ -40,7 +40,11 @@ fn footer(status: &Status) -> String {
     let interfaces: Vec<String> = status
         .interfaces
         .iter()
-        .map(|interface| format!("{} ({})", printable(&interface.name), printable(&interface.xdp_mode)))
+        .map(|interface| {
+            let members: Vec<_> = interface.members.iter().map(|name| printable(name)).collect();
+            let on = if members.is_empty() { String::new() } else { format!(" on {}", members.join(" and ")) };
+            format!("{} ({}{on})", printable(&interface.name), printable(&interface.xdp_mode))
+        })
         .collect();
     let hook = status.hook.as_ref().filter(|hook| hook.attached);
     let hook = hook.map(|hook| format!("connect hook on {}", printable(&hook.cgroup)));
@@ -279,7 +283,11 @@ mod tests {
                 discovery: None,
             }],
             vip: vec![VipStatus { address: [192, 168, 2, 140].into(), present: false }],
-            interfaces: vec![InterfaceStatus { name: "eth0".to_owned(), xdp_mode: "native".to_owned() }],
+            interfaces: vec![InterfaceStatus {
+                name: "eth0".to_owned(),
+                xdp_mode: "native".to_owned(),
+                members: Vec::new(),
+            }],
             daemon: DaemonStatus { pid: 77, uptime_seconds: 18_120, version: "0.1.0".to_owned() },
             ..Status::default()
         }
