@@ -42,7 +42,8 @@ fn footer(status: &Status) -> String {
         .iter()
         .map(|interface| {
             let members: Vec<_> = interface.members.iter().map(|name| printable(name)).collect();
-            let on = if members.is_empty() { String::new() } else { format!(" on {}", members.join(" and ")) };
+            let on =
+                if members.is_empty() { String::new() } else { format!(" on {}", members.join(" and ")) };
             format!("{} ({}{on})", printable(&interface.name), printable(&interface.xdp_mode))
         })
         .collect();
@@ -318,6 +319,14 @@ warning: kube-apiserver: the credential was refused (401)
         let rows: Vec<&str> = text.lines().skip(2).take(5).collect();
         assert!(rows.iter().all(|row| row.chars().count() <= 80), "{text}");
         assert_eq!(rows[3], "    Layer7 wrong status", "{text}");
+    }
+
+    #[test]
+    fn a_bond_names_the_members_that_the_program_is_on() {
+        let mut status = three_masters();
+        status.interfaces[0].members = vec!["eth1".to_owned(), "eth2".to_owned()];
+        let text = render(&status, NOW, PAPER);
+        assert!(text.contains("attached to eth0 (native on eth1 and eth2)\n"), "{text}");
     }
 
     #[test]

@@ -19,11 +19,7 @@ use crate::{
 /// The members of the bonds among `bases`, the interfaces that the program is to be on, with the index of the bond; then,
 /// as far as there is room, those that left one of them (`before` has them), and where there is only one bond every network
 /// card that could join it.
-fn table(
-    interfaces: &[Interface],
-    bases: &BTreeSet<u32>,
-    before: &BTreeMap<u32, u32>,
-) -> BTreeMap<u32, u32> {
+fn table(interfaces: &[Interface], bases: &BTreeSet<u32>, before: &BTreeMap<u32, u32>) -> BTreeMap<u32, u32> {
     let is_bond = |it: &&Interface| matches!(it.kind, Kind::Bond(_)) && bases.contains(&it.index);
     let bonds: BTreeSet<u32> = interfaces.iter().filter(is_bond).map(|it| it.index).collect();
     let of_bond = |it: &Interface| it.master.filter(|master| bonds.contains(master));

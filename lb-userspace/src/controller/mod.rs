@@ -57,8 +57,8 @@ use crate::{
     discovery,
     health::{self, Event, State, Transition},
     network::{
-        CARRIER_WAIT, Change, Interface, Kind, Network, Silenced, Port, XdpAttachMode, mode_for, native_obstacle, offloads,
-        used_tcp_ports,
+        CARRIER_WAIT, Change, Interface, Kind, Network, Port, Silenced, XdpAttachMode, mode_for,
+        native_obstacle, offloads, used_tcp_ports,
     },
     sources::Sources,
     systemd,
@@ -421,7 +421,10 @@ impl Controller {
         let there = self.network.xdp_programs(index).await?.unwrap_or_default();
         let tagged = self.ports.is_tagged(index);
         let is_ours = self.dataplane.took_over(index);
-        if (is_ours || there.is_empty()) && mode != Some(Mode::Generic) && matches!(interface.kind, Kind::Bond(_)) {
+        if (is_ours || there.is_empty())
+            && mode != Some(Mode::Generic)
+            && matches!(interface.kind, Kind::Bond(_))
+        {
             // The program is there, and not on the bond. In generic mode there is more to do, once that is known.
             for member in self.network.members(index) {
                 self.ready_member(index, &member.name, Mode::Native)?;

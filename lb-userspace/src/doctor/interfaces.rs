@@ -250,7 +250,7 @@ async fn other_end(network: &Network, interface: &Interface, mode: XdpMode) -> O
     })
 }
 
-/// VLANs, bonds and bridges: where the program really is.
+/// VLANs and bridges: where the program really is.
 fn stacked(network: &Network, port: &Port, interface: &Interface) -> Vec<Finding> {
     let mut findings = Vec::new();
     if !port.tags.is_empty() {
@@ -263,12 +263,9 @@ fn stacked(network: &Network, port: &Port, interface: &Interface) -> Vec<Finding
             format!("carries the VLAN ({}): the program is attached here, below the VLAN", tags.join(", "));
         findings.push(note(subject(interface), what));
     }
-    match interface.kind {
-        Kind::Bridge => {
-            let what = "a bridge: generic XDP sees only what is addressed to this host, not what the bridge forwards";
-            findings.push(note(subject(interface), what));
-        }
-        _ => {}
+    if interface.kind == Kind::Bridge {
+        let what = "a bridge: generic XDP sees only what is addressed to this host, not what the bridge forwards";
+        findings.push(note(subject(interface), what));
     }
     let is_vrf = |it: &Interface| matches!(&it.kind, Kind::Other(kind) if kind == "vrf");
     let master = interface.master.and_then(|index| network.interface(index).ok());

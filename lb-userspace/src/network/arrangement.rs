@@ -135,7 +135,12 @@ mod tests {
         BTreeMap::from([
             interface(1, "eth0", Kind::Device, Some(3)),
             interface(2, "eth1", Kind::Device, Some(3)),
-            interface(3, "bond0", Kind::Bond(bonding(BondMode::ActiveBackup, BondXmitHashPolicy::Layer2)), None),
+            interface(
+                3,
+                "bond0",
+                Kind::Bond(bonding(BondMode::ActiveBackup, BondXmitHashPolicy::Layer2)),
+                None,
+            ),
             interface(4, "bond0.5", vlan(3, 5, TagProtocol::Ieee8021Q), None),
             interface(5, "eth2", Kind::Device, Some(6)),
             interface(6, "br0", Kind::Bridge, None),

@@ -58,9 +58,7 @@ impl Bonding {
                     "{name} is a bond in mode {mode} with xmit_hash_policy vlan+srcmac, for which the kernel takes no native \
                      program"
                 ),
-                fix: format!(
-                    "Use another policy (`ip link set {name} type bond xmit_hash_policy layer3+4`)"
-                ),
+                fix: format!("Use another policy (`ip link set {name} type bond xmit_hash_policy layer3+4`)"),
             }),
             _ => None,
         }

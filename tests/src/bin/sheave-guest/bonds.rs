@@ -91,9 +91,9 @@ pub(crate) fn members_come_and_go(mode: &'static str) -> Result<()> {
     let daemon = trial.start(&cluster, &settings)?;
     require_members(&cluster, &daemon, mode, &CARDS)?;
     while_asking(&mut crowds, || Ok(())).context("after the next start")?;
-    cluster.require_no_own_resets()?;
     drop(crowds);
-    serve(&cluster)?;
+    self::crowds(&cluster).context("new connections at the end")?;
+    cluster.require_no_own_resets()?;
     let unloaded = daemon.unload()?;
     ensure!(unloaded.status.success(), "unload: {}", String::from_utf8_lossy(&unloaded.stderr));
     Ok(())
