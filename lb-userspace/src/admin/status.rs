@@ -218,6 +218,9 @@ pub struct InterfaceStatus {
     pub name: String,
     /// `native` or `generic`.
     pub xdp_mode: String,
+    /// Of a bond in native mode: the names of its members that the data path knows.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub members: Vec<String>,
 }
 
 /// The connect hook.

@@ -40,7 +40,12 @@ fn footer(status: &Status) -> String {
     let interfaces: Vec<String> = status
         .interfaces
         .iter()
-        .map(|interface| format!("{} ({})", printable(&interface.name), printable(&interface.xdp_mode)))
+        .map(|interface| {
+            let members: Vec<_> = interface.members.iter().map(|name| printable(name)).collect();
+            let on =
+                if members.is_empty() { String::new() } else { format!(" on {}", members.join(" and ")) };
+            format!("{} ({}{on})", printable(&interface.name), printable(&interface.xdp_mode))
+        })
         .collect();
     let hook = status.hook.as_ref().filter(|hook| hook.attached);
     let hook = hook.map(|hook| format!("connect hook on {}", printable(&hook.cgroup)));
@@ -279,7 +284,11 @@ mod tests {
                 discovery: None,
             }],
             vip: vec![VipStatus { address: [192, 168, 2, 140].into(), present: false }],
-            interfaces: vec![InterfaceStatus { name: "eth0".to_owned(), xdp_mode: "native".to_owned() }],
+            interfaces: vec![InterfaceStatus {
+                name: "eth0".to_owned(),
+                xdp_mode: "native".to_owned(),
+                members: Vec::new(),
+            }],
             daemon: DaemonStatus { pid: 77, uptime_seconds: 18_120, version: "0.1.0".to_owned() },
             ..Status::default()
         }
@@ -310,6 +319,14 @@ warning: kube-apiserver: the credential was refused (401)
         let rows: Vec<&str> = text.lines().skip(2).take(5).collect();
         assert!(rows.iter().all(|row| row.chars().count() <= 80), "{text}");
         assert_eq!(rows[3], "    Layer7 wrong status", "{text}");
+    }
+
+    #[test]
+    fn a_bond_names_the_members_that_the_program_is_on() {
+        let mut status = three_masters();
+        status.interfaces[0].members = vec!["eth1".to_owned(), "eth2".to_owned()];
+        let text = render(&status, NOW, PAPER);
+        assert!(text.contains("attached to eth0 (native on eth1 and eth2)\n"), "{text}");
     }
 
     #[test]

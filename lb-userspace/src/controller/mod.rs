@@ -13,6 +13,7 @@ mod hook;
 mod journal;
 mod liveness;
 mod local_servers;
+mod members;
 mod next_hops;
 mod orders;
 mod parting;
@@ -56,7 +57,8 @@ use crate::{
     discovery,
     health::{self, Event, State, Transition},
     network::{
-        CARRIER_WAIT, Change, Interface, Network, Silenced, XdpAttachMode, mode_for, offloads, used_tcp_ports,
+        CARRIER_WAIT, Change, Interface, Kind, Network, Port, Silenced, XdpAttachMode, mode_for,
+        native_obstacle, offloads, used_tcp_ports,
     },
     sources::Sources,
     systemd,
@@ -210,6 +212,8 @@ pub struct Controller {
     interface_flags: BTreeSet<String>,
     /// What the operator should know about the other ends of veths, in sentences.
     veth_flags: BTreeSet<String>,
+    /// Names of bonds that the program is to be on, and of their members, by the indexes of both.
+    bond_members: BTreeMap<(u32, u32), (String, String)>,
     /// Names of interfaces that had the program, and have gone.
     gone_interfaces: BTreeSet<String>,
     /// Indexes of interfaces that should have the program, and could not be given it.
@@ -281,6 +285,7 @@ impl Controller {
             sockets: Sockets::default(),
             interface_flags: BTreeSet::new(),
             veth_flags: BTreeSet::new(),
+            bond_members: BTreeMap::new(),
             gone_interfaces: BTreeSet::new(),
             unattached: BTreeSet::new(),
             unreached_servers: BTreeSet::new(),
@@ -298,6 +303,8 @@ impl Controller {
 
     fn fill(&mut self) -> Result<(), DataplaneError> {
         self.dataplane.set_ports(&self.ports.layout())?;
+        self.write_members()?;
+        self.bond_members = self.bond_members();
         for (number, service) in self.services.iter() {
             self.dataplane.set_allowed(number, &service.allow)?;
         }
@@ -406,7 +413,6 @@ impl Controller {
 
     /// Attaches the program to one interface. Returns whether it had a carrier before.
     async fn attach_to(&mut self, index: u32) -> Result<bool, ControllerError> {
-        let state_dir = self.config.dataplane.state_dir.clone();
         let interface = self.network.interface_now(index).await?;
         let mode = self.mode_on(&interface)?;
         let had_carrier = interface.carrier;
@@ -415,14 +421,25 @@ impl Controller {
         }
         let there = self.network.xdp_programs(index).await?.unwrap_or_default();
         let tagged = self.ports.is_tagged(index);
+        let is_ours = self.dataplane.took_over(index);
+        if (is_ours || there.is_empty())
+            && mode != Some(Mode::Generic)
+            && matches!(interface.kind, Kind::Bond(_))
+        {
+            // The program is there, and not on the bond. In generic mode there is more to do, once that is known.
+            for member in self.network.members(index) {
+                self.ready_member(index, &member.name, Mode::Native)?;
+            }
+        }
         let mut harm = BTreeSet::new();
+        let state_dir = self.config.dataplane.state_dir.clone();
         let mut turn_off = |mode| {
             let switched = offloads::turn_off(&interface.name, mode == Some(Mode::Generic), &state_dir)?;
             say_off(&interface.name, &switched.off);
             harm.extend(switched.consequences(&interface.name, tagged)?);
             Ok::<_, ControllerError>(())
         };
-        if self.dataplane.took_over(index) {
+        if is_ours {
             let generic = there.iter().any(|it| it.mode == XdpAttachMode::Generic);
             let attached = if generic { Mode::Generic } else { Mode::Native };
             let attached = match mode.filter(|mode| *mode != attached) {
@@ -450,6 +467,10 @@ impl Controller {
             driver: interface.driver.as_deref().unwrap_or_default(),
             occupied_by: there.first().map(|attached| attached.program),
         };
+        let chosen = self.config.dataplane.xdp_mode == XdpMode::Auto && mode == Some(Mode::Generic);
+        if let Some(obstacle) = native_obstacle(&interface).filter(|_| chosen) {
+            tracing::warn!("{}: attaching in generic mode: slower, but the same", obstacle.reason);
+        }
         let attached = self.dataplane.attach(&target, mode)?;
         if mode.is_none() && attached.mode == Mode::Generic {
             turn_off(Some(Mode::Generic))?;
@@ -528,10 +549,10 @@ impl Controller {
             tracing::warn!("{warning}");
             self.interface_flags.extend(generic.then_some(warning));
         }
-        let members = self.network.interfaces().into_iter().filter(|it| it.master == Some(interface.index));
-        for member in members.filter(|_| generic) {
-            let switched = offloads::turn_off_below(&member.name, &self.config.dataplane.state_dir)?;
-            say_off(&member.name, &switched.off);
+        if generic {
+            for member in self.network.members(interface.index) {
+                self.ready_member(interface.index, &member.name, mode)?;
+            }
         }
         Ok(())
     }
@@ -795,6 +816,7 @@ impl Controller {
         if changes.contains(&Change::Links) {
             self.ports.refresh(&self.network);
             self.write_ports();
+            self.follow_members();
             self.follow_interfaces().await;
         }
         // An interface that goes takes with it what is on it.
@@ -804,6 +826,21 @@ impl Controller {
         // Each of them may move a next hop: an address that comes brings a route.
         self.resolve().await;
         self.correct_learned_hops();
+    }
+
+    /// See [`Ports::number_or_append`].
+    fn number_or_append(&mut self, port: &Port) -> Result<usize, String> {
+        let mode = self.mode_to_keep(port.index);
+        self.ports.number_or_append(&self.network, port, mode)
+    }
+
+    /// The mode that the program stays in on an interface for as long as this process runs.
+    fn mode_to_keep(&self, interface: u32) -> XdpMode {
+        match self.mode_there(interface) {
+            Some(Mode::Native) => XdpMode::Native,
+            Some(Mode::Generic) => XdpMode::Generic,
+            None => self.config.dataplane.xdp_mode,
+        }
     }
 
     fn write_ports(&mut self) {
@@ -850,7 +887,7 @@ impl Controller {
         for (index, answer) in remote.into_iter().zip(answers) {
             let found = match answer {
                 Err(error) => Found::Lost(error.to_string()),
-                Ok(next) => match self.ports.number_or_append(&network, &next.port) {
+                Ok(next) => match self.number_or_append(&next.port) {
                     Err(reason) => Found::Lost(reason),
                     Ok(port) => match next.mac {
                         Some(mac) => Found::Hop(Hop { neighbour: next.neighbour, port, mac }),

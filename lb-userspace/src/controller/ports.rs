@@ -97,8 +97,13 @@ impl Ports {
     }
 
     /// The number of a port that leads to a backend. A VLAN that is new is appended if what it is built on has the
-    /// program.
-    pub(super) fn number_or_append(&mut self, network: &Network, port: &Port) -> Result<usize, String> {
+    /// program, in a `mode` in which it sees the tag.
+    pub(super) fn number_or_append(
+        &mut self,
+        network: &Network,
+        port: &Port,
+        mode: XdpMode,
+    ) -> Result<usize, String> {
         let same = |known: &Port| (known.index, &known.tags) == (port.index, &port.tags);
         if let Some((number, ..)) = self.current().find(|(_, _, known)| same(known)) {
             return Ok(number);
@@ -113,7 +118,7 @@ impl Ports {
             ));
         }
         if let Ok(base) = network.interface(port.index) {
-            mode_for(&base, !port.tags.is_empty(), XdpMode::Auto)?;
+            mode_for(&base, !port.tags.is_empty(), mode)?;
         }
         let passes_there =
             |interface: &Interface| network.port_of(interface.index).is_ok_and(|found| same(&found));

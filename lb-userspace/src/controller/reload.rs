@@ -33,7 +33,7 @@ use crate::{
     dataplane::{DataplaneError, wait_grace_period},
     discovery::absent_kubeconfigs,
     health::{Event, State, TargetId},
-    network::{first_ephemeral_port, used_tcp_ports},
+    network::{first_ephemeral_port, mode_for, used_tcp_ports},
     sources::Sources,
 };
 
@@ -335,17 +335,22 @@ impl Controller {
             if named && homes.contains(&interface) && !ports.bases().contains(&port.index) {
                 continue;
             }
-            if let Err(reason) = ports.number_or_append(&self.network, &port) {
+            if let Err(reason) = ports.number_or_append(&self.network, &port, self.mode_to_keep(port.index)) {
                 return Err(conflict(format!("{address}: {reason}")));
             }
         }
         for (address, interface) in ways.back {
             let Ok(port) = self.network.port_of(interface) else { continue };
-            if let Err(reason) = ports.number_or_append(&self.network, &port)
+            if let Err(reason) = ports.number_or_append(&self.network, &port, self.mode_to_keep(port.index))
                 && !named
             {
                 return Err(conflict(format!("replies to {address}: {reason}")));
             }
+        }
+        for index in ports.bases() {
+            // What was so at the start can be another bond by now, or have another mode.
+            let Ok(base) = self.network.interface(index) else { continue };
+            mode_for(&base, ports.is_tagged(index), self.mode_to_keep(index)).map_err(conflict)?;
         }
         Ok(ports)
     }

@@ -48,7 +48,11 @@ impl Controller {
                 .dataplane
                 .attached()
                 .iter()
-                .map(|it| InterfaceStatus { name: it.name.clone(), xdp_mode: it.mode.name().to_owned() })
+                .map(|it| InterfaceStatus {
+                    name: it.name.clone(),
+                    xdp_mode: it.mode.name().to_owned(),
+                    members: self.known_members(it.interface),
+                })
                 .collect(),
             hook: self.hook_status(),
             packets: self.packets(),

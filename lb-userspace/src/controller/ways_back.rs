@@ -175,7 +175,7 @@ impl Controller {
     /// A next hop as the data path has it; None: its MAC address is not known yet.
     fn way_by(&mut self, next: &NextHop) -> Result<Option<(Mac, usize)>, String> {
         let known = self.ports.interfaces().len();
-        let port = self.ports.number_or_append(&self.network, &next.port)?;
+        let port = self.number_or_append(&next.port)?;
         if self.ports.interfaces().len() > known {
             self.write_ports();
         }

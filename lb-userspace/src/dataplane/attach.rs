@@ -12,6 +12,12 @@ use aya::programs::{
 use super::{Dataplane, DataplaneError, Removed, convert::New, grace, link::RawLink, pins::Pins};
 use crate::network::{offloads, virtio};
 
+/// A bond's driver, as ethtool names it.
+const BOND: &str = "bonding";
+/// What makes a bond take the program, whose own settings allow it.
+const BOND_FIX: &str = "every member of the bond needs a driver with native XDP that has room for the program (`sheave doctor`), \
+                        and no program of its own (`ip link`)";
+
 /// How the program is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
@@ -96,11 +102,11 @@ impl Dataplane {
                 source: Box::new(source),
             });
         }
-        tracing::warn!(
-            "{}: driver {} has no native XDP, attaching in generic mode: slower, but the same",
-            target.name,
-            target.driver
-        );
+        let why = match target.driver {
+            BOND => format!("its members do not all take the program in native mode ({})", chain(&source)),
+            driver => format!("driver {driver} has no native XDP"),
+        };
+        tracing::warn!("{}: {why}, attaching in generic mode: slower, but the same", target.name);
         self.attach_in(target, Mode::Generic).map_err(|source| failure(target, Mode::Generic, source))?;
         Ok(Mode::Generic)
     }
@@ -295,7 +301,11 @@ fn failure(target: &Target<'_>, mode: Mode, source: ProgramError) -> DataplaneEr
     if let Some(libc::EBUSY) = errno(&source) {
         return DataplaneError::Occupied { interface: target.name.to_owned(), owner: String::new() };
     }
-    let fix = (mode == Mode::Native).then(|| virtio::hypervisor_fix(target.name)).flatten();
+    let fix = (mode == Mode::Native).then(|| match target.driver {
+        BOND => Some(BOND_FIX.to_owned()),
+        _ => virtio::hypervisor_fix(target.name),
+    });
+    let fix = fix.flatten();
     DataplaneError::Attach {
         interface: target.name.to_owned(),
         mode: mode.name(),
@@ -313,6 +323,14 @@ pub(super) fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
         source = error.source();
     }
     None
+}
+
+/// An error with its causes.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let mut said: Vec<String> = causes.map(ToString::to_string).collect();
+    said.dedup();
+    said.join(": ")
 }
 
 fn is_unsupported(error: &ProgramError) -> bool {

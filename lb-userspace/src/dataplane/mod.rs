@@ -421,19 +421,34 @@ impl Dataplane {
         Ok(())
     }
 
-    /// Tells the program which interfaces (by index) are members of which bonds.
+    /// Tells the program which interfaces (by index) are members of which bonds: those before are forgotten. One that stays
+    /// keeps its place, so that the program finds it all the while.
     pub fn set_members(&mut self, members: &[(u32, u32)]) -> Result<(), DataplaneError> {
         if members.len() > MEMBERS {
             return Err(DataplaneError::TooMany { what: "members of bonds", limit: MEMBERS });
         }
         let mut config = self.settings();
-        config.members = [Member::default(); MEMBERS];
-        for (entry, (index, bond)) in config.members.iter_mut().zip(members) {
-            *entry = Member { index: *index, bond: *bond };
+        let mut wanted: BTreeMap<u32, u32> = members.iter().copied().collect();
+        for entry in &mut config.members {
+            *entry = match wanted.remove(&entry.index) {
+                Some(bond) => Member { bond, ..*entry },
+                None => Member::default(),
+            };
         }
-        config.member_count = members.len() as u32;
+        let free = config.members.iter_mut().filter(|entry| entry.index == 0);
+        for (entry, (index, bond)) in free.zip(wanted) {
+            *entry = Member { index, bond };
+        }
+        let last = config.members.iter().rposition(|entry| entry.index != 0);
+        config.member_count = last.map_or(0, |last| last as u32 + 1);
         self.config.write(0, config);
         Ok(())
+    }
+
+    /// Which interfaces the program takes for members of which bonds, by their indexes.
+    pub fn members(&self) -> BTreeMap<u32, u32> {
+        let members = self.settings().members;
+        members.iter().filter(|it| it.index != 0).map(|it| (it.index, it.bond)).collect()
     }
 
     /// Tells the program about the listeners, each open on all `ports`. To be called once.

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fs};
 
 use aya::programs::loaded_programs;
 
-use super::{Finding, failure, note, ok, warning};
+use super::{Finding, bonds, failure, note, ok, warning};
 use crate::{
     config::{Config, XdpMode},
     dataplane::LEARNED_HOPS_MAX,
@@ -73,7 +73,13 @@ pub(super) async fn examine(network: &Network, ports: &[Port], config: Option<&C
     for port in ports {
         let Ok(interface) = network.interface(port.index) else { continue };
         findings.push(state(&interface));
-        findings.push(xdp_mode(&interface, mode, &virtio::obstacles(&interface.name)));
+        match interface.kind {
+            Kind::Bond(_) => {
+                let members = network.members(interface.index);
+                findings.extend(bonds::examine(&interface, &members, !port.tags.is_empty(), mode));
+            }
+            _ => findings.push(xdp_mode(&interface, mode, &virtio::obstacles(&interface.name))),
+        }
         findings.push(mtu(&interface));
         findings.extend(other_programs(&interface));
         findings.extend(harmful_offloads(&interface, mode, !port.tags.is_empty()));
@@ -94,7 +100,7 @@ pub(super) async fn examine(network: &Network, ports: &[Port], config: Option<&C
     findings
 }
 
-fn subject(interface: &Interface) -> String {
+pub(super) fn subject(interface: &Interface) -> String {
     format!("interface {}", interface.name)
 }
 
@@ -114,7 +120,7 @@ fn state(interface: &Interface) -> Finding {
 }
 
 /// `obstacles`: [`virtio::obstacles`].
-fn xdp_mode(interface: &Interface, mode: XdpMode, obstacles: &[&str]) -> Finding {
+pub(super) fn xdp_mode(interface: &Interface, mode: XdpMode, obstacles: &[&str]) -> Finding {
     let driver = interface.driver.as_deref().unwrap_or("unknown");
     let native = NATIVE_DRIVERS.contains(&driver);
     let subject = subject(interface);
@@ -154,7 +160,7 @@ fn mtu(interface: &Interface) -> Finding {
         .fix(format!("if attaching fails: ip link set {} mtu {LARGEST_SINGLE_BUFFER_MTU}", interface.name))
 }
 
-fn other_programs(interface: &Interface) -> Vec<Finding> {
+pub(super) fn other_programs(interface: &Interface) -> Vec<Finding> {
     let describe = |id: u32| {
         let mut programs = loaded_programs().filter_map(Result::ok);
         programs.find(|program| program.id() == id).and_then(|it| it.name_as_str().map(str::to_owned))
@@ -180,7 +186,7 @@ fn other_programs(interface: &Interface) -> Vec<Finding> {
 }
 
 /// `tagged`: frames with a VLAN tag are ours.
-fn harmful_offloads(interface: &Interface, mode: XdpMode, tagged: bool) -> Vec<Finding> {
+pub(super) fn harmful_offloads(interface: &Interface, mode: XdpMode, tagged: bool) -> Vec<Finding> {
     let Ok(on) = offloads::harmful(&interface.name, mode == XdpMode::Generic) else { return Vec::new() };
     let Ok(fixed) = offloads::fixed(&interface.name, &on) else { return Vec::new() };
     let off: Vec<String> = on.into_iter().filter(|name| !fixed.contains(name)).collect();
@@ -244,7 +250,7 @@ async fn other_end(network: &Network, interface: &Interface, mode: XdpMode) -> O
     })
 }
 
-/// VLANs, bonds and bridges: where the program really is.
+/// VLANs and bridges: where the program really is.
 fn stacked(network: &Network, port: &Port, interface: &Interface) -> Vec<Finding> {
     let mut findings = Vec::new();
     if !port.tags.is_empty() {
@@ -257,17 +263,9 @@ fn stacked(network: &Network, port: &Port, interface: &Interface) -> Vec<Finding
             format!("carries the VLAN ({}): the program is attached here, below the VLAN", tags.join(", "));
         findings.push(note(subject(interface), what));
     }
-    match interface.kind {
-        Kind::Bond => {
-            let what =
-                "a bond: generic XDP, because a native program runs on the members, before the bond is known";
-            findings.push(note(subject(interface), what));
-        }
-        Kind::Bridge => {
-            let what = "a bridge: generic XDP sees only what is addressed to this host, not what the bridge forwards";
-            findings.push(note(subject(interface), what));
-        }
-        _ => {}
+    if interface.kind == Kind::Bridge {
+        let what = "a bridge: generic XDP sees only what is addressed to this host, not what the bridge forwards";
+        findings.push(note(subject(interface), what));
     }
     let is_vrf = |it: &Interface| matches!(&it.kind, Kind::Other(kind) if kind == "vrf");
     let master = interface.master.and_then(|index| network.interface(index).ok());
@@ -312,7 +310,10 @@ fn reverse_path_filter(interface: &Interface) -> Option<Finding> {
 
 #[cfg(test)]
 mod tests {
+    use netlink_packet_route::link::{BondMode, BondXmitHashPolicy};
+
     use super::{super::Level, *};
+    use crate::network::Bonding;
 
     fn interface(index: u32, name: &str) -> Interface {
         Interface {
@@ -354,15 +355,20 @@ mod tests {
     }
 
     #[test]
-    fn a_vlan_above_a_bond_or_bridge_and_a_native_bond_are_failures() {
+    fn what_the_program_would_not_see_or_the_kernel_not_take_is_a_failure() {
         let level = |kind, tagged, mode| {
             let interface = Interface { kind, ..interface(1, "it0") };
             unserved(&interface, tagged, mode).map(|finding| finding.level)
         };
-        assert_eq!(level(Kind::Bond, true, XdpMode::Auto), Some(Level::Failure));
+        let bond = |mode| Kind::Bond(Bonding { mode, policy: BondXmitHashPolicy::Layer2 });
+        let (native, refused) = (bond(BondMode::ActiveBackup), bond(BondMode::BalanceAlb));
+        assert_eq!(level(native.clone(), true, XdpMode::Auto), None);
+        assert_eq!(level(native.clone(), false, XdpMode::Native), None);
+        assert_eq!(level(native, true, XdpMode::Generic), Some(Level::Failure));
+        assert_eq!(level(refused.clone(), true, XdpMode::Auto), Some(Level::Failure));
+        assert_eq!(level(refused.clone(), false, XdpMode::Native), Some(Level::Failure));
+        assert_eq!(level(refused, false, XdpMode::Auto), None);
         assert_eq!(level(Kind::Bridge, true, XdpMode::Generic), Some(Level::Failure));
-        assert_eq!(level(Kind::Bond, false, XdpMode::Native), Some(Level::Failure));
-        assert_eq!(level(Kind::Bond, false, XdpMode::Auto), None);
         assert_eq!(level(Kind::Device, true, XdpMode::Native), None);
     }
 

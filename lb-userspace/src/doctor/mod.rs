@@ -11,6 +11,7 @@ use crate::{
     network::{Network, Port},
 };
 
+mod bonds;
 mod certificates;
 mod firewall;
 mod hook;

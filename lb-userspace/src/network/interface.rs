@@ -7,7 +7,7 @@ use netlink_packet_route::link::{
     VlanProtocol,
 };
 
-use super::{Mac, NetworkError, ethtool};
+use super::{Mac, NetworkError, bonding::Bonding, ethtool};
 
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,7 +49,7 @@ pub enum Kind {
         tag: Tag,
     },
     /// Several interfaces used as one.
-    Bond,
+    Bond(Bonding),
     /// A software switch.
     Bridge,
     /// A pair that is connected back to back.
@@ -207,7 +207,7 @@ fn kind(message: &LinkMessage) -> Kind {
         Some(InfoKind::Vlan) => {
             Kind::Vlan { parent: parent.filter(|_| !parent_is_foreign), tag: vlan_tag(info) }
         }
-        Some(InfoKind::Bond) => Kind::Bond,
+        Some(InfoKind::Bond) => Kind::Bond(Bonding::from_info(info)),
         Some(InfoKind::Bridge) => Kind::Bridge,
         Some(InfoKind::Veth) => Kind::Veth,
         Some(InfoKind::MacVlan) => Kind::Macvlan,
@@ -254,6 +254,7 @@ pub(super) fn port_of(links: &BTreeMap<u32, Interface>, interface: u32) -> Resul
 #[cfg(test)]
 mod tests {
     use netlink_packet_core::{Emitable, Parseable};
+    use netlink_packet_route::link::{BondMode, BondXmitHashPolicy, InfoBond};
 
     use super::*;
 
@@ -341,6 +342,21 @@ mod tests {
         tunnel.header.link_layer_type = LinkLayerType::None;
         let error = port_of(&table(&[tunnel]), 5).unwrap_err();
         assert!(matches!(error, NetworkError::NotEthernet(name) if name == "wg0"));
+    }
+
+    #[test]
+    fn a_bond_is_read_with_its_mode_and_policy() {
+        let bond = |data| {
+            let mut message = device(2, "bond0");
+            let info = vec![LinkInfo::Kind(InfoKind::Bond), LinkInfo::Data(InfoData::Bond(data))];
+            message.attributes.push(LinkAttribute::LinkInfo(info));
+            table(&[message])[&2].kind.clone()
+        };
+        let (mode, policy) = (BondMode::Ieee8023Ad, BondXmitHashPolicy::VlanSrcMac);
+        let said = bond(vec![InfoBond::Mode(mode), InfoBond::MiiMon(100), InfoBond::XmitHashPolicy(policy)]);
+        assert_eq!(said, Kind::Bond(Bonding { mode, policy }));
+        let as_made = Bonding { mode: BondMode::BalanceRr, policy: BondXmitHashPolicy::Layer2 };
+        assert_eq!(bond(vec![InfoBond::MiiMon(100)]), Kind::Bond(as_made));
     }
 
     #[test]

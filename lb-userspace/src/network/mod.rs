@@ -24,6 +24,7 @@ use tokio::{
 
 mod address;
 mod arrangement;
+mod bonding;
 mod carrier;
 mod ethtool;
 mod guard;
@@ -41,7 +42,8 @@ mod veth;
 pub mod virtio;
 
 pub use address::LocalAddress;
-pub use arrangement::mode_for;
+pub use arrangement::{mode_for, native_obstacle};
+pub use bonding::{Bonding, Obstacle};
 pub use carrier::CARRIER_WAIT;
 pub use guard::Silenced;
 pub use interface::{AttachedXdp, Interface, Kind, Port, Tag, TagProtocol, XdpAttachMode};
@@ -201,6 +203,12 @@ impl Network {
     pub fn interface_named(&self, name: &str) -> Result<Interface, NetworkError> {
         self.read(|tables| tables.links.values().find(|link| link.name == name).cloned())
             .ok_or_else(|| NetworkError::NoInterface(name.to_owned()))
+    }
+
+    /// The interfaces that a bond, bridge or team is made of.
+    pub fn members(&self, master: u32) -> Vec<Interface> {
+        let is_member = |it: &&Interface| it.master == Some(master);
+        self.read(|tables| tables.links.values().filter(is_member).cloned().collect())
     }
 
     /// The XDP programs on an interface, asked for anew: the kernel does not tell when one comes or goes with a link of

@@ -159,6 +159,13 @@ fn what_comes_in_by_a_member_of_a_bond_comes_in_by_the_bond() {
         let flow = world.establish(ip.client(1));
         let exchange = world.run(&flow.from_backend().bytes());
         assert!(!exchange.redirected, "the bond sends it by a member that it chooses");
+        // Others come and go, and it stays.
+        for others in [&[][..], &[(LOOPBACK + 101, 77), (LOOPBACK + 102, 78)]] {
+            let members: Vec<_> = others.iter().copied().chain([(LOOPBACK, ELSEWHERE)]).collect();
+            world.dataplane.set_members(&members).unwrap();
+            assert_eq!(world.dataplane.members(), members.into_iter().collect());
+            assert_eq!(world.run(&flow.from_backend().bytes()).outcome, exchange.outcome);
+        }
         world.dataplane.set_members(&[]).unwrap();
         assert_eq!(world.run(&flow.from_client().bytes()).outcome, Outcome::UnknownInterface);
     }

@@ -2,7 +2,7 @@
 //! `tests/src/bin/sheave-guest`.
 
 /// Every case, in the order in which they run.
-pub(super) const ALL: [&str; 27] = [
+pub(super) const ALL: [&str; 30] = [
     "load",
     "smoke",
     "packets",
@@ -24,6 +24,9 @@ pub(super) const ALL: [&str; 27] = [
     "bond-balance-rr",
     "bond-802.3ad",
     "bond-generic",
+    "bond-members",
+    "bond-members-802.3ad",
+    "bond-balance-tlb",
     "vlan-on-bond",
     "bridge",
     "vlan-on-bridge",

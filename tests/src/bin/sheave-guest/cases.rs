@@ -4,7 +4,7 @@ use anyhow::Result;
 use lb_tests::cluster::Shape;
 
 use crate::{
-    basics,
+    basics, bonds,
     joints::{Base, Joint, Vlan},
     serving::{Mode, Trial},
 };
@@ -24,6 +24,10 @@ pub(crate) fn find(name: &str) -> Option<Case> {
         "smoke" => Box::new(basics::smoke),
         "packets" => Box::new(|| basics::packets(&basics::DECISIONS)),
         "packets-more" => Box::new(|| basics::packets(&basics::HISTORIES)),
+        "bond-generic" => Box::new(bonds::stays_generic),
+        "bond-members" => Box::new(|| bonds::members_come_and_go("active-backup")),
+        "bond-members-802.3ad" => Box::new(|| bonds::members_come_and_go("802.3ad")),
+        "bond-balance-tlb" => Box::new(bonds::refused_natively),
         _ => {
             let trial = trial(name)?;
             Box::new(move || trial.run())
@@ -35,8 +39,8 @@ fn trial(name: &str) -> Option<Trial> {
     let card = |wire: &'static str, mode| Trial::new(mode, Joint::card(wire));
     let virtio = |mode| card("front", mode);
     let tagged = |mode, vlans| Trial::new(mode, Joint { base: Base::Card("front"), vlans });
-    let bond = |bond: &'static str, mode| Trial::new(mode, Joint { base: Base::Bond(bond), vlans: &[] });
     let on = |base, vlans| Trial::new(Mode::Auto, Joint { base, vlans });
+    let native_bond = |mode, vlans| Trial { comes_to: Mode::Native, ..on(Base::Bond(mode), vlans) };
     let two_arms = |mode| Trial { shape: Shape::TwoArm, ..virtio(mode) };
     let netem = |effect: &'static str| Trial { netem: Some(effect), ..virtio(Mode::Native) };
     Some(match name {
@@ -56,11 +60,10 @@ fn trial(name: &str) -> Option<Trial> {
         "vlan-generic" => tagged(Mode::Generic, TAGGED),
         "qinq-native" => tagged(Mode::Native, TAGGED_TWICE),
         "qinq-generic" => tagged(Mode::Generic, TAGGED_TWICE),
-        "bond-active-backup" => bond("active-backup", Mode::Auto),
-        "bond-balance-rr" => bond("balance-rr", Mode::Auto),
-        "bond-802.3ad" => bond("802.3ad", Mode::Auto),
-        "bond-generic" => bond("active-backup", Mode::Generic),
-        "vlan-on-bond" => on(Base::Bond("active-backup"), TAGGED),
+        "bond-active-backup" => native_bond("active-backup", &[]),
+        "bond-balance-rr" => native_bond("balance-rr", &[]),
+        "bond-802.3ad" => native_bond("802.3ad", &[]),
+        "vlan-on-bond" => native_bond("active-backup", TAGGED),
         "bridge" => on(Base::Bridge("front"), &[]),
         "vlan-on-bridge" => on(Base::Bridge("front"), TAGGED),
         "loss" => netem("loss 1%"),

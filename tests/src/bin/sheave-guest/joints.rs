@@ -33,6 +33,9 @@ pub(crate) type Vlan = (&'static str, u16);
 
 /// The wires that bonds are made of.
 const BONDED: [&str; 2] = ["front", "back"];
+/// The load balancer's bond, and the switch's at the other end.
+pub(crate) const BOND: &str = "bond0";
+const FAR_BOND: &str = "lb.b";
 
 impl Joint {
     /// A card and nothing else.
@@ -47,18 +50,22 @@ impl Joint {
     pub(crate) fn join(self, lab: &Lab, host: &mut Host, segment: Segment, number: u8) -> Result<()> {
         let index = host.links().len();
         let switch = lab.switch_namespace();
-        let (mut interface, mut port) = match self.base {
-            Base::Card(wire) => plug(host.namespace(), switch, wire, index)?,
+        let (mut interface, mut ports) = match self.base {
+            Base::Card(wire) => {
+                let (card, port) = plug(host.namespace(), switch, wire, index)?;
+                (card, vec![port])
+            }
             Base::Bridge(wire) => {
                 let (card, port) = plug(host.namespace(), switch, wire, index)?;
                 host.ip("link add br0 type bridge forward_delay 0 mcast_snooping 0")?;
                 host.ip(&format!("link set {card} master br0 up"))?;
-                ("br0".to_owned(), port)
+                ("br0".to_owned(), vec![port])
             }
-            Base::Bond(mode) => bond(host, lab, segment, mode)?,
+            Base::Bond(mode) => (BOND.to_owned(), bond(host.namespace(), switch, mode)?),
         };
         for (protocol, id) in self.vlans {
-            for (namespace, device) in [(host.namespace(), &mut interface), (switch, &mut port)] {
+            let ports = ports.iter_mut().map(|port| (switch, port));
+            for (namespace, device) in ports.chain([(host.namespace(), &mut interface)]) {
                 let vlan = format!("{device}.{id}");
                 namespace.ip(&format!("link set {device} up"))?;
                 namespace.ip(&format!(
@@ -67,7 +74,8 @@ impl Joint {
                 *device = vlan;
             }
         }
-        lab.connect(host, segment, number, interface, port)
+        ports.iter().try_for_each(|port| lab.add_port(segment, port))?;
+        lab.connect(host, segment, number, interface, ports.swap_remove(0))
     }
 }
 
@@ -82,44 +90,50 @@ fn plug(host: &Namespace, switch: &Namespace, wire: &str, index: usize) -> Resul
     Ok((interface, port))
 }
 
-/// A bond on the host. The switch has one of the same mode, but for active-backup, which asks nothing of a switch.
-fn bond(host: &Host, lab: &Lab, segment: Segment, mode: &str) -> Result<(String, String)> {
-    let switch = lab.switch_namespace();
+/// A bond on the host, and the switch's ports for it: a bond of the same mode, where the switch must know of it.
+fn bond(host: &Namespace, switch: &Namespace, mode: &str) -> Result<Vec<String>> {
     let options = if mode == "802.3ad" { "miimon 100 lacp_rate fast" } else { "miimon 100" };
     let make = |namespace: &Namespace, name: &str| {
         namespace.ip(&format!("link add {name} type bond mode {mode} {options}"))
     };
-    make(host.namespace(), "bond0")?;
-    let is_alone = mode == "active-backup";
-    if !is_alone {
-        make(switch, "lb.b")?;
+    make(host, BOND)?;
+    if is_known_to_the_switch(mode) {
+        make(switch, FAR_BOND)?;
     }
-    let mut ports = Vec::new();
-    for (index, wire) in BONDED.iter().enumerate() {
-        let (card, port) = plug(host.namespace(), switch, wire, index)?;
-        for (namespace, device, bond) in [(host.namespace(), &card, "bond0"), (switch, &port, "lb.b")] {
-            if namespace.name() == switch.name() && is_alone {
-                continue;
-            }
-            // LACP bundles no card of unknown speed, as virtio's is until somebody says it.
-            run(namespace.command("ethtool").args(["-s", device, "speed", "1000", "duplex", "full"]))?;
-            // A bond takes no card that is up.
-            for change in ["down", &format!("master {bond}"), "up"] {
-                namespace.ip(&format!("link set {device} {change}"))?;
-            }
-        }
-        ports.push(port);
+    let ports = (0..BONDED.len()).map(|index| add_member(host, switch, mode, index));
+    let ports = ports.collect::<Result<_>>()?;
+    host.ip(&format!("link set {BOND} up"))?;
+    if !is_known_to_the_switch(mode) {
+        return Ok(ports);
     }
-    host.ip("link set bond0 up")?;
-    match (is_alone, ports.as_slice()) {
-        // Both cables end in the segment; the caller connects the other.
-        (true, [first, second]) => {
-            lab.add_port(segment, second)?;
-            Ok(("bond0".to_owned(), first.clone()))
-        }
-        _ => {
-            switch.ip("link set lb.b up")?;
-            Ok(("bond0".to_owned(), "lb.b".to_owned()))
-        }
+    switch.ip(&format!("link set {FAR_BOND} up"))?;
+    Ok(vec![FAR_BOND.to_owned()])
+}
+
+fn is_known_to_the_switch(mode: &str) -> bool {
+    !["active-backup", "balance-tlb"].contains(&mode)
+}
+
+/// Gives a bond on the host a member, from 0: a card that was not there before, and the other end of its wire to the switch.
+/// Its name there: a port of the switch's bond, or where that has none, of nothing yet.
+pub(crate) fn add_member(host: &Namespace, switch: &Namespace, mode: &str, index: usize) -> Result<String> {
+    let (card, port) = plug(host, switch, BONDED[index], index)?;
+    // LACP bundles no card of unknown speed, as virtio's is until somebody says it.
+    for (namespace, device) in [(host, &card), (switch, &port)] {
+        run(namespace.command("ethtool").args(["-s", device, "speed", "1000", "duplex", "full"]))?;
     }
+    join_bond(host, &card, BOND)?;
+    if is_known_to_the_switch(mode) {
+        join_bond(switch, &port, FAR_BOND)?;
+    }
+    Ok(port)
+}
+
+/// Makes a card a member of a bond.
+pub(crate) fn join_bond(namespace: &Namespace, card: &str, bond: &str) -> Result<()> {
+    // A bond takes no card that is up.
+    for change in ["down", &format!("master {bond}"), "up"] {
+        namespace.ip(&format!("link set {card} {change}"))?;
+    }
+    Ok(())
 }

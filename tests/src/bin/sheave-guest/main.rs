@@ -4,6 +4,7 @@
 //! What it says begins with `sheave-guest: `: see `xtask/src/kernels/report.rs`.
 
 mod basics;
+mod bonds;
 mod cards;
 mod cases;
 mod joints;

@@ -6,7 +6,7 @@ use std::{net::IpAddr, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use lb_tests::{
     cluster::{Cluster, Shape},
-    daemon::Daemon,
+    daemon::{Daemon, Settings},
     lab::{eventually, run},
     load::{self, Crowd},
     transfer,
@@ -49,6 +49,8 @@ impl Mode {
 pub(crate) struct Trial {
     /// The mode that is asked for.
     pub(crate) mode: Mode,
+    /// The mode that comes of it. [`Mode::Auto`]: either.
+    pub(crate) comes_to: Mode,
     /// One arm or two.
     pub(crate) shape: Shape,
     /// How the first arm is joined. A second is a virtio card.
@@ -64,7 +66,7 @@ pub(crate) struct Trial {
 impl Trial {
     /// One arm, with nothing changed.
     pub(crate) const fn new(mode: Mode, joint: Joint) -> Self {
-        Self { mode, shape: Shape::OneArm, joint, prepare: &[], netem: None, own: false }
+        Self { mode, comes_to: mode, shape: Shape::OneArm, joint, prepare: &[], netem: None, own: false }
     }
 
     /// Starts a load balancer and asks through it.
@@ -74,18 +76,39 @@ impl Trial {
     pub(crate) fn run(self) -> Result<()> {
         let cluster = self.cluster()?;
         self.prepare(&cluster)?;
-        let mut settings = if self.own { cluster.settings_with_own_vips()? } else { cluster.settings()? };
-        settings.dataplane.push(format!("xdp_mode = {:?}", self.mode.word()));
-        let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings)?;
-        daemon.wait_ready(cluster.apiservers.len())?;
-        self.require_mode(&daemon)?;
+        let daemon = self.start(&cluster, &self.settings(&cluster)?)?;
         serve(&cluster).with_context(|| said(&daemon))?;
         let unloaded = daemon.unload()?;
         ensure!(unloaded.status.success(), "unload: {}", String::from_utf8_lossy(&unloaded.stderr));
         Ok(())
     }
 
-    fn cluster(self) -> Result<Cluster> {
+    /// Starts a daemon, whose backends are ready then.
+    ///
+    /// # Errors
+    /// When it does not start, or runs in another mode than it should.
+    pub(crate) fn start(self, cluster: &Cluster, settings: &Settings) -> Result<Daemon> {
+        let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), settings)?;
+        daemon.wait_ready(cluster.apiservers.len())?;
+        self.require_mode(&daemon)?;
+        Ok(daemon)
+    }
+
+    /// What the daemon is told.
+    ///
+    /// # Errors
+    /// When the cluster has no addresses.
+    pub(crate) fn settings(self, cluster: &Cluster) -> Result<Settings> {
+        let mut settings = if self.own { cluster.settings_with_own_vips()? } else { cluster.settings()? };
+        settings.dataplane.push(format!("xdp_mode = {:?}", self.mode.word()));
+        Ok(settings)
+    }
+
+    /// Everything around the load balancer.
+    ///
+    /// # Errors
+    /// When something of it cannot be made.
+    pub(crate) fn cluster(self) -> Result<Cluster> {
         let mut join = |lab: &_, host: &mut _, segment, number| {
             let arm = lb_tests::lab::Host::links(host).len();
             let joint = if arm == 0 { self.joint } else { Joint::card("back") };
@@ -116,8 +139,13 @@ impl Trial {
         let modes: Vec<_> = interfaces.iter().map(|it| it["xdp_mode"].as_str().unwrap_or_default()).collect();
         println!("the backends are ready; modes: {modes:?}");
         ensure!(!modes.is_empty(), "the program is on no interface");
-        let is_right = |mode: &&str| self.mode == Mode::Auto || *mode == self.mode.word();
-        ensure!(modes.iter().all(is_right), "{:?} was asked for, and the modes are {modes:?}", self.mode);
+        let is_right = |mode: &&str| self.comes_to == Mode::Auto || *mode == self.comes_to.word();
+        ensure!(
+            modes.iter().all(is_right),
+            "{:?} was asked for, which is {:?} here, and the modes are {modes:?}",
+            self.mode,
+            self.comes_to
+        );
         Ok(())
     }
 }
