@@ -264,7 +264,8 @@ fn stacked(network: &Network, port: &Port, interface: &Interface) -> Vec<Finding
         findings.push(note(subject(interface), what));
     }
     if interface.kind == Kind::Bridge {
-        let what = "a bridge: generic XDP sees only what is addressed to this host, not what the bridge forwards";
+        let what =
+            "a bridge: generic XDP sees only what is addressed to this host, not what the bridge forwards";
         findings.push(note(subject(interface), what));
     }
     let is_vrf = |it: &Interface| matches!(&it.kind, Kind::Other(kind) if kind == "vrf");
