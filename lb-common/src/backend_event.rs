@@ -73,7 +73,9 @@ pub fn backend_event<A: Family, S: Subprograms>(
             is_first.then_some(FlowEvent::ClosedByBackend)
         }
         BackendTransition::Reset(next) => {
-            (word.compare_exchange(meta.0, next.0) == meta.0).then_some(FlowEvent::ResetByBackend)
+            // It rests from now on.
+            let now = next.at(clock.seen);
+            (word.compare_exchange(meta.0, now.0) == meta.0).then_some(FlowEvent::ResetByBackend)
         }
         BackendTransition::SuspectReset => {
             maps.count_event(service, Event::ResetDoubted);
@@ -89,7 +91,7 @@ pub fn backend_event<A: Family, S: Subprograms>(
                 answer = answer::SECOND_CHANCE;
                 Some(FlowEvent::SecondChance)
             } else {
-                let closed = meta.without(RESET).become_kind(Kind::ClosedByClient);
+                let closed = meta.without(RESET).become_kind(Kind::ClosedByClient).at(clock.seen);
                 (word.compare_exchange(meta.0, closed.0) == meta.0).then_some(FlowEvent::RefusedByBackend)
             }
         }

@@ -9,14 +9,14 @@ use crate::{
     flight_recorder::{FlowEvent, Note, state},
     flow::{
         claimer::Clock,
-        close::close,
+        close::{close, mark_closed},
         family::Family,
         query::Query,
         slot::{Found, Slot},
     },
     headers::tcp_flag,
     layout::{Numbers, backend_flag},
-    meta::{BACKEND_FIN, CLIENT_FIN, Meta, RESET, SYN_ACK, SYN_WAITS},
+    meta::{BACKEND_FIN, CLIENT_FIN, Meta, RESET, SYN_ACK},
     outcome::Event,
     segment::Segment,
     subprograms::Subprograms,
@@ -72,11 +72,6 @@ pub fn client_event<A: Family, S: Subprograms>(
     let clock = Clock::read(maps, config);
     let before = numbers.load();
     let (transition, now) = transition::client(meta, before, segment, clock.seen);
-    if transition == ClientTransition::AskBackend && !accepts(maps, meta) {
-        // The new flow is another backend's, at once unless this one is known to repeat its last FIN.
-        let repeats = !meta.has_waiting_syn() && !before.is_idle();
-        return if repeats { forward } else { ClientAnswer::new(ClientAnswer::REOPEN, meta) };
-    }
     // Before the word says that they are known.
     numbers.store(before, now);
     match transition {
@@ -94,11 +89,14 @@ pub fn client_event<A: Family, S: Subprograms>(
             met.word.fetch_or(RESET);
             forward
         }
-        ClientTransition::RetransmitSyn => retransmit::<A, S>(maps, &met, numbers, segment),
+        ClientTransition::RetransmitSyn => retransmit::<A, S>(maps, &met, numbers, segment, clock),
         ClientTransition::Reopen => ClientAnswer::new(ClientAnswer::REOPEN, meta),
         ClientTransition::AskBackend => {
-            // Where the word has changed meanwhile, it may be another flow's, and the client's next SYN does it.
-            met.word.compare_exchange(meta.0, meta.with(SYN_WAITS).0);
+            // Where the backend takes no new flows, the new one is another's, at once unless this one may repeat its last FIN.
+            if !accepts(maps, meta) && before.is_idle() {
+                return ClientAnswer::new(ClientAnswer::REOPEN, meta);
+            }
+            mark_closed(met.word, meta);
             ClientAnswer::new(ClientAnswer::ASK_BACKEND, meta)
         }
         ClientTransition::AnswerWithReset => ClientAnswer::new(ClientAnswer::RESET, meta),
@@ -149,6 +147,9 @@ fn establish<A: Family, S: Subprograms>(
     ClientAnswer::new(ClientAnswer::FORWARD_AND_LEARN, now)
 }
 
+/// Units after which a SYN that was answered, and is sent again all the same, tells the way back.
+const LATE: u16 = 2;
+
 /// A backend with one of these takes new flows. One that is this host always keeps its own: whether such a flow is
 /// established is not seen here, and the local socket says no by itself.
 const KEEPS: u32 = backend_flag::ACCEPTS | backend_flag::LOCAL;
@@ -171,6 +172,7 @@ fn retransmit<A: Family, S: Subprograms>(
     met: &Met<'_, A>,
     numbers: &Numbers,
     segment: &Segment,
+    clock: Clock,
 ) -> ClientAnswer {
     let mut meta = met.meta;
     if meta.has(CLIENT_FIN) {
@@ -188,7 +190,10 @@ fn retransmit<A: Family, S: Subprograms>(
         meta = begun;
     }
     if meta.has(SYN_ACK) {
-        return ClientAnswer::new(ClientAnswer::FORWARD, meta);
+        // A client whose way has changed does not hear the backend's answer.
+        let is_late = meta.age(clock.seen) >= LATE;
+        let what = if is_late { ClientAnswer::FORWARD_AND_LEARN } else { ClientAnswer::FORWARD };
+        return ClientAnswer::new(what, meta);
     }
     // Of several SYNs the last holds.
     numbers.next.store(segment.sequence.wrapping_add(1));

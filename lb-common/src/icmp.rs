@@ -172,7 +172,6 @@ fn to_backend<A: Family, S: Subprograms>(
     if backend.flags.load() & backend_flag::LOCAL != 0 {
         return None;
     }
-    let is_numbered = hit.meta.has(NUMBERED) && !hit.meta.has_waiting_syn();
     let snat = A::snat(config, hit.slot.address());
     Some(Target {
         service: listener.service,
@@ -181,7 +180,7 @@ fn to_backend<A: Family, S: Subprograms>(
         ports: Ports { source: backend.port, destination: hit.slot.port_word() },
         from: snat,
         hop: NextHop(backend.next_hop.load()),
-        in_flight: is_numbered && numbers.has_in_flight(quoted.sequence),
+        in_flight: hit.meta.has(NUMBERED) && numbers.has_in_flight(quoted.sequence),
     })
 }
 

@@ -5,7 +5,7 @@
 //! +---------------+-----------+-----+-----+-----+-----+----+------+
 //! |     seen      |  backend  |reset|b FIN|c FIN| num | (1)| kind |
 //! +---------------+-----------+-----+-----+-----+-----+----+------+
-//! (1) half-open: SYN-ACK seen; established: the backend has retransmitted; closed: a SYN waits for the backend's answer
+//! (1) half-open: SYN-ACK seen; established: the backend has retransmitted; closed: a SYN has come since
 //! ```
 //!
 //! `seen` counts in units of about one second and wraps after 18 hours, which is why an idle timeout is at most 8.
@@ -34,7 +34,7 @@ pub enum Kind {
 pub const SYN_ACK: u32 = 1 << 3;
 /// On an established slot: the backend has retransmitted since the way back to the client was last learned.
 pub const RETRANSMITTED: u32 = SYN_ACK;
-/// On a slot that both sides have closed: a SYN for it is with its backend, which has not answered.
+/// On a slot that both sides have closed: a SYN has come for it since, which its backend is to judge.
 pub const SYN_WAITS: u32 = SYN_ACK;
 /// SND.UNA and SND.NXT are known: see [`crate::transition`].
 pub const NUMBERED: u32 = 1 << 4;
@@ -104,13 +104,6 @@ impl Meta {
     #[must_use]
     pub const fn closed_by_reset(self) -> Self {
         self.without_flags().with(RESET).become_kind(Kind::ClosedByClient)
-    }
-
-    /// Have both sides closed, and does a SYN wait for the backend's answer?
-    #[inline(always)]
-    #[must_use]
-    pub const fn has_waiting_syn(self) -> bool {
-        self.is_closed() && self.has(SYN_WAITS)
     }
 
     /// Was it closed by a RST alone? A slot that both sides have closed has their FIN flags, too.

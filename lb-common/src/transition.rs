@@ -11,11 +11,10 @@
 //! | half-open, [`NUMBERED`] | SND.UNA | SND.NXT |
 //! | established | SND.UNA | SND.NXT, if [`NUMBERED`] |
 //! | closed | SND.UNA | SND.NXT |
-//! | closed, [`crate::meta::SYN_WAITS`] | what a SYN-ACK must acknowledge | SND.NXT |
 
 use crate::{
     headers::tcp_flag,
-    meta::{BACKEND_FIN, CLIENT_FIN, Kind, Meta, NUMBERED, RESET, RETRANSMITTED, SYN_ACK},
+    meta::{BACKEND_FIN, CLIENT_FIN, Kind, Meta, NUMBERED, RESET, RETRANSMITTED, SYN_ACK, SYN_WAITS},
     segment::Segment,
     sequence::{REACH, SendSequence, answers_syn},
 };
@@ -25,8 +24,8 @@ use crate::{
 pub const RESET_QUARANTINE: u16 = 2;
 
 /// Units without a segment after which a SYN begins anew in a slot that both sides have closed. Before, either side may still
-/// repeat what the other has not acknowledged, and anyone can forge a SYN: so its backend judges it. Twice the longest
-/// interval at which Linux has repeated a segment three times (200 ms, doubled each time: RFC 6298 §5.5).
+/// repeat what the other has not acknowledged, and anyone can forge a SYN: so its backend judges it. Linux repeats a segment
+/// four times in the first 3 s (200 ms, doubled each time: RFC 6298 §5.5).
 const REOPEN_AGE: u16 = 4;
 
 /// What a segment of the client makes of its flow.
@@ -54,7 +53,7 @@ pub enum ClientTransition {
     RetransmitSyn,
     /// A SYN takes the slot for a new flow of the same tuple.
     Reopen,
-    /// A SYN for a flow that has ended a moment ago: set [`crate::meta::SYN_WAITS`] and forward it. A backend that has ended it, too, answers
+    /// A SYN for a flow that has ended a moment ago: set [`SYN_WAITS`] and forward it. A backend that has ended it, too, answers
     /// with a SYN-ACK (RFC 9293 §3.10.7.4, RFC 6191).
     AskBackend,
     /// The flow was reset on purpose: the segment is answered with a RST.
@@ -81,7 +80,7 @@ pub enum BackendTransition {
     SuspectReset,
     /// A RST that answers the SYN: another backend may not refuse it.
     Refuse,
-    /// The SYN-ACK for the SYN that waited: a new flow of the same tuple, half-open, and answered.
+    /// The SYN-ACK to a SYN that came after the close: a new flow of the same tuple, half-open, and answered.
     Reopen,
     /// The flow was reset on purpose: the segment is answered with a RST.
     AnswerWithReset,
@@ -119,7 +118,7 @@ pub const fn client(
         return killed_client(sequence, segment);
     }
     if segment.opens() {
-        return opening(meta, sequence, segment, now);
+        return (opening(meta, now), sequence);
     }
     if meta.is(Kind::HalfOpen) {
         return if meta.has(SYN_ACK) {
@@ -134,24 +133,19 @@ pub const fn client(
 
 /// A SYN of a tuple that has a slot.
 #[inline(always)]
-const fn opening(
-    meta: Meta,
-    sequence: SendSequence,
-    segment: &Segment,
-    now: u16,
-) -> (ClientTransition, SendSequence) {
+const fn opening(meta: Meta, now: u16) -> ClientTransition {
     if meta.is(Kind::HalfOpen) {
-        return (ClientTransition::RetransmitSyn, sequence);
+        return ClientTransition::RetransmitSyn;
     }
     if !meta.is_closed() {
         // The backend knows whether the connection is still there (RFC 5961 §4).
-        return (ClientTransition::None, sequence);
+        return ClientTransition::None;
     }
     // Without their FIN it was a RST that has closed it, and neither end repeats anything.
     if !meta.has(CLIENT_FIN | BACKEND_FIN) || meta.age(now) >= REOPEN_AGE {
-        return (ClientTransition::Reopen, sequence);
+        return ClientTransition::Reopen;
     }
-    (ClientTransition::AskBackend, sequence.acknowledged(segment.sequence.wrapping_add(1)))
+    ClientTransition::AskBackend
 }
 
 /// SYN-RECEIVED (RFC 9293 §3.10.7.4, fifth): only the acknowledgement of the SYN-ACK leads on.
@@ -195,10 +189,6 @@ const fn synchronized_client(
         } else {
             (ClientTransition::SuspectReset, sequence)
         };
-    }
-    if meta.has_waiting_syn() {
-        // The slot has the SYN's number in place of the one that this segment is compared with.
-        return (ClientTransition::Alive, sequence);
     }
     if !fits {
         // Of a segment that was overtaken by later ones the number is merely old.
@@ -247,10 +237,11 @@ pub const fn backend(
             unanswered(meta, sequence, segment, jiffies)
         };
     }
+    if meta.is_closed() {
+        return after_close(meta, sequence, segment, jiffies);
+    }
     if segment.has(tcp_flag::RST) {
-        let transition = if meta.is_closed() {
-            BackendTransition::None
-        } else if meta.has(NUMBERED) && sequence.holds(segment.sequence) {
+        let transition = if meta.has(NUMBERED) && sequence.holds(segment.sequence) {
             BackendTransition::Reset(meta.closed_by_reset())
         } else if meta.has(RESET) {
             BackendTransition::None
@@ -258,9 +249,6 @@ pub const fn backend(
             BackendTransition::SuspectReset
         };
         return (transition, sequence);
-    }
-    if meta.is_closed() {
-        return after_close(meta, sequence, segment, jiffies);
     }
     synchronized_backend(meta, sequence, segment)
 }
@@ -391,11 +379,14 @@ const fn after_close(
     segment: &Segment,
     jiffies: u32,
 ) -> (BackendTransition, SendSequence) {
-    const SYN_ACK_FLAGS: u8 = tcp_flag::SYN | tcp_flag::ACK;
-    if meta.has_waiting_syn()
-        && segment.has(SYN_ACK_FLAGS)
-        && answers_syn(sequence.unacknowledged, segment.acknowledgement)
-    {
+    if segment.has(tcp_flag::RST) {
+        // The number of a RST that answers a SYN without ACK is 0 (RFC 9293 §3.10.7.1). The backend has ended the flow.
+        let refuses = meta.has(SYN_WAITS) && segment.has(tcp_flag::ACK) && segment.sequence == 0;
+        let ended = meta.without(SYN_WAITS | CLIENT_FIN | BACKEND_FIN);
+        return (if refuses { BackendTransition::Become(ended) } else { BackendTransition::None }, sequence);
+    }
+    if meta.has(SYN_WAITS) && segment.has(tcp_flag::SYN | tcp_flag::ACK) {
+        // Whichever SYN it acknowledges: the client must acknowledge it exactly.
         let next = segment.sequence.wrapping_add(1);
         return (BackendTransition::Reopen, SendSequence { unacknowledged: jiffies, next });
     }
@@ -440,7 +431,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::meta::{BACKEND_TOLD, SYN_WAITS};
+    use crate::meta::BACKEND_TOLD;
 
     const SYN: u8 = tcp_flag::SYN;
     const ACK: u8 = tcp_flag::ACK;
@@ -687,47 +678,49 @@ mod tests {
         let one_fin_is_not =
             Slot::established().client(FIN | ACK, sent(100)).backend(FIN | ACK, sent(100), 0);
         for slot in [all_acknowledged, one_fin_is_not] {
-            let (transition, sequence) =
-                client(slot.meta, slot.sequence, &segment(SYN, 4999, 0, 0), REOPEN_AGE - 1);
-            assert_eq!(transition, ClientTransition::AskBackend);
-            let asked = Slot { meta: slot.meta.with(SYN_WAITS), sequence };
+            for now in [0, 3] {
+                let asked = client(slot.meta, slot.sequence, &segment(SYN, 4999, 0, 0), now);
+                assert_eq!(asked, (ClientTransition::AskBackend, slot.sequence));
+            }
+            let asked = Slot { meta: slot.meta.with(SYN_WAITS), ..slot };
             // A backend that has not ended the flow answers with what it has sent and got (RFC 5961 §4).
             assert!(asked.backend(ACK, sent(101), 0).meta.is_closed());
             assert_eq!(asked.backend(FIN | ACK, sent(100), 0), asked, "sent again");
-            let (transition, after) = client(asked.meta, sequence, &segment(ACK, 0, sent(101), 10), 1);
-            assert_eq!(
-                (transition, after),
-                (ClientTransition::Alive, sequence),
-                "the client's data, sent again"
-            );
+            assert_eq!(asked.client(ACK, sent(101)).meta, asked.meta, "the client's data, sent again");
         }
     }
 
     #[test]
     fn a_backend_that_has_ended_its_flow_lets_its_client_begin_anew() {
         let closed = closed();
-        let (transition, sequence) = client(closed.meta, closed.sequence, &segment(SYN, 4999, 0, 0), 1);
-        assert_eq!(transition, ClientTransition::AskBackend);
-        let asked = Slot { meta: closed.meta.with(SYN_WAITS), sequence };
-        assert_eq!(asked.backend_answers(SYN | ACK, 70_000, 4999, 0), asked, "it acknowledges another SYN");
         let forged = closed.backend_answers(SYN | ACK, 70_000, 5000, 0);
-        assert!(forged.meta.is_closed(), "no SYN waits");
+        assert!(forged.meta.is_closed(), "no SYN has come");
+        let asked = Slot { meta: closed.meta.with(SYN_WAITS), ..closed };
         let answered = asked.backend_answers(SYN | ACK, 70_000, 5000, 0);
         assert_eq!(answered.meta, Meta::new(Kind::HalfOpen, 7, 0).with(SYN_ACK));
+        assert_eq!(
+            answered.sequence,
+            SendSequence { unacknowledged: 99, next: 70_001 },
+            "protected from now on"
+        );
         assert!(answered.client(ACK, 70_000).meta.is(Kind::HalfOpen));
         assert!(answered.client(ACK, 70_001).meta.is(Kind::Established));
     }
 
     #[test]
-    fn of_several_syns_for_a_closed_slot_the_last_holds() {
+    fn a_backend_that_refuses_a_syn_after_the_close_has_ended_its_flow() {
         let closed = closed();
-        let (_, sequence) = client(closed.meta, closed.sequence, &segment(SYN, 4999, 0, 0), 1);
-        let meta = closed.meta.with(SYN_WAITS);
-        let (transition, sequence) = client(meta, sequence, &segment(SYN, 8999, 0, 0), 1);
-        assert_eq!(transition, ClientTransition::AskBackend);
-        let asked = Slot { meta, sequence };
-        assert_eq!(asked.backend_answers(SYN | ACK, 70_000, 5000, 0), asked);
-        assert!(asked.backend_answers(SYN | ACK, 70_000, 9000, 0).meta.is(Kind::HalfOpen));
+        let asked = Slot { meta: closed.meta.with(SYN_WAITS), ..closed };
+        let again = |slot: Slot| client(slot.meta, slot.sequence, &segment(SYN, 8999, 0, 0), 0).0;
+        for (slot, flags, number, next) in [
+            (asked, RST | ACK, 0, ClientTransition::Reopen),
+            (asked, RST, 0, ClientTransition::AskBackend),
+            (asked, RST | ACK, sent(101), ClientTransition::AskBackend),
+            (closed, RST | ACK, 0, ClientTransition::AskBackend),
+        ] {
+            let after = slot.backend_answers(flags, number, 5000, 0);
+            assert_eq!((after.meta.kind(), again(after)), (slot.meta.kind(), next), "{flags:#x} {number}");
+        }
     }
 
     #[test]

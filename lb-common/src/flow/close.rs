@@ -2,7 +2,7 @@
 
 use crate::{
     cell::Cell32,
-    meta::{Kind, Meta, RETRANSMITTED},
+    meta::{Kind, Meta, RETRANSMITTED, SYN_WAITS},
 };
 
 /// Closes a flow, with one side's FIN noted in its word `meta`, if the `other`'s is there as well.
@@ -23,12 +23,24 @@ pub fn close(word: &Cell32, mut meta: Meta, other: u32, closed: Kind) -> Meta {
     meta
 }
 
+/// Marks a closed slot, whose word was `meta`, with [`SYN_WAITS`].
+#[inline(always)]
+pub fn mark_closed(word: &Cell32, meta: Meta) {
+    exchange_closed(word, meta, |meta| meta.with(SYN_WAITS));
+}
+
 /// Makes a closed slot, whose word was `meta`, the half-open one of a new flow. False: it is not closed any more.
 #[inline(always)]
-pub fn begin_again(word: &Cell32, mut meta: Meta, half_open: Meta) -> bool {
+pub fn begin_again(word: &Cell32, meta: Meta, half_open: Meta) -> bool {
+    exchange_closed(word, meta, |_| half_open)
+}
+
+/// Exchanges the word of a slot as long as it is closed: it may be another flow's by now.
+#[inline(always)]
+fn exchange_closed(word: &Cell32, mut meta: Meta, next: impl Fn(Meta) -> Meta) -> bool {
     // The word may be refreshed meanwhile.
     for _ in 0..2 {
-        let now = Meta(word.compare_exchange(meta.0, half_open.0));
+        let now = Meta(word.compare_exchange(meta.0, next(meta).0));
         if now == meta {
             return true;
         }

@@ -369,22 +369,127 @@ fn a_syn_forged_after_the_close_takes_neither_the_slot_nor_the_replies() {
     }
 }
 
+/// A SYN of a later connection of the flow's tuple.
+fn later_syn(flow: &Flow, sequence: u32) -> Segment {
+    Segment { sequence, ..flow.up(SYN) }
+}
+
+/// The backend's answer to the later SYN 9,000.
+fn later_answer(flow: &Flow, flags: u8) -> Segment {
+    let sequence = if flags == SYN | ACK { 70_000 } else { 0 };
+    Segment { sequence, acknowledgement: 9_001, ..flow.down(flags) }
+}
+
+/// The later connection, from the client's acknowledgement of the SYN-ACK on.
+fn speak_later(lab: &Lab, flow: &Flow) {
+    let up = Segment { sequence: 9_001, acknowledgement: 70_001, ..flow.up(ACK) };
+    lab.send(&up).sent(Outcome::Forwarded);
+    lab.send(&up.with_payload(b"request")).sent(Outcome::Forwarded);
+    let down = Segment { sequence: 70_001, acknowledgement: 9_008, ..flow.down(ACK) };
+    lab.send(&down.with_payload(b"answer")).sent(Outcome::Replied);
+    lab.send(&Segment { sequence: 9_008, acknowledgement: 70_007, ..flow.up(ACK) }).sent(Outcome::Forwarded);
+    assert!(lab.meta(flow).is(Kind::Established));
+}
+
 #[test]
 fn the_syn_ack_to_a_syn_after_the_close_begins_a_flow() {
+    for version in VERSIONS {
+        for backend_first in [true, false] {
+            let lab = Lab::new();
+            let flow = lab.establish(version.client(1), version.vip());
+            close(&lab, &flow, backend_first);
+            lab.send(&later_answer(&flow, SYN | ACK)).sent(Outcome::Replied);
+            assert!(lab.meta(&flow).is_closed(), "no SYN has come");
+            lab.send(&later_syn(&flow, 9_000)).sent(Outcome::Forwarded);
+            assert!(lab.meta(&flow).is_closed());
+            lab.send(&later_answer(&flow, SYN | ACK)).sent(Outcome::Replied);
+            assert!(lab.meta(&flow).is(Kind::HalfOpen) && lab.meta(&flow).has(SYN_ACK));
+            speak_later(&lab, &flow);
+            assert_eq!((lab.occupied(), lab.events(Event::FlowClaimed)), (1, 2));
+            assert_eq!(lab.events(Event::FlowEstablished), 2);
+        }
+    }
+}
+
+#[test]
+fn a_syn_forged_between_a_syn_and_its_answer_takes_no_connection_from_the_table() {
     for version in VERSIONS {
         let lab = Lab::new();
         let flow = lab.establish(version.client(1), version.vip());
         close(&lab, &flow, true);
-        let syn = Segment { sequence: 9_000, ..flow.up(SYN) };
-        lab.send(&syn).sent(Outcome::Forwarded);
-        let answer = |acknowledgement| Segment { acknowledgement, ..flow.down(SYN | ACK) };
-        lab.send(&answer(0x5000_0000)).sent(Outcome::Replied);
-        assert!(lab.meta(&flow).is_closed(), "it acknowledges another SYN");
-        lab.send(&answer(9_001)).sent(Outcome::Replied);
-        assert!(lab.meta(&flow).is(Kind::HalfOpen) && lab.meta(&flow).has(SYN_ACK));
-        lab.send(&flow.up(ACK)).sent(Outcome::Forwarded);
-        assert!(lab.meta(&flow).is(Kind::Established));
-        assert_eq!((lab.occupied(), lab.events(Event::FlowClaimed)), (1, 2));
+        lab.send(&later_syn(&flow, 9_000)).sent(Outcome::Forwarded);
+        lab.send(&later_syn(&flow, 123_456_789)).sent(Outcome::Forwarded);
+        lab.send(&later_answer(&flow, SYN | ACK)).sent(Outcome::Replied);
+        speak_later(&lab, &flow);
+    }
+}
+
+#[test]
+fn a_backend_that_drains_and_may_repeat_its_fin_judges_a_syn_too() {
+    for version in VERSIONS {
+        let mut lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        lab.send(&flow.up(FIN | ACK));
+        lab.send(&flow.down(FIN | ACK));
+        assert!(lab.meta(&flow).is_closed());
+        // The client's process is gone: its kernel answers the FIN by a RST, and the backend has ended the flow.
+        lab.send(&Segment { sequence: 1002, ..flow.up(RST) }).sent(Outcome::Forwarded);
+        lab.backend(flow.backend).flags.store(0);
+        let others = [1, 2, 3].into_iter().filter(|number| version.backend(*number) != flow.backend);
+        lab.select(&others.collect::<Vec<_>>());
+        // Also where a forged SYN came first.
+        for number in [77, 9_000] {
+            let sent = lab.send(&later_syn(&flow, number)).sent(Outcome::Forwarded);
+            assert_eq!(sent.to, flow.backend);
+        }
+        let again = lab.send(&flow.up(ACK).with_payload(b"the last data")).sent(Outcome::Forwarded);
+        assert_eq!(again.to, flow.backend);
+        lab.send(&later_answer(&flow, SYN | ACK)).sent(Outcome::Replied);
+        speak_later(&lab, &flow);
+    }
+}
+
+#[test]
+fn a_backend_that_refuses_a_syn_after_the_close_is_not_asked_again() {
+    for version in VERSIONS {
+        let mut lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        close(&lab, &flow, false);
+        lab.send(&later_syn(&flow, 9_000)).sent(Outcome::Forwarded);
+        lab.send(&later_answer(&flow, RST | ACK)).sent(Outcome::Replied);
+        let others = [1, 2, 3].into_iter().filter(|number| version.backend(*number) != flow.backend);
+        lab.select(&others.collect::<Vec<_>>());
+        let again = lab.open(flow.client, flow.listener);
+        assert!(again.backend != flow.backend && lab.meta(&again).is(Kind::HalfOpen));
+    }
+}
+
+#[test]
+fn a_client_whose_way_has_changed_hears_of_its_later_connection_after_two_seconds() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        close(&lab, &flow, true);
+        for (second, router) in [(0, ROUTER), (1, ROUTER), (3, OTHER_ROUTER)] {
+            lab.send(&Segment { source_mac: OTHER_ROUTER, ..later_syn(&flow, 9_000) })
+                .sent(Outcome::Forwarded);
+            let answer = lab.send(&later_answer(&flow, SYN | ACK)).sent(Outcome::Replied);
+            assert_eq!(answer.destination_mac, router, "after {second} s");
+            lab.memory.advance(if second == 0 { 1 } else { 2 });
+        }
+    }
+}
+
+#[test]
+fn a_slot_that_a_reset_has_closed_rests_from_the_reset() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        lab.memory.advance(100);
+        lab.send(&flow.down(RST)).sent(Outcome::Replied);
+        let clock = Clock::read(&&lab.memory, &lab.memory.config);
+        assert!(lab.meta(&flow).is_closed_by_reset());
+        assert_eq!(lab.meta(&flow).age(clock.seen), 0, "however long the flow was idle before");
     }
 }
 

@@ -112,9 +112,10 @@ impl Guest<'_> {
         command.args(["-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"]);
         command.args(["-smp", PROCESSORS, "-m", MEMORY, "-device", "virtio-rng-pci"]);
         command.arg("-kernel").arg(self.image).arg("-initrd").arg(self.files);
-        // What follows `--` becomes the arguments of the first process. A kernel that panics ends the emulator.
+        // What follows `--` becomes the arguments of the first process, at most 32 (`MAX_INIT_ARGS`): all cases are one. A
+        // kernel that panics ends the emulator.
         let told = wires::for_the_guest().join(" ");
-        let cases = cases.join(" ");
+        let cases = cases.join(",");
         command
             .arg("-append")
             .arg(format!("console=ttyS0 loglevel=5 panic=-1 rdinit={INIT} -- {told} {cases}"));

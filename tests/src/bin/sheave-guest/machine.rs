@@ -40,11 +40,13 @@ pub(crate) fn run() -> Result<()> {
     let ready = ready();
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     println!("{PREFIX}kernel {}", release.trim());
-    for case in std::env::args().skip(1).filter(|argument| !argument.contains('=')) {
+    // One argument has the names of all cases; the others say which card is where.
+    let cases = std::env::args().skip(1).find(|argument| !argument.contains('=')).unwrap_or_default();
+    for case in cases.split(',') {
         println!("{PREFIX}begin {case}");
         let began = Instant::now();
         let (word, detail) = match &ready {
-            Ok(()) => judge(run_apart(&case)),
+            Ok(()) => judge(run_apart(case)),
             Err(error) => ("failed", format!("the machine is not ready: {error:#}")),
         };
         let seconds = began.elapsed().as_secs();
