@@ -24,6 +24,13 @@ pub struct Reading {
     pub after: Instant,
 }
 
+impl Reading {
+    /// How long it took: the time of the counter is known no better.
+    pub fn took(&self) -> Duration {
+        self.after.saturating_duration_since(self.before)
+    }
+}
+
 /// Jiffies and what they are worth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ticks {

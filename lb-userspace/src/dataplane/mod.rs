@@ -358,15 +358,22 @@ impl Dataplane {
         const ENOUGH: Duration = Duration::from_millis(40);
         /// Only a host that stands still again and again takes longer.
         const LONGEST: Duration = Duration::from_secs(10);
-        let mut wait = ENOUGH.saturating_sub(first.after.elapsed());
+        /// After this long it is the first reading that fits no frequency: the host stood still meanwhile.
+        const TOO_LONG: Duration = Duration::from_secs(1);
+        let begun = first.after;
+        let mut first = *first;
+        let mut wait = ENOUGH.saturating_sub(begun.elapsed());
         loop {
             std::thread::sleep(wait);
             let second = self.read_clock()?;
-            if let Some(ticks) = Ticks::between(first, &second) {
+            if let Some(ticks) = Ticks::between(&first, &second) {
                 return Ok(ticks);
             }
-            if first.after.elapsed() > LONGEST {
+            if begun.elapsed() > LONGEST {
                 return Err(DataplaneError::Clock);
+            }
+            if second.took() < first.took() || first.after.elapsed() > TOO_LONG {
+                first = second;
             }
             wait = ENOUGH;
         }
