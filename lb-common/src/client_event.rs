@@ -92,8 +92,9 @@ pub fn client_event<A: Family, S: Subprograms>(
         ClientTransition::RetransmitSyn => retransmit::<A, S>(maps, &met, numbers, segment, clock),
         ClientTransition::Reopen => ClientAnswer::new(ClientAnswer::REOPEN, meta),
         ClientTransition::AskBackend => {
-            // Where the backend takes no new flows, the new one is another's, at once unless this one may repeat its last FIN.
-            if !accepts(maps, meta) && before.is_idle() {
+            // What is repeated may be lost then, but a backend that drains gets no new flow. That its FIN is not acknowledged
+            // says nothing: clients that have closed answer it by a RST.
+            if !accepts(maps, meta) {
                 return ClientAnswer::new(ClientAnswer::REOPEN, meta);
             }
             mark_closed(met.word, meta);

@@ -24,7 +24,7 @@ use crate::{
 pub const RESET_QUARANTINE: u16 = 2;
 
 /// Units without a segment after which a SYN begins anew in a slot that both sides have closed. Before, either side may still
-/// repeat what the other has not acknowledged, and anyone can forge a SYN: so its backend judges it. Linux repeats a segment
+/// repeat what the other has not acknowledged, and anyone can forge a SYN: so its backend judges it, if it takes new flows. Linux repeats a segment
 /// four times in the first 3 s (200 ms, doubled each time: RFC 6298 §5.5).
 const REOPEN_AGE: u16 = 4;
 
