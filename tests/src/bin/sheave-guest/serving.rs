@@ -77,6 +77,15 @@ impl Trial {
         let cluster = self.cluster()?;
         self.prepare(&cluster)?;
         let daemon = self.start(&cluster, &self.settings(&cluster)?)?;
+        if self.own {
+            // A card that has started anew for its offloads makes checks fail, and their backends are back a check later.
+            for vip in cluster.vips() {
+                eventually(LINK_LIMIT, "the virtual address is served", || {
+                    run(&mut cluster.curl(vip, "/name")).map(drop)
+                })
+                .with_context(|| said(&daemon))?;
+            }
+        }
         serve(&cluster).with_context(|| said(&daemon))?;
         let unloaded = daemon.unload()?;
         ensure!(unloaded.status.success(), "unload: {}", String::from_utf8_lossy(&unloaded.stderr));
