@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, ensure};
 use lb_tests::{
     cluster::Cluster,
-    daemon::{Daemon, Settings, directory_on, program},
+    daemon::{Daemon, Settings},
     lab::{eventually, run},
     load::Crowd,
 };
@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::{
     joints::{BOND, Base, Joint, add_member, join_bond},
-    serving::{Mode, Trial, serve},
+    serving::{Mode, Trial, require_doctor_says, serve},
 };
 
 /// Connections that are open while members come and go, of each family.
@@ -131,19 +131,12 @@ pub(crate) fn refused_natively() -> Result<()> {
     const REASON: &str = "bond0 is a bond in mode balance-tlb, for which the kernel takes no native program";
     let native = on_bond("balance-tlb", Mode::Native, Mode::Native);
     let cluster = native.cluster()?;
-    let error = match native.start(&cluster, &native.settings(&cluster)?) {
-        Ok(_) => anyhow::bail!("it was started in native mode"),
-        Err(error) => format!("{error:#}"),
-    };
-    ensure!(error.contains(REASON), "the start says: {error}");
+    native.require_refused(&cluster, REASON)?;
     let automatic = on_bond("balance-tlb", Mode::Auto, Mode::Generic);
     let daemon = automatic.start(&cluster, &automatic.settings(&cluster)?)?;
     ensure!(daemon.log().contains(REASON), "the log does not say why: {}", daemon.log());
     serve(&cluster)?;
-    let config = directory_on(&cluster.lb, cluster.lab.directory()).join("sheave.toml");
-    let doctor = cluster.lb.command(program()?).args(["doctor", "--config"]).arg(config).output()?;
-    let doctor = String::from_utf8_lossy(&doctor.stdout).into_owned();
-    ensure!(doctor.contains(REASON), "`doctor` does not say why: {doctor}");
+    require_doctor_says(&cluster, REASON)?;
     let unloaded = daemon.unload()?;
     ensure!(unloaded.status.success(), "unload: {}", String::from_utf8_lossy(&unloaded.stderr));
     Ok(())

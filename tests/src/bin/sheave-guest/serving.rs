@@ -6,7 +6,7 @@ use std::{net::IpAddr, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use lb_tests::{
     cluster::{Cluster, Shape},
-    daemon::{Daemon, Settings},
+    daemon::{Daemon, Settings, directory_on, program},
     lab::{eventually, run},
     load::{self, Crowd},
     transfer,
@@ -92,6 +92,30 @@ impl Trial {
         Ok(())
     }
 
+    /// Nothing can be served: a start says why, and so does `doctor`.
+    ///
+    /// # Errors
+    /// When one of them does not.
+    pub(crate) fn run_in_vain(self, reason: &str) -> Result<()> {
+        let cluster = self.cluster()?;
+        self.prepare(&cluster)?;
+        self.require_refused(&cluster, reason)?;
+        require_doctor_says(&cluster, reason)
+    }
+
+    /// Starts a daemon, which must end and say why.
+    ///
+    /// # Errors
+    /// When it goes on, or says something else.
+    pub(crate) fn require_refused(self, cluster: &Cluster, reason: &str) -> Result<()> {
+        let error = match self.start(cluster, &self.settings(cluster)?) {
+            Ok(_) => anyhow::bail!("the daemon was started, in spite of: {reason}"),
+            Err(error) => format!("{error:#}"),
+        };
+        ensure!(error.contains(reason), "the start says: {error}");
+        Ok(())
+    }
+
     /// Starts a daemon, whose backends are ready then.
     ///
     /// # Errors
@@ -174,6 +198,15 @@ pub(crate) fn wait_for_the_network(cluster: &Cluster) -> Result<()> {
             })?;
         }
     }
+    Ok(())
+}
+
+/// Runs `doctor` with the configuration that was written last.
+pub(crate) fn require_doctor_says(cluster: &Cluster, what: &str) -> Result<()> {
+    let config = directory_on(&cluster.lb, cluster.lab.directory()).join("sheave.toml");
+    let doctor = cluster.lb.command(program()?).args(["doctor", "--config"]).arg(config).output()?;
+    let doctor = String::from_utf8_lossy(&doctor.stdout).into_owned();
+    ensure!(doctor.contains(what), "`doctor` does not say: {what}: {doctor}");
     Ok(())
 }
 
