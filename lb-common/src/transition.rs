@@ -24,8 +24,8 @@ use crate::{
 pub const RESET_QUARANTINE: u16 = 2;
 
 /// Units without a segment after which a SYN begins anew in a slot that both sides have closed. Before, either side may still
-/// repeat what the other has not acknowledged, and anyone can forge a SYN: so its backend judges it, if it takes new flows. Linux repeats a segment
-/// four times in the first 3 s (200 ms, doubled each time: RFC 6298 §5.5).
+/// repeat what the other has not acknowledged, and anyone can forge a SYN: so the backend judges the SYN, if it takes new
+/// flows. Linux repeats a segment four times in the first 3 s (200 ms, doubled each time: RFC 6298 §5.5).
 const REOPEN_AGE: u16 = 4;
 
 /// What a segment of the client makes of its flow.

@@ -144,18 +144,7 @@ mod tests {
     use crate::network::Bonding;
 
     fn interface(index: u32, kind: Kind, master: Option<u32>) -> Interface {
-        Interface {
-            index,
-            name: format!("it{index}"),
-            mac: Some([2, 0, 0, 0, 0, index as u8]),
-            mtu: 1500,
-            up: true,
-            carrier: true,
-            kind,
-            master,
-            driver: None,
-            xdp: Vec::new(),
-        }
+        Interface::sample(index, &format!("it{index}"), kind, master)
     }
 
     fn card(index: u32, master: Option<u32>) -> Interface {

@@ -112,19 +112,7 @@ mod tests {
     }
 
     fn interface(index: u32, name: &str, kind: Kind, master: Option<u32>) -> (u32, Interface) {
-        let interface = Interface {
-            index,
-            name: name.to_owned(),
-            mac: Some([2, 0, 0, 0, 0, index as u8]),
-            mtu: 1500,
-            up: true,
-            carrier: true,
-            kind,
-            master,
-            driver: None,
-            xdp: Vec::new(),
-        };
-        (index, interface)
+        (index, Interface::sample(index, name, kind, master))
     }
 
     fn vlan(parent: u32, id: u16, protocol: TagProtocol) -> Kind {

@@ -34,6 +34,25 @@ pub struct Interface {
     pub xdp: Vec<AttachedXdp>,
 }
 
+#[cfg(test)]
+impl Interface {
+    /// An interface that can carry packets.
+    pub fn sample(index: u32, name: &str, kind: Kind, master: Option<u32>) -> Self {
+        Self {
+            index,
+            name: name.to_owned(),
+            mac: Some([2, 0, 0, 0, 0, index as u8]),
+            mtu: 1500,
+            up: true,
+            carrier: true,
+            kind,
+            master,
+            driver: None,
+            xdp: Vec::new(),
+        }
+    }
+}
+
 /// What an interface is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kind {

@@ -240,7 +240,7 @@ impl Network {
         })
     }
 
-    /// How often an interface was set down since it is followed: also for a moment that is over before anybody looks.
+    /// How often an interface was set down since it is followed, however short that was.
     pub fn downs(&self, index: u32) -> u64 {
         self.read(|tables| tables.downs.get(&index).copied().unwrap_or_default())
     }

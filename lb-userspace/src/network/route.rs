@@ -140,19 +140,7 @@ mod tests {
     #[test]
     fn the_vrf_of_an_interface_is_its_master_or_itself() {
         let link = |index: u32, kind: Kind, master: Option<u32>| {
-            let interface = Interface {
-                index,
-                name: format!("it{index}"),
-                mac: None,
-                mtu: 1500,
-                up: true,
-                carrier: true,
-                kind,
-                master,
-                driver: None,
-                xdp: Vec::new(),
-            };
-            (index, interface)
+            (index, Interface::sample(index, &format!("it{index}"), kind, master))
         };
         let links = BTreeMap::from([
             link(1, Kind::Device, Some(4)),

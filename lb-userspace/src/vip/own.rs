@@ -81,7 +81,7 @@ pub struct Owner {
     carriers: BTreeMap<IpAddr, Carrier>,
     /// Those whose interface is gone or down.
     lost: BTreeMap<IpAddr, Lost>,
-    /// Find out whether anybody has one of those.
+    /// Ask whether another host has one of those.
     asking: JoinSet<Asked>,
 }
 

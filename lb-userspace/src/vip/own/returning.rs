@@ -12,13 +12,13 @@ const ASK_AGAIN: Duration = Duration::from_secs(60);
 pub(super) struct Lost {
     /// The name of the interface.
     interface: String,
-    /// Whether anybody has the VIP is being found out.
+    /// The question whether another host has the VIP is not answered yet.
     is_asked_for: bool,
     /// It is not asked for before this.
     from: Instant,
 }
 
-/// A VIP that nobody has, with what it needs to be put here; or why not.
+/// A VIP that no other host has, with what it takes to put it here; or why it cannot be put here.
 pub(super) type Asked = (IpAddr, Result<(Link, Interface), VipError>);
 
 impl Owner {
@@ -40,7 +40,7 @@ impl Owner {
     }
 
     /// Puts the VIPs back that went with their interface, once one of that name is here, has an address in the VIP's subnet,
-    /// and is `served`; as [`Owner::acquire`], after asking whether anybody has the VIP. To be called every second: what
+    /// and is `served`; as [`Owner::acquire`], after asking whether another host has the VIP. To be called every second: what
     /// takes time goes on between the calls. Returns what was put back.
     pub async fn put_back(&mut self, served: impl Fn(u32) -> bool) -> Vec<Placed> {
         self.note_survivors();
