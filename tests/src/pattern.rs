@@ -70,11 +70,13 @@ impl Checker {
     pub fn check_all(&mut self, mut stream: impl Read) -> io::Result<u64> {
         let mut buffer = vec![0; 1 << 16];
         loop {
-            match stream.read(&mut buffer)? {
-                0 => return Ok(self.position),
-                count => self.check(&buffer[..count]).map_err(|position| {
+            match stream.read(&mut buffer) {
+                Ok(0) => return Ok(self.position),
+                Ok(count) => self.check(&buffer[..count]).map_err(|position| {
                     io::Error::new(io::ErrorKind::InvalidData, format!("differs from byte {position} on"))
                 })?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
         }
     }
