@@ -199,8 +199,9 @@ pub struct Config {
     pub hold: u32,
     /// How many of `members` there are.
     pub member_count: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// The interfaces (by bit) that no backend is reached by, nor answers by: what comes in by them in a backend's name is
+    /// another's.
+    pub clients_only: u32,
     /// Zero, which the verifier does not know: see [`Config::hide_from_verifier`].
     pub zero: u64,
     /// Where packets come from and go to.

@@ -103,7 +103,7 @@ fn structures(digest: Digest) -> Digest {
             mtu_floor,
             hold,
             member_count,
-            reserved,
+            clients_only,
             zero,
             interfaces,
             members,

@@ -112,7 +112,7 @@ impl Memory {
             mtu_floor: 552,
             hold: 0,
             member_count: 0,
-            reserved: 0,
+            clients_only: 0,
             zero: 0,
             interfaces: [Interface::default(); INTERFACES],
             members: [Member::default(); MEMBERS],

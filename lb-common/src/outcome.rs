@@ -46,6 +46,8 @@ list! {
     SecondChance = Drop, "second_chance";
     /// An ICMP error that asks a backend for smaller packets, and quotes nothing that is in flight: anyone can forge it.
     IcmpUnproven = Drop, "dropped_icmp_unproven";
+    /// In the name of a flow's backend, by an interface that no backend answers by.
+    BackendInterface = Drop, "dropped_backend_interface";
     /// A SYN that found no slot in any of its candidate sets.
     TableFull = Drop, "dropped_table_full";
     /// A SYN whose source has as many slots as one source may have: the client sends another.
@@ -88,6 +90,8 @@ list! {
     ClientNumbersOdd, "client_numbers_odd";
     /// A segment of a backend was forwarded and taught nothing: its sequence number does not continue the flow.
     BackendNumbersOdd, "backend_numbers_odd";
+    /// A backend's SYN-ACK came from another neighbour than its client's SYN went to: by another router, or forged.
+    BackendNeighbourOdd, "backend_neighbour_odd";
     /// A RST was forwarded and closed no flow, as its numbers prove nothing: the flow's backend is asked about it.
     ResetDoubted, "resets_doubted";
     /// A client's way back was not remembered: its places in the table of learned next hops are taken.

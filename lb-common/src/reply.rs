@@ -11,10 +11,12 @@ use crate::{
         look_up::is_owner,
         slot::{Found, Slot},
     },
+    frame::Frame,
+    headers::tcp_flag,
     layout::{Backend, Listener, NextHop},
     meta::Meta,
     next_hop::learned,
-    outcome::Outcome,
+    outcome::{Event, Outcome},
     parse::{self, Ports},
     rewrite,
     segment::Segment,
@@ -83,18 +85,22 @@ fn send<A: Family, S: Subprograms>(
     meta: Meta,
     client: &Client<'_>,
 ) -> Result<Disposition, Outcome> {
+    if (context.config.clients_only >> (context.interface & 31)) & 1 != 0 {
+        return Err(Outcome::BackendInterface);
+    }
     context::check::<A, S>(frame, &context.packet)?;
     let segment = parse::segment(frame, &context.packet);
     if !segment.valid {
         return Err(Outcome::Malformed);
     }
-    learn::<A, S>(maps, context, ways, meta, client, &segment)?;
+    learn::<A, S>(frame, maps, context, ways, meta, client, &segment)?;
     transmit::<A, S>(frame, maps, context, client)
 }
 
 /// Learns what the segment tells of its flow. Err: it is not to be sent to the client.
 #[inline(always)]
 fn learn<A: Family, S: Subprograms>(
+    frame: &mut S::Frame,
     maps: &S,
     context: &Context<'_>,
     ways: &A::Set,
@@ -109,6 +115,9 @@ fn learn<A: Family, S: Subprograms>(
         witness::hear(client.backend, clock.jiffies);
     }
     if !transition::goes_on(meta, before, segment) {
+        if segment.has(tcp_flag::SYN) && is_from_elsewhere(frame, context, client.backend) {
+            maps.count_event(client.listener.service, Event::BackendNeighbourOdd);
+        }
         let found = Found::new(client.slot, meta);
         return match maps.backend_event::<A>(found, segment, client.listener.service) {
             answer::REPLY => Ok(()),
@@ -122,6 +131,14 @@ fn learn<A: Family, S: Subprograms>(
         A::meta(ways, client.slot.way).store_high(clock.seen);
     }
     Ok(())
+}
+
+/// Whether a backend's packet comes from another neighbour than the client's went to. That decides nothing: a backend may
+/// answer by another router than it is reached by.
+#[inline(always)]
+fn is_from_elsewhere<F: Frame>(frame: &mut F, context: &Context<'_>, backend: &Backend) -> bool {
+    let hop = NextHop(backend.next_hop.load());
+    hop != NextHop::UNKNOWN && hop != NextHop::new(parse::source_mac(frame), context.interface)
 }
 
 /// Sends the packet to the client, by the way its own packets came.

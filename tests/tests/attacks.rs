@@ -19,6 +19,7 @@ use lb_tests::{
         Arena, Attacker, Call, Ended, FloodKind, Forged, Noise, Pair, Shuttle, TooBig, exchange_all, flag,
         flood, flows, require_neighbours_answered, stall_calls,
     },
+    cluster::{Cluster, Shape},
     daemon::{Daemon, Settings},
     lab::{capture::mac, eventually, process::said, run},
     pattern::{self, Checker},
@@ -363,6 +364,76 @@ fn half_open_flows_do_not_keep_real_clients_from_being_told() {
     let half_open = half_open.count();
     assert!(half_open > 1_000, "only {half_open} half-open flows at {backend}");
     arena.cut_off_and_require_told(0, &mut pairs).unwrap();
+}
+
+/// Forges SYN, SYN-ACK and ACK of two flows, one of each family, in the segment of the clients of two arms. Returns how many flows
+/// that proved established.
+fn established_by_forged_handshakes(arena: &Arena) -> u64 {
+    const SYN: u32 = 7_000;
+    const SYN_ACK: u32 = 90_000;
+    let established = || arena.packets("flows_established").unwrap();
+    let before = established();
+    for vip in arena.cluster.vips() {
+        give_strangers_a_neighbour(arena, vip);
+        let (from, to) = (strangers(arena, vip, 1)[0], SocketAddr::new(vip, PORT));
+        let forged = |from, to, flags, sequence, acknowledgement| {
+            let segment = Forged { from, to, flags, sequence, acknowledgement, payload: b"" };
+            arena.attacker.send(&segment).unwrap();
+        };
+        forged(from, to, flag::SYN, SYN, 0);
+        let flow = eventually(MOMENT, "a forged SYN's flow is listed", || {
+            arena.flows_of(&[from])?.pop().context("not yet")
+        })
+        .unwrap();
+        let handled_before = handled(arena);
+        forged(flow.backend_address, flow.source, flag::SYN | flag::ACK, SYN_ACK, SYN + 1);
+        forged(from, to, flag::ACK, SYN + 1, SYN_ACK + 1);
+        eventually(MOMENT, "both are handled", || Ok(ensure!(handled(arena) >= handled_before + 2))).unwrap();
+    }
+    established() - before
+}
+
+/// Packets that were forwarded, sent back or dropped.
+fn handled(arena: &Arena) -> u64 {
+    let packets = arena.daemon.status().unwrap().packets;
+    ["forwarded", "replied", "dropped_backend_interface"].iter().filter_map(|name| packets.get(*name)).sum()
+}
+
+#[test]
+fn a_handshake_that_is_forged_whole_beside_the_clients_of_two_arms_proves_nothing() {
+    let arena = Arena::start_in(Shape::TwoArm, 2, |_| {}).unwrap();
+    let mut pairs = open(&arena, 3);
+    assert_eq!(established_by_forged_handshakes(&arena), 0);
+    assert_eq!(arena.packets("dropped_backend_interface").unwrap(), 2);
+    require_alive(&mut pairs);
+    arena.daemon.wait_flag("name the interface in dataplane.backend_interfaces", MOMENT * 3).unwrap();
+}
+
+#[test]
+fn who_lets_backends_answer_by_every_interface_believes_more() {
+    let both = "backend_interfaces = [\"eth0\", \"eth1\"]";
+    let arena =
+        Arena::start_in(Shape::TwoArm, 1, |settings| settings.dataplane.push(both.to_owned())).unwrap();
+    assert_eq!(established_by_forged_handshakes(&arena), 2);
+    assert_eq!(arena.packets("dropped_backend_interface").unwrap(), 0);
+    assert!(arena.packets("backend_neighbour_odd").unwrap() > 0);
+}
+
+#[test]
+fn a_backend_that_is_reached_by_no_interface_of_the_list_is_refused() {
+    for (list, words) in [
+        ("[\"eth0\"]", "is reached by eth1, which dataplane.backend_interfaces does not name"),
+        ("[\"eth1\", \"lo\"]", "names lo, which sheave is not attached to"),
+        ("[\"eth9\"]", "dataplane.backend_interfaces: there is no interface eth9"),
+    ] {
+        let cluster = Cluster::without_servers(Shape::TwoArm, 1).unwrap();
+        let mut settings = cluster.settings().unwrap();
+        settings.dataplane.push(format!("backend_interfaces = {list}"));
+        let mut daemon = Daemon::start(&cluster.lb, cluster.lab.directory(), &settings).unwrap();
+        assert!(!daemon.process().wait(MOMENT).unwrap().success());
+        let log = daemon.process().log();
+        assert!(log.contains(words), "{list}: {log}");
+    }
 }
 
 /// What a server's kernel believes of the path to this address.

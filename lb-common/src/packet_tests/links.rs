@@ -113,6 +113,35 @@ fn an_interface_without_the_listener_is_left_alone() {
 }
 
 #[test]
+fn what_comes_in_beside_clients_is_no_backends() {
+    for version in VERSIONS {
+        let mut lab = Lab::new();
+        let hop = NextHop::new(Mac::new(BACKENDS_MAC).number(), PLAIN_BEHIND);
+        for backend in &lab.memory.backends {
+            backend.next_hop.store(hop.0);
+        }
+        lab.memory.config.clients_only = 1 << PLAIN | 1 << TAGGED | 1 << DOUBLE_TAGGED;
+        let syn = Segment::new(version.client(1), version.vip(), SYN);
+        let sent = lab.send(&syn).sent(Outcome::Forwarded);
+        let flow = Flow { client: syn.from, listener: syn.to, snat: sent.from, backend: sent.to };
+        let forged = flow.down(SYN | ACK);
+        for side in [PLAIN, TAGGED, DOUBLE_TAGGED] {
+            let ran = lab.send(&forged.clone().on(side));
+            assert_eq!(ran.outcome, Outcome::BackendInterface, "by {side}");
+            assert_eq!(ran.bytes, forged.clone().on(side).bytes(), "it is not changed");
+        }
+        let real = Segment { interface: BEHIND, destination_mac: OURS_BEHIND, ..forged };
+        assert_eq!(lab.send(&real).outcome, Outcome::Replied);
+        assert_eq!(lab.send(&flow.up(ACK)).outcome, Outcome::Forwarded);
+        assert_eq!(
+            lab.send(&flow.down(ACK)).outcome,
+            Outcome::BackendInterface,
+            "nor when it is established"
+        );
+    }
+}
+
+#[test]
 fn another_port_or_address_is_left_alone() {
     for version in VERSIONS {
         let lab = Lab::new();

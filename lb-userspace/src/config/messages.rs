@@ -110,6 +110,7 @@ ca_file = "/etc/sheave/ca.crt"
     assert_eq!(config.dataplane.snat_ports, None);
     assert_eq!((config.dataplane.source_share, config.dataplane.half_open_share), (Some(50), None));
     assert_eq!(config.dataplane.path_mtu_floor, 552);
+    assert_eq!(config.dataplane.backend_interfaces, None);
     assert_eq!(config.dataplane.state_dir, Path::new("/var/lib/sheave"));
     assert_eq!(config.dataplane.pin_dir, Path::new("/sys/fs/bpf/sheave"));
     assert_eq!(config.admin.socket, Path::new("/run/sheave/admin.sock"));
@@ -134,6 +135,7 @@ fn every_key_can_be_set() {
         r#"
 [dataplane]
 interfaces = ["eth0", "bond0.12"]
+backend_interfaces = ["bond0.12"]
 xdp_mode = "generic"
 snat_addresses = ["10.0.0.250", "fd00::250"]
 snat_ports = "20000-32767"
@@ -193,6 +195,7 @@ address = "[fd00::151]:6443"
     assert_eq!(config.dataplane.snat_ports, Some(20000..=32767));
     assert_eq!((config.dataplane.source_share, config.dataplane.half_open_share), (Some(100), Some(25)));
     assert_eq!(config.dataplane.path_mtu_floor, 1280);
+    assert_eq!(config.dataplane.backend_interfaces.as_deref(), Some(&["bond0.12".to_owned()][..]));
     assert_eq!(config.vip.mode, VipMode::Own);
     let service = &config.services[0];
     assert_eq!(service.idle_timeout, Duration::from_secs(5400));
@@ -430,6 +433,14 @@ fn numbers_and_durations() {
         (
             "[dataplane]\nhalf_open_share = 25\n",
             "\"half_open_share\" must be a string, not an integer\n= help: write \"25%\", in double quotes",
+        ),
+        (
+            "[dataplane]\nbackend_interfaces = []\n",
+            "\"backend_interfaces\" names no interface\n= help: name those that backends answer by, or write \"auto\"",
+        ),
+        (
+            "[dataplane]\nbackend_interfaces = \"eth1\"\n",
+            "\"backend_interfaces\" cannot be \"eth1\"\n= help: write \"auto\", or a list: `backend_interfaces = [\"eth1\"]`",
         ),
         (
             "[dataplane]\npath_mtu_floor = 67\n",

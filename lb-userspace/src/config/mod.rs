@@ -114,6 +114,7 @@ fn read_dataplane(root: &Section, document: &Document) -> Result<Dataplane, Prob
         "dataplane",
         &[
             "interfaces",
+            "backend_interfaces",
             "xdp_mode",
             "snat_addresses",
             "snat_addresses_max",
@@ -129,6 +130,7 @@ fn read_dataplane(root: &Section, document: &Document) -> Result<Dataplane, Prob
     )?;
     Ok(Dataplane {
         interfaces: values::interfaces(&section)?,
+        backend_interfaces: values::backend_interfaces(&section)?,
         xdp_mode: section.choice(
             "xdp_mode",
             XdpMode::Auto,

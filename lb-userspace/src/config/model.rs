@@ -24,6 +24,8 @@ pub struct Config {
 pub struct Dataplane {
     /// The interfaces the XDP program is attached to.
     pub interfaces: Interfaces,
+    /// The interfaces that backends answer by, at least one. Absent: see [`crate::controller`].
+    pub backend_interfaces: Option<Vec<String>>,
     /// How the XDP program is attached.
     pub xdp_mode: XdpMode,
     /// Source addresses towards the backends. Empty: the VIPs themselves.

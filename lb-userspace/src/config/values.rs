@@ -62,20 +62,36 @@ pub(super) fn name(written: &Spanned<String>) -> Result<String, Problem> {
 
 /// `interfaces = "auto"` or a list of names.
 pub(super) fn interfaces(section: &Section) -> Result<Interfaces, Problem> {
-    const KEY: &str = "interfaces";
-    let Some(value) = section.value(KEY) else { return Ok(Interfaces::Auto) };
+    Ok(match interface_names(section, "interfaces")? {
+        None => Interfaces::Auto,
+        Some(names) if names.is_empty() => Interfaces::None,
+        Some(names) => Interfaces::Named(names),
+    })
+}
+
+/// `backend_interfaces = "auto"` or a list of names. None: `"auto"`.
+pub(super) fn backend_interfaces(section: &Section) -> Result<Option<Vec<String>>, Problem> {
+    const KEY: &str = "backend_interfaces";
+    let names = interface_names(section, KEY)?;
+    if names.as_ref().is_some_and(Vec::is_empty) {
+        return Err(Problem::at(section.span_of(KEY), format!("{KEY:?} names no interface"))
+            .help("name those that backends answer by, or write \"auto\""));
+    }
+    Ok(names)
+}
+
+/// A list of names of interfaces. None: `"auto"`, or nothing.
+fn interface_names(section: &Section, key: &str) -> Result<Option<Vec<String>>, Problem> {
+    let Some(value) = section.value(key) else { return Ok(None) };
     match value.get_ref() {
-        DeValue::String(text) if text == "auto" => return Ok(Interfaces::Auto),
+        DeValue::String(text) if text == "auto" => return Ok(None),
         DeValue::String(text) => {
-            return Err(Problem::at(value.span(), format!("{KEY:?} cannot be {text:?}"))
-                .help(format!("write \"auto\", or a list: `{KEY} = [{text:?}]`")));
+            return Err(Problem::at(value.span(), format!("{key:?} cannot be {text:?}"))
+                .help(format!("write \"auto\", or a list: `{key} = [{text:?}]`")));
         }
         _ => {}
     }
-    let names = section.texts(KEY, "\"eth0\"")?.unwrap_or_default();
-    if names.is_empty() {
-        return Ok(Interfaces::None);
-    }
+    let names = section.texts(key, "\"eth0\"")?.unwrap_or_default();
     for (position, written) in names.iter().enumerate() {
         let text = written.get_ref();
         // The kernel's own rule: dev_valid_name.
@@ -92,7 +108,7 @@ pub(super) fn interfaces(section: &Section) -> Result<Interfaces, Problem> {
                 .help("remove one of them"));
         }
     }
-    Ok(Interfaces::Named(names.into_iter().map(Spanned::into_inner).collect()))
+    Ok(Some(names.into_iter().map(Spanned::into_inner).collect()))
 }
 
 /// Slots below are for services with well-known ports (filters, RPC).

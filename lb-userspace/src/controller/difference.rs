@@ -12,6 +12,7 @@ pub(super) fn needs_restart(old: &Config, new: &Config) -> Vec<&'static str> {
     let (before, after) = (&old.dataplane, &new.dataplane);
     [
         ("dataplane.interfaces", before.interfaces != after.interfaces),
+        ("dataplane.backend_interfaces", before.backend_interfaces != after.backend_interfaces),
         ("dataplane.xdp_mode", before.xdp_mode != after.xdp_mode),
         ("dataplane.snat_addresses_max", before.snat_addresses_max != after.snat_addresses_max),
         ("dataplane.hash_key_file", before.hash_key_file != after.hash_key_file),

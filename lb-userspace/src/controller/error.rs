@@ -53,12 +53,23 @@ pub enum ControllerError {
     /// A configured interface is of no use.
     #[error("dataplane.interfaces: {0}")]
     Interface(#[source] NetworkError),
+    /// The same, of those that backends answer by.
+    #[error("dataplane.backend_interfaces: {0}")]
+    BackendInterface(#[source] NetworkError),
+    /// Backends are to answer by an interface that is not served.
+    #[error(
+        "dataplane.backend_interfaces names {0}, which sheave is not attached to\n   = help: name those that lead to backends, and where \
+         dataplane.interfaces is a list, name them there too"
+    )]
+    NotServed(String),
     /// A backend is behind an interface that the configuration leaves out.
     #[error(
-        "backend {backend} is reached by {interface}, which dataplane.interfaces does not name\n   = help: add it \
-         there, or write interfaces = \"auto\""
+        "backend {backend} is reached by {interface}, which dataplane.{key} does not name\n   = help: add it there, or write \
+         {key} = \"auto\""
     )]
     NotNamed {
+        /// The list of interfaces.
+        key: &'static str,
         /// The backend.
         backend: IpAddr,
         /// The interface's name.
@@ -112,6 +123,8 @@ impl ControllerError {
                 | Self::HashKey(_)
                 | Self::LocalBackend { .. }
                 | Self::Interface(_)
+                | Self::BackendInterface(_)
+                | Self::NotServed(_)
                 | Self::NotNamed { .. }
         )
     }

@@ -1,6 +1,7 @@
 //! The controller: the one place where what should be (configuration, check results, the network around) becomes what
 //! is (the data path's maps). A single task that takes events and applies the difference.
 
+mod answering;
 mod backends;
 mod commands;
 mod difference;
@@ -192,6 +193,8 @@ pub struct Controller {
     room: Room,
     /// Replies to slots that are not the sender's, counted every ten seconds, the oldest first.
     strangers: VecDeque<u64>,
+    /// Segments in backends' names by ports that no backend answers by, counted in the same way.
+    elsewhere: VecDeque<u64>,
     checks_use_slots: bool,
     started: Instant,
     turns: u64,
@@ -270,6 +273,7 @@ impl Controller {
             reaped_at: now,
             room: Room::default(),
             strangers: VecDeque::new(),
+            elsewhere: VecDeque::new(),
             checks_use_slots: plan.checks_use_slots,
             started: now,
             turns: 0,
@@ -887,7 +891,7 @@ impl Controller {
         for (index, answer) in remote.into_iter().zip(answers) {
             let found = match answer {
                 Err(error) => Found::Lost(error.to_string()),
-                Ok(next) => match self.number_or_append(&next.port) {
+                Ok(next) => match self.number_or_append(&next.port).and_then(|port| self.answers_by(port)) {
                     Err(reason) => Found::Lost(reason),
                     Ok(port) => match next.mac {
                         Some(mac) => Found::Hop(Hop { neighbour: next.neighbour, port, mac }),
@@ -900,6 +904,7 @@ impl Controller {
             }
             self.set_way(index, found);
         }
+        self.write_clients_only();
     }
 
     fn set_way(&mut self, index: usize, found: Found) {

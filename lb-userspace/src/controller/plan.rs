@@ -71,7 +71,8 @@ impl Plan {
             let name =
                 |index| network.interface(index).map_or_else(|_| "?".to_owned(), |interface| interface.name);
             if let Some((backend, interface)) = ways.out.iter().find(|(_, it)| ports.number(**it).is_none()) {
-                return Err(ControllerError::NotNamed { backend: *backend, interface: name(*interface) });
+                let (key, interface) = ("interfaces", name(*interface));
+                return Err(ControllerError::NotNamed { key, backend: *backend, interface });
             }
             for (address, interface) in ways.back.iter().filter(|(_, it)| ports.number(**it).is_none()) {
                 tracing::warn!(
@@ -79,6 +80,9 @@ impl Plan {
                     name(*interface)
                 );
             }
+        }
+        if config.forwards_packets() {
+            check_backend_interfaces(config, network, &ports, &ways)?;
         }
         let checks_use_slots = source.is_used_by_checks(&reach);
         let services = Services::of(config, &roster);
@@ -210,6 +214,29 @@ impl Survey {
         let homes = homes(&vips(config), &addresses, |interface| network.port_of(interface).is_ok());
         Ok((Self { addresses, here, reach, homes }, unreachable))
     }
+}
+
+/// Whether the interfaces that backends are to answer by are served, and every backend is reached by one of them.
+fn check_backend_interfaces(
+    config: &Config,
+    network: &Network,
+    ports: &Ports,
+    ways: &Ways,
+) -> Result<(), ControllerError> {
+    let Some(names) = &config.dataplane.backend_interfaces else { return Ok(()) };
+    let mut named = BTreeSet::new();
+    for name in names {
+        let index = network.interface_named(name).map_err(ControllerError::BackendInterface)?.index;
+        if ports.number(index).is_none() {
+            return Err(ControllerError::NotServed(name.clone()));
+        }
+        named.insert(index);
+    }
+    let Some((backend, index)) = ways.out.iter().find(|(_, index)| !named.contains(*index)) else {
+        return Ok(());
+    };
+    let interface = network.interface(*index).map_or_else(|_| "?".to_owned(), |interface| interface.name);
+    Err(ControllerError::NotNamed { key: "backend_interfaces", backend: *backend, interface })
 }
 
 /// The interfaces that packets to backends leave by, and those that the replies arrive on.

@@ -70,6 +70,11 @@ impl Ports {
         self.current().find(|(_, known, _)| *known == interface).map(|(number, ..)| number)
     }
 
+    /// All numbers.
+    pub(super) fn numbers(&self) -> std::ops::Range<usize> {
+        0..self.entries.len()
+    }
+
     /// Number, interface and port of those that are somebody's.
     fn current(&self) -> impl Iterator<Item = (usize, u32, &Port)> {
         let all =

@@ -149,6 +149,13 @@ impl Controller {
                 "{strangers} replies to unknown slots in the last minute: does another load balancer have the same VIP?"
             ));
         }
+        let elsewhere = rise(self.elsewhere.iter().copied());
+        if elsewhere > 0 {
+            flags.push(format!(
+                "{elsewhere} packets in backends' names were dropped in the last minute, because no backend answers by the \
+                 interface that they came in by: if it was a backend, name the interface in dataplane.backend_interfaces"
+            ));
+        }
         for rival in self.owner.iter().flat_map(|owner| owner.rivals()) {
             flags.push(format!("{} says it has the VIP {} too", display_mac(&rival.mac), rival.vip));
         }
@@ -161,17 +168,21 @@ impl Controller {
         flags
     }
 
-    /// Counts replies to slots that are not the sender's, for the last minute.
+    /// Counts replies to slots that are not the sender's, and what comes by the wrong interface, for the last minute.
     pub(super) fn count_strangers(&mut self) {
         /// The counts of a minute, every ten seconds.
         const KEPT: usize = 7;
         let services = std::iter::once(None).chain(self.services.numbers().into_iter().map(Some));
-        let unknown = Counter::Outcome(Outcome::ReplyUnknown);
-        let counters = services.filter_map(|service| self.dataplane.counters(service).ok()).flatten();
-        let count = counters.filter(|(counter, _)| *counter == unknown).map(|(_, count)| count).sum();
-        self.strangers.push_back(count);
-        if self.strangers.len() > KEPT {
-            self.strangers.pop_front();
+        let counters: Vec<_> =
+            services.filter_map(|service| self.dataplane.counters(service).ok()).flatten().collect();
+        for (outcome, counts) in
+            [(Outcome::ReplyUnknown, &mut self.strangers), (Outcome::BackendInterface, &mut self.elsewhere)]
+        {
+            let of_it = counters.iter().filter(|(counter, _)| *counter == Counter::Outcome(outcome));
+            counts.push_back(of_it.map(|(_, count)| count).sum());
+            if counts.len() > KEPT {
+                counts.pop_front();
+            }
         }
     }
 

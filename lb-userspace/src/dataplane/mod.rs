@@ -428,6 +428,18 @@ impl Dataplane {
         Ok(())
     }
 
+    /// Tells the program by which ports (by number) no backend answers: what comes in by them in a backend's name is dropped.
+    /// Returns whether that is new.
+    pub fn set_clients_only(&mut self, ports: impl IntoIterator<Item = usize>) -> bool {
+        let ports = ports.into_iter().filter(|port| *port < INTERFACES);
+        let clients_only = ports.fold(0, |bits, port| bits | 1 << port);
+        let before = self.settings();
+        if clients_only != before.clients_only {
+            self.config.write(0, layout::Config { clients_only, ..before });
+        }
+        clients_only != before.clients_only
+    }
+
     /// Tells the program which interfaces (by index) are members of which bonds: those before are forgotten. One that stays
     /// keeps its place, so that the program finds it all the while.
     pub fn set_members(&mut self, members: &[(u32, u32)]) -> Result<(), DataplaneError> {
@@ -524,6 +536,17 @@ impl Dataplane {
         if let Some(backend) = self.backends.get(usize::from(id)) {
             backend.next_hop.store(next_hop(hop).0);
         }
+    }
+
+    /// Of every backend that has an id, the removed ones too whose flows live on: whether it is of IPv6, and the port that it is
+    /// reached by, where that is known.
+    pub fn backend_ports(&self) -> Vec<(bool, Option<usize>)> {
+        let backends = (0..self.backends.len()).filter_map(|id| self.backends.get(id));
+        let with_address = backends.filter(|backend| backend.family != 0);
+        let port = |hop: NextHop| (hop != NextHop::UNKNOWN).then(|| usize::from(hop.interface()));
+        with_address
+            .map(|it| (it.family == layout::family::IPV6, port(NextHop(it.next_hop.load()))))
+            .collect()
     }
 
     /// Makes a selection table of `members` (backend id, name, weight) the one that new flows of a service and family

@@ -250,6 +250,14 @@ impl Dataplane {
         Ok(())
     }
 
+    /// The SNAT addresses that flows leave from, older ones too.
+    pub fn snat_places(&self) -> Vec<IpAddr> {
+        let config = self.settings();
+        let places =
+            [Places::of::<V4>(&config, self.room::<V4>()), Places::of::<V6>(&config, self.room::<V6>())];
+        places.iter().flat_map(Places::addresses).flatten().collect()
+    }
+
     /// Takes note of what a look through the flow table has found. Returns the addresses whose last flow has ended.
     pub(super) fn settle_snat_addresses(
         &mut self,

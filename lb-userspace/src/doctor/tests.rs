@@ -36,6 +36,7 @@ fn config(listen: &str, backends: &[SocketAddr]) -> Config {
     Config {
         dataplane: Dataplane {
             interfaces: Interfaces::Auto,
+            backend_interfaces: None,
             xdp_mode: XdpMode::Auto,
             snat_addresses: vec![],
             snat_addresses_max: 4,

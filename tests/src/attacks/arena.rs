@@ -78,8 +78,16 @@ impl Arena {
     /// # Errors
     /// Without root, or when something does not come up.
     pub fn start(servers: u8, change: impl FnOnce(&mut Settings)) -> Result<Self> {
+        Self::start_in(Shape::OneArm, servers, change)
+    }
+
+    /// The same in a network of another shape; the attacker is in the segment of the VIPs.
+    ///
+    /// # Errors
+    /// As [`Arena::start`].
+    pub fn start_in(shape: Shape, servers: u8, change: impl FnOnce(&mut Settings)) -> Result<Self> {
         load::raise_descriptor_limit()?;
-        let cluster = Cluster::without_servers(Shape::OneArm, servers)?;
+        let cluster = Cluster::without_servers(shape, servers)?;
         let mut attacking = cluster.lab.host("attacker")?;
         cluster.lab.plug(&mut attacking, cluster.lb.link()?.segment, ATTACKER)?;
         cluster.lab.learn_nothing_from(&attacking)?;

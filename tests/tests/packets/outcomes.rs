@@ -86,6 +86,13 @@ fn make(outcome: Outcome, world: &mut World) -> Result<Exchange, Impossible> {
             let sent = Frame { source: listener, destination: client, ..flow.from_backend() };
             world.run(&Icmp::too_big(ip.router(), &sent, 8).bytes())
         }
+        Outcome::BackendInterface => {
+            let flow = world.open(client, listener);
+            world.dataplane.set_clients_only([0]);
+            let exchange = world.run(&flow.syn_ack().bytes());
+            world.dataplane.set_clients_only([]);
+            exchange
+        }
         Outcome::TableFull => {
             let mut small = World::build(&Shape { snat_ports: 1024..=1027, ..Shape::new(ip) });
             for number in 0..4 {
@@ -168,6 +175,12 @@ fn cause(event: Event, ip: Ip) -> Option<Exchange> {
             let flow = world.open(client, listener);
             world.run(&flow.syn_ack().bytes());
             world.run(&flow.from_client().bytes())
+        }
+        Event::BackendNeighbourOdd => {
+            let mut world = World::new(ip);
+            let flow = world.open(client, listener);
+            world.dataplane.set_next_hop(flow.backend, Some(([6; 6], 0)));
+            world.run(&flow.syn_ack().bytes())
         }
         Event::ClientNumbersOdd | Event::BackendNumbersOdd | Event::ResetDoubted => {
             let mut world = World::new(ip);

@@ -1,0 +1,84 @@
+//! By which ports backends answer. What comes in by another in a backend's name is not believed: clients cannot send answers to
+//! their own SYNs where they and the backends are behind different interfaces or VLANs.
+
+use std::collections::BTreeSet;
+
+use super::{Controller, plan};
+
+/// The ports by which a packet of a backend may come in; None: by any. `homes`: of each SNAT address the port that has it or its
+/// subnet. `hops`: the ports that backends are reached by.
+///
+/// A packet is for an address of the interface that it comes in by, as in the strong model of hosts (RFC 1122 §3.3.4.2), or it
+/// comes back by the way out. An address that is on no port, as one on the loopback interface, is routed here by any.
+fn answering(
+    homes: impl IntoIterator<Item = Option<usize>>,
+    hops: impl IntoIterator<Item = usize>,
+) -> Option<BTreeSet<usize>> {
+    let homes: Option<BTreeSet<usize>> = homes.into_iter().collect();
+    homes.map(|homes| hops.into_iter().chain(homes).collect())
+}
+
+impl Controller {
+    /// Tells the data path by which ports no backend answers. Call it whenever a next hop, an address or a port has changed.
+    pub(super) fn write_clients_only(&mut self) {
+        let clients_only: Vec<usize> = match self.answering() {
+            Some(answering) => self.ports.numbers().filter(|port| !answering.contains(port)).collect(),
+            None => Vec::new(),
+        };
+        if self.dataplane.set_clients_only(clients_only.iter().copied()) && !clients_only.is_empty() {
+            let interfaces = self.ports.interfaces();
+            let name = |port: &usize| self.network.interface(*interfaces.get(*port)?).ok().map(|it| it.name);
+            let names: Vec<String> = clients_only.iter().filter_map(name).collect();
+            tracing::info!(
+                "no backend answers by {}: what comes in there in a backend's name is dropped",
+                names.join(", ")
+            );
+        }
+    }
+
+    fn answering(&self) -> Option<BTreeSet<usize>> {
+        if let Some(names) = &self.config.dataplane.backend_interfaces {
+            return Some(names.iter().filter_map(|name| self.number_of(name)).collect());
+        }
+        let backends = self.dataplane.backend_ports();
+        let is_used = |ipv6: bool| backends.iter().any(|(of_ipv6, _)| *of_ipv6 == ipv6);
+        let mut snat = self.dataplane.snat_places();
+        snat.retain(|address| is_used(address.is_ipv6()));
+        let homes =
+            plan::homes(&snat, &self.network.local_addresses(), |index| self.network.port_of(index).is_ok());
+        let homes = homes.into_values().map(|home| self.ports.number(home?));
+        answering(homes, backends.iter().filter_map(|(_, port)| *port))
+    }
+
+    fn number_of(&self, name: &str) -> Option<usize> {
+        self.ports.number(self.network.interface_named(name).ok()?.index)
+    }
+
+    /// The port, if backends may answer by it. Err: why packets to a backend must not leave by it.
+    pub(super) fn answers_by(&self, port: usize) -> Result<usize, String> {
+        let Some(names) = &self.config.dataplane.backend_interfaces else { return Ok(port) };
+        if names.iter().any(|name| self.number_of(name) == Some(port)) {
+            return Ok(port);
+        }
+        let index = self.ports.interfaces().get(port).copied().unwrap_or_default();
+        let name = self.network.interface(index).map_or_else(|_| "?".to_owned(), |found| found.name);
+        Err(format!("it is reached by {name}, which dataplane.backend_interfaces does not name"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backends_answer_by_the_way_out_and_where_their_peer_is() {
+        assert_eq!(answering([Some(1)], [1]), Some(BTreeSet::from([1])), "two arms");
+        assert_eq!(
+            answering([Some(0)], [1, 2]),
+            Some(BTreeSet::from([0, 1, 2])),
+            "a VIP as the SNAT address"
+        );
+        assert_eq!(answering([Some(1), None], [1]), None, "an address on the loopback interface");
+        assert_eq!(answering([], [1]), Some(BTreeSet::from([1])));
+    }
+}
