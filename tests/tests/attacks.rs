@@ -388,7 +388,11 @@ fn established_by_forged_handshakes(arena: &Arena) -> u64 {
         let handled_before = handled(arena);
         forged(flow.backend_address, flow.source, flag::SYN | flag::ACK, SYN_ACK, SYN + 1);
         forged(from, to, flag::ACK, SYN + 1, SYN_ACK + 1);
-        eventually(MOMENT, "both are handled", || Ok(ensure!(handled(arena) >= handled_before + 2))).unwrap();
+        eventually(MOMENT, "both are handled", || {
+            ensure!(handled(arena) >= handled_before + 2);
+            Ok(())
+        })
+        .unwrap();
     }
     established() - before
 }
