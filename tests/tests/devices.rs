@@ -2,15 +2,26 @@
 
 #![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
 
-use std::{path::PathBuf, process::Output, time::Duration};
+use std::{
+    io::{Read as _, Write as _},
+    path::PathBuf,
+    process::Output,
+    time::Duration,
+};
 
 use anyhow::{Result, ensure};
+use aya::{
+    Ebpf,
+    programs::{Xdp, XdpMode},
+};
 use lb_tests::{
+    attacks::{Arena, exchange_all},
     cluster::{Cluster, Shape},
     daemon::{self, Daemon, has_xdp},
-    lab::{eventually, run},
+    lab::{cgroup::detach, eventually, run},
     load,
 };
+use lb_userspace::dataplane::OBJECT;
 
 /// More than anything here takes.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -190,4 +201,65 @@ fn a_veth_whose_other_end_takes_nothing_at_once_is_named() {
     assert_eq!(doctor("warning"), 1);
     let reloaded = run(daemon.command("reload").unwrap().arg("--json")).unwrap();
     assert!(reloaded.contains(WARNING), "{reloaded}");
+}
+
+/// The pin of the program's link to the load balancer's eth0.
+fn link_pin(cluster: &Cluster, daemon: &Daemon) -> PathBuf {
+    let name = format!("link_{}", index_of(cluster, "eth0"));
+    let layouts = std::fs::read_dir(daemon.pins()).unwrap();
+    let mut pins = layouts.map(|layout| layout.unwrap().path().join(&name));
+    pins.find(|pin| pin.exists()).unwrap()
+}
+
+#[test]
+fn a_program_that_another_one_takes_off_is_put_back_and_no_flow_is_reset() {
+    const TAKEN_OFF: &str = "another program has taken sheave off eth0";
+    let arena = Arena::start(2, |_| {}).unwrap();
+    let (cluster, daemon) = (&arena.cluster, &arena.daemon);
+    let mut pairs: Vec<_> =
+        cluster.vips().into_iter().flat_map(|vip| arena.open_and_exchange(vip, 5).unwrap()).collect();
+    let rules = || cluster.lb.run("ip rule").unwrap() + &cluster.lb.run("ip -6 rule").unwrap();
+    let rules_before = rules();
+    detach(&link_pin(cluster, daemon)).unwrap();
+    eventually(LIMIT, "it is put back", || {
+        logged(daemon, "sheave is attached to eth0 again")?;
+        ensure!(has_xdp(&cluster.lb, "eth0")? && daemon.is_alive()?);
+        Ok(())
+    })
+    .unwrap();
+    assert!(exchange_all(&mut pairs).is_empty());
+    eventually(LIMIT, "this host answers again", || {
+        ensure!(rules() == rules_before, "{}", rules());
+        Ok(())
+    })
+    .unwrap();
+
+    // Where another has its place it stays there, and clients and servers wait.
+    detach(&link_pin(cluster, daemon)).unwrap();
+    let mut foreign = Ebpf::load(OBJECT).unwrap();
+    let other: &mut Xdp = foreign.program_mut("read_clock").unwrap().try_into().unwrap();
+    other.load().unwrap();
+    let link = cluster.lb.in_namespace(|| other.attach("eth0", XdpMode::Skb).unwrap()).unwrap();
+    daemon.wait_flag(TAKEN_OFF, LIMIT).unwrap();
+    assert!(!daemon.is_alive().unwrap());
+    for pair in &mut pairs {
+        pair.client.write_all(b">").unwrap();
+        pair.server.write_all(b"<").unwrap();
+    }
+    eventually(LIMIT, "a try found the other program there", || {
+        logged(daemon, "cannot put sheave back on eth0")
+    })
+    .unwrap();
+    assert!(cluster.lb.in_namespace(|| other.detach(link).is_ok()).unwrap(), "the other was left alone");
+    for pair in &mut pairs {
+        let mut received = [[0]; 2];
+        for (stream, byte) in [&mut pair.server, &mut pair.client].into_iter().zip(&mut received) {
+            stream.set_read_timeout(Some(LIMIT)).unwrap();
+            stream.read_exact(byte).unwrap();
+        }
+        assert_eq!(received, [*b">", *b"<"]);
+    }
+    assert!(daemon.is_alive().unwrap());
+    assert!(!daemon.flags().unwrap().contains(TAKEN_OFF));
+    assert!(exchange_all(&mut pairs).is_empty());
 }

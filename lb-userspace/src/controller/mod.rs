@@ -32,6 +32,7 @@ mod sockets;
 mod sources;
 mod status;
 mod steps;
+mod taken_off;
 mod transitions;
 mod ways_back;
 mod witness;
@@ -58,8 +59,8 @@ use crate::{
     discovery,
     health::{self, Event, State, Transition},
     network::{
-        CARRIER_WAIT, Change, Interface, Kind, Network, Port, Silenced, XdpAttachMode, mode_for,
-        native_obstacle, offloads, used_tcp_ports,
+        CARRIER_WAIT, Change, Interface, Kind, Network, Port, XdpAttachMode, mode_for, native_obstacle,
+        offloads, used_tcp_ports,
     },
     sources::Sources,
     systemd,
@@ -86,6 +87,7 @@ use services::Services;
 use sockets::{Sockets, reported};
 use sources::{Taken, news};
 use steps::{RETIRED_IDLE, idle_policy};
+use taken_off::TakenOff;
 use ways_back::LearnedHops;
 use witness::Witness;
 
@@ -221,6 +223,7 @@ pub struct Controller {
     gone_interfaces: BTreeSet<String>,
     /// Indexes of interfaces that should have the program, and could not be given it.
     unattached: BTreeSet<u32>,
+    taken_off: TakenOff,
     /// Backends on this host whose server does not listen where it must, in sentences.
     unreached_servers: BTreeSet<String>,
 }
@@ -292,6 +295,7 @@ impl Controller {
             bond_members: BTreeMap::new(),
             gone_interfaces: BTreeSet::new(),
             unattached: BTreeSet::new(),
+            taken_off: TakenOff::default(),
             unreached_servers: BTreeSet::new(),
         };
         controller.obey_orders();
@@ -370,10 +374,6 @@ impl Controller {
         if !self.dataplane.adopted() {
             self.dataplane.take_over()?;
         }
-        // Of a daemon that was killed while it changed a mode.
-        if let Err(error) = self.network.lower_guard().await {
-            tracing::warn!("{error}: see `ip rule`");
-        }
         // Before any of them is touched.
         for index in self.ports.bases() {
             self.mode_on(&self.network.interface(index)?)?;
@@ -389,6 +389,10 @@ impl Controller {
         self.look_at_veths().await;
         self.attach_hook().await?;
         self.leave_others()?;
+        // Of a daemon that was killed while it was off an interface.
+        if let Err(error) = self.network.lower_guard().await {
+            tracing::warn!("{error}: see `ip rule`");
+        }
         Ok(())
     }
 
@@ -494,12 +498,7 @@ impl Controller {
         to: Mode,
     ) -> Result<Mode, ControllerError> {
         let Interface { name, index, driver, .. } = interface;
-        let slots = self.dataplane.snat_ports();
-        let slots = self.snat.iter().map(|address| (*address, slots.clone()));
-        let listeners = self.roster.listeners().values().map(|seat| seat.address);
-        let listeners = listeners.map(|address| (address.ip(), address.port()..=address.port()));
-        let silenced: Vec<Silenced> = slots.chain(listeners).collect();
-        if let Err(error) = self.network.raise_guard(&silenced).await {
+        if let Err(error) = self.network.raise_guard(&self.silenced()).await {
             tracing::warn!(
                 "{name} stays attached in {} mode, because connections would be reset in a change ({error}): `sheave \
                  unload` first",
@@ -689,6 +688,7 @@ impl Controller {
                 },
                 () = news(&mut sources) => self.take_in_sources().await,
                 _ = signals.tick() => {
+                    self.heed_detached().await;
                     self.heed_signals();
                     self.look_at_sockets(Instant::now());
                 }
@@ -999,6 +999,10 @@ impl Controller {
                 done.removed.extend(removed.maps.then(|| PINS.to_owned()));
             }
             Err(error) => done.failures.push(error.to_string()),
+        }
+        // Now that nothing of ours is there, this host may answer for itself.
+        if let Err(error) = self.network.lower_guard().await {
+            done.failures.push(error.to_string());
         }
         match offloads::restore(&self.config.dataplane.state_dir) {
             Ok(interfaces) => {

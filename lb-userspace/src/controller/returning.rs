@@ -32,7 +32,8 @@ impl Controller {
     pub(super) async fn attach_to_returned(&mut self) {
         let is_attached =
             |index: u32| self.dataplane.attached().iter().any(|attached| attached.interface == index);
-        let bare: Vec<u32> = self.ports.bases().into_iter().filter(|index| !is_attached(*index)).collect();
+        let is_bare = |index: &u32| !is_attached(*index) && !self.taken_off.holds(*index);
+        let bare: Vec<u32> = self.ports.bases().into_iter().filter(is_bare).collect();
         for index in bare {
             let Ok(interface) = self.network.interface(index) else { continue };
             let before = self.gone_interfaces.contains(&interface.name);

@@ -160,6 +160,7 @@ impl Controller {
             flags.push(format!("{} says it has the VIP {} too", display_mac(&rival.mac), rival.vip));
         }
         flags.extend(self.gone_interfaces.iter().map(|name| liveness::gone(name)));
+        flags.extend(self.taken_off.reasons());
         flags.extend(self.veth_flags.iter().cloned());
         flags.extend(self.interface_flags.iter().chain(&self.unreached_servers).cloned());
         flags.extend(self.room.flags());
@@ -201,6 +202,7 @@ impl Controller {
             }
         }
         reasons.extend(self.gone_interfaces.iter().map(|name| liveness::gone(name)));
+        reasons.extend(self.taken_off.reasons());
         reasons.extend(liveness::detached(self.dataplane.program_id(), &attached));
         reasons.extend(self.hook_reasons());
         reasons.extend(liveness::stalled(self.last_turn, now));

@@ -273,6 +273,7 @@ impl Dataplane {
             pins.unpin_link(interface)?;
         }
         self.links.remove(&interface);
+        self.link_watch.remove(&interface);
         Ok(())
     }
 
@@ -281,6 +282,23 @@ impl Dataplane {
         // What is still open goes with this value.
         let removed = self.pins.as_ref().map(Pins::remove).transpose()?;
         Ok(removed.unwrap_or_default())
+    }
+
+    /// The interfaces (by index) that the program was put on and is not on any more: it was detached, or the interface is gone. The
+    /// kernel is asked; where nothing is pinned, the links are nobody else's to detach.
+    pub fn detached(&mut self) -> Vec<u32> {
+        let Some(pins) = &self.pins else { return Vec::new() };
+        self.link_watch.retain(|interface, _| self.links.contains_key(interface));
+        for interface in self.links.keys() {
+            // One without its pin can be detached by no path, and is not watched.
+            if !self.link_watch.contains_key(interface)
+                && let Ok(link) = RawLink::open(&pins.link_path(*interface))
+            {
+                self.link_watch.insert(*interface, link);
+            }
+        }
+        let is_off = |link: &RawLink| matches!(link.interface(), Ok((_, 0)));
+        self.link_watch.iter().filter(|(_, link)| is_off(link)).map(|(interface, _)| *interface).collect()
     }
 
     /// Where the program is.

@@ -178,6 +178,8 @@ pub struct Dataplane {
     snat_wanted: Vec<IpAddr>,
     /// What keeps the program attached, by interface index, where pins do so too.
     links: BTreeMap<u32, FdLink>,
+    /// The same links, by interface index, to be asked whether they still are on it.
+    link_watch: BTreeMap<u32, link::RawLink>,
     /// None: everything goes with this value.
     pins: Option<Pins>,
     adopted: bool,
@@ -306,6 +308,7 @@ impl Dataplane {
             claims: HashSet::new(),
             snat_wanted: Vec::new(),
             links: BTreeMap::new(),
+            link_watch: BTreeMap::new(),
             pins: None,
             adopted: false,
             conversion: None,

@@ -432,9 +432,14 @@ impl Pins {
             .map_err(|error| failed("open the link", path)(io::Error::other(error)))
     }
 
+    /// Where this layout's link of an interface is pinned.
+    pub(super) fn link_path(&self, interface: u32) -> PathBuf {
+        self.directory.join(format!("{LINK}{interface}"))
+    }
+
     /// Pins a link, so that it stays when we end.
     pub(super) fn pin_link(&self, interface: u32, link: FdLink) -> Result<FdLink, PinsError> {
-        let path = self.directory.join(format!("{LINK}{interface}"));
+        let path = self.link_path(interface);
         if path.exists() {
             return Ok(link);
         }
