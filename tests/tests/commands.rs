@@ -12,7 +12,7 @@ use std::{
 use lb_tests::{
     cluster::{Cluster, Shape},
     daemon::{Daemon, Settings, has_xdp, program},
-    lab::pins_of,
+    lab::{pins_of, run},
     load,
 };
 
@@ -212,6 +212,57 @@ fn doctor_names_the_backend_that_does_not_answer_the_address_that_flows_leave_fr
     assert_eq!(packets["reply_unknown_slot"], 0, "what doctor sends comes from no slot: {packets:?}");
     assert!(has_xdp(&cluster.lb, "eth0").unwrap());
     require_served(&cluster);
+}
+
+/// What doctor says of the path through each VIP's listener: its level and the sentence.
+fn paths(cluster: &Cluster, config: &Path) -> Vec<(String, String)> {
+    let output = sheave(cluster, &["doctor", "--json"], config);
+    let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let text = |finding: &serde_json::Value, key: &str| finding[key].as_str().unwrap().to_owned();
+    let findings = said["findings"].as_array().unwrap().iter();
+    let about = findings.filter(|finding| text(finding, "subject").starts_with("path"));
+    about.map(|finding| (text(finding, "level"), text(finding, "what"))).collect()
+}
+
+#[test]
+fn doctor_proves_the_path_with_a_flow_of_its_own() {
+    for shape in [Shape::OneArm, Shape::TwoArm] {
+        let cluster = Cluster::start(shape, 1).unwrap();
+        let (_, before) = configured(&cluster, "before", &cluster.settings().unwrap());
+        let said = paths(&cluster, &before);
+        assert!(said.len() == 1 && said[0].0 == "note" && said[0].1.contains("no daemon runs"), "{said:?}");
+        let daemon = cluster.balance().unwrap();
+        let config = cluster.daemon_directory().join("sheave.toml");
+        let require = |level: &str, words: &str| {
+            let said = paths(&cluster, &config);
+            assert!(
+                said.len() == 2 && said.iter().all(|it| it.0 == level && it.1.contains(words)),
+                "{said:?}"
+            );
+        };
+        require("ok", "went through listener and flow table to api-1");
+        assert_eq!(daemon.status().unwrap().packets["replied"], 2);
+        let left = run(daemon.command("flows").unwrap().arg("--json")).unwrap();
+        assert!(left.lines().all(|flow| !flow.contains("half-open")), "{left}");
+        require_served(&cluster);
+
+        // Its checks come from the host's own sockets, which the backend goes on to answer.
+        let ill = &cluster.apiservers[0].host;
+        let (vip4, vip6) = (cluster.vip4, cluster.vip6);
+        ill.nft(&format!(
+            "add table inet guard; add chain inet guard in {{ type filter hook input priority 0; }}; \
+             add rule inet guard in ip saddr {vip4} drop; add rule inet guard in ip6 saddr {vip6} drop; \
+             add rule inet guard in tcp sport 1024-32767 drop"
+        ))
+        .unwrap();
+        require("warning", "was given to api-1");
+        ill.nft("delete table inet guard").unwrap();
+        for vip in cluster.vips() {
+            let length = if vip.is_ipv4() { 32 } else { 128 };
+            cluster.lb.ip(&format!("address del {vip}/{length} dev eth0")).unwrap();
+        }
+        require("note", "the VIP is not on this host");
+    }
 }
 
 #[test]

@@ -205,6 +205,8 @@ pub struct Flow {
     pub source: SocketAddr,
     /// half-open, established, closing, closed or killed.
     pub state: String,
+    /// Whether the backend has answered the SYN.
+    pub answered: bool,
     /// Since either side's last segment, to about a second.
     pub idle_seconds: u64,
 }

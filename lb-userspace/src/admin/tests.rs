@@ -90,6 +90,7 @@ fn flows(filter: &FlowFilter, from: u64) -> Result<FlowPage, Refusal> {
         backend_address: None,
         source: ([10, 0, 0, 100], 1234).into(),
         state: "established".to_owned(),
+        answered: true,
         idle_seconds: number,
     };
     let next = (from + 1 < filter.min_age).then_some(from + 1);

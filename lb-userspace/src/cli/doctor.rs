@@ -18,7 +18,7 @@ use crate::{
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Changes nothing. Without a configuration file it looks at the host alone.
+Without a configuration file it looks at the host alone. Changes nothing, but backends see a SYN or two, and a daemon's flow table a flow that is ended at once.
 
 Exit codes: 0 nothing stands in the way (there may be warnings), 1 something does, 2 wrong usage or configuration.")]
 pub(super) struct Arguments {

@@ -119,6 +119,7 @@ mod tests {
             backend_address: Some(([10, 0, 0, 1], 6443).into()),
             source: ([10, 0, 0, 100], 1234).into(),
             state: "established".to_owned(),
+            answered: true,
             idle_seconds: 7,
         };
         let written = |json| {

@@ -76,6 +76,7 @@ impl Controller {
             backend_address: self.backend_address(flow.backend),
             source: flow.source,
             state: flow.state.as_str().to_owned(),
+            answered: flow.answered,
             idle_seconds: flow.idle.as_secs(),
         }
     }

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use lb_common::{
     flow::{Family, Slot, V4, V6, is_owner},
     layout::{Config, SETS_PER_ADDRESS, WAYS},
-    meta::{BACKEND_FIN, CLIENT_FIN, Kind, Meta, RESET},
+    meta::{BACKEND_FIN, CLIENT_FIN, Kind, Meta, RESET, SYN_ACK},
 };
 
 use super::{Dataplane, DataplaneError, Tables, address_of, flows::sets_in_use};
@@ -71,6 +71,8 @@ pub struct ListedFlow {
     pub source: SocketAddr,
     /// What it is.
     pub state: FlowState,
+    /// Whether its backend has answered the SYN.
+    pub answered: bool,
     /// Since the client or the backend last sent a segment; to about a second.
     pub idle: Duration,
 }
@@ -183,6 +185,7 @@ fn list_set<F: Family>(
             backend: after.backend(),
             source: SocketAddr::new(address_of(F::NUMBER, F::snat(config, slot.address())), slot.port()),
             state,
+            answered: !meta.is(Kind::HalfOpen) || meta.has(SYN_ACK),
             idle: unit * u32::from(age),
         });
     }

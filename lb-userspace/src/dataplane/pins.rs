@@ -535,6 +535,11 @@ pub(super) fn layout_directory(root: &Path) -> PathBuf {
     root.join(format!("{LAYOUT}{:016x}", layout_hash()))
 }
 
+/// Where this build's program is pinned below `root`.
+pub(super) fn program_path(root: &Path) -> PathBuf {
+    layout_directory(root).join(PROGRAM)
+}
+
 /// Where the pins of the layout before this one are below `root`.
 pub(super) fn previous_directory(root: &Path) -> PathBuf {
     root.join(previous_layout::DIRECTORY)

@@ -1,5 +1,6 @@
 //! `sheave doctor`: what on this host, or about its surroundings, would keep sheave from working, and the command that
-//! puts it right. Looks, never changes anything.
+//! puts it right. Looks, and changes nothing but this: backends see a SYN or two, and a daemon's flow table a flow that is ended
+//! at once.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -20,6 +21,7 @@ mod kernel;
 mod mtu;
 mod names;
 mod neighbours;
+mod path;
 mod sockets;
 mod syn;
 mod vips;
@@ -108,6 +110,7 @@ pub async fn examine(config: Option<&Config>) -> Vec<Finding> {
         findings.extend(vips::examine(&network, config).await);
         findings.extend(neighbours::examine(&network, config).await);
         findings.extend(way_back::examine(&network, config).await);
+        findings.extend(path::examine(&network, config).await);
         findings.extend(hook::examine(config));
         findings.extend(sockets::examine(&network, config).await);
         findings.extend(firewall::examine(config).await);

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// TCP control bits (RFC 9293 §3.1).
+const SYN: u8 = 1 << 1;
 const RST: u8 = 1 << 2;
 const ACK: u8 = 1 << 4;
 const TCP: u8 = 6;
@@ -16,6 +17,11 @@ const ASKING_WINDOW: u16 = 1024;
 /// A RST in the name of `from` with just this sequence number.
 pub(super) fn reset(from: SocketAddr, to: SocketAddr, sequence: u32) -> Vec<u8> {
     packet(from, to, &Segment { sequence, acknowledgement: 0, flags: RST, window: 0 })
+}
+
+/// A SYN in the name of `from`, without options.
+pub(crate) fn syn(from: SocketAddr, to: SocketAddr, sequence: u32) -> Vec<u8> {
+    packet(from, to, &Segment { sequence, acknowledgement: 0, flags: SYN, window: u16::MAX })
 }
 
 /// A bare ACK in the name of `from`.

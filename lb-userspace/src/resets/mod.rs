@@ -11,6 +11,7 @@ mod pace;
 mod repeats;
 mod wire;
 
+pub(crate) use frame::syn;
 pub use pace::Pace;
 pub use repeats::Repeats;
 pub use wire::Wire;
