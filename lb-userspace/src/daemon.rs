@@ -155,6 +155,7 @@ async fn serve(
     let end = controller.run(Inbox { checks, network, requests, stop, reload }).await;
     let result = match end {
         End::Stop => {
+            controller.lower_guard().await;
             leave(&controller);
             Ok(())
         }
@@ -293,6 +294,7 @@ async fn first_results(events: &mut mpsc::Receiver<Event>, count: usize) -> Vec<
 
 /// Undoes what a start that failed has changed on this host, unless packets were forwarded before it.
 async fn tidy(config: &Config, pins: &Pins) {
+    lower_guard().await;
     let abandoned = pins.abandon();
     if pins.inherited() {
         tracing::warn!("what forwarded packets before goes on doing so");
@@ -311,6 +313,15 @@ async fn tidy(config: &Config, pins: &Pins) {
     }
     if let Err(error) = offloads::restore(state_dir) {
         tracing::error!("{error}");
+    }
+}
+
+/// Removes the guard of a daemon that was killed, which nobody else would.
+async fn lower_guard() {
+    if let Ok((network, _)) = Network::open().await
+        && let Err(error) = network.lower_guard().await
+    {
+        tracing::error!("{error}: see `ip rule`");
     }
 }
 

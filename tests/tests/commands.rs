@@ -241,7 +241,7 @@ fn doctor_proves_the_path_with_a_flow_of_its_own() {
             );
         };
         require("ok", "went through listener and flow table to api-1");
-        assert_eq!(daemon.status().unwrap().packets["replied"], 2);
+        assert!(daemon.status().unwrap().packets["replied"] >= 2);
         let left = run(daemon.command("flows").unwrap().arg("--json")).unwrap();
         assert!(left.lines().all(|flow| !flow.contains("half-open")), "{left}");
         require_served(&cluster);

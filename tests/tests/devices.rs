@@ -212,7 +212,7 @@ fn link_pin(cluster: &Cluster, daemon: &Daemon) -> PathBuf {
 }
 
 #[test]
-fn a_program_that_another_one_takes_off_is_put_back_and_no_flow_is_reset() {
+fn a_program_that_another_one_takes_off_is_put_back_and_flows_wait_for_it() {
     const TAKEN_OFF: &str = "another program has taken sheave off eth0";
     let arena = Arena::start(2, |_| {}).unwrap();
     let (cluster, daemon) = (&arena.cluster, &arena.daemon);

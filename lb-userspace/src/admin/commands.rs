@@ -206,6 +206,7 @@ pub struct Flow {
     /// half-open, established, closing, closed or killed.
     pub state: String,
     /// Whether the backend has answered the SYN.
+    #[serde(default)]
     pub answered: bool,
     /// Since either side's last segment, to about a second.
     pub idle_seconds: u64,

@@ -3,7 +3,8 @@
 
 use std::collections::BTreeSet;
 
-use super::{Controller, plan};
+use super::{Controller, Ports, plan};
+use crate::network::{Kind, Network};
 
 /// The ports by which a packet of a backend may come in; None: by any. `homes`: of each SNAT address the port that has it or its
 /// subnet. `hops`: the ports that backends are reached by.
@@ -27,7 +28,11 @@ impl Controller {
         };
         if self.dataplane.set_clients_only(clients_only.iter().copied()) && !clients_only.is_empty() {
             let interfaces = self.ports.interfaces();
-            let name = |port: &usize| self.network.interface(*interfaces.get(*port)?).ok().map(|it| it.name);
+            // A port that only others before us had has no name of its own.
+            let current = |port: &usize| {
+                interfaces.get(*port).copied().filter(|index| self.ports.number(*index) == Some(*port))
+            };
+            let name = |port: &usize| self.network.interface(current(port)?).ok().map(|it| it.name);
             let names: Vec<String> = clients_only.iter().filter_map(name).collect();
             tracing::info!(
                 "no backend answers by {}: what comes in there in a backend's name is dropped",
@@ -44,26 +49,35 @@ impl Controller {
         let is_used = |ipv6: bool| backends.iter().any(|(of_ipv6, _)| *of_ipv6 == ipv6);
         let mut snat = self.dataplane.snat_places();
         snat.retain(|address| is_used(address.is_ipv6()));
-        let homes =
-            plan::homes(&snat, &self.network.local_addresses(), |index| self.network.port_of(index).is_ok());
+        let is_home = |index| {
+            // What is for an address on a dummy is routed here by any interface.
+            let is_dummy =
+                self.network.interface(index).is_ok_and(|it| it.kind == Kind::Other("dummy".to_owned()));
+            self.network.port_of(index).is_ok() && !is_dummy
+        };
+        let homes = plan::homes(&snat, &self.network.local_addresses(), is_home);
         let homes = homes.into_values().map(|home| self.ports.number(home?));
         answering(homes, backends.iter().filter_map(|(_, port)| *port))
     }
 
     fn number_of(&self, name: &str) -> Option<usize> {
-        self.ports.number(self.network.interface_named(name).ok()?.index)
+        number_among(&self.ports, &self.network, name)
     }
 
-    /// The port, if backends may answer by it. Err: why packets to a backend must not leave by it.
-    pub(super) fn answers_by(&self, port: usize) -> Result<usize, String> {
+    /// The number of one of these ports, if backends may answer by it. Err: why packets to a backend must not leave by it.
+    pub(super) fn answers_by(&self, ports: &Ports, port: usize) -> Result<usize, String> {
         let Some(names) = &self.config.dataplane.backend_interfaces else { return Ok(port) };
-        if names.iter().any(|name| self.number_of(name) == Some(port)) {
+        if names.iter().any(|name| number_among(ports, &self.network, name) == Some(port)) {
             return Ok(port);
         }
-        let index = self.ports.interfaces().get(port).copied().unwrap_or_default();
+        let index = ports.interfaces().get(port).copied().unwrap_or_default();
         let name = self.network.interface(index).map_or_else(|_| "?".to_owned(), |found| found.name);
         Err(format!("it is reached by {name}, which dataplane.backend_interfaces does not name"))
     }
+}
+
+fn number_among(ports: &Ports, network: &Network, name: &str) -> Option<usize> {
+    ports.number(network.interface_named(name).ok()?.index)
 }
 
 #[cfg(test)]

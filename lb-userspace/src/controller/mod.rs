@@ -891,7 +891,10 @@ impl Controller {
         for (index, answer) in remote.into_iter().zip(answers) {
             let found = match answer {
                 Err(error) => Found::Lost(error.to_string()),
-                Ok(next) => match self.number_or_append(&next.port).and_then(|port| self.answers_by(port)) {
+                Ok(next) => match self
+                    .number_or_append(&next.port)
+                    .and_then(|port| self.answers_by(&self.ports, port))
+                {
                     Err(reason) => Found::Lost(reason),
                     Ok(port) => match next.mac {
                         Some(mac) => Found::Hop(Hop { neighbour: next.neighbour, port, mac }),

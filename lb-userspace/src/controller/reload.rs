@@ -325,6 +325,16 @@ impl Controller {
     async fn check_interfaces(&self, survey: &Survey, snat: &[IpAddr]) -> Result<Ports, Refusal> {
         let mut ports = self.ports.clone();
         let ways = Ways::of(&self.network, snat, &survey.reach, &survey.addresses).await;
+        for (backend, interface) in &ways.out {
+            // A port that cannot be had is refused below.
+            if let Ok(port) = self.network.port_of(*interface)
+                && let Ok(number) =
+                    ports.number_or_append(&self.network, &port, self.mode_to_keep(port.index))
+                && let Err(reason) = self.answers_by(&ports, number)
+            {
+                return Err(conflict(format!("{backend}: {reason}")));
+            }
+        }
         let backends = ways.out.into_iter();
         let vips = survey.homes.iter().filter_map(|(vip, home)| Some((*vip, (*home)?)));
         let named = matches!(self.config.dataplane.interfaces, Interfaces::Named(_));
@@ -464,11 +474,13 @@ impl Controller {
         let Some(pending) = self.pending.take() else { return };
         let Pending { config, sources, roster, steps, snat, checks_use_slots, by, answer, reloaded, .. } =
             pending;
-        // Before a new listener may need them.
+        // Before a new listener may need them. Until it is known where the new ones are at home, backends answer by any port.
+        self.dataplane.set_clients_only([]);
         let moved = self.dataplane.set_snat_addresses(&snat).map_err(|error| error.to_string());
         if moved.is_ok() {
             (self.snat, self.checks_use_slots) = (snat, checks_use_slots);
         }
+        self.write_clients_only();
         let (before, before_config) = (self.services.clone(), self.config.clone());
         let old_listeners = self.roster.listeners().clone();
         let allow: BTreeMap<_, _> =

@@ -1,6 +1,6 @@
 //! Interfaces that another program has taken ours off, with `bpftool link detach` for one. It is put back where nothing has its
 //! place: `sheave unload` is the way to take it away. Meanwhile this host's own kernel, which has no sockets for the flows, may
-//! not reset them.
+//! not reset them. It resets those whose packets arrive before this is noticed, which takes 25 ms.
 
 use std::{
     collections::BTreeMap,
@@ -12,6 +12,8 @@ use crate::{admin::JournalKind, network::Silenced};
 
 /// Between two tries on one interface: some cards lose their link for a second or more when a program comes.
 const TRY_EVERY: Duration = Duration::from_secs(5);
+/// The guard ends then, for the ports of listeners and slots are perhaps another program's now; most flows have died by themselves.
+const GUARD_AT_MOST: Duration = Duration::from_secs(60);
 
 /// The interfaces, by index.
 #[derive(Debug, Default)]
@@ -20,6 +22,10 @@ pub(super) struct TakenOff {
     off: BTreeMap<u32, String>,
     /// When it was put on each last, or could not be.
     tried: BTreeMap<u32, Instant>,
+    /// Since when the guard is up.
+    guarded: Option<Instant>,
+    /// Why the program could not be put back, as was said last.
+    said: String,
 }
 
 impl TakenOff {
@@ -64,7 +70,15 @@ impl Controller {
         let is_attached = |index: &u32| dataplane.attached().iter().any(|it| it.interface == *index);
         // One that is gone is attached to when it comes back.
         self.taken_off.off.retain(|index, _| network.interface(*index).is_ok() && !is_attached(index));
-        if self.taken_off.off.is_empty()
+        let is_long = |since: Instant| since.elapsed() >= GUARD_AT_MOST;
+        if self.taken_off.off.is_empty() || self.taken_off.guarded.is_some_and(is_long) {
+            self.lower_guard().await;
+        }
+    }
+
+    /// Lets this host answer for itself, if the guard is up.
+    pub async fn lower_guard(&mut self) {
+        if self.taken_off.guarded.take().is_some()
             && let Err(error) = self.network.lower_guard().await
         {
             tracing::warn!("{error}: see `ip rule`");
@@ -75,10 +89,14 @@ impl Controller {
         // The kernel tells of one that is gone in a moment.
         let Ok(Some(there)) = self.network.xdp_programs(index).await else { return };
         let Ok(interface) = self.network.interface(index) else { return };
-        if self.taken_off.off.is_empty()
-            && let Err(error) = self.network.raise_guard(&self.silenced()).await
-        {
-            tracing::warn!("this host may reset flows while the program is off {}: {error}", interface.name);
+        if self.taken_off.off.is_empty() {
+            match self.network.raise_guard(&self.silenced()).await {
+                Ok(()) => self.taken_off.guarded = Some(Instant::now()),
+                Err(error) => tracing::warn!(
+                    "this host may reset flows while the program is off {}: {error}",
+                    interface.name
+                ),
+            }
         }
         let instead =
             there.first().map(|it| format!(", where XDP program {} is now", it.program)).unwrap_or_default();
@@ -99,15 +117,25 @@ impl Controller {
                 let line = format!("sheave is attached to {name} again");
                 tracing::info!("{line}");
                 self.journal.note(JournalKind::Daemon, None, line);
+                self.taken_off.said.clear();
             }
-            Err(error) => tracing::error!("cannot put sheave back on {name}: {error}"),
+            Err(error) => {
+                let line = format!("cannot put sheave back on {name}: {error}");
+                // Said once, tried again and again.
+                if line != self.taken_off.said {
+                    tracing::error!("{line}");
+                    self.taken_off.said = line;
+                }
+            }
         }
     }
 
-    /// All that flows have on this host: listeners, and slots.
+    /// All that flows have on this host: listeners, and slots, older ones too. Slots that the daemon's own checks leave from are
+    /// left out: backends that cannot be checked would be dead, and their flows reset for that.
     pub(super) fn silenced(&self) -> Vec<Silenced> {
         let slots = self.dataplane.snat_ports();
-        let slots = self.snat.iter().map(|address| (*address, slots.clone()));
+        let addresses = if self.checks_use_slots { Vec::new() } else { self.dataplane.snat_places() };
+        let slots = addresses.into_iter().map(|address| (address, slots.clone()));
         let listeners = self.roster.listeners().values().map(|seat| seat.address);
         let listeners = listeners.map(|address| (address.ip(), address.port()..=address.port()));
         slots.chain(listeners).collect()
@@ -121,8 +149,7 @@ mod tests {
     #[test]
     fn it_is_put_back_at_once_and_then_every_five_seconds() {
         let now = Instant::now();
-        let mut taken_off =
-            TakenOff { off: BTreeMap::from([(2, "eth0".to_owned())]), tried: BTreeMap::new() };
+        let mut taken_off = TakenOff { off: BTreeMap::from([(2, "eth0".to_owned())]), ..TakenOff::default() };
         assert_eq!(taken_off.due(now), [2]);
         taken_off.tried.insert(2, now);
         assert_eq!(taken_off.due(now + Duration::from_secs(4)), [0; 0]);

@@ -243,6 +243,7 @@ impl Dataplane {
             pins.unpin_link(*interface)?;
             // Nobody else has it open.
             self.links.remove(interface);
+            self.link_watch.remove(interface);
         }
         pins.drop_replaced()?;
         Ok(left)

@@ -9,13 +9,12 @@ use std::{
 };
 
 use futures_util::future::join_all;
-use ipnet::IpNet;
 
 use super::{Finding, note, ok, warning};
 use crate::{
     admin::{Client, Flow, FlowFilter, KillOrder},
     config::{Config, Service},
-    dataplane::inject,
+    dataplane::{Mode, inject},
     network::{Network, Port},
     resets,
 };
@@ -34,12 +33,22 @@ pub(super) async fn examine(network: &Network, config: &Config) -> Vec<Finding> 
         return Vec::new();
     }
     let daemon = Client::new(&config.admin.socket, LIMIT);
-    if let Err(error) = daemon.alive().await {
-        let why = if error.is_no_daemon() { "no daemon runs".to_owned() } else { error.to_string() };
-        return vec![note(
-            "path",
-            format!("whether connections pass the data path is tried when it serves: {why}"),
-        )];
+    let untried =
+        |why: String| vec![note("path", format!("not tried whether connections pass the data path: {why}"))];
+    match daemon.alive().await {
+        Ok(alive) if alive.alive => {}
+        Ok(alive) => return untried(alive.reasons.join("; ")),
+        Err(error) if error.is_no_daemon() => return untried("no daemon runs".to_owned()),
+        Err(error) => return untried(error.to_string()),
+    }
+    // The program's frames leave by the driver's own function for frames that are handed to it, which may be missing there.
+    match daemon.status().await {
+        Ok(status) => {
+            if let Some(generic) = status.interfaces.iter().find(|it| it.xdp_mode == Mode::Generic.name()) {
+                return untried(format!("{} is in generic mode, where no frame can be put in", generic.name));
+            }
+        }
+        Err(error) => return untried(error.to_string()),
     }
     let tried = config.services.iter().flat_map(|service| {
         let first = |ipv6: bool| {
@@ -49,125 +58,131 @@ pub(super) async fn examine(network: &Network, config: &Config) -> Vec<Finding> 
         };
         [first(false), first(true)].into_iter().flatten().map(move |listener| (service, *listener))
     });
-    let findings = tried.map(|(service, listener)| try_listener(network, config, &daemon, service, listener));
-    join_all(findings).await
+    join_all(tried.map(|(service, listener)| {
+        let look = Look { network, config, daemon: &daemon, service, listener };
+        async move { look.examine().await }
+    }))
+    .await
 }
 
-async fn try_listener(
-    network: &Network,
-    config: &Config,
-    daemon: &Client,
-    service: &Service,
+/// One listener.
+struct Look<'a> {
+    network: &'a Network,
+    config: &'a Config,
+    daemon: &'a Client,
+    service: &'a Service,
     listener: SocketAddr,
-) -> Finding {
-    let subject = format!("path through {listener}");
-    let Some(interface) = network.interface_carrying(listener.ip()) else {
-        return note(
-            subject,
-            "not tried, as the VIP is not on this host: that backends answer its SNAT addresses is proven, and that the listener \
-             takes a client's SYN is not",
-        );
-    };
-    let Ok(port) = network.port_of(interface) else {
-        return note(subject, "not tried, as the VIP is on no interface that clients are behind");
-    };
-    let client = client(network, service, listener.ip(), interface);
-    let frame = frame(&port, &resets::syn(client, listener, random()));
-    let started = Instant::now();
-    let (mut sent, mut flow) = (None::<Instant>, None);
-    while started.elapsed() < PATIENCE {
-        if sent.is_none_or(|sent| sent.elapsed() >= AGAIN) {
-            if let Err(error) = inject(&config.dataplane.pin_dir, port.index, &frame) {
-                return note(subject, format!("cannot be tried: {error}"));
+}
+
+impl Look<'_> {
+    async fn examine(&self) -> Finding {
+        let subject = format!("path through {}", self.listener);
+        let Some(interface) = self.network.interface_carrying(self.listener.ip()) else {
+            return note(
+                subject,
+                "not tried, as the VIP is not on this host: that backends answer its SNAT addresses is proven, and that \
+                 the listener takes a client's SYN is not",
+            );
+        };
+        let Ok(port) = self.network.port_of(interface) else {
+            return note(subject, "not tried, as the VIP is on no interface that clients are behind");
+        };
+        let Some(client) = self.client(interface) else {
+            return note(subject, "not tried, as the service's `allow` has no address of this host");
+        };
+        match self.open(&port, client).await {
+            Ok(Some(flow)) => report(subject, &flow, self.network),
+            Ok(None) => warning(
+                subject,
+                format!(
+                    "a SYN in the name of {client} made no flow: the service has no usable backend, or its source may \
+                     have no more flows"
+                ),
+            )
+            .fix("sheave status\nsheave status --json | jq .packets"),
+            Err(why) => note(subject, format!("cannot be tried: {why}")),
+        }
+    }
+
+    /// Puts SYNs in until the flow is answered, and ends it. Returns it as it was last seen; None: there was none.
+    async fn open(&self, port: &Port, client: SocketAddr) -> Result<Option<Flow>, String> {
+        if self.flow_of(client).await?.is_some() {
+            return Err(format!("{client} has a flow already"));
+        }
+        let frame = frame(port, &resets::syn(client, self.listener, random()));
+        let started = Instant::now();
+        let (mut sent, mut flow) = (None::<Instant>, None);
+        while started.elapsed() < PATIENCE && !flow.as_ref().is_some_and(|flow: &Flow| flow.answered) {
+            if sent.is_none_or(|sent| sent.elapsed() >= AGAIN) {
+                inject(&self.config.dataplane.pin_dir, port.index, &frame)
+                    .map_err(|error| error.to_string())?;
+                sent = Some(Instant::now());
             }
-            sent = Some(Instant::now());
+            tokio::time::sleep(LOOK).await;
+            flow = self.flow_of(client).await?.or(flow);
         }
-        match find(daemon, client).await {
-            Ok(found) => flow = found.or(flow),
-            Err(error) => return note(subject, format!("cannot be tried: {error}")),
+        if flow.is_some() {
+            // One that was not answered is left: it makes way for others, and ages.
+            let order = KillOrder { client: Some(client.to_string()), ..KillOrder::default() };
+            let _ = self.daemon.kill(&order).await;
         }
-        if flow.as_ref().is_some_and(|flow: &Flow| flow.answered) {
-            break;
-        }
-        tokio::time::sleep(LOOK).await;
+        Ok(flow)
     }
-    if flow.is_some() {
-        // What is left of it otherwise is a half-open flow, which ages.
-        let order = KillOrder { client: Some(client.to_string()), ..KillOrder::default() };
-        let _ = daemon.kill(&order).await;
-    }
-    report(subject, client, flow.as_ref(), network)
-}
 
-fn report(subject: String, client: SocketAddr, flow: Option<&Flow>, network: &Network) -> Finding {
-    let Some(flow) = flow else {
-        return warning(subject, format!("a SYN in the name of {client} made no flow: the service has no usable backend, or its source may have no more flows"))
-            .fix("sheave status\nsheave status --json | jq .packets");
-    };
-    let backend = flow.backend.as_deref().unwrap_or("a backend");
-    let at = flow.backend_address.map_or_else(String::new, |address| format!(" ({address})"));
-    if flow.answered {
-        return ok(
-            subject,
-            format!(
-                "a SYN went through listener and flow table to {backend}{at}, and its answer came back to {}",
-                flow.source
-            ),
-        );
-    }
-    if flow.backend_address.is_some_and(|address| network.interface_carrying(address.ip()).is_some()) {
-        return note(
-            subject,
-            format!("a SYN went to {backend}, which is this host: its answer does not pass the data path"),
-        );
-    }
-    warning(
-        subject,
-        format!(
-            "a SYN was given to {backend}{at} from {}, and no answer came back: clients that are sent there hang. Or the card's driver \
-             cannot send frames that are handed to it, as in generic mode: then only a client can tell",
-            flow.source
-        ),
-    )
-    .fix("see the SNAT address above, and connect from a client")
-}
-
-async fn find(daemon: &Client, client: SocketAddr) -> Result<Option<Flow>, crate::admin::FlowsError> {
-    let filter = FlowFilter { client: Some(client.ip()), ..FlowFilter::default() };
-    let mut found = None;
-    daemon
-        .flows(&filter, |flow| {
-            if flow.client == client {
+    async fn flow_of(&self, client: SocketAddr) -> Result<Option<Flow>, String> {
+        let filter = FlowFilter { client: Some(client.ip()), ..FlowFilter::default() };
+        let mut found = None;
+        let take = |flow: Flow| {
+            if flow.client == client && flow.listener == Some(self.listener) {
                 found = Some(flow);
             }
             Ok(found.is_none())
-        })
-        .await?;
-    Ok(found)
-}
-
-/// In whose name the SYN is: this host's own address beside the VIP, so that what leaves in its flow is nobody else's; or, where the
-/// service does not allow that, an address that it allows.
-fn client(network: &Network, service: &Service, vip: IpAddr, interface: u32) -> SocketAddr {
-    let local = network.local_addresses();
-    let same_family = local.iter().filter(|it| it.address.is_ipv4() == vip.is_ipv4());
-    let own =
-        same_family.filter(|it| it.interface == interface && it.address != vip).map(|it| it.address).next();
-    SocketAddr::new(allowed(own.unwrap_or(vip), &service.allow), port_of_client(random()))
-}
-
-/// This address, or another that is in one of the prefixes; without prefixes all are allowed.
-fn allowed(own: IpAddr, allow: &[IpNet]) -> IpAddr {
-    let of_family = || allow.iter().filter(|prefix| prefix.addr().is_ipv4() == own.is_ipv4());
-    if of_family().any(|prefix| prefix.contains(&own)) {
-        return own;
+        };
+        self.daemon.flows(&filter, take).await.map_err(|error| error.to_string())?;
+        Ok(found)
     }
-    of_family().find_map(|prefix| prefix.hosts().next()).unwrap_or(own)
+
+    /// In whose name the SYN is: an address of this host beside the VIP, so that what leaves in its flow is nobody else's, which the
+    /// service allows, and a port that no process of this host has unless it asked for it.
+    fn client(&self, interface: u32) -> Option<SocketAddr> {
+        let (vip, local) = (self.listener.ip(), self.network.local_addresses());
+        let own =
+            local.iter().filter(|it| it.interface == interface && it.address.is_ipv4() == vip.is_ipv4());
+        let (vips, others): (Vec<IpAddr>, Vec<IpAddr>) = own.map(|it| it.address).partition(|it| *it == vip);
+        let allowed = |address: &IpAddr| {
+            self.service.allow.is_empty() || self.service.allow.iter().any(|it| it.contains(address))
+        };
+        let address = others.into_iter().chain(vips).find(allowed)?;
+        Some(SocketAddr::new(address, client_port(random())))
+    }
 }
 
-/// An ephemeral port (RFC 6335 §6).
-fn port_of_client(random: u32) -> u16 {
-    49_152 + (random % 16_384) as u16
+fn report(subject: String, flow: &Flow, network: &Network) -> Finding {
+    let backend = flow.backend.as_deref().unwrap_or("a backend");
+    let at = flow.backend_address.map_or_else(String::new, |address| format!(" ({address})"));
+    if flow.answered {
+        let what = format!(
+            "a SYN went through listener and flow table to {backend}{at}, and its answer came back to {}",
+            flow.source
+        );
+        return ok(subject, what);
+    }
+    if flow.backend_address.is_some_and(|address| network.interface_carrying(address.ip()).is_some()) {
+        let what =
+            format!("a SYN went to {backend}, which is this host: its answer does not pass the data path");
+        return note(subject, what);
+    }
+    let what = format!(
+        "a SYN was given to {backend}{at} from {}, and no SYN-ACK came back: clients that are sent there hang, or are \
+         refused. Or the driver does not send frames that are handed to it: then only a client can tell",
+        flow.source
+    );
+    warning(subject, what).fix("see the SNAT address above, and connect from a client")
+}
+
+/// Below the ports that a process is given unasked, and above those of most servers of this host.
+fn client_port(random: u32) -> u16 {
+    512 + (random % 512) as u16
 }
 
 /// Other in every run: hashers are seeded by the kernel's random numbers.
@@ -194,21 +209,6 @@ fn frame(port: &Port, packet: &[u8]) -> Vec<u8> {
 mod tests {
     use super::*;
     use crate::network::{Tag, TagProtocol};
-
-    #[test]
-    fn the_client_is_one_that_the_service_allows() {
-        let own: IpAddr = "10.0.0.2".parse().unwrap();
-        let prefixes =
-            |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<IpNet>>();
-        assert_eq!(allowed(own, &[]), own);
-        assert_eq!(allowed(own, &prefixes(&["10.0.0.0/8"])), own);
-        assert_eq!(
-            allowed(own, &prefixes(&["fd00::/8", "192.0.2.0/24"])),
-            "192.0.2.1".parse::<IpAddr>().unwrap()
-        );
-        assert_eq!(allowed(own, &prefixes(&["fd00::/8"])), own, "nobody of this family is allowed");
-        assert!((49_152..=65_535).contains(&port_of_client(u32::MAX)));
-    }
 
     #[test]
     fn a_frame_has_the_tags_of_its_interface() {

@@ -80,11 +80,11 @@ fn rule((address, ports): &Silenced) -> RuleMessage {
         RuleAttribute::Source(*address),
         RuleAttribute::IpProtocol(IpProtocol::Tcp),
     ];
-    // The kernel takes no range that ends with the last port (`fib_rule_port_range_valid`): then it is the whole address.
-    if *ports.end() < u16::MAX {
-        let range = RulePortRange { start: *ports.start(), end: *ports.end() };
-        message.attributes.push(RuleAttribute::SourcePortRange(range));
-    }
+    // The kernel takes no range that ends with the last port (`fib_rule_port_range_valid`), and no port is no range but the
+    // whole address: this one port goes on to be answered from.
+    let end = (*ports.end()).min(u16::MAX - 1);
+    let range = RulePortRange { start: (*ports.start()).min(end), end };
+    message.attributes.push(RuleAttribute::SourcePortRange(range));
     message
 }
 
@@ -130,7 +130,8 @@ mod tests {
                 assert!(!refused(address, 29_999, 300));
                 assert!(refused(address, 30_000, 10_000), "other ports answer");
                 network.raise_guard(&[(address.parse().unwrap(), 40_000..=u16::MAX)]).await.unwrap();
-                assert!(!refused(address, u16::MAX, 300));
+                assert!(!refused(address, u16::MAX - 1, 300));
+                assert!(refused(address, 22, 10_000), "nor is it the whole address");
             }
             // As after a kill: another one finds them.
             let (next, _changes) = Network::open().await.unwrap();
