@@ -155,7 +155,6 @@ async fn serve(
     let end = controller.run(Inbox { checks, network, requests, stop, reload }).await;
     let result = match end {
         End::Stop => {
-            controller.lower_guard().await;
             leave(&controller);
             Ok(())
         }

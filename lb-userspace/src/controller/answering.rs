@@ -1,22 +1,31 @@
 //! By which ports backends answer. What comes in by another in a backend's name is not believed: clients cannot send answers to
 //! their own SYNs where they and the backends are behind different interfaces or VLANs.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, net::IpAddr};
 
-use super::{Controller, Ports, plan};
+use ipnet::IpNet;
+
+use super::{Controller, Ports};
 use crate::network::{Kind, Network};
 
-/// The ports by which a packet of a backend may come in; None: by any. `homes`: of each SNAT address the port that has it or its
+/// The ports by which a packet of a backend may come in; None: by any. `homes`: of each SNAT address the ports that have it or its
 /// subnet. `hops`: the ports that backends are reached by.
 ///
 /// A packet is for an address of the interface that it comes in by, as in the strong model of hosts (RFC 1122 §3.3.4.2), or it
-/// comes back by the way out. An address that is on no port, as one on the loopback interface, is routed here by any.
+/// comes back by the way out. Of several interfaces in one subnet each answers for the addresses of all (`arp_ignore`). An address
+/// that is on no port, as one on the loopback interface, is routed here by any.
 fn answering(
-    homes: impl IntoIterator<Item = Option<usize>>,
+    homes: impl IntoIterator<Item = BTreeSet<usize>>,
     hops: impl IntoIterator<Item = usize>,
 ) -> Option<BTreeSet<usize>> {
-    let homes: Option<BTreeSet<usize>> = homes.into_iter().collect();
-    homes.map(|homes| hops.into_iter().chain(homes).collect())
+    let mut ports: BTreeSet<usize> = hops.into_iter().collect();
+    for of_address in homes {
+        if of_address.is_empty() {
+            return None;
+        }
+        ports.extend(of_address);
+    }
+    Some(ports)
 }
 
 impl Controller {
@@ -49,15 +58,22 @@ impl Controller {
         let is_used = |ipv6: bool| backends.iter().any(|(of_ipv6, _)| *of_ipv6 == ipv6);
         let mut snat = self.dataplane.snat_places();
         snat.retain(|address| is_used(address.is_ipv6()));
-        let is_home = |index| {
-            // What is for an address on a dummy is routed here by any interface.
-            let is_dummy =
-                self.network.interface(index).is_ok_and(|it| it.kind == Kind::Other("dummy".to_owned()));
-            self.network.port_of(index).is_ok() && !is_dummy
-        };
-        let homes = plan::homes(&snat, &self.network.local_addresses(), is_home);
-        let homes = homes.into_values().map(|home| self.ports.number(home?));
+        let homes = snat.into_iter().map(|address| self.homes(address));
         answering(homes, backends.iter().filter_map(|(_, port)| *port))
+    }
+
+    /// The ports that have an address, or its subnet.
+    fn homes(&self, address: IpAddr) -> BTreeSet<usize> {
+        // What is for an address on a dummy is routed here by any interface.
+        let is_dummy = |index: u32| {
+            self.network.interface(index).is_ok_and(|it| it.kind == Kind::Other("dummy".to_owned()))
+        };
+        let local = self.network.local_addresses();
+        let here = local.iter().filter(|it| {
+            let subnet = IpNet::new(it.address, it.prefix_length);
+            subnet.is_ok_and(|subnet| subnet.contains(&address)) && !is_dummy(it.interface)
+        });
+        here.filter_map(|it| self.ports.number(it.interface)).collect()
     }
 
     fn number_of(&self, name: &str) -> Option<usize> {
@@ -86,13 +102,11 @@ mod tests {
 
     #[test]
     fn backends_answer_by_the_way_out_and_where_their_peer_is() {
-        assert_eq!(answering([Some(1)], [1]), Some(BTreeSet::from([1])), "two arms");
-        assert_eq!(
-            answering([Some(0)], [1, 2]),
-            Some(BTreeSet::from([0, 1, 2])),
-            "a VIP as the SNAT address"
-        );
-        assert_eq!(answering([Some(1), None], [1]), None, "an address on the loopback interface");
-        assert_eq!(answering([], [1]), Some(BTreeSet::from([1])));
+        let home = |ports: &[usize]| ports.iter().copied().collect::<BTreeSet<_>>();
+        assert_eq!(answering([home(&[1])], [1]), Some(home(&[1])), "two arms");
+        assert_eq!(answering([home(&[0])], [1, 2]), Some(home(&[0, 1, 2])), "a VIP as the SNAT address");
+        assert_eq!(answering([home(&[0, 1])], [0]), Some(home(&[0, 1])), "two interfaces in one subnet");
+        assert_eq!(answering([home(&[1]), home(&[])], [1]), None, "an address on the loopback interface");
+        assert_eq!(answering([], [1]), Some(home(&[1])));
     }
 }

@@ -475,7 +475,9 @@ impl Controller {
         let Pending { config, sources, roster, steps, snat, checks_use_slots, by, answer, reloaded, .. } =
             pending;
         // Before a new listener may need them. Until it is known where the new ones are at home, backends answer by any port.
-        self.dataplane.set_clients_only([]);
+        if snat != self.snat {
+            self.dataplane.set_clients_only([]);
+        }
         let moved = self.dataplane.set_snat_addresses(&snat).map_err(|error| error.to_string());
         if moved.is_ok() {
             (self.snat, self.checks_use_slots) = (snat, checks_use_slots);

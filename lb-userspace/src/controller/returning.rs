@@ -14,18 +14,22 @@ impl Controller {
         let gone: Vec<Attached> =
             self.dataplane.attached().iter().filter(|it| !here(it.interface)).cloned().collect();
         for Attached { name, interface, .. } in gone {
-            let line = format!(
-                "interface {name} (index {interface}) is gone: sheave attaches to it again when it is back"
-            );
-            tracing::error!("{line}");
-            self.journal.note(JournalKind::Daemon, None, line);
             if let Err(error) = self.dataplane.forget_interface(interface) {
                 tracing::warn!("{error}");
             }
-            self.gone_interfaces.insert(name);
+            self.note_gone(name, interface);
         }
         self.attach_to_returned().await;
         self.look_at_veths().await;
+    }
+
+    /// Says that an interface is gone.
+    pub(super) fn note_gone(&mut self, name: String, index: u32) {
+        let line =
+            format!("interface {name} (index {index}) is gone: sheave attaches to it again when it is back");
+        tracing::error!("{line}");
+        self.journal.note(JournalKind::Daemon, None, line);
+        self.gone_interfaces.insert(name);
     }
 
     /// Attaches to interfaces that lead to listeners or backends and have no program yet. What fails is tried again later.

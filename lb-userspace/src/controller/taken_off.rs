@@ -3,7 +3,9 @@
 //! not reset them. It resets those whose packets arrive before this is noticed, which takes 25 ms.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    ops::RangeInclusive,
     time::{Duration, Instant},
 };
 
@@ -22,8 +24,8 @@ pub(super) struct TakenOff {
     off: BTreeMap<u32, String>,
     /// When it was put on each last, or could not be.
     tried: BTreeMap<u32, Instant>,
-    /// Since when the guard is up.
-    guarded: Option<Instant>,
+    /// What the guard silences, and since when; None: it is down.
+    guarded: Option<(Vec<Silenced>, Instant)>,
     /// Why the program could not be put back, as was said last.
     said: String,
 }
@@ -68,16 +70,36 @@ impl Controller {
         }
         let (network, dataplane) = (&self.network, &self.dataplane);
         let is_attached = |index: &u32| dataplane.attached().iter().any(|it| it.interface == *index);
-        // One that is gone is attached to when it comes back.
-        self.taken_off.off.retain(|index, _| network.interface(*index).is_ok() && !is_attached(index));
-        let is_long = |since: Instant| since.elapsed() >= GUARD_AT_MOST;
-        if self.taken_off.off.is_empty() || self.taken_off.guarded.is_some_and(is_long) {
+        let is_gone = |index: &u32| network.interface(*index).is_err();
+        self.taken_off.off.retain(|index, _| !is_attached(index));
+        let gone: Vec<_> = self.taken_off.off.extract_if(.., |index, _| is_gone(index)).collect();
+        for (index, name) in gone {
+            self.note_gone(name, index);
+        }
+        let is_long =
+            self.taken_off.guarded.as_ref().is_some_and(|(_, since)| since.elapsed() >= GUARD_AT_MOST);
+        if self.taken_off.off.is_empty() || is_long {
             self.lower_guard().await;
+        } else {
+            self.keep_guard().await;
+        }
+    }
+
+    /// Silences what a reload has brought while the guard is up.
+    async fn keep_guard(&mut self) {
+        let silenced = self.silenced();
+        if let Some((before, _)) = &mut self.taken_off.guarded
+            && *before != silenced
+        {
+            if let Err(error) = self.network.raise_guard(&silenced).await {
+                tracing::warn!("this host may reset flows while the program is off an interface: {error}");
+            }
+            *before = silenced;
         }
     }
 
     /// Lets this host answer for itself, if the guard is up.
-    pub async fn lower_guard(&mut self) {
+    async fn lower_guard(&mut self) {
         if self.taken_off.guarded.take().is_some()
             && let Err(error) = self.network.lower_guard().await
         {
@@ -89,14 +111,13 @@ impl Controller {
         // The kernel tells of one that is gone in a moment.
         let Ok(Some(there)) = self.network.xdp_programs(index).await else { return };
         let Ok(interface) = self.network.interface(index) else { return };
-        if self.taken_off.off.is_empty() {
-            match self.network.raise_guard(&self.silenced()).await {
-                Ok(()) => self.taken_off.guarded = Some(Instant::now()),
-                Err(error) => tracing::warn!(
-                    "this host may reset flows while the program is off {}: {error}",
-                    interface.name
-                ),
-            }
+        let silenced = self.silenced();
+        match self.network.raise_guard(&silenced).await {
+            Ok(()) => self.taken_off.guarded = Some((silenced, Instant::now())),
+            Err(error) => tracing::warn!(
+                "this host may reset flows while the program is off {}: {error}",
+                interface.name
+            ),
         }
         let instead =
             there.first().map(|it| format!(", where XDP program {} is now", it.program)).unwrap_or_default();
@@ -130,21 +151,48 @@ impl Controller {
         }
     }
 
-    /// All that flows have on this host: listeners, and slots, older ones too. Slots that the daemon's own checks leave from are
-    /// left out: backends that cannot be checked would be dead, and their flows reset for that.
+    /// All that flows have on this host: listeners, and slots, older ones too. Ports that sockets of this host hold are never slots.
+    /// Slots that the daemon's own checks leave from are left out: backends that cannot be checked would be dead, and their flows
+    /// reset for that.
     pub(super) fn silenced(&self) -> Vec<Silenced> {
-        let slots = self.dataplane.snat_ports();
+        let slots = without(self.dataplane.snat_ports(), &self.used_ports);
         let addresses = if self.checks_use_slots { Vec::new() } else { self.dataplane.snat_places() };
-        let slots = addresses.into_iter().map(|address| (address, slots.clone()));
+        let of_address = |address: IpAddr| slots.iter().map(move |ports| (address, ports.clone()));
         let listeners = self.roster.listeners().values().map(|seat| seat.address);
         let listeners = listeners.map(|address| (address.ip(), address.port()..=address.port()));
-        slots.chain(listeners).collect()
+        addresses.into_iter().flat_map(of_address).chain(listeners).collect()
     }
+}
+
+/// These ports without those that are used. Where that makes very many ranges, each a routing rule, all of them.
+fn without(ports: RangeInclusive<u16>, used: &BTreeSet<u16>) -> Vec<RangeInclusive<u16>> {
+    const RULES_AT_MOST: usize = 64;
+    let mut ranges = Vec::new();
+    let mut first = u32::from(*ports.start());
+    let (last, ends) = (u32::from(*ports.end()), used.range(ports.clone()).map(|port| u32::from(*port)));
+    for end in ends.chain([last + 1]) {
+        if first < end {
+            ranges.push(first as u16..=(end - 1) as u16);
+        }
+        first = end + 1;
+    }
+    if ranges.len() > RULES_AT_MOST { vec![ports] } else { ranges }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ports_that_are_used_are_not_silenced() {
+        let used = |ports: &[u16]| ports.iter().copied().collect::<BTreeSet<_>>();
+        assert_eq!(without(1024..=32_767, &used(&[22, 40_000])), [1024..=32_767]);
+        let servers = used(&[1024, 2379, 2380, 32_767]);
+        assert_eq!(without(1024..=32_767, &servers), [1025..=2378, 2381..=32_766]);
+        assert_eq!(without(1024..=u16::MAX, &used(&[u16::MAX])), [1024..=u16::MAX - 1]);
+        let many: BTreeSet<u16> = (2000..4000).step_by(2).collect();
+        assert_eq!(without(1024..=32_767, &many), [1024..=32_767]);
+    }
 
     #[test]
     fn it_is_put_back_at_once_and_then_every_five_seconds() {

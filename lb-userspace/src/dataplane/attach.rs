@@ -244,6 +244,7 @@ impl Dataplane {
             // Nobody else has it open.
             self.links.remove(interface);
             self.link_watch.remove(interface);
+            self.attached.retain(|attached| attached.interface != *interface);
         }
         pins.drop_replaced()?;
         Ok(left)

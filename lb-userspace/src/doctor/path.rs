@@ -12,7 +12,7 @@ use futures_util::future::join_all;
 
 use super::{Finding, note, ok, warning};
 use crate::{
-    admin::{Client, Flow, FlowFilter, KillOrder},
+    admin::{Client, Flow, FlowFilter, InterfaceStatus, KillOrder},
     config::{Config, Service},
     dataplane::{Mode, inject},
     network::{Network, Port},
@@ -42,13 +42,12 @@ pub(super) async fn examine(network: &Network, config: &Config) -> Vec<Finding> 
         Err(error) => return untried(error.to_string()),
     }
     // The program's frames leave by the driver's own function for frames that are handed to it, which may be missing there.
-    match daemon.status().await {
-        Ok(status) => {
-            if let Some(generic) = status.interfaces.iter().find(|it| it.xdp_mode == Mode::Generic.name()) {
-                return untried(format!("{} is in generic mode, where no frame can be put in", generic.name));
-            }
-        }
+    let attached = match daemon.status().await {
+        Ok(status) => status.interfaces,
         Err(error) => return untried(error.to_string()),
+    };
+    if let Some(generic) = attached.iter().find(|it| it.xdp_mode == Mode::Generic.name()) {
+        return untried(format!("{} is in generic mode, where no frame can be put in", generic.name));
     }
     let tried = config.services.iter().flat_map(|service| {
         let first = |ipv6: bool| {
@@ -59,7 +58,7 @@ pub(super) async fn examine(network: &Network, config: &Config) -> Vec<Finding> 
         [first(false), first(true)].into_iter().flatten().map(move |listener| (service, *listener))
     });
     join_all(tried.map(|(service, listener)| {
-        let look = Look { network, config, daemon: &daemon, service, listener };
+        let look = Look { network, config, daemon: &daemon, attached: &attached, service, listener };
         async move { look.examine().await }
     }))
     .await
@@ -70,6 +69,7 @@ struct Look<'a> {
     network: &'a Network,
     config: &'a Config,
     daemon: &'a Client,
+    attached: &'a [InterfaceStatus],
     service: &'a Service,
     listener: SocketAddr,
 }
@@ -87,6 +87,11 @@ impl Look<'_> {
         let Ok(port) = self.network.port_of(interface) else {
             return note(subject, "not tried, as the VIP is on no interface that clients are behind");
         };
+        let name = self.network.interface(port.index).map_or_else(|_| "?".to_owned(), |it| it.name);
+        if !self.attached.iter().any(|it| it.name == name) {
+            let what = format!("the VIP is on {name}, which sheave is not attached to: clients are refused");
+            return warning(subject, what).fix("restart sheave");
+        }
         let Some(client) = self.client(interface) else {
             return note(subject, "not tried, as the service's `allow` has no address of this host");
         };
@@ -95,8 +100,8 @@ impl Look<'_> {
             Ok(None) => warning(
                 subject,
                 format!(
-                    "a SYN in the name of {client} made no flow: the service has no usable backend, or its source may \
-                     have no more flows"
+                    "a SYN in the name of {client} made no flow: the service has no usable backend, does not allow it \
+                     as it is loaded, or its source may have no more flows"
                 ),
             )
             .fix("sheave status\nsheave status --json | jq .packets"),
@@ -105,9 +110,10 @@ impl Look<'_> {
     }
 
     /// Puts SYNs in until the flow is answered, and ends it. Returns it as it was last seen; None: there was none.
-    async fn open(&self, port: &Port, client: SocketAddr) -> Result<Option<Flow>, String> {
-        if self.flow_of(client).await?.is_some() {
-            return Err(format!("{client} has a flow already"));
+    async fn open(&self, port: &Port, mut client: SocketAddr) -> Result<Option<Flow>, String> {
+        // Those of doctor's last runs rest for a while.
+        while self.flow_of(client).await?.is_some() {
+            client.set_port(client_port(random()));
         }
         let frame = frame(port, &resets::syn(client, self.listener, random()));
         let started = Instant::now();
@@ -177,7 +183,10 @@ fn report(subject: String, flow: &Flow, network: &Network) -> Finding {
          refused. Or the driver does not send frames that are handed to it: then only a client can tell",
         flow.source
     );
-    warning(subject, what).fix("see the SNAT address above, and connect from a client")
+    warning(subject, what).fix(
+        "see the SNAT address above\nsheave status --json | jq .packets.dropped_backend_interface: if it grows, name the interface in \
+         dataplane.backend_interfaces",
+    )
 }
 
 /// Below the ports that a process is given unasked, and above those of most servers of this host.
