@@ -418,7 +418,7 @@ fn a_handshake_that_is_forged_whole_beside_the_clients_of_two_arms_proves_nothin
 }
 
 #[test]
-fn who_lets_backends_answer_by_every_interface_believes_more() {
+fn where_backends_may_answer_by_every_interface_a_forged_handshake_is_believed() {
     let both = "backend_interfaces = [\"eth0\", \"eth1\"]";
     let arena =
         Arena::start_in(Shape::TwoArm, 1, |settings| settings.dataplane.push(both.to_owned())).unwrap();
