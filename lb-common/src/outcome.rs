@@ -90,7 +90,7 @@ list! {
     ClientNumbersOdd, "client_numbers_odd";
     /// A segment of a backend was forwarded and taught nothing: its sequence number does not continue the flow.
     BackendNumbersOdd, "backend_numbers_odd";
-    /// A backend's SYN-ACK came from another neighbour than its client's SYN went to: by another router, or forged.
+    /// A backend's SYN-ACK came from another neighbour than the SYN was sent to: by another router, or forged.
     BackendNeighbourOdd, "backend_neighbour_odd";
     /// A RST was forwarded and closed no flow, as its numbers prove nothing: the flow's backend is asked about it.
     ResetDoubted, "resets_doubted";

@@ -133,7 +133,7 @@ fn learn<A: Family, S: Subprograms>(
     Ok(())
 }
 
-/// Whether a backend's packet comes from another neighbour than the client's went to. That decides nothing: a backend may
+/// Whether a backend's packet comes from another neighbour than packets to it are sent to. That decides nothing: a backend may
 /// answer by another router than it is reached by.
 #[inline(always)]
 fn is_from_elsewhere<F: Frame>(frame: &mut F, context: &Context<'_>, backend: &Backend) -> bool {

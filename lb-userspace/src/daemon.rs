@@ -315,7 +315,7 @@ async fn tidy(config: &Config, pins: &Pins) {
     }
 }
 
-/// Removes the guard of a daemon that was killed, which nobody else would.
+/// Removes the routing rules of a daemon that was killed while the program was off an interface.
 async fn lower_guard() {
     if let Ok((network, _)) = Network::open().await
         && let Err(error) = network.lower_guard().await

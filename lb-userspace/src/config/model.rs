@@ -24,7 +24,8 @@ pub struct Config {
 pub struct Dataplane {
     /// The interfaces the XDP program is attached to.
     pub interfaces: Interfaces,
-    /// The interfaces that backends answer by, at least one. Absent: see [`crate::controller`].
+    /// The interfaces that backends answer by, at least one. None: those that lead to backends, and those that have a SNAT address
+    /// or its subnet.
     pub backend_interfaces: Option<Vec<String>>,
     /// How the XDP program is attached.
     pub xdp_mode: XdpMode,

@@ -241,7 +241,7 @@ impl Dataplane {
         let left: Vec<_> = self.links.keys().copied().filter(|index| !wanted.contains(index)).collect();
         for interface in &left {
             pins.unpin_link(*interface)?;
-            // Nobody else has it open.
+            // With the pin and these descriptors the link goes.
             self.links.remove(interface);
             self.link_watch.remove(interface);
             self.attached.retain(|attached| attached.interface != *interface);

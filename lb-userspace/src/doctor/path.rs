@@ -25,6 +25,8 @@ const LIMIT: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_millis(2500);
 /// Between two SYNs.
 const AGAIN: Duration = Duration::from_secs(1);
+/// Ports of the client that are tried for one without a flow.
+const OTHER_PORTS: usize = 8;
 /// Between two looks at the flow table.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -112,8 +114,14 @@ impl Look<'_> {
     /// Puts SYNs in until the flow is answered, and ends it. Returns it as it was last seen; None: there was none.
     async fn open(&self, port: &Port, mut client: SocketAddr) -> Result<Option<Flow>, String> {
         // Those of doctor's last runs rest for a while.
-        while self.flow_of(client).await?.is_some() {
+        for _ in 0..OTHER_PORTS {
+            if self.flow_of(client).await?.is_none() {
+                break;
+            }
             client.set_port(client_port(random()));
+        }
+        if self.flow_of(client).await?.is_some() {
+            return Err(format!("flows of {OTHER_PORTS} earlier tries still rest: try again in a minute"));
         }
         let frame = frame(port, &resets::syn(client, self.listener, random()));
         let started = Instant::now();
@@ -194,7 +202,7 @@ fn client_port(random: u32) -> u16 {
     512 + (random % 512) as u16
 }
 
-/// Other in every run: hashers are seeded by the kernel's random numbers.
+/// Another number each time: hashers are seeded by the kernel's random numbers.
 fn random() -> u32 {
     RandomState::new().hash_one(0) as u32
 }
