@@ -93,8 +93,6 @@ use witness::Witness;
 
 /// How often the data path is asked what it has noticed.
 const SIGNALS_EVERY: Duration = Duration::from_millis(25);
-/// How often the flow table is looked through.
-const REAP_EVERY: u64 = 5;
 /// How often neighbours are kept in the kernel's memory, and counters looked at.
 const REFRESH_EVERY: u64 = 10;
 /// How often look-ups are made short again.
@@ -937,9 +935,7 @@ impl Controller {
         self.review_sources().await;
         self.find_ways_back().await;
         self.put_vips_back().await;
-        if self.turns.is_multiple_of(REAP_EVERY) {
-            self.reap();
-        }
+        self.reap();
         self.look_at_room();
         if self.turns.is_multiple_of(REFRESH_EVERY) {
             self.resolve().await;

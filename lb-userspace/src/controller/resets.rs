@@ -16,7 +16,6 @@ use std::{
 use lb_common::{
     flight_recorder::{ResetReason, Silence},
     kill::KILLED_QUARANTINE,
-    transition::RESET_QUARANTINE,
 };
 
 use super::{Controller, backends::Backend, endings::Kill, services::Services};
@@ -35,7 +34,8 @@ const SOON: Duration = Duration::from_millis(10);
 const UNWATCHED_BATCH: usize = 20;
 /// Between looks at backends that may die.
 const WATCHED: Duration = Duration::from_millis(50);
-/// Between looks at the table for flows of a dead backend that were missed: a packet may have changed them just then.
+/// Between looks at the table for flows of a dead backend that were missed, as a packet may have changed them just then, and
+/// for flows that are idle or in doubt.
 const AGAIN: Duration = Duration::from_secs(1);
 /// When there is nothing to do. Shorter than the sight of any vigil, to which a longer pause means that this process was
 /// stopped: everybody's time would begin anew.
@@ -61,8 +61,7 @@ pub(super) struct Resets {
     half_ended: BTreeSet<u8>,
     /// Who was removed before the time that an operator had given their flows was over.
     pub(super) departed: Vec<Backend>,
-    /// When the last look for such flows of a backend began, by id.
-    begun: BTreeMap<(Work, u8), Instant>,
+    begun: Begun,
     /// When a backend that is silent was last without a link to it, by id.
     cut_off: BTreeMap<u8, Instant>,
 }
@@ -96,6 +95,23 @@ impl Voice {
             self.mute = false;
         }
         (self.sent, self.failed) = (false, false);
+    }
+}
+
+/// When the last work of a kind on the flows of a backend, by id, began.
+#[derive(Debug, Default)]
+struct Begun(BTreeMap<(Work, u8), Instant>);
+
+impl Begun {
+    /// May it begin now? Once in [`AGAIN`], however often the table is looked through: each `sheave status` does that.
+    fn admits(&mut self, work: Work, backend: u8, now: Instant) -> bool {
+        // The turn of a second comes a little early or late.
+        self.0.retain(|_, at| now.saturating_duration_since(*at) < AGAIN - SOON);
+        let admitted = !self.0.contains_key(&(work, backend));
+        if admitted {
+            self.0.insert((work, backend), now);
+        }
+        admitted
     }
 }
 
@@ -149,7 +165,7 @@ impl Resets {
             deaf: false,
             half_ended: BTreeSet::new(),
             departed: Vec::new(),
-            begun: BTreeMap::new(),
+            begun: Begun::default(),
             cut_off: BTreeMap::new(),
         };
         resets.watch_over(services, now);
@@ -208,13 +224,11 @@ impl Resets {
         self.due = now;
     }
 
-    /// Goes on with this work on a backend's flows if it has begun, and begins it otherwise, once a quarantine at most.
+    /// Goes on with this work on a backend's flows if it has begun, and begins it otherwise, if that is not too soon after the
+    /// last time.
     fn begin_unless_begun(&mut self, work: Work, account: Account, backend: &Backend, now: Instant) {
-        let quarantine = Duration::from_secs(RESET_QUARANTINE.into());
-        let recently = |at: &Instant| now.saturating_duration_since(*at) < quarantine;
-        self.begun.retain(|_, at| recently(at));
         let has_begun = self.jobs.iter().any(|job| (job.work, job.backend) == (work, backend.id));
-        if !has_begun && self.begun.insert((work, backend.id), now).is_none() {
+        if !has_begun && self.begun.admits(work, backend.id, now) {
             self.begin(work, account, backend, now);
         }
     }
@@ -726,6 +740,18 @@ mod tests {
         // `reset_after` is a second at least.
         assert!(LATER < Vigil::new(Duration::from_secs(1)).sight());
         assert!(WATCHED < LATER);
+    }
+
+    #[test]
+    fn a_watched_status_keeps_no_work_from_beginning() {
+        let (begin, mut begun) = (Instant::now(), Begun::default());
+        let times = |work, begun: &mut Begun| {
+            let looks = (0..100_u32).map(|look| begin + Duration::from_millis(100) * look);
+            looks.filter(|now| begun.admits(work, 1, *now)).count()
+        };
+        assert_eq!(times(Work::Doubt, &mut begun), 10, "in ten seconds");
+        assert_eq!(times(Work::Idle, &mut Begun::default()), 10, "of another kind");
+        assert!(begun.admits(Work::Doubt, 2, begin), "of another backend");
     }
 
     #[test]
