@@ -16,6 +16,7 @@ use std::{
 use lb_common::{
     flight_recorder::{ResetReason, Silence},
     kill::KILLED_QUARANTINE,
+    transition::RESET_QUARANTINE,
 };
 
 use super::{Controller, backends::Backend, endings::Kill, services::Services};
@@ -28,6 +29,8 @@ use crate::{
     resets::{Pace, Repeats, Wire},
 };
 
+/// The number of no service: that of a backend which was removed.
+const NO_SERVICE: usize = usize::MAX;
 /// Between batches of flows.
 const SOON: Duration = Duration::from_millis(10);
 /// Flows in a batch where no service says how many a second.
@@ -103,10 +106,11 @@ impl Voice {
 struct Begun(BTreeMap<(Work, u8), Instant>);
 
 impl Begun {
-    /// May it begin now? Once in [`AGAIN`], however often the table is looked through: each `sheave status` does that.
+    /// May it begin now? Not much more than once in [`AGAIN`], however often the table is looked through: each
+    /// `sheave status` does that.
     fn admits(&mut self, work: Work, backend: u8, now: Instant) -> bool {
-        // The turn of a second comes a little early or late.
-        self.0.retain(|_, at| now.saturating_duration_since(*at) < AGAIN - SOON);
+        // The turn of a second comes early or late, and must not wait for the next.
+        self.0.retain(|_, at| now.saturating_duration_since(*at) < AGAIN / 2);
         let admitted = !self.0.contains_key(&(work, backend));
         if admitted {
             self.0.insert((work, backend), now);
@@ -124,7 +128,8 @@ struct Watch {
     looked: Instant,
 }
 
-/// Something that is done to all flows of a backend, a few at a time.
+/// Something that is done to all flows of a backend, a few at a time. Those of a service share its rate, in the order of their
+/// work.
 #[derive(Debug)]
 struct Job {
     work: Work,
@@ -137,15 +142,16 @@ struct Job {
     at: Instant,
 }
 
+/// In the order in which the rate is theirs: what anyone can cause by RSTs must not hold up what clients wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Work {
     /// Of a backend that is dead, for as long as it is.
     Reset,
     /// Of a backend that lives, because an operator says so.
     End,
-    Ask,
     /// Those that neither end has used for their idle timeout.
     Idle,
+    Ask,
     /// Those of which a RST was seen that proves nothing.
     Doubt,
 }
@@ -209,14 +215,18 @@ impl Resets {
     }
 
     fn begin(&mut self, work: Work, account: Account, backend: &Backend, now: Instant) {
-        let same = |job: &Job| (job.work, job.backend) == (work, backend.id);
+        self.begin_on(work, account, (backend.target.service, backend.id), now);
+    }
+
+    fn begin_on(&mut self, work: Work, account: Account, (service, backend): (usize, u8), now: Instant) {
+        let same = |job: &Job| (job.work, job.backend) == (work, backend);
         // What was passed by already is asked again.
         self.jobs.retain(|job| !same(job));
         self.jobs.push_back(Job {
             work,
             account,
-            backend: backend.id,
-            service: backend.target.service,
+            backend,
+            service,
             walk: Walk::default(),
             count: 0,
             at: now,
@@ -226,10 +236,10 @@ impl Resets {
 
     /// Goes on with this work on a backend's flows if it has begun, and begins it otherwise, if that is not too soon after the
     /// last time.
-    fn begin_unless_begun(&mut self, work: Work, account: Account, backend: &Backend, now: Instant) {
-        let has_begun = self.jobs.iter().any(|job| (job.work, job.backend) == (work, backend.id));
-        if !has_begun && self.begun.admits(work, backend.id, now) {
-            self.begin(work, account, backend, now);
+    fn begin_unless_begun(&mut self, work: Work, account: Account, of: (usize, u8), now: Instant) {
+        let has_begun = self.jobs.iter().any(|job| (job.work, job.backend) == (work, of.1));
+        if !has_begun && self.begun.admits(work, of.1, now) {
+            self.begin_on(work, account, of, now);
         }
     }
 
@@ -290,18 +300,23 @@ impl Controller {
     }
 
     /// Sees to the flows that the last look through the table found idle, and to those of which a RST was seen that proves
-    /// nothing.
+    /// nothing: also to flows of backends that were removed.
     pub(super) fn look_after_flows(&mut self) {
         let now = Instant::now();
-        for backend in self.backends.iter().filter(|backend| !backend.local) {
-            let count = |of: &[u64]| of.get(usize::from(backend.id)).copied().unwrap_or_default();
-            if count(&self.reaped.idle) > 0 {
-                let account = Account::Killed(ResetReason::Idle);
-                self.resets.begin_unless_begun(Work::Idle, account, backend, now);
+        for (id, (idle, doubted)) in (0..=u8::MAX).zip(self.reaped.idle.iter().zip(&self.reaped.doubted)) {
+            let backend = self.backends.iter().find(|backend| backend.id == id);
+            if backend.is_some_and(|backend| backend.local) {
+                continue;
             }
-            if count(&self.reaped.doubted) > 0 {
+            let of = (backend.map_or(NO_SERVICE, |backend| backend.target.service), id);
+            if *idle > 0 {
+                let account = Account::Killed(ResetReason::Idle);
+                self.resets.begin_unless_begun(Work::Idle, account, of, now);
+            }
+            // The kernel of one that is unresponsive may answer still. One that is dead is asked about all its flows when it is back.
+            if *doubted > 0 && backend.is_none_or(|backend| backend.state != State::Dead) {
                 let account = Account::Asked(ResetReason::Doubt);
-                self.resets.begin_unless_begun(Work::Doubt, account, backend, now);
+                self.resets.begin_unless_begun(Work::Doubt, account, of, now);
             }
         }
     }
@@ -501,6 +516,7 @@ impl Controller {
     }
 
     fn work(&mut self, now: Instant) -> Result<(), DataplaneError> {
+        self.resets.jobs.make_contiguous().sort_by_key(|job| job.work);
         for _ in 0..self.resets.jobs.len() {
             let Some(mut job) = self.resets.jobs.pop_front() else { break };
             let done = if job.at <= now { self.batch(&mut job, now) } else { Ok(()) };
@@ -523,8 +539,8 @@ impl Controller {
             }
             // There is nobody else meanwhile.
             Work::End => self.is_chosen(job.backend),
-            Work::Idle => vips.is_empty(),
-            Work::Ask | Work::Doubt => false,
+            Work::Idle | Work::Doubt => vips.is_empty(),
+            Work::Ask => false,
         };
         if waits {
             job.at = now + AGAIN;
@@ -541,25 +557,41 @@ impl Controller {
             Work::Reset | Work::End => self.dataplane.kill_flows(&filter, &mut job.walk, limit)?,
             Work::Ask => self.dataplane.flows_to_ask(&filter, &mut job.walk, limit),
             Work::Idle => self.dataplane.kill_idle_flows(&filter, &mut job.walk, limit)?,
-            Work::Doubt => self.dataplane.doubted_flows(&filter, &mut job.walk, limit)?,
+            Work::Doubt => {
+                // A client that uses its port again comes to this backend until then: where it takes no new flows, soon.
+                let rest = if self.is_chosen(job.backend) { RESET_QUARANTINE } else { 0 };
+                self.dataplane.doubted_flows(&filter, &mut job.walk, limit, rest)?
+            }
         };
         if let Some(watch) = self.resets.watches.get_mut(&job.service) {
             watch.pace.done(flows.len());
         }
+        if matches!(job.work, Work::Ask | Work::Doubt) {
+            let asked = self.ask(flows);
+            self.write_down(&asked, job.account);
+            job.count += asked.len();
+            return Ok(());
+        }
         self.write_down(&flows, job.account);
         job.count += flows.len();
         for flow in flows {
-            match (job.work, flow.last_ack) {
-                (Work::Reset, _) => self.tell(flow, now),
-                (Work::End | Work::Idle, _) => self.tell_both(flow, now),
-                (Work::Ask | Work::Doubt, Some(last_ack)) => {
-                    let sent = self.resets.wire.ask_backend(&flow, last_ack);
-                    self.resets.heed(sent);
-                }
-                (Work::Ask | Work::Doubt, None) => {}
+            if job.work == Work::Reset {
+                self.tell(flow, now);
+            } else {
+                self.tell_both(flow, now);
             }
         }
         Ok(())
+    }
+
+    /// Asks the backends of flows about them. Returns those that could be asked about.
+    fn ask(&mut self, mut flows: Vec<Flow>) -> Vec<Flow> {
+        flows.retain(|flow| flow.last_ack.is_some() && flow.to_backend.is_some());
+        for flow in &flows {
+            let sent = self.resets.wire.ask_backend(flow, flow.last_ack.unwrap_or_default());
+            self.resets.heed(sent);
+        }
+        flows
     }
 
     /// What is left to do. A dead backend's flows are looked for as long as it is dead.
@@ -745,13 +777,22 @@ mod tests {
     #[test]
     fn a_watched_status_keeps_no_work_from_beginning() {
         let (begin, mut begun) = (Instant::now(), Begun::default());
-        let times = |work, begun: &mut Begun| {
-            let looks = (0..100_u32).map(|look| begin + Duration::from_millis(100) * look);
-            looks.filter(|now| begun.admits(work, 1, *now)).count()
-        };
-        assert_eq!(times(Work::Doubt, &mut begun), 10, "in ten seconds");
-        assert_eq!(times(Work::Idle, &mut Begun::default()), 10, "of another kind");
-        assert!(begun.admits(Work::Doubt, 2, begin), "of another backend");
+        let looks = (0..100_u32).map(|look| begin + Duration::from_millis(100) * look);
+        let times = looks.filter(|now| begun.admits(Work::Doubt, 1, *now)).count();
+        assert_eq!(times, 20, "in ten seconds");
+        let end = begin + Duration::from_secs(10);
+        assert!(begun.admits(Work::Idle, 1, end), "of another kind");
+        assert!(begun.admits(Work::Doubt, 2, end), "of another backend");
+        // Turns that come early and late.
+        let turns = [20_000, 20_990, 21_600, 23_000, 23_900].map(|at| begin + Duration::from_millis(at));
+        assert!(turns.iter().all(|now| begun.admits(Work::Doubt, 1, *now)));
+    }
+
+    #[test]
+    fn doubts_wait_for_all_other_work_of_their_service() {
+        let mut works = [Work::Doubt, Work::Idle, Work::Ask, Work::End, Work::Reset];
+        works.sort();
+        assert_eq!(works, [Work::Reset, Work::End, Work::Idle, Work::Ask, Work::Doubt]);
     }
 
     #[test]

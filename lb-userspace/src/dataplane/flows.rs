@@ -3,14 +3,17 @@
 //! The daemon only ever frees, and only by compare-and-exchange on the word it has examined: a slot that changed
 //! meanwhile is somebody's, and left alone (`lb_common::flow`).
 
-use std::{collections::HashSet, net::IpAddr, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+    time::{Duration, Instant},
+};
 
 use lb_common::{
     cell::Cell8,
     flow::{Family, LONG_QUARANTINE, Query, Slot, V4, V6},
     layout::{Config, SETS_PER_ADDRESS, WAYS},
     meta::{BACKEND_TOLD, CLIENT_FIN, Kind, Meta, RESET},
-    transition::RESET_QUARANTINE,
 };
 
 use super::{
@@ -31,6 +34,13 @@ pub struct IdlePolicy {
 
 /// How much longer than its timeout a flow stays whose ends are to be told, but are not, as its VIP is on another host.
 const UNTOLD: Duration = Duration::from_secs(120);
+
+/// How long a claim is watched before it is given up. The CPU of a virtual machine that was halted goes on with an old claim
+/// within moments.
+const CLAIM_WATCHED: Duration = Duration::from_secs(5);
+
+/// When the claims that the last round found were first found, by family, set, way and word.
+pub(super) type Claims = HashMap<(u8, u32, u32, Meta), Instant>;
 
 /// What a round of the reaper found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -64,13 +74,19 @@ struct Round<'a> {
     idle: &'a [IdleUnits],
     /// By backend id.
     local: &'a [bool],
-    /// The words of claims that the last round found.
-    claims: &'a HashSet<Meta>,
+    /// When it began.
+    at: Instant,
+    claims: &'a Claims,
 }
 
 impl Round<'_> {
-    /// What a slot should be instead; None: it is fine.
-    fn verdict(&self, meta: Meta, listener: u16) -> Option<Meta> {
+    /// When the claim of a slot was first found.
+    fn first_found<F: Family>(&self, slot: Slot, meta: Meta) -> Instant {
+        self.claims.get(&claim::<F>(slot, meta)).copied().unwrap_or(self.at)
+    }
+
+    /// What a slot should be instead; None: it is fine. `watched`: for how long its claim was watched, if it is one.
+    fn verdict(&self, meta: Meta, listener: u16, watched: Duration) -> Option<Meta> {
         let age = meta.age(self.now);
         // Between reading the clock and the slot, a packet may have come: younger than now is not very old.
         if age > u16::MAX - 4 {
@@ -81,9 +97,8 @@ impl Round<'_> {
             self.idle.get(usize::from(listener)).copied().unwrap_or(untold);
         let local = self.local.get(usize::from(meta.backend())).copied().unwrap_or(false);
         if meta.is(Kind::Claiming) {
-            // Its CPU was lost, or the program was replaced. A virtual machine that was halted has old claims, too, and
-            // goes on with them: not before the next round.
-            (age > 1 && self.claims.contains(&meta)).then_some(Meta::FREE)
+            // Its CPU was lost, or the program was replaced.
+            (age > 1 && watched >= CLAIM_WATCHED).then_some(Meta::FREE)
         } else if meta.is(Kind::HalfOpen) {
             // Replies of a local backend are not seen: its flows never become more than this, and the client's FIN is
             // all that is heard of their end.
@@ -134,8 +149,15 @@ impl Dataplane {
         let local = self.local_backends();
         let claims = std::mem::take(&mut self.claims);
         let transitory = self.ticks.units(TRANSITORY);
-        let round =
-            Round { now, jiffies, transitory, idle: &self.idle_units, local: &local, claims: &claims };
+        let round = Round {
+            now,
+            jiffies,
+            transitory,
+            idle: &self.idle_units,
+            local: &local,
+            at: Instant::now(),
+            claims: &claims,
+        };
         let mut reaped = Reaped {
             active: vec![0; self.backends.len()],
             idle: vec![0; self.backends.len()],
@@ -178,6 +200,11 @@ impl Dataplane {
     }
 }
 
+/// A claim's key in [`Claims`].
+fn claim<F: Family>(slot: Slot, meta: Meta) -> (u8, u32, u32, Meta) {
+    (F::NUMBER, slot.set, slot.way, meta)
+}
+
 /// A look at every slot.
 struct Sweep<'a> {
     config: &'a Config,
@@ -190,7 +217,7 @@ impl Sweep<'_> {
         &self,
         tables: &Tables,
         reaped: &mut Reaped,
-        claims: &mut HashSet<Meta>,
+        claims: &mut Claims,
         mut moved: Option<&mut Moved>,
     ) {
         for (index, set) in tables.first::<F>(sets_in_use::<F>(self.config)) {
@@ -208,7 +235,7 @@ impl Sweep<'_> {
                     continue;
                 }
                 if meta.is(Kind::Claiming) {
-                    claims.insert(meta);
+                    claims.insert(claim::<F>(slot, meta), self.round.first_found::<F>(slot, meta));
                 }
                 if let Some(moved) = &mut moved {
                     moved.see::<F>(self.config, slot, tuple);
@@ -217,7 +244,7 @@ impl Sweep<'_> {
                 reaped.count(meta, listener);
                 let backend = usize::from(meta.backend());
                 reaped.idle[backend] += u64::from(self.round.is_idle(meta, listener));
-                reaped.doubted[backend] += u64::from(is_doubted(meta, self.round.now));
+                reaped.doubted[backend] += u64::from(meta.is(Kind::Established) && meta.has(RESET));
             }
         }
     }
@@ -225,7 +252,12 @@ impl Sweep<'_> {
     /// Frees or closes a slot that is over. Returns what it is now.
     fn judge<F: Family>(&self, set: &F::Set, slot: Slot, meta: Meta, tuple: F::Tuple) -> Meta {
         let (_, _, listener) = F::parts(tuple);
-        let Some(next) = self.round.verdict(meta, listener) else { return meta };
+        let watched = if meta.is(Kind::Claiming) {
+            self.round.at.saturating_duration_since(self.round.first_found::<F>(slot, meta))
+        } else {
+            Duration::ZERO
+        };
+        let Some(next) = self.round.verdict(meta, listener, watched) else { return meta };
         if F::meta(set, slot.way).compare_exchange(meta.0, next.0) != meta.0 {
             return meta;
         }
@@ -272,11 +304,10 @@ impl IdleUnits {
     }
 }
 
-/// Is the flow's backend to be asked whether a RST was real?
-pub(super) fn is_doubted(meta: Meta, now: u16) -> bool {
-    meta.is(Kind::Established)
-        && meta.has(RESET)
-        && (RESET_QUARANTINE + 1..u16::MAX - 4).contains(&meta.age(now))
+/// Is the flow's backend to be asked whether a RST was real? Not before `rest` units without a segment are over: the RST must
+/// be there first, and the next segment may contradict it.
+pub(super) fn is_doubted(meta: Meta, now: u16, rest: u16) -> bool {
+    meta.is(Kind::Established) && meta.has(RESET) && (rest + 1..u16::MAX - 4).contains(&meta.age(now))
 }
 
 /// The sets of the SNAT addresses that there are: nothing is in those of the places behind them.
@@ -326,21 +357,31 @@ fn clear_one(mark: &Cell8, epoch: u8, needed: bool) {
 
 #[cfg(test)]
 mod tests {
+    use lb_common::transition::RESET_QUARANTINE;
+
     use super::*;
 
     const NOW: u16 = 1000;
 
     fn verdict(kind: Kind, flags: u32, backend: u8, age: u16) -> Option<Kind> {
         let meta = Meta::new(kind, backend, NOW.wrapping_sub(age)).with(flags);
-        verdict_after(&HashSet::from([meta]), meta)
+        verdict_after(CLAIM_WATCHED, meta)
     }
 
-    /// What becomes of it, when the last round found these claims.
-    fn verdict_after(claims: &HashSet<Meta>, meta: Meta) -> Option<Kind> {
+    /// What becomes of it, when its claim was watched for so long.
+    fn verdict_after(watched: Duration, meta: Meta) -> Option<Kind> {
         let units = |timeout| IdleUnits { timeout, forgotten: timeout };
         let (idle, local) = (&[units(0), units(10_000)], &[false, false, true]);
-        let round = Round { now: NOW, jiffies: 0, transitory: 240, idle, local, claims };
-        round.verdict(meta, 1).map(|next| {
+        let round = Round {
+            now: NOW,
+            jiffies: 0,
+            transitory: 240,
+            idle,
+            local,
+            at: Instant::now(),
+            claims: &Claims::new(),
+        };
+        round.verdict(meta, 1, watched).map(|next| {
             [Kind::Free, Kind::ClosedByClient, Kind::ClosedByBackend]
                 .into_iter()
                 .find(|kind| next.is(*kind))
@@ -395,16 +436,32 @@ mod tests {
     #[test]
     fn a_flow_is_doubted_when_nothing_has_contradicted_a_reset() {
         let flow = |age: u16| Meta::new(Kind::Established, 1, NOW - age);
-        assert!(is_doubted(flow(RESET_QUARANTINE + 1).with(RESET), NOW));
-        assert!(!is_doubted(flow(RESET_QUARANTINE).with(RESET), NOW));
-        assert!(!is_doubted(flow(RESET_QUARANTINE + 1), NOW));
+        for rest in [0, RESET_QUARANTINE] {
+            assert!(is_doubted(flow(rest + 1).with(RESET), NOW, rest));
+            assert!(!is_doubted(flow(rest).with(RESET), NOW, rest));
+            assert!(!is_doubted(flow(rest + 1), NOW, rest));
+        }
     }
 
     #[test]
-    fn a_claim_is_given_up_when_two_rounds_have_found_it() {
-        let claim = Meta::new(Kind::Claiming, 1, NOW - 100);
-        assert_eq!(verdict_after(&HashSet::new(), claim), None, "of a machine that was halted, maybe");
-        assert_eq!(verdict_after(&HashSet::from([claim]), claim), Some(Kind::Free));
+    fn a_claim_is_given_up_by_time_and_not_by_looks() {
+        let claimed = Meta::new(Kind::Claiming, 1, NOW - 100);
+        let almost = CLAIM_WATCHED - Duration::from_millis(1);
+        assert_eq!(verdict_after(almost, claimed), None, "of a machine that was halted, maybe");
+        assert_eq!(verdict_after(CLAIM_WATCHED, claimed), Some(Kind::Free));
+    }
+
+    #[test]
+    fn a_claim_is_known_by_its_slot() {
+        let (slot, found) = (Slot { set: 1, way: 2 }, Meta::new(Kind::Claiming, 1, NOW - 100));
+        let before = Instant::now();
+        let claims = Claims::from([(claim::<V4>(slot, found), before)]);
+        let at = before + CLAIM_WATCHED;
+        let (idle, local) = (&[], &[]);
+        let round = Round { now: NOW, jiffies: 0, transitory: 240, idle, local, at, claims: &claims };
+        assert_eq!(round.first_found::<V4>(slot, found), before);
+        assert_eq!(round.first_found::<V4>(Slot { way: 3, ..slot }, found), at, "of another slot");
+        assert_eq!(round.first_found::<V6>(slot, found), at, "of the other family");
     }
 
     #[test]

@@ -31,7 +31,7 @@ mod sockets;
 mod tables;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::RangeInclusive,
     path::PathBuf,
@@ -51,7 +51,6 @@ use lb_common::{
         SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES, WAYS, backend_flag, family,
     },
     maglev::{self, TABLE_SIZE},
-    meta::Meta,
     outcome::{COUNTERS, Counter},
     rewrite::endpoint_sum,
 };
@@ -174,8 +173,8 @@ pub struct Dataplane {
     hook_links: BTreeMap<&'static str, FdLink>,
     /// The cgroup (its inode) that the connect hook was put on, and the same links, to be asked whether they still are.
     hook_watch: (u64, BTreeMap<&'static str, link::RawLink>),
-    /// The words of claims that the last look through the flow table found.
-    claims: HashSet<Meta>,
+    /// Claims that the last look through the flow table found.
+    claims: flows::Claims,
     /// The SNAT addresses that new flows should leave from, in the end.
     snat_wanted: Vec<IpAddr>,
     /// What keeps the program attached, by interface index, where pins do so too.
@@ -307,7 +306,7 @@ impl Dataplane {
             attached: Vec::new(),
             hook_links: BTreeMap::new(),
             hook_watch: (0, BTreeMap::new()),
-            claims: HashSet::new(),
+            claims: flows::Claims::new(),
             snat_wanted: Vec::new(),
             links: BTreeMap::new(),
             link_watch: BTreeMap::new(),

@@ -176,15 +176,17 @@ impl Dataplane {
         Ok(self.walk(filter, cursor, limit, Wanted::Idle(now), kill_at(now)))
     }
 
-    /// As [`Dataplane::flows_to_ask`], of flows of which a RST was seen that proves nothing.
+    /// As [`Dataplane::flows_to_ask`], of flows of which a RST was seen that proves nothing, and no segment for more than `rest`
+    /// units, which are about seconds.
     pub fn doubted_flows(
         &mut self,
         filter: &FlowFilter,
         cursor: &mut Walk,
         limit: usize,
+        rest: u16,
     ) -> Result<Vec<Flow>, DataplaneError> {
         let now = (self.jiffies()? >> self.ticks.shift()) as u16;
-        Ok(self.walk(filter, cursor, limit, Wanted::Doubted(now), |_, _, _| true))
+        Ok(self.walk(filter, cursor, limit, Wanted::Doubted { now, rest }, |_, _, _| true))
     }
 
     /// Flows whose backend may have forgotten them, or may not have heard that they were reset: about `limit` of them,
@@ -271,8 +273,8 @@ enum Wanted {
     Doubtful,
     /// Established, and not used for its idle timeout at this time.
     Idle(u16),
-    /// Established, and not heard of since a RST that proves nothing, at this time.
-    Doubted(u16),
+    /// Established, and not heard of since a RST that proves nothing, for more than `rest` units at the time `now`.
+    Doubted { now: u16, rest: u16 },
 }
 
 impl Wanted {
@@ -282,7 +284,7 @@ impl Wanted {
             Self::Resettable => is_resettable(meta),
             Self::Doubtful => meta.is(Kind::Established) || meta.is_untold(),
             Self::Idle(now) => idle.get(usize::from(listener)).is_some_and(|idle| idle.is_over(meta, now)),
-            Self::Doubted(now) => is_doubted(meta, now),
+            Self::Doubted { now, rest } => is_doubted(meta, now, rest),
         }
     }
 }
