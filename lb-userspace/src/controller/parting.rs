@@ -70,7 +70,10 @@ impl Controller {
         let Some(parting) = self.taken.partings.get(&(service.name.clone(), backend.address)) else {
             return Leave::Asked;
         };
-        let flows = self.reaped.active.get(usize::from(backend.id)).map(|flows| (*flows, self.reaped_at));
+        // Flows in doubt count: anyone can bring them into it.
+        let id = usize::from(backend.id);
+        let flows = self.reaped.active.get(id).zip(self.reaped.doubted.get(id));
+        let flows = flows.map(|(active, doubted)| (active + doubted, self.reaped_at));
         let signs = Signs { state: backend.state, answered: backend.answered(), flows };
         parting.leave(&signs, Instant::now())
     }

@@ -44,6 +44,7 @@ impl Controller {
             let line = match self.attach_to(index).await {
                 Ok(_) => {
                     self.gone_interfaces.remove(&interface.name);
+                    self.unattached.remove(&index);
                     let back = if before { "is back" } else { "is new" };
                     let line = format!(
                         "interface {} (index {index}) {back}: sheave is attached to it",

@@ -113,7 +113,11 @@ impl Controller {
         let Ok(interface) = self.network.interface(index) else { return };
         let silenced = self.silenced();
         match self.network.raise_guard(&silenced).await {
-            Ok(()) => self.taken_off.guarded = Some((silenced, Instant::now())),
+            // Its minute does not begin anew with each program that is taken off.
+            Ok(()) => {
+                let since = self.taken_off.guarded.take().map_or_else(Instant::now, |(_, since)| since);
+                self.taken_off.guarded = Some((silenced, since));
+            }
             Err(error) => tracing::warn!(
                 "this host may reset flows while the program is off {}: {error}",
                 interface.name
