@@ -39,7 +39,7 @@ pub enum ClientTransition {
     Alive,
     /// It acknowledges what the backend has sent.
     Acknowledge,
-    /// It acknowledges the backend's SYN-ACK: the word becomes this one, established.
+    /// It acknowledges the backend's SYN-ACK: the word becomes this one, established, or closed where both FINs were seen.
     Establish(Meta),
     /// A FIN whose numbers fit: set the flag, and close the flow as this kind if the backend's FIN was seen.
     Close(Kind),
@@ -47,7 +47,7 @@ pub enum ClientTransition {
     Reset(Meta),
     /// A RST that proves nothing: the backend's next segment contradicts it, or the backend is asked.
     SuspectReset,
-    /// A RST or FIN before the SYN was answered.
+    /// A RST or FIN before the SYN was answered, or a FIN whose numbers do not fit before the flow is established.
     GiveUp,
     /// A SYN that is retransmitted: to its backend, or to another if that one takes no new flows any more.
     RetransmitSyn,
@@ -158,7 +158,9 @@ const fn handshake(
     // SND.UNA is a time until the backend has sent data.
     let known = if meta.has(NUMBERED) { sequence } else { SendSequence::at(sequence.next) };
     if !segment.has(tcp_flag::ACK) || !known.is_acknowledged_by(segment.acknowledgement) {
-        return (ClientTransition::None, sequence);
+        // Where a forged segment has replaced the SYN-ACK's number the client's FIN does not fit, and it may be the only one.
+        let ends = segment.has(tcp_flag::FIN) && meta.has(NUMBERED) && !meta.has(CLIENT_FIN);
+        return (if ends { ClientTransition::GiveUp } else { ClientTransition::None }, sequence);
     }
     let numbers = known.acknowledged(segment.acknowledgement);
     let established = meta.become_kind(Kind::Established).without(SYN_ACK | RESET).with(NUMBERED);
@@ -166,7 +168,10 @@ const fn handshake(
         return (ClientTransition::Reset(established.closed_by_reset()), numbers);
     }
     let fin = if segment.has(tcp_flag::FIN) { CLIENT_FIN } else { 0 };
-    (ClientTransition::Establish(established.with(fin)), numbers)
+    let begun = established.with(fin);
+    let is_over = begun.has(CLIENT_FIN) && begun.has(BACKEND_FIN);
+    let next = if is_over { begun.without(RETRANSMITTED).become_kind(Kind::ClosedByBackend) } else { begun };
+    (ClientTransition::Establish(next), numbers)
 }
 
 /// ESTABLISHED and all that follows.
@@ -329,14 +334,16 @@ const fn answered(
         let unacknowledged = if meta.has(NUMBERED) { first } else { sequence.unacknowledged };
         return (BackendTransition::None, SendSequence { unacknowledged, next: first });
     }
+    let fin = if segment.has(tcp_flag::FIN) { BACKEND_FIN } else { 0 };
     if !known.continues_at(first) {
-        // The SYN-ACK was not the backend's own: whatever the backend says next is as good.
-        return (BackendTransition::Set(NUMBERED), SendSequence { unacknowledged: first, next: end });
+        // The SYN-ACK, or what came after it, was not the backend's own: whatever the backend says next is as good. That it is
+        // not the FIN takes back a FIN that was forged.
+        let next = meta.without(BACKEND_FIN).with(NUMBERED | fin);
+        return (BackendTransition::Become(next), SendSequence { unacknowledged: first, next: end });
     }
     if end == first {
         return (BackendTransition::None, sequence);
     }
-    let fin = if segment.has(tcp_flag::FIN) { BACKEND_FIN } else { 0 };
     (BackendTransition::Set(NUMBERED | fin), known.sent_until(end))
 }
 
@@ -601,7 +608,27 @@ mod tests {
         assert!(flow.client(ACK, sent(1)).client(FIN | ACK, sent(1)).meta.is_closed());
         // The client's ACK was lost, and came with its FIN.
         let late = Slot::answered().backend(FIN | ACK, sent(0), 0).client(FIN | ACK, sent(1));
-        assert!(late.meta.is(Kind::Established) && late.meta.has(CLIENT_FIN | BACKEND_FIN), "{late:?}");
+        assert!(late.meta.is_closed(), "{late:?}");
+    }
+
+    #[test]
+    fn a_segment_that_is_forged_in_the_handshake_leaves_nothing_behind() {
+        for forged in [FIN | ACK, ACK] {
+            let met = Slot::answered().backend(forged, 1 << 28, 0).client(ACK, sent(0));
+            assert!(met.meta.is(Kind::HalfOpen));
+            // A client that closes at once: its FIN does not fit.
+            let closing = met.client(FIN | ACK, sent(0));
+            let together = closing.backend(FIN | ACK, sent(0), 0).client(ACK, sent(1));
+            assert!(together.meta.is_closed(), "{together:?}");
+            let apart = closing.backend(ACK, sent(0), 0).backend(FIN | ACK, sent(0), 0).client(ACK, sent(1));
+            assert!(apart.meta.is_closed(), "{apart:?}");
+            // One that goes on.
+            let open = met.backend(ACK, sent(0), 100).client(ACK, sent(100));
+            assert!(open.meta.is(Kind::Established), "{open:?}");
+            assert!(!open.meta.has(CLIENT_FIN) && !open.meta.has(BACKEND_FIN), "{open:?}");
+        }
+        // Without a forged segment a FIN whose number does not fit changes nothing.
+        assert_eq!(Slot::answered().client(FIN | ACK, 12_345), Slot::answered());
     }
 
     #[test]
