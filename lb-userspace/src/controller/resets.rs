@@ -106,8 +106,7 @@ impl Voice {
 struct Begun(BTreeMap<(Work, u8), Instant>);
 
 impl Begun {
-    /// May it begin now? Not much more than once in [`AGAIN`], however often the table is looked through: each
-    /// `sheave status` does that.
+    /// May it begin now? At most twice in [`AGAIN`], however often the table is looked through: each `sheave status` does that.
     fn admits(&mut self, work: Work, backend: u8, now: Instant) -> bool {
         // The turn of a second comes early or late, and must not wait for the next.
         self.0.retain(|_, at| now.saturating_duration_since(*at) < AGAIN / 2);
@@ -558,7 +557,8 @@ impl Controller {
             Work::Ask => self.dataplane.flows_to_ask(&filter, &mut job.walk, limit),
             Work::Idle => self.dataplane.kill_idle_flows(&filter, &mut job.walk, limit)?,
             Work::Doubt => {
-                // A client that uses its port again comes to this backend until then: where it takes no new flows, soon.
+                // Until the answer a client that uses its port again comes to this backend, which must not last if it takes no new
+                // flows.
                 let rest = if self.is_chosen(job.backend) { RESET_QUARANTINE } else { 0 };
                 self.dataplane.doubted_flows(&filter, &mut job.walk, limit, rest)?
             }
