@@ -56,7 +56,7 @@ pub struct FlightRecorder {
 }
 
 impl FlightRecorder {
-    pub(super) fn of(ebpf: &mut Ebpf) -> Result<Self, DataplaneError> {
+    pub(super) fn of(ebpf: &Ebpf) -> Result<Self, DataplaneError> {
         Self::over(mapped(ebpf, MAP)?)
     }
 

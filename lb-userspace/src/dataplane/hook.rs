@@ -116,7 +116,7 @@ impl Dataplane {
         &mut self,
         change: impl FnOnce(layout::Hook) -> layout::Hook,
     ) -> Result<layout::Hook, DataplaneError> {
-        let entry = mapped::<layout::Hook>(&mut self.ebpf, "HOOK")?;
+        let entry = mapped::<layout::Hook>(&self.ebpf, "HOOK")?;
         let changed = change(entry.read(0).unwrap_or_default());
         entry.write(0, changed);
         Ok(changed)

@@ -31,7 +31,6 @@ impl<T> Mapped<T> {
         // The kernel rounds values up to eight bytes.
         const { assert!(size_of::<T>().is_multiple_of(8)) };
         let data = data(map).ok_or(DataplaneError::NotAnArray { name })?;
-        let error = |source| DataplaneError::MapMemory { name, source };
         let info = data.info().map_err(|source| DataplaneError::MapInfo { name, source })?;
         if info.value_size() as usize != size_of::<T>() {
             return Err(DataplaneError::ValueSize {
@@ -40,7 +39,12 @@ impl<T> Mapped<T> {
                 found: info.value_size(),
             });
         }
-        let length = info.max_entries() as usize;
+        Self::of_length(name, data, info.max_entries() as usize)
+    }
+
+    /// Maps `length` values, which must be all that there is in the map.
+    fn of_length(name: &'static str, data: &MapData, length: usize) -> Result<Self, DataplaneError> {
+        let error = |source| DataplaneError::MapMemory { name, source };
         let file = File::from(data.fd().as_fd().try_clone_to_owned().map_err(error)?);
         let memory = MmapOptions::new().len(length * size_of::<T>()).map_raw(&file).map_err(error)?;
         let memory = Arc::new(memory);
@@ -69,6 +73,23 @@ impl<T> Mapped<T> {
         // SAFETY: in range, aligned (the kernel aligns values to eight bytes and maps whole pages), and the kernel
         // changes it only word by word.
         (index < self.length).then(|| unsafe { &*self.values.as_ptr().add(index) })
+    }
+}
+
+impl Mapped<u64> {
+    /// Maps the map called `name` as words, whatever its values are.
+    pub(super) fn words(name: &'static str, map: &Map) -> Result<Self, DataplaneError> {
+        let data = data(map).ok_or(DataplaneError::NotAnArray { name })?;
+        let info = data.info().map_err(|source| DataplaneError::MapInfo { name, source })?;
+        // The kernel rounds values up to eight bytes.
+        let words = info.value_size().div_ceil(8) as usize;
+        Self::of_length(name, data, info.max_entries() as usize * words)
+    }
+
+    /// Makes all words zero, in a map that no program is looking at.
+    pub(super) fn zero(&self) {
+        // SAFETY: in range, and any word may be zero.
+        unsafe { self.values.as_ptr().write_bytes(0, self.length) }
     }
 }
 

@@ -9,6 +9,7 @@ mod budgets;
 mod change;
 mod clock;
 mod convert;
+mod emptied;
 mod error;
 mod flight_recorder;
 mod flows;
@@ -34,6 +35,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::RangeInclusive,
+    os::fd::AsFd as _,
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -275,28 +277,28 @@ impl Dataplane {
         Ok(dataplane)
     }
 
-    fn over_maps(mut ebpf: Ebpf) -> Result<Self, DataplaneError> {
-        let control: Mapped<layout::Control> = mapped(&mut ebpf, CONTROL)?;
+    fn over_maps(ebpf: Ebpf) -> Result<Self, DataplaneError> {
+        let control: Mapped<layout::Control> = mapped(&ebpf, CONTROL)?;
         Ok(Self {
             config: control.config(),
             classifier: control.classifier(),
             listeners: control.listeners(),
             services: control.services(),
             backends: control.backends(),
-            selection: mapped(&mut ebpf, "SELECTION")?,
-            tables: Tables::of(&mut ebpf)?,
-            next_hops: mapped(&mut ebpf, "NEXT_HOP")?,
-            clock: mapped(&mut ebpf, "CLOCK")?,
-            source_budgets: mapped(&mut ebpf, "SOURCES")?,
+            selection: mapped(&ebpf, "SELECTION")?,
+            tables: Tables::of(&ebpf)?,
+            next_hops: mapped(&ebpf, "NEXT_HOP")?,
+            clock: mapped(&ebpf, "CLOCK")?,
+            source_budgets: mapped(&ebpf, "SOURCES")?,
             source_shares: SourceShares::default(),
-            flight_recorder: FlightRecorder::of(&mut ebpf)?,
+            flight_recorder: FlightRecorder::of(&ebpf)?,
             unattended: Duration::ZERO,
-            allow: typed(&mut ebpf, "ALLOW")?,
-            counters: typed(&mut ebpf, "COUNTER")?,
-            backend_flows: typed(&mut ebpf, "BACKEND_FLOWS")?,
-            backend_sockets: typed(&mut ebpf, "BACKEND_SOCKETS")?,
-            sockets_missed: mapped(&mut ebpf, "SOCKETS_MISSED")?,
-            sockets: Some(SocketTable::of(&mut ebpf)?),
+            allow: typed(&ebpf, "ALLOW")?,
+            counters: typed(&ebpf, "COUNTER")?,
+            backend_flows: typed(&ebpf, "BACKEND_FLOWS")?,
+            backend_sockets: typed(&ebpf, "BACKEND_SOCKETS")?,
+            sockets_missed: mapped(&ebpf, "SOCKETS_MISSED")?,
+            sockets: Some(SocketTable::of(&ebpf)?),
             ticks: Ticks { frequency: 250 },
             loaded: Reading { jiffies: 0, before: Instant::now(), after: Instant::now() },
             grace: Grace::default(),
@@ -333,7 +335,7 @@ impl Dataplane {
     /// Has everything keep the number that it has in the maps of the previous layout.
     fn convert_control(&mut self) -> Result<(), DataplaneError> {
         let Some(conversion) = &self.conversion else { return Ok(()) };
-        let control: Mapped<layout::Control> = mapped(&mut self.ebpf, CONTROL)?;
+        let control: Mapped<layout::Control> = mapped(&self.ebpf, CONTROL)?;
         conversion.fill_control(&control);
         self.config.write(0, conversion.config(self.new_config()));
         Ok(())
@@ -672,7 +674,7 @@ impl Origin {
 impl Dataplane {
     /// A map's values, for tests and benchmarks.
     pub fn map<T>(&mut self, name: &'static str) -> Result<Mapped<T>, DataplaneError> {
-        mapped(&mut self.ebpf, name)
+        mapped(&self.ebpf, name)
     }
 
     /// The loaded program.
@@ -783,18 +785,22 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str) -> Result<(), DataplaneErro
     program.load().map_err(|source| DataplaneError::not_loaded(name, source))
 }
 
-fn mapped<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<Mapped<T>, DataplaneError> {
+fn mapped<T>(ebpf: &Ebpf, name: &'static str) -> Result<Mapped<T>, DataplaneError> {
     Mapped::new(name, ebpf.map(name).ok_or(DataplaneError::Missing(name))?)
 }
 
 fn typed<T: TryFrom<Map, Error = aya::maps::MapError>>(
-    ebpf: &mut Ebpf,
+    ebpf: &Ebpf,
     name: &'static str,
 ) -> Result<T, DataplaneError> {
-    ebpf.take_map(name)
-        .ok_or(DataplaneError::Missing(name))?
-        .try_into()
-        .map_err(|source| DataplaneError::Map { name, source })
+    let Some(Map::HashMap(data) | Map::LpmTrie(data) | Map::PerCpuArray(data)) = ebpf.map(name) else {
+        return Err(DataplaneError::Missing(name));
+    };
+    // Another hold on the map: the object keeps its own, to be asked for the map again.
+    let system = |source| DataplaneError::System { call: "fcntl", source };
+    let fd = data.fd().as_fd().try_clone_to_owned().map_err(system)?;
+    let map = MapData::from_fd(fd).and_then(Map::from_map_data);
+    map.and_then(T::try_from).map_err(|source| DataplaneError::Map { name, source })
 }
 
 fn sum(map: &PerCpuArray<MapData, u64>, name: &'static str, index: u32) -> Result<u64, DataplaneError> {

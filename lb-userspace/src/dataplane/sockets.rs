@@ -54,7 +54,7 @@ pub struct SocketTable {
 }
 
 impl SocketTable {
-    pub(super) fn of(ebpf: &mut Ebpf) -> Result<Self, DataplaneError> {
+    pub(super) fn of(ebpf: &Ebpf) -> Result<Self, DataplaneError> {
         Ok(Self { missed: mapped(ebpf, MISSED)?, sockets: typed(ebpf, SOCKETS)? })
     }
 

@@ -27,7 +27,7 @@ pub struct Tables {
 }
 
 impl Tables {
-    pub(super) fn of(ebpf: &mut Ebpf) -> Result<Self, DataplaneError> {
+    pub(super) fn of(ebpf: &Ebpf) -> Result<Self, DataplaneError> {
         Ok(Self {
             sets4: mapped(ebpf, "FLOW4")?,
             numbers4: mapped(ebpf, "NUMBERS4")?,

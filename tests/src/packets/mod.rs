@@ -4,10 +4,12 @@
 //! apart what comes out and does not forgive a wrong length or checksum.
 
 mod frame;
+mod reused;
 mod seen;
 mod world;
 
 pub use frame::{ACK, FIN, Fragment, Frame, Icmp, PSH, RST, SYN, Tag, extension};
+pub use reused::Reused;
 pub use seen::{Inside, Seen};
 pub use world::{
     BACKEND_START, CLIENT_START, Change, Exchange, Flow, Ip, LB_MAC, LISTENER_PORT, LOOPBACK, Processor,

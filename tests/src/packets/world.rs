@@ -16,10 +16,11 @@ use lb_common::{
     outcome::{Action, COUNTERS, Counter, Event, Outcome},
     sequence::SendSequence,
 };
-use lb_userspace::dataplane::{Dataplane, FlowFilter, Listener, OBJECT, Port, Settings, Tables, Walk};
+use lb_userspace::dataplane::{FlowFilter, Listener, OBJECT, Port, Settings, Tables, Walk};
 
 use super::{
     frame::{ACK, Frame, PSH, SYN},
+    reused::Reused,
     seen::{Inside, Seen},
 };
 
@@ -126,6 +127,18 @@ impl Shape {
         }
     }
 
+    /// What its program and maps are loaded with.
+    pub fn settings(&self) -> Settings {
+        Settings {
+            snat_addresses: self.snat.clone(),
+            snat_room: 1,
+            snat_ports: self.snat_ports.clone(),
+            secret: [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210],
+            log_one_in: None,
+            sets_error: true,
+        }
+    }
+
     /// An interface with the load balancer's MAC address.
     pub fn port(interface: u32, tags: &[(u16, u16)]) -> Port {
         Port { interface, tags: tags.to_vec(), mac: LB_MAC }
@@ -135,7 +148,7 @@ impl Shape {
 /// A loaded program, and maps that make it a load balancer.
 pub struct World {
     /// To change what the load balancer is told.
-    pub dataplane: Dataplane,
+    pub dataplane: Reused,
     /// The family of every address in it.
     pub ip: Ip,
     backends: u8,
@@ -159,17 +172,8 @@ impl World {
     ///
     /// # Panics
     /// When the kernel does not take the program.
-    pub fn around(object: &[u8], shape: &Shape) -> Self {
-        let settings = Settings {
-            snat_addresses: shape.snat.clone(),
-            snat_room: 1,
-            snat_ports: shape.snat_ports.clone(),
-            secret: [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210],
-            log_one_in: None,
-            sets_error: true,
-        };
-        let mut dataplane =
-            Dataplane::load(object, &settings).unwrap_or_else(|error| panic!("{}", chain(&error)));
+    pub fn around(object: &'static [u8], shape: &Shape) -> Self {
+        let mut dataplane = Reused::load(object, &shape.settings());
         dataplane.calibrate().unwrap();
         dataplane.set_ports(&shape.ports).unwrap();
         let listeners: Vec<_> = shape
@@ -587,7 +591,7 @@ impl Flow {
 }
 
 /// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {

@@ -59,7 +59,8 @@ pub(crate) fn load() -> Result<()> {
 pub(crate) const DECISIONS: [&str; 8] =
     ["budget::", "icmp::", "outcomes::", "refusal::", "routes::", "stack::", "tags::", "translation::"];
 /// Those of what becomes of flows and tables, and those of hostile packets: minutes on emulated processors.
-pub(crate) const HISTORIES: [&str; 8] = [
+pub(crate) const HISTORIES: [&str; 9] = [
+    "emptied::",
     "flight_recorder::",
     "hostile::",
     "killed::",
