@@ -62,7 +62,11 @@ pub fn backend_event<A: Family, S: Subprograms>(
             None
         }
         BackendTransition::Become(next) => {
-            word.compare_exchange(meta.0, next.0);
+            let found = Meta(word.compare_exchange(meta.0, next.0));
+            // The numbers are there. Where a segment of the client has only said when it came, the flags must not be missing.
+            if found.0 != meta.0 && found.at(meta.seen()).0 == meta.0 {
+                word.compare_exchange(found.0, next.at(found.seen()).0);
+            }
             None
         }
         BackendTransition::Close(flags, kind) => {

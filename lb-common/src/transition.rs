@@ -39,7 +39,7 @@ pub enum ClientTransition {
     Alive,
     /// It acknowledges what the backend has sent.
     Acknowledge,
-    /// It acknowledges the backend's SYN-ACK: the word becomes this one, established, or closed where both FINs were seen.
+    /// It acknowledges the backend's SYN-ACK: the word becomes this one, established.
     Establish(Meta),
     /// A FIN whose numbers fit: set the flag, and close the flow as this kind if the backend's FIN was seen.
     Close(Kind),
@@ -47,7 +47,7 @@ pub enum ClientTransition {
     Reset(Meta),
     /// A RST that proves nothing: the backend's next segment contradicts it, or the backend is asked.
     SuspectReset,
-    /// A RST or FIN before the SYN was answered, or a FIN whose numbers do not fit before the flow is established.
+    /// A RST or FIN before the SYN was answered.
     GiveUp,
     /// A SYN that is retransmitted: to its backend, or to another if that one takes no new flows any more.
     RetransmitSyn,
@@ -158,20 +158,17 @@ const fn handshake(
     // SND.UNA is a time until the backend has sent data.
     let known = if meta.has(NUMBERED) { sequence } else { SendSequence::at(sequence.next) };
     if !segment.has(tcp_flag::ACK) || !known.is_acknowledged_by(segment.acknowledgement) {
-        // Where a forged segment has replaced the SYN-ACK's number the client's FIN does not fit, and it may be the only one.
-        let ends = segment.has(tcp_flag::FIN) && meta.has(NUMBERED) && !meta.has(CLIENT_FIN);
-        return (if ends { ClientTransition::GiveUp } else { ClientTransition::None }, sequence);
+        return (ClientTransition::None, sequence);
     }
     let numbers = known.acknowledged(segment.acknowledgement);
-    let established = meta.become_kind(Kind::Established).without(SYN_ACK | RESET).with(NUMBERED);
+    // A FIN that came before the SYN-ACK had no number to prove it.
+    let unproven = SYN_ACK | RESET | CLIENT_FIN;
+    let established = meta.become_kind(Kind::Established).without(unproven).with(NUMBERED);
     if segment.has(tcp_flag::RST) {
         return (ClientTransition::Reset(established.closed_by_reset()), numbers);
     }
     let fin = if segment.has(tcp_flag::FIN) { CLIENT_FIN } else { 0 };
-    let begun = established.with(fin);
-    let is_over = begun.has(CLIENT_FIN) && begun.has(BACKEND_FIN);
-    let next = if is_over { begun.without(RETRANSMITTED).become_kind(Kind::ClosedByBackend) } else { begun };
-    (ClientTransition::Establish(next), numbers)
+    (ClientTransition::Establish(established.with(fin)), numbers)
 }
 
 /// ESTABLISHED and all that follows.
@@ -330,14 +327,12 @@ const fn answered(
         return (if ended { BackendTransition::Reset(closed) } else { BackendTransition::None }, sequence);
     }
     if segment.has(tcp_flag::SYN) {
-        // Of several the last one holds: the backend may have lost the first, and answered the SYN anew.
-        let unacknowledged = if meta.has(NUMBERED) { first } else { sequence.unacknowledged };
-        return (BackendTransition::None, SendSequence { unacknowledged, next: first });
+        return answered_anew(meta, sequence, first);
     }
     let fin = if segment.has(tcp_flag::FIN) { BACKEND_FIN } else { 0 };
     if !known.continues_at(first) {
-        // The SYN-ACK, or what came after it, was not the backend's own: whatever the backend says next is as good. That it is
-        // not the FIN takes back a FIN that was forged.
+        // The SYN-ACK, or what came after it, was not the backend's own: whatever the backend says next is as good. Its FIN is
+        // only as good as its numbers, and goes with them.
         let next = meta.without(BACKEND_FIN).with(NUMBERED | fin);
         return (BackendTransition::Become(next), SendSequence { unacknowledged: first, next: end });
     }
@@ -345,6 +340,25 @@ const fn answered(
         return (BackendTransition::None, sequence);
     }
     (BackendTransition::Set(NUMBERED | fin), known.sent_until(end))
+}
+
+/// One more SYN-ACK; `first`: the number after its SYN. Of several the last one holds: the backend may have lost the first, and
+/// answered the SYN anew.
+#[inline(always)]
+const fn answered_anew(meta: Meta, sequence: SendSequence, first: u32) -> (BackendTransition, SendSequence) {
+    if !meta.has(NUMBERED) {
+        return (BackendTransition::None, SendSequence { next: first, ..sequence });
+    }
+    // Sent again after what it began: nothing new.
+    if sequence.holds(first) {
+        return (BackendTransition::None, sequence);
+    }
+    let transition = if meta.has(BACKEND_FIN) {
+        BackendTransition::Become(meta.without(BACKEND_FIN))
+    } else {
+        BackendTransition::None
+    };
+    (transition, SendSequence::at(first))
 }
 
 /// ESTABLISHED, and one side's FIN at the most.
@@ -608,27 +622,54 @@ mod tests {
         assert!(flow.client(ACK, sent(1)).client(FIN | ACK, sent(1)).meta.is_closed());
         // The client's ACK was lost, and came with its FIN.
         let late = Slot::answered().backend(FIN | ACK, sent(0), 0).client(FIN | ACK, sent(1));
-        assert!(late.meta.is_closed(), "{late:?}");
+        assert!(late.meta.is(Kind::Established) && late.meta.has(CLIENT_FIN | BACKEND_FIN), "{late:?}");
     }
 
     #[test]
-    fn a_segment_that_is_forged_in_the_handshake_leaves_nothing_behind() {
-        for forged in [FIN | ACK, ACK] {
+    fn a_segment_that_is_forged_in_the_handshake_leaves_a_fin_that_is_asked_about_or_nothing() {
+        for forged in [FIN | ACK, ACK, SYN | ACK] {
             let met = Slot::answered().backend(forged, 1 << 28, 0).client(ACK, sent(0));
             assert!(met.meta.is(Kind::HalfOpen));
-            // A client that closes at once: its FIN does not fit.
+            // A client that closes at once: its FIN does not fit, its backend's is seen.
             let closing = met.client(FIN | ACK, sent(0));
+            assert_eq!(closing, met, "not even noted: anyone can forge it");
             let together = closing.backend(FIN | ACK, sent(0), 0).client(ACK, sent(1));
-            assert!(together.meta.is_closed(), "{together:?}");
             let apart = closing.backend(ACK, sent(0), 0).backend(FIN | ACK, sent(0), 0).client(ACK, sent(1));
-            assert!(apart.meta.is_closed(), "{apart:?}");
+            for closed in [together, apart] {
+                assert!(closed.meta.is(Kind::Established) && closed.meta.has(BACKEND_FIN), "{closed:?}");
+            }
             // One that goes on.
             let open = met.backend(ACK, sent(0), 100).client(ACK, sent(100));
             assert!(open.meta.is(Kind::Established), "{open:?}");
             assert!(!open.meta.has(CLIENT_FIN) && !open.meta.has(BACKEND_FIN), "{open:?}");
         }
-        // Without a forged segment a FIN whose number does not fit changes nothing.
-        assert_eq!(Slot::answered().client(FIN | ACK, 12_345), Slot::answered());
+    }
+
+    #[test]
+    fn a_live_flow_is_not_closed_by_what_was_forged_before_it_was_established() {
+        let blind = 1 << 28;
+        let waiting = Slot { meta: Meta::new(Kind::HalfOpen, 7, 0), ..Slot::answered() };
+        let given_up = Slot { meta: waiting.meta.with(CLIENT_FIN), ..waiting };
+        for begun in [waiting, given_up] {
+            let answered = Slot { meta: begun.meta.with(SYN_ACK), ..begun };
+            // The backend's SYN-ACK comes again, and takes back what does not continue it.
+            let forged = answered.backend(FIN | ACK, blind, 0).client(FIN | ACK, blind + 99);
+            let open = forged.backend(SYN | ACK, sent(0).wrapping_sub(1), 0).client(ACK, sent(0));
+            let used = open.backend(ACK, sent(0), 100).client(ACK, sent(100));
+            for slot in [open, used] {
+                assert!(slot.meta.is(Kind::Established), "{slot:?}");
+                assert!(!slot.meta.has(CLIENT_FIN) && !slot.meta.has(BACKEND_FIN), "{slot:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_syn_ack_that_is_sent_again_takes_nothing_back() {
+        // Data and FIN came before the client's ACK (RFC 7413).
+        let early = Slot::answered().backend(FIN | ACK, sent(0), 100);
+        assert_eq!(early.backend(SYN | ACK, sent(0).wrapping_sub(1), 0), early);
+        let closed = early.client(FIN | ACK, sent(101));
+        assert!(closed.meta.is(Kind::Established) && closed.meta.has(CLIENT_FIN | BACKEND_FIN), "{closed:?}");
     }
 
     #[test]
