@@ -108,6 +108,8 @@ list! {
     Idle = 6;
     /// A RST was seen whose numbers prove nothing.
     Doubt = 7;
+    /// A FIN was seen, and for a minute nothing else.
+    HalfClosed = 8;
 }
 
 list! {

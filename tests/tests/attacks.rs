@@ -594,6 +594,53 @@ fn close(arena: &Arena, order: Order, pair: &mut Pair) -> Result<()> {
     Ok(())
 }
 
+/// How long a half-closed flow rests before its backend is asked, with a look through the table and an answer.
+const RESTED: Duration = Duration::from_secs(80);
+
+#[test]
+fn a_half_closed_flow_ends_when_its_backend_has_forgotten_it_and_no_sooner() {
+    let arena = Arena::start(2, |_| {}).unwrap();
+    for apiserver in &arena.cluster.apiservers {
+        // A process that has closed its end is forgotten by its kernel after that many seconds; 60 is the default.
+        apiserver.host.namespace().sysctl("net/ipv4/tcp_fin_timeout", "1").unwrap();
+    }
+    let (mut forgotten, mut open) = (Vec::new(), Vec::new());
+    for vip in arena.cluster.vips() {
+        let [gone, mut by_server, mut by_client] =
+            <[Pair; 3]>::try_from(arena.open_and_exchange(vip, 3).unwrap()).unwrap();
+        let Pair { mut client, server, from, .. } = gone;
+        drop(server);
+        assert_eq!(client.read(&mut [0]).unwrap(), 0, "the FIN arrives");
+        forgotten.push((client, from));
+        by_server.close_server().unwrap();
+        assert_eq!(by_server.client_told(Instant::now() + MOMENT).unwrap(), Ended::Closed);
+        by_client.close_client().unwrap();
+        assert_eq!(by_client.server_told(Instant::now() + MOMENT).unwrap(), Ended::Closed);
+        open.push((by_server, by_client));
+    }
+    let clients: Vec<_> = forgotten.iter().map(|(_, from)| *from).collect();
+    assert_eq!(arena.flows_of(&clients).unwrap().len(), clients.len());
+    eventually(RESTED, "the backends have said that they know these flows no more", || {
+        let left = arena.flows_of(&clients)?;
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    })
+    .unwrap();
+    for client in clients {
+        let config = arena.cluster.daemon_directory().join("sheave.toml");
+        let mut why = arena.daemon.command("why").unwrap();
+        let story = run(why.arg(client.to_string()).arg("--config").arg(config)).unwrap();
+        assert!(story.contains("one end had closed it"), "{story}");
+    }
+    // The other backends have said that they know theirs: the end that is open still sends.
+    for (mut by_server, mut by_client) in open {
+        by_server.client.write_all(b">").unwrap();
+        by_server.server.read_exact(&mut [0]).unwrap();
+        by_client.server.write_all(b"<").unwrap();
+        by_client.client.read_exact(&mut [0]).unwrap();
+    }
+}
+
 #[test]
 fn a_slot_is_free_after_an_orderly_close_in_any_order() {
     let arena = Arena::start(3, |_| {}).unwrap();

@@ -153,6 +153,8 @@ enum Work {
     Ask,
     /// Those of which a RST was seen that proves nothing.
     Doubt,
+    /// Those that one end has closed and that rest.
+    HalfClosed,
 }
 
 impl Resets {
@@ -298,24 +300,34 @@ impl Controller {
         }
     }
 
-    /// Sees to the flows that the last look through the table found idle, and to those of which a RST was seen that proves
-    /// nothing: also to flows of backends that were removed.
+    /// Sees to the flows that the last look through the table found idle, to those of which a RST was seen that proves nothing,
+    /// and to those that are half closed: also to flows of backends that were removed.
     pub(super) fn look_after_flows(&mut self) {
         let now = Instant::now();
-        for (id, (idle, doubted)) in (0..=u8::MAX).zip(self.reaped.idle.iter().zip(&self.reaped.doubted)) {
+        for id in 0..=u8::MAX {
+            let count = |counts: &[u64]| counts.get(usize::from(id)).copied().unwrap_or_default();
+            let (idle, doubted) = (count(&self.reaped.idle), count(&self.reaped.doubted));
+            let half_closed = count(&self.reaped.half_closed);
             let backend = self.backends.iter().find(|backend| backend.id == id);
             if backend.is_some_and(|backend| backend.local) {
                 continue;
             }
             let of = (backend.map_or(NO_SERVICE, |backend| backend.target.service), id);
-            if *idle > 0 {
+            if idle > 0 {
                 let account = Account::Killed(ResetReason::Idle);
                 self.resets.begin_unless_begun(Work::Idle, account, of, now);
             }
             // The kernel of one that is unresponsive may answer still. One that is dead is asked about all its flows when it is back.
-            if *doubted > 0 && backend.is_none_or(|backend| backend.state != State::Dead) {
+            if backend.is_some_and(|backend| backend.state == State::Dead) {
+                continue;
+            }
+            if doubted > 0 {
                 let account = Account::Asked(ResetReason::Doubt);
                 self.resets.begin_unless_begun(Work::Doubt, account, of, now);
+            }
+            if half_closed > 0 {
+                let account = Account::Asked(ResetReason::HalfClosed);
+                self.resets.begin_unless_begun(Work::HalfClosed, account, of, now);
             }
         }
     }
@@ -538,7 +550,7 @@ impl Controller {
             }
             // There is nobody else meanwhile.
             Work::End => self.is_chosen(job.backend),
-            Work::Idle | Work::Doubt => vips.is_empty(),
+            Work::Idle | Work::Doubt | Work::HalfClosed => vips.is_empty(),
             Work::Ask => false,
         };
         if waits {
@@ -562,11 +574,12 @@ impl Controller {
                 let rest = if self.is_chosen(job.backend) { RESET_QUARANTINE } else { 0 };
                 self.dataplane.doubted_flows(&filter, &mut job.walk, limit, rest)?
             }
+            Work::HalfClosed => self.dataplane.half_closed_flows(&filter, &mut job.walk, limit)?,
         };
         if let Some(watch) = self.resets.watches.get_mut(&job.service) {
             watch.pace.done(flows.len());
         }
-        if matches!(job.work, Work::Ask | Work::Doubt) {
+        if matches!(job.work, Work::Ask | Work::Doubt | Work::HalfClosed) {
             let asked = self.ask(flows);
             self.write_down(&asked, job.account);
             job.count += asked.len();
@@ -612,7 +625,7 @@ impl Controller {
             return Some(job);
         }
         match job.work {
-            Work::Ask | Work::Doubt => {
+            Work::Ask | Work::Doubt | Work::HalfClosed => {
                 tracing::debug!("asked about {} flows of {}", job.count, name());
                 None
             }

@@ -13,7 +13,7 @@ use lb_common::{
     cell::Cell8,
     flow::{Family, LONG_QUARANTINE, Query, Slot, V4, V6},
     layout::{Config, SETS_PER_ADDRESS, WAYS},
-    meta::{BACKEND_TOLD, CLIENT_FIN, Kind, Meta, RESET},
+    meta::{BACKEND_FIN, BACKEND_TOLD, CLIENT_FIN, Kind, Meta, RESET},
 };
 
 use super::{
@@ -34,6 +34,11 @@ pub struct IdlePolicy {
 
 /// How much longer than its timeout a flow stays whose ends are to be told, but are not, as its VIP is on another host.
 const UNTOLD: Duration = Duration::from_secs(120);
+
+/// How long no segment of a half-closed flow was seen when its backend is asked about it. For so long Linux remembers a
+/// connection that its process has closed and whose other end has not (`tcp_fin_timeout`, 60 s, in
+/// `Documentation/networking/ip-sysctl.rst`), and one in TIME-WAIT.
+pub(super) const HALF_CLOSED_REST: Duration = Duration::from_secs(60);
 
 /// How long a claim is watched before it is given up. The CPU of a virtual machine that was halted goes on with an old claim
 /// within moments.
@@ -57,6 +62,8 @@ pub struct Reaped {
     pub idle: Vec<u64>,
     /// Established flows of each backend of which a RST was seen that proves nothing, and no segment since, by id.
     pub doubted: Vec<u64>,
+    /// Established flows of each backend that one end has closed and that rest, so that the backend is to be asked now, by id.
+    pub half_closed: Vec<u64>,
     /// Whether any slot in use or any socket of the connect hook names a backend, by id.
     pub named_backends: Vec<bool>,
     /// Whether any slot in use names a listener, by id.
@@ -70,6 +77,7 @@ struct Round<'a> {
     now: u16,
     jiffies: u64,
     transitory: u16,
+    half_closed_rest: u16,
     /// By listener id: the idle timeout, and when a flow is forgotten that was to be told before.
     idle: &'a [IdleUnits],
     /// By backend id.
@@ -153,6 +161,7 @@ impl Dataplane {
             now,
             jiffies,
             transitory,
+            half_closed_rest: self.ticks.units(HALF_CLOSED_REST),
             idle: &self.idle_units,
             local: &local,
             at: Instant::now(),
@@ -162,6 +171,7 @@ impl Dataplane {
             active: vec![0; self.backends.len()],
             idle: vec![0; self.backends.len()],
             doubted: vec![0; self.backends.len()],
+            half_closed: vec![0; self.backends.len()],
             named_backends: vec![false; self.backends.len()],
             named_listeners: vec![false; self.listeners.len()],
             ..Reaped::default()
@@ -245,6 +255,8 @@ impl Sweep<'_> {
                 let backend = usize::from(meta.backend());
                 reaped.idle[backend] += u64::from(self.round.is_idle(meta, listener));
                 reaped.doubted[backend] += u64::from(meta.is(Kind::Established) && meta.has(RESET));
+                reaped.half_closed[backend] +=
+                    u64::from(is_half_closed(meta, self.round.now, self.round.half_closed_rest));
             }
         }
     }
@@ -307,7 +319,21 @@ impl IdleUnits {
 /// Is the flow's backend to be asked whether a RST was real? Not before `rest` units without a segment are over: the RST must
 /// be there first, and the next segment may contradict it.
 pub(super) fn is_doubted(meta: Meta, now: u16, rest: u16) -> bool {
-    meta.is(Kind::Established) && meta.has(RESET) && (rest + 1..u16::MAX - 4).contains(&meta.age(now))
+    meta.is(Kind::Established) && meta.has(RESET) && is_to_be_asked(meta.age(now), rest)
+}
+
+/// Is the flow's backend to be asked whether it still has it, as one end's FIN was seen and since then nothing? The other end's
+/// may have gone past the load balancer, or may not have fitted numbers that were forged in the handshake.
+pub(super) fn is_half_closed(meta: Meta, now: u16, rest: u16) -> bool {
+    let has_fin = meta.has(CLIENT_FIN) || meta.has(BACKEND_FIN);
+    meta.is(Kind::Established) && has_fin && !meta.has(RESET) && is_to_be_asked(meta.age(now), rest)
+}
+
+/// Is it time to ask? In each unit at first, as a question may be lost, and then three times a minute.
+fn is_to_be_asked(age: u16, rest: u16) -> bool {
+    const AT_FIRST: u16 = 8;
+    let is_over = (rest + 1..u16::MAX - 4).contains(&age);
+    is_over && (age - rest <= AT_FIRST || age % 60 < 3)
 }
 
 /// The sets of the SNAT addresses that there are: nothing is in those of the places behind them.
@@ -376,6 +402,7 @@ mod tests {
             now: NOW,
             jiffies: 0,
             transitory: 240,
+            half_closed_rest: 60,
             idle,
             local,
             at: Instant::now(),
@@ -444,6 +471,26 @@ mod tests {
     }
 
     #[test]
+    fn a_half_closed_flow_is_asked_about_when_it_rests() {
+        let flow = |age: u16, flags: u32| Meta::new(Kind::Established, 1, NOW - age).with(flags);
+        for fin in [CLIENT_FIN, BACKEND_FIN] {
+            assert!(!is_half_closed(flow(60, fin), NOW, 60));
+            assert!(is_half_closed(flow(61, fin), NOW, 60));
+            assert!(!is_half_closed(flow(61, fin | RESET), NOW, 60), "it is in doubt already");
+            assert!(!is_half_closed(flow(61, fin).become_kind(Kind::ClosedByClient), NOW, 60));
+        }
+        assert!(!is_half_closed(flow(61, 0), NOW, 60), "open at both ends");
+    }
+
+    #[test]
+    fn a_backend_that_does_not_answer_is_not_asked_each_second_for_hours() {
+        let asked = |ages: std::ops::Range<u16>| ages.filter(|age| is_to_be_asked(*age, 2)).count();
+        assert_eq!(asked(0..11), 8);
+        assert_eq!(asked(11..3600), 3 * 59);
+        assert!(!is_to_be_asked(u16::MAX - 3, 2), "a packet has come since the clock was read");
+    }
+
+    #[test]
     fn a_claim_is_given_up_by_time_and_not_by_looks() {
         let claimed = Meta::new(Kind::Claiming, 1, NOW - 100);
         let almost = CLAIM_WATCHED - Duration::from_millis(1);
@@ -458,7 +505,16 @@ mod tests {
         let claims = Claims::from([(claim::<V4>(slot, found), before)]);
         let at = before + CLAIM_WATCHED;
         let (idle, local) = (&[], &[]);
-        let round = Round { now: NOW, jiffies: 0, transitory: 240, idle, local, at, claims: &claims };
+        let round = Round {
+            now: NOW,
+            jiffies: 0,
+            transitory: 240,
+            half_closed_rest: 60,
+            idle,
+            local,
+            at,
+            claims: &claims,
+        };
         assert_eq!(round.first_found::<V4>(slot, found), before);
         assert_eq!(round.first_found::<V4>(Slot { way: 3, ..slot }, found), at, "of another slot");
         assert_eq!(round.first_found::<V6>(slot, found), at, "of the other family");

@@ -19,7 +19,7 @@ use lb_common::{
 
 use super::{
     Dataplane, DataplaneError, Tables, address_of,
-    flows::{IdleUnits, is_doubted, sets_in_use},
+    flows::{HALF_CLOSED_REST, IdleUnits, is_doubted, is_half_closed, sets_in_use},
 };
 
 /// Sets that are looked at in one go: a megabyte of IPv4's table. The daemon has other work, too.
@@ -189,6 +189,18 @@ impl Dataplane {
         Ok(self.walk(filter, cursor, limit, Wanted::Doubted { now, rest }, |_, _, _| true))
     }
 
+    /// As [`Dataplane::flows_to_ask`], of flows that one end has closed, and no segment for a minute.
+    pub fn half_closed_flows(
+        &mut self,
+        filter: &FlowFilter,
+        cursor: &mut Walk,
+        limit: usize,
+    ) -> Result<Vec<Flow>, DataplaneError> {
+        let now = (self.jiffies()? >> self.ticks.shift()) as u16;
+        let rest = self.ticks.units(HALF_CLOSED_REST);
+        Ok(self.walk(filter, cursor, limit, Wanted::HalfClosed { now, rest }, |_, _, _| true))
+    }
+
     /// Flows whose backend may have forgotten them, or may not have heard that they were reset: about `limit` of them,
     /// from `cursor` on. Nothing is changed.
     pub fn flows_to_ask(&self, filter: &FlowFilter, cursor: &mut Walk, limit: usize) -> Vec<Flow> {
@@ -275,6 +287,8 @@ enum Wanted {
     Idle(u16),
     /// Established, and not heard of since a RST that proves nothing, for more than `rest` units at the time `now`.
     Doubted { now: u16, rest: u16 },
+    /// Established, closed by one end, and not heard of for more than `rest` units at the time `now`.
+    HalfClosed { now: u16, rest: u16 },
 }
 
 impl Wanted {
@@ -285,6 +299,7 @@ impl Wanted {
             Self::Doubtful => meta.is(Kind::Established) || meta.is_untold(),
             Self::Idle(now) => idle.get(usize::from(listener)).is_some_and(|idle| idle.is_over(meta, now)),
             Self::Doubted { now, rest } => is_doubted(meta, now, rest),
+            Self::HalfClosed { now, rest } => is_half_closed(meta, now, rest),
         }
     }
 }

@@ -20,8 +20,9 @@ const SYNS: usize = 98_304;
 const SPARED: usize = 16;
 /// Real clients that connect at the same time.
 const TOGETHER: usize = 10;
-/// For real clients that were connected to be gone from the list of flows.
-const GONE: Duration = Duration::from_secs(10);
+/// For real clients that were connected to be gone from the list of flows. Where a segment was forged in a handshake, the flow
+/// may have lost a FIN: its backend is asked after a minute.
+const GONE: Duration = Duration::from_secs(80);
 
 /// What a flood consists of. Numbers are always random.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,13 +43,15 @@ pub enum FloodKind {
     BackendData,
     /// FINs in backends' names.
     BackendFin,
+    /// SYN-ACKs in backends' names.
+    BackendSynAck,
     /// "Too big", about real flows and others.
     TooBig,
 }
 
 impl FloodKind {
     /// All of them; SYNs last, as they leave a table full of half-open flows.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Ack,
         Self::Data,
         Self::Reset,
@@ -56,6 +59,7 @@ impl FloodKind {
         Self::BackendReset,
         Self::BackendData,
         Self::BackendFin,
+        Self::BackendSynAck,
         Self::TooBig,
         Self::Syn,
     ];
@@ -64,6 +68,7 @@ impl FloodKind {
         match self {
             Self::Syn => flag::SYN,
             Self::Ack | Self::TooBig => flag::ACK,
+            Self::BackendSynAck => flag::SYN | flag::ACK,
             Self::Data => flag::PSH,
             Self::BackendData => flag::PSH | flag::ACK,
             Self::Reset | Self::BackendReset => flag::RST,
@@ -72,7 +77,7 @@ impl FloodKind {
     }
 
     const fn is_backends(self) -> bool {
-        matches!(self, Self::BackendReset | Self::BackendData | Self::BackendFin)
+        matches!(self, Self::BackendReset | Self::BackendData | Self::BackendFin | Self::BackendSynAck)
     }
 
     const fn payload(self) -> &'static [u8] {

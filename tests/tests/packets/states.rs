@@ -353,7 +353,7 @@ fn a_doubtful_rst_does_not_outlast_the_next_keepalive_nor_end_the_flow() {
         let mut world = World::new(ip);
         let flow = world.establish(ip.client(1));
         client_says(&mut world, &flow, RST);
-        world.change(&world.taken(&flow), Change::Older(30));
+        world.change(&world.taken(&flow), Change::Older(5));
         let reaped = world.dataplane.reap(&[policy]).unwrap();
         assert_eq!((reaped.freed, reaped.doubted[usize::from(flow.backend)]), (0, 1), "its backend is asked");
         let filter = FlowFilter::of_backend(flow.backend);
@@ -369,6 +369,36 @@ fn a_doubtful_rst_does_not_outlast_the_next_keepalive_nor_end_the_flow() {
         // A backend that has forgotten the flow answers with the number that it was asked with.
         client_says(&mut world, &flow, RST);
         assert_eq!(backend_says(&mut world, &flow, RST), Outcome::Replied);
+        assert!(world.taken(&flow).meta.is_closed());
+    }
+}
+
+#[test]
+fn a_half_closed_flow_is_asked_about_when_it_rests_and_ends_if_its_backend_has_forgotten_it() {
+    let policy = idle(Duration::from_secs(600));
+    for ip in Ip::BOTH {
+        let mut world = World::new(ip);
+        let flow = world.establish(ip.client(1));
+        assert_eq!(backend_says(&mut world, &flow, FIN | ACK), Outcome::Replied);
+        world.run(&flow.last_ack().bytes());
+        let asked = |world: &mut World| {
+            let reaped = world.dataplane.reap(&[policy]).unwrap();
+            assert_eq!(reaped.active[usize::from(flow.backend)], 1, "it is as good as an open one");
+            let filter = FlowFilter::of_backend(flow.backend);
+            let asked = world.dataplane.half_closed_flows(&filter, &mut Walk::default(), usize::MAX).unwrap();
+            assert_eq!(asked.len() as u64, reaped.half_closed[usize::from(flow.backend)]);
+            asked.first().map(|asked| (asked.client, asked.last_ack))
+        };
+        assert_eq!(asked(&mut world), None);
+        world.change(&world.taken(&flow), Change::Older(62));
+        assert_eq!(asked(&mut world), Some((flow.client, Some(BACKEND_START + 2))));
+        // One that knows the flow says so.
+        let answer = Frame { sequence: BACKEND_START + 2, ..flow.from_backend() };
+        assert_eq!(world.run(&answer.bytes()).outcome, Outcome::Replied);
+        assert_eq!(asked(&mut world), None);
+        world.change(&world.taken(&flow), Change::Older(62));
+        assert!(asked(&mut world).is_some(), "a minute later");
+        assert_eq!(world.run(&Frame { flags: RST, ..answer }.bytes()).outcome, Outcome::Replied);
         assert!(world.taken(&flow).meta.is_closed());
     }
 }
