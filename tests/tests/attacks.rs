@@ -366,6 +366,59 @@ fn half_open_flows_do_not_keep_real_clients_from_being_told() {
     arena.cut_off_and_require_told(0, &mut pairs).unwrap();
 }
 
+#[test]
+fn doubts_that_nobody_answers_do_not_keep_real_clients_from_being_told() {
+    /// So many questions in a second.
+    const RATE: &str = "reset_rate = 20";
+    let mut arena = Arena::start(3, |settings| settings.service.push(RATE.to_owned())).unwrap();
+    let mut noise = Noise::new(9);
+    let mut pairs = open(&arena, 9);
+    // Ten seconds' questions.
+    let mut doubted = open(&arena, 600);
+    doubted.retain(|pair| pair.at == 1);
+    // It lives, its checks pass, and it hears nothing of these flows: each is asked about until it answers.
+    let of_family = |v4: bool| {
+        let ports = doubted.iter().filter(|pair| pair.source.is_ipv4() == v4).map(|pair| pair.source.port());
+        ports.map(|port| port.to_string()).collect::<Vec<_>>().join(", ")
+    };
+    let drop = |protocol: &str, v4: bool| {
+        let ports = of_family(v4);
+        let these = format!("meta nfproto {protocol} tcp sport {{ {ports} }}");
+        let asks = "tcp flags & (fin | syn | rst | ack) == ack";
+        format!(
+            "add rule inet deaf in {these} {asks} counter name asked; add rule inet deaf in {these} drop; "
+        )
+    };
+    let rules = [
+        "add table inet deaf; add counter inet deaf asked; ".to_owned(),
+        "add chain inet deaf in { type filter hook prerouting priority -400; }; ".to_owned(),
+        drop("ipv4", true),
+        drop("ipv6", false),
+    ];
+    arena.cluster.apiservers[1].host.nft(&rules.concat()).unwrap();
+    for pair in &doubted {
+        arena.attacker.send(&in_name(pair.from, pair.to.ip(), flag::RST, &mut noise)).unwrap();
+    }
+    let asked = |arena: &Arena| -> Result<usize> {
+        let counter = arena.cluster.apiservers[1].host.nft("list counter inet deaf asked")?;
+        let mut words = counter.split_whitespace().skip_while(|word| *word != "packets");
+        Ok(words.nth(1).context("no count")?.parse()?)
+    };
+    eventually(MOMENT, "the backend is asked", || {
+        let count = asked(&arena)?;
+        ensure!(count > 10, "{count} times");
+        Ok(())
+    })
+    .unwrap();
+    arena.cut_off_and_require_told(0, &mut pairs).unwrap();
+    let count = asked(&arena).unwrap();
+    assert!(
+        count < 4 * doubted.len(),
+        "{count} questions about {} flows: nothing was waiting",
+        doubted.len()
+    );
+}
+
 /// Forges SYN, SYN-ACK and ACK of two flows, one of each family, in the segment of the clients of two arms. Returns how many flows
 /// that proved established.
 fn established_by_forged_handshakes(arena: &Arena) -> u64 {

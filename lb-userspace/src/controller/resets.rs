@@ -803,9 +803,9 @@ mod tests {
 
     #[test]
     fn doubts_wait_for_all_other_work_of_their_service() {
-        let mut works = [Work::Doubt, Work::Idle, Work::Ask, Work::End, Work::Reset];
+        let mut works = [Work::HalfClosed, Work::Doubt, Work::Idle, Work::Ask, Work::End, Work::Reset];
         works.sort();
-        assert_eq!(works, [Work::Reset, Work::End, Work::Idle, Work::Ask, Work::Doubt]);
+        assert_eq!(works, [Work::Reset, Work::End, Work::Idle, Work::Ask, Work::Doubt, Work::HalfClosed]);
     }
 
     #[test]
