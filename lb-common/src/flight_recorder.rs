@@ -108,7 +108,7 @@ list! {
     Idle = 6;
     /// A RST was seen whose numbers prove nothing.
     Doubt = 7;
-    /// A FIN was seen, and for a minute nothing else.
+    /// A FIN was seen, and for more than a minute nothing else.
     HalfClosed = 8;
 }
 

@@ -127,7 +127,8 @@ fn learn<A: Family, S: Subprograms>(
     }
     numbers.store(before, before.sent_until(segment.sequence.wrapping_add(segment.payload as u32)));
     // Not in every unit: the client's next packet is to find it old, and to look where it came from.
-    if meta.age(clock.seen) >= 2 {
+    let age = meta.age(clock.seen);
+    if age >= 2 && !transition::only_answers(meta, age, before, segment) {
         A::meta(ways, client.slot.way).store_high(clock.seen);
     }
     Ok(())

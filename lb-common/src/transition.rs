@@ -322,9 +322,8 @@ const fn answered(
     // SND.UNA is a time until the backend has sent data.
     let known = if meta.has(NUMBERED) { sequence } else { SendSequence::at(sequence.next) };
     if segment.has(tcp_flag::RST) {
-        let ended = known.holds(segment.sequence);
-        let closed = meta.without(SYN_ACK).closed_by_reset();
-        return (if ended { BackendTransition::Reset(closed) } else { BackendTransition::None }, sequence);
+        // Who can forge one segment can forge two: the number may be that of the one before.
+        return (BackendTransition::None, sequence);
     }
     if segment.has(tcp_flag::SYN) {
         return answered_anew(meta, sequence, first);
@@ -420,6 +419,22 @@ const fn after_close(
         BackendTransition::None
     };
     (transition, sequence)
+}
+
+/// Units without a segment after which an acknowledgement alone does not keep a half-closed flow: less than the daemon waits until
+/// it asks about the flow.
+const HALF_CLOSED_SILENCE: u16 = 32;
+
+/// Is a segment that goes on ([`goes_on`]) no more than what a backend answers that is asked about a half-closed flow: an
+/// acknowledgement at SND.NXT, `age` units after the last segment? The flow is as idle as before. `sequence` is as it was before the
+/// segment.
+#[inline(always)]
+#[must_use]
+pub const fn only_answers(meta: Meta, age: u16, sequence: SendSequence, segment: &Segment) -> bool {
+    (meta.has(CLIENT_FIN) || meta.has(BACKEND_FIN))
+        && age > HALF_CLOSED_SILENCE
+        && segment.payload == 0
+        && segment.sequence == sequence.next
 }
 
 /// Does the backend's payload prove that its process lives? Only where it goes on from what was sent before. `sequence` is
@@ -707,6 +722,32 @@ mod tests {
             doubted,
             "nor after a RST"
         );
+    }
+
+    #[test]
+    fn a_backends_reset_proves_nothing_before_its_client_has_acknowledged_anything() {
+        let answered = Slot::answered();
+        assert_eq!(answered.backend(RST, sent(0), 0), answered);
+        // Two forged segments, the second with the number of the first.
+        let forged = answered.backend(ACK, 1 << 28, 0);
+        assert_eq!(forged.backend(RST, 1 << 28, 0), forged);
+        let open = forged.backend(ACK, sent(0), 100).client(ACK, sent(100));
+        assert!(open.backend(RST, sent(100), 0).meta.is_closed(), "after that it is a number that fits");
+    }
+
+    #[test]
+    fn an_answer_to_a_question_does_not_keep_a_half_closed_flow() {
+        let only = |flags, age, number, payload| {
+            let meta = Meta::new(Kind::Established, 7, 0).with(NUMBERED | flags);
+            only_answers(meta, age, SendSequence::at(sent(100)), &segment(ACK, number, 0, payload))
+        };
+        for fin in [CLIENT_FIN, BACKEND_FIN] {
+            assert!(only(fin, 33, sent(100), 0));
+            assert!(!only(fin, 32, sent(100), 0), "the client has just spoken");
+            assert!(!only(fin, 33, sent(100), 1), "data");
+            assert!(!only(fin, 33, sent(99), 0), "a keepalive (RFC 9293 §3.8.4)");
+        }
+        assert!(!only(0, 33, sent(100), 0), "open at both ends");
     }
 
     #[test]

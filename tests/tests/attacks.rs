@@ -648,7 +648,7 @@ fn close(arena: &Arena, order: Order, pair: &mut Pair) -> Result<()> {
 }
 
 /// How long a half-closed flow rests before its backend is asked, with a look through the table and an answer.
-const RESTED: Duration = Duration::from_secs(80);
+const RESTED: Duration = Duration::from_secs(90);
 
 #[test]
 fn a_half_closed_flow_ends_when_its_backend_has_forgotten_it_and_no_sooner() {

@@ -576,17 +576,16 @@ impl Controller {
             }
             Work::HalfClosed => self.dataplane.half_closed_flows(&filter, &mut job.walk, limit)?,
         };
+        let asks = matches!(job.work, Work::Ask | Work::Doubt | Work::HalfClosed);
+        let flows = if asks { self.ask(flows) } else { flows };
         if let Some(watch) = self.resets.watches.get_mut(&job.service) {
             watch.pace.done(flows.len());
         }
-        if matches!(job.work, Work::Ask | Work::Doubt | Work::HalfClosed) {
-            let asked = self.ask(flows);
-            self.write_down(&asked, job.account);
-            job.count += asked.len();
-            return Ok(());
-        }
         self.write_down(&flows, job.account);
         job.count += flows.len();
+        if asks {
+            return Ok(());
+        }
         for flow in flows {
             if job.work == Work::Reset {
                 self.tell(flow, now);

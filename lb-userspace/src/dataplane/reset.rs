@@ -189,7 +189,7 @@ impl Dataplane {
         Ok(self.walk(filter, cursor, limit, Wanted::Doubted { now, rest }, |_, _, _| true))
     }
 
-    /// As [`Dataplane::flows_to_ask`], of flows that one end has closed, and no segment for a minute.
+    /// As [`Dataplane::flows_to_ask`], of flows that one end has closed, and no segment for more than a minute.
     pub fn half_closed_flows(
         &mut self,
         filter: &FlowFilter,

@@ -78,7 +78,7 @@ impl Wire {
     }
 }
 
-/// Some number, another one for each flow and time.
+/// Some number, another one for each flow and for what its client has acknowledged.
 fn sequence(flow: &Flow, last_ack: u32) -> u32 {
     let ports = u32::from(flow.source.port()) << 16 | u32::from(flow.client.port());
     (split_mix(u64::from(last_ack) << 32 | u64::from(ports)) >> 32) as u32

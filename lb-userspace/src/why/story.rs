@@ -240,7 +240,8 @@ impl Telling<'_> {
                     ResetReason::Refuses => "it refuses connections",
                     ResetReason::Returned => "it answers again after a silence",
                     ResetReason::Doubt => "a RST was seen whose numbers prove nothing",
-                    ResetReason::HalfClosed => "one end had closed it, and for a minute no segment was seen",
+                    ResetReason::HalfClosed =>
+                        "one end had closed it, and for more than a minute no segment was seen",
                     ResetReason::Dead | ResetReason::Operator | ResetReason::Drained | ResetReason::Idle =>
                         "its flows were ended",
                 }
@@ -334,7 +335,7 @@ impl Telling<'_> {
             ResetReason::Idle => "because neither end had sent anything for its idle timeout".to_owned(),
             ResetReason::Doubt => "because a RST was seen whose numbers prove nothing".to_owned(),
             ResetReason::HalfClosed => {
-                "because one end had closed it, and for a minute no segment was seen".to_owned()
+                "because one end had closed it, and for more than a minute no segment was seen".to_owned()
             }
         };
         format!("reset by sheave, {why}")

@@ -21,8 +21,8 @@ const SPARED: usize = 16;
 /// Real clients that connect at the same time.
 const TOGETHER: usize = 10;
 /// For real clients that were connected to be gone from the list of flows. Where a segment was forged in a handshake, the flow
-/// may have lost a FIN: its backend is asked after a minute.
-const GONE: Duration = Duration::from_secs(80);
+/// may have lost a FIN: its backend is asked after 70 s.
+const GONE: Duration = Duration::from_secs(90);
 
 /// What a flood consists of. Numbers are always random.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

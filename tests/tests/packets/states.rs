@@ -353,7 +353,7 @@ fn a_doubtful_rst_does_not_outlast_the_next_keepalive_nor_end_the_flow() {
         let mut world = World::new(ip);
         let flow = world.establish(ip.client(1));
         client_says(&mut world, &flow, RST);
-        world.change(&world.taken(&flow), Change::Older(5));
+        world.change(&world.taken(&flow), Change::Older(30));
         let reaped = world.dataplane.reap(&[policy]).unwrap();
         assert_eq!((reaped.freed, reaped.doubted[usize::from(flow.backend)]), (0, 1), "its backend is asked");
         let filter = FlowFilter::of_backend(flow.backend);
@@ -381,6 +381,7 @@ fn a_half_closed_flow_is_asked_about_when_it_rests_and_ends_if_its_backend_has_f
         let flow = world.establish(ip.client(1));
         assert_eq!(backend_says(&mut world, &flow, FIN | ACK), Outcome::Replied);
         world.run(&flow.last_ack().bytes());
+        let rest = world.dataplane.ticks().units(Duration::from_secs(70));
         let asked = |world: &mut World| {
             let reaped = world.dataplane.reap(&[policy]).unwrap();
             assert_eq!(reaped.active[usize::from(flow.backend)], 1, "it is as good as an open one");
@@ -390,14 +391,20 @@ fn a_half_closed_flow_is_asked_about_when_it_rests_and_ends_if_its_backend_has_f
             asked.first().map(|asked| (asked.client, asked.last_ack))
         };
         assert_eq!(asked(&mut world), None);
-        world.change(&world.taken(&flow), Change::Older(62));
+        world.change(&world.taken(&flow), Change::Older(rest + 1));
         assert_eq!(asked(&mut world), Some((flow.client, Some(BACKEND_START + 2))));
-        // One that knows the flow says so.
+        // One that knows the flow says so. It is as idle as before, and asked again after the same time.
+        let before = world.taken(&flow);
         let answer = Frame { sequence: BACKEND_START + 2, ..flow.from_backend() };
         assert_eq!(world.run(&answer.bytes()).outcome, Outcome::Replied);
+        assert_eq!(world.taken(&flow), before);
+        world.change(&world.taken(&flow), Change::Older(rest));
+        assert!(asked(&mut world).is_some());
+        // The end that is open speaks.
+        world.run(&flow.last_ack().bytes());
         assert_eq!(asked(&mut world), None);
-        world.change(&world.taken(&flow), Change::Older(62));
-        assert!(asked(&mut world).is_some(), "a minute later");
+        world.change(&world.taken(&flow), Change::Older(rest + 1));
+        assert!(asked(&mut world).is_some());
         assert_eq!(world.run(&Frame { flags: RST, ..answer }.bytes()).outcome, Outcome::Replied);
         assert!(world.taken(&flow).meta.is_closed());
     }
