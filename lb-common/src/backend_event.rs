@@ -63,7 +63,8 @@ pub fn backend_event<A: Family, S: Subprograms>(
         }
         BackendTransition::Become(next) => {
             let found = Meta(word.compare_exchange(meta.0, next.0));
-            // The numbers are there. Where a segment of the client has only said when it came, the flags must not be missing.
+            // The numbers are stored already. If the word differs in its time alone, as another CPU has refreshed it, the flags are
+            // set all the same.
             if found.0 != meta.0 && found.at(meta.seen()).0 == meta.0 {
                 word.compare_exchange(found.0, next.at(found.seen()).0);
             }

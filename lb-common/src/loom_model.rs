@@ -493,7 +493,11 @@ fn a_packet_on_its_way_does_not_bring_a_killed_flow_back() {
     });
     killed_meanwhile(established.with(RESET), |word, meta| {
         if meta.is(Kind::Established) {
-            word.compare_exchange(meta.0, meta.without(RESET).0);
+            let next = meta.without(RESET);
+            let now = Meta(word.compare_exchange(meta.0, next.0));
+            if now.0 != meta.0 && now.at(meta.seen()).0 == meta.0 {
+                word.compare_exchange(now.0, next.at(now.seen()).0);
+            }
         }
     });
     killed_meanwhile(Meta::new(Kind::HalfOpen, 1, LONG_AGO).with(SYN_ACK | NUMBERED), |word, meta| {

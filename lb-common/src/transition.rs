@@ -39,7 +39,7 @@ pub enum ClientTransition {
     Alive,
     /// It acknowledges what the backend has sent.
     Acknowledge,
-    /// It acknowledges the backend's SYN-ACK: the word becomes this one, established.
+    /// It acknowledges the backend's SYN-ACK: the word becomes this one, established. A FIN is noted, and closes nothing.
     Establish(Meta),
     /// A FIN whose numbers fit: set the flag, and close the flow as this kind if the backend's FIN was seen.
     Close(Kind),
@@ -69,7 +69,7 @@ pub enum BackendTransition {
     OutOfSequence,
     /// Set flags.
     Set(u32),
-    /// The word becomes this one, if it has not changed.
+    /// The word becomes this one, if nothing but its time has changed.
     Become(Meta),
     /// A FIN that continues the flow: set [`BACKEND_FIN`] and these flags, and close the flow as this kind if the client's
     /// FIN was seen.
@@ -322,7 +322,7 @@ const fn answered(
     // SND.UNA is a time until the backend has sent data.
     let known = if meta.has(NUMBERED) { sequence } else { SendSequence::at(sequence.next) };
     if segment.has(tcp_flag::RST) {
-        // Who can forge one segment can forge two: the number may be that of the one before.
+        // A sender that can forge one segment can forge two: the number may be that of the one before.
         return (BackendTransition::None, sequence);
     }
     if segment.has(tcp_flag::SYN) {
@@ -423,7 +423,7 @@ const fn after_close(
 
 /// Units without a segment after which an acknowledgement alone does not keep a half-closed flow: less than the daemon waits until
 /// it asks about the flow.
-const HALF_CLOSED_SILENCE: u16 = 32;
+pub const HALF_CLOSED_SILENCE: u16 = 32;
 
 /// Is a segment that goes on ([`goes_on`]) no more than what a backend answers that is asked about a half-closed flow: an
 /// acknowledgement at SND.NXT, `age` units after the last segment? The flow is as idle as before. `sequence` is as it was before the
@@ -650,8 +650,8 @@ mod tests {
             assert_eq!(closing, met, "not even noted: anyone can forge it");
             let together = closing.backend(FIN | ACK, sent(0), 0).client(ACK, sent(1));
             let apart = closing.backend(ACK, sent(0), 0).backend(FIN | ACK, sent(0), 0).client(ACK, sent(1));
-            for closed in [together, apart] {
-                assert!(closed.meta.is(Kind::Established) && closed.meta.has(BACKEND_FIN), "{closed:?}");
+            for rests in [together, apart] {
+                assert!(rests.meta.is(Kind::Established) && rests.meta.has(BACKEND_FIN), "{rests:?}");
             }
             // One that goes on.
             let open = met.backend(ACK, sent(0), 100).client(ACK, sent(100));
@@ -683,8 +683,8 @@ mod tests {
         // Data and FIN came before the client's ACK (RFC 7413).
         let early = Slot::answered().backend(FIN | ACK, sent(0), 100);
         assert_eq!(early.backend(SYN | ACK, sent(0).wrapping_sub(1), 0), early);
-        let closed = early.client(FIN | ACK, sent(101));
-        assert!(closed.meta.is(Kind::Established) && closed.meta.has(CLIENT_FIN | BACKEND_FIN), "{closed:?}");
+        let rests = early.client(FIN | ACK, sent(101));
+        assert!(rests.meta.is(Kind::Established) && rests.meta.has(CLIENT_FIN | BACKEND_FIN), "{rests:?}");
     }
 
     #[test]

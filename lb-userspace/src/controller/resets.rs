@@ -38,7 +38,7 @@ const UNWATCHED_BATCH: usize = 20;
 /// Between looks at backends that may die.
 const WATCHED: Duration = Duration::from_millis(50);
 /// Between looks at the table for flows of a dead backend that were missed, as a packet may have changed them just then, and
-/// for flows that are idle or in doubt.
+/// for flows that are idle, in doubt or half-closed.
 const AGAIN: Duration = Duration::from_secs(1);
 /// When there is nothing to do. Shorter than the sight of any vigil, to which a longer pause means that this process was
 /// stopped: everybody's time would begin anew.
@@ -801,7 +801,7 @@ mod tests {
     }
 
     #[test]
-    fn doubts_wait_for_all_other_work_of_their_service() {
+    fn questions_that_anyone_can_cause_wait_for_all_other_work_of_their_service() {
         let mut works = [Work::HalfClosed, Work::Doubt, Work::Idle, Work::Ask, Work::End, Work::Reset];
         works.sort();
         assert_eq!(works, [Work::Reset, Work::End, Work::Idle, Work::Ask, Work::Doubt, Work::HalfClosed]);

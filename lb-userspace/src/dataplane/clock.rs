@@ -40,7 +40,7 @@ pub struct Ticks {
 
 impl Ticks {
     /// The choices of `kernel/Kconfig.hz`.
-    const FREQUENCIES: [u32; 4] = [100, 250, 300, 1000];
+    pub(super) const FREQUENCIES: [u32; 4] = [100, 250, 300, 1000];
 
     /// The only frequency by which both readings are right. None: several are; ask again later.
     ///

@@ -12,8 +12,8 @@ use aya::{
 use super::{Dataplane, DataplaneError, Mapped, Settings, SocketTable, outlives, sum};
 
 impl Dataplane {
-    /// The same programs over the same maps, which hold what the kernel makes new maps with: zeros, and no entries.
-    /// Nothing else is taken over, and nothing stays attached. No program may be running. `settings` may only differ
+    /// For tests: the same programs over the same maps, which hold what the kernel makes new maps with: zeros, and no
+    /// entries. Nothing else is taken over. It must not be attached, and no program may be running. `settings` may only differ
     /// from those that the program was loaded with in what is neither in the program nor the size of a map: SNAT
     /// addresses (as many of each family), their ports, and the secret.
     ///
@@ -31,7 +31,7 @@ impl Dataplane {
         Ok(dataplane)
     }
 
-    /// What the maps hold, by name: of arrays the words, of counters the sums over all CPUs, of others the number of
+    /// For tests: what the maps hold, by name: of arrays the words, of counters the sums over all CPUs, of others the number of
     /// entries.
     ///
     /// # Errors
@@ -48,8 +48,7 @@ impl Dataplane {
             let counts = (0..map.len()).map(|index| sum(map, name, index));
             contents.insert(name, counts.collect::<Result<_, _>>()?);
         }
-        let sockets = self.sockets.as_ref().map(SocketTable::all).transpose()?;
-        contents.insert("FOLLOWED_SOCKETS", vec![sockets.map_or(0, |all| all.len() as u64)]);
+        contents.insert("FOLLOWED_SOCKETS", vec![SocketTable::of(&self.ebpf)?.all()?.len() as u64]);
         contents.insert("ALLOW", vec![self.allow.keys().count() as u64]);
         Ok(contents)
     }
@@ -66,10 +65,9 @@ impl Dataplane {
         let error = |source| DataplaneError::Map { name: "ALLOW", source };
         let prefixes: Vec<_> = self.allow.keys().collect::<Result<_, _>>().map_err(error)?;
         prefixes.iter().try_for_each(|prefix| self.allow.remove(prefix)).map_err(error)?;
-        if let Some(sockets) = &mut self.sockets {
-            for socket in sockets.all()? {
-                sockets.forget(&socket)?;
-            }
+        let mut sockets = SocketTable::of(&self.ebpf)?;
+        for socket in sockets.all()? {
+            sockets.forget(&socket)?;
         }
         Ok(())
     }
@@ -79,7 +77,7 @@ impl Dataplane {
 fn arrays(ebpf: &Ebpf) -> Result<Vec<(&str, Mapped<u64>)>, DataplaneError> {
     ebpf.maps()
         .filter(|(name, map)| outlives(name) && matches!(map, Map::Array(_)))
-        .map(|(name, map)| Ok((name, Mapped::words("of a kind that is emptied", map)?)))
+        .map(|(name, map)| Ok((name, Mapped::words("(any array)", map)?)))
         .collect()
 }
 
@@ -113,7 +111,7 @@ mod tests {
             .filter(|(name, map)| outlives(name) && !is_array(map))
             .map(|(name, _)| name.as_str())
             .collect();
-        // The connect hook's notes on sockets go with these.
+        // DIALLED is socket storage: it goes with its sockets.
         let emptied = ["ALLOW", "BACKEND_FLOWS", "BACKEND_SOCKETS", "COUNTER", "DIALLED", "FOLLOWED_SOCKETS"];
         assert_eq!(others, BTreeSet::from(emptied));
     }

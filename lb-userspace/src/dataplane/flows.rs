@@ -37,7 +37,8 @@ const UNTOLD: Duration = Duration::from_secs(120);
 
 /// How long no segment of a half-closed flow was seen when its backend is asked about it. For 60 s Linux remembers a connection
 /// that its process has closed and whose other end has not (`tcp_fin_timeout`, `Documentation/networking/ip-sysctl.rst`), and one
-/// in TIME-WAIT; its timers are late by up to 5.1 s. A question before that would have TIME-WAIT begin anew.
+/// in TIME-WAIT; its timers are late by up to 5.1 s (the wheel of `kernel/time/timer.c` at 100 Hz). A question before that would
+/// have TIME-WAIT begin anew.
 pub(super) const HALF_CLOSED_REST: Duration = Duration::from_secs(70);
 
 /// How long a claim is watched before it is given up. The CPU of a virtual machine that was halted goes on with an old claim
@@ -323,8 +324,8 @@ pub(super) fn is_doubted(meta: Meta, now: u16, rest: u16) -> bool {
 }
 
 /// Is the flow's backend to be asked whether it still has it, as one end's FIN was seen and since then nothing? The other end's
-/// may have gone past the load balancer, or may not have fitted numbers that were forged in the handshake. It is asked after
-/// `rest` units, in three, as a question may be lost, and again whenever the silence has doubled.
+/// may have gone past the load balancer, or may not have fitted numbers that were forged in the handshake. It is asked in
+/// three units in a row, as a question may be lost: first after `rest` units, then each time the silence has doubled.
 pub(super) fn is_half_closed(meta: Meta, now: u16, rest: u16) -> bool {
     let has_fin = meta.has(CLIENT_FIN) || meta.has(BACKEND_FIN);
     let age = meta.age(now);
@@ -383,9 +384,9 @@ fn clear_one(mark: &Cell8, epoch: u8, needed: bool) {
 
 #[cfg(test)]
 mod tests {
-    use lb_common::transition::RESET_QUARANTINE;
+    use lb_common::transition::{HALF_CLOSED_SILENCE, RESET_QUARANTINE};
 
-    use super::*;
+    use super::{super::Ticks, *};
 
     const NOW: u16 = 1000;
 
@@ -480,6 +481,13 @@ mod tests {
             assert!(!is_half_closed(flow(61, fin).become_kind(Kind::ClosedByClient), NOW, 60));
         }
         assert!(!is_half_closed(flow(61, 0), NOW, 60), "open at both ends");
+    }
+
+    #[test]
+    fn an_answer_does_not_keep_a_flow_that_is_asked_about_at_any_frequency() {
+        for frequency in Ticks::FREQUENCIES {
+            assert!(Ticks { frequency }.units(HALF_CLOSED_REST) > HALF_CLOSED_SILENCE, "at {frequency} Hz");
+        }
     }
 
     #[test]

@@ -189,7 +189,8 @@ impl Dataplane {
         Ok(self.walk(filter, cursor, limit, Wanted::Doubted { now, rest }, |_, _, _| true))
     }
 
-    /// As [`Dataplane::flows_to_ask`], of flows that one end has closed, and no segment for more than a minute.
+    /// As [`Dataplane::flows_to_ask`], of flows that one end has closed and whose backend is due to be asked: see
+    /// [`is_half_closed`].
     pub fn half_closed_flows(
         &mut self,
         filter: &FlowFilter,
@@ -287,7 +288,7 @@ enum Wanted {
     Idle(u16),
     /// Established, and not heard of since a RST that proves nothing, for more than `rest` units at the time `now`.
     Doubted { now: u16, rest: u16 },
-    /// Established, closed by one end, and not heard of for more than `rest` units at the time `now`.
+    /// Established, closed by one end, and due to be asked about at the time `now`: first after `rest` units.
     HalfClosed { now: u16, rest: u16 },
 }
 

@@ -1,8 +1,9 @@
 //! The tests here use programs and maps again that others are done with. None may see what another has left.
 
+use std::time::Duration;
+
 use lb_tests::packets::{Frame, Ip, RST, Shape, World};
 use lb_userspace::dataplane::{Dataplane, IdlePolicy, OBJECT, SourceShares};
-use std::time::Duration;
 
 #[test]
 fn emptied_maps_are_those_that_the_kernel_makes() {
@@ -11,7 +12,7 @@ fn emptied_maps_are_those_that_the_kernel_makes() {
         let fresh = Dataplane::load(OBJECT, &shape.settings()).unwrap();
         let used = used(&shape);
         let touched = differences(&fresh, &used);
-        for map in [
+        let common = [
             "ALLOW",
             "BACKEND_FLOWS",
             "BLACK_BOX",
@@ -21,7 +22,9 @@ fn emptied_maps_are_those_that_the_kernel_makes() {
             "NEXT_HOP",
             "SELECTION",
             "SOURCES",
-        ] {
+        ];
+        let tables = if ip == Ip::V4 { ["FLOW4", "NUMBERS4"] } else { ["FLOW6", "RETURN_HOP6"] };
+        for map in common.into_iter().chain(tables) {
             assert!(touched.contains(&map.to_owned()), "{map} is not used: {touched:?}");
         }
         let emptied = used.emptied(&shape.settings()).unwrap();
