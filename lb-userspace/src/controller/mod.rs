@@ -379,11 +379,14 @@ impl Controller {
         for described in self.ports.interfaces().into_iter().filter_map(|it| self.network.arrangement(it)) {
             tracing::info!("{described}");
         }
+        // Cards may start anew: what checks do not find meanwhile says nothing of the backends.
+        self.checks.cut_off(Instant::now() + CARRIER_WAIT);
         let mut had_carrier = Vec::new();
         for index in self.ports.bases() {
             had_carrier.extend(self.attach_to(index).await?.then_some(index));
         }
         self.await_carriers(&had_carrier).await?;
+        self.checks.cut_off(Instant::now());
         self.look_at_veths().await;
         self.attach_hook().await?;
         self.leave_others()?;

@@ -21,7 +21,7 @@ use tokio::{
 use super::{
     credentials::Store,
     probe::Prober,
-    report::{CheckReport, Outcome},
+    report::{CheckReport, Failure, Outcome},
     state::{Change, Machine, State, Thresholds},
     transition::Transition,
 };
@@ -88,6 +88,15 @@ struct Wake {
     accused: watch::Sender<bool>,
     /// When traffic last proved that the backend lives.
     heard: watch::Sender<Option<Instant>>,
+    /// Until when this host's own links may be down.
+    cut_off: watch::Sender<Option<Instant>>,
+}
+
+impl Wake {
+    /// Whether what a check that has begun then has found may be about this host's own link: nobody has answered.
+    fn is_our_own(&self, outcome: Outcome, begin: Instant) -> bool {
+        outcome == Outcome::Fail(Failure::Silent) && self.cut_off.borrow().is_some_and(|until| begin < until)
+    }
 }
 
 /// Running checks. Dropping it stops them.
@@ -120,6 +129,14 @@ impl Handle {
     pub fn accuse(&self, id: TargetId, accused: bool) {
         if let Some(running) = self.running.get(&id) {
             running.wake.accused.send_replace(accused);
+        }
+    }
+
+    /// Says that this host's own links may be down until then: the silence that a check finds which begins before is not its
+    /// backend's. It is left out, and the backend checked again after `fast_interval`.
+    pub fn cut_off(&self, until: std::time::Instant) {
+        for running in self.running.values() {
+            running.wake.cut_off.send_replace(Some(until.into()));
         }
     }
 
@@ -215,8 +232,13 @@ async fn keep_checking(
     let mut since = SystemTime::now();
     let mut hurried = false;
     loop {
+        let begin = Instant::now();
         let report = prober.check_doubting(accusation(&woken)).await;
         let end = Instant::now();
+        if woken.is_our_own(report.outcome, begin) {
+            sleep_until(rhythm.rested(end)).await;
+            continue;
+        }
         let outcome = report.outcome;
         let mut change = machine.observe(outcome, end.into_std());
         if report.outcome.finds_nobody() && *woken.accused.borrow() {

@@ -162,6 +162,37 @@ async fn checks_are_left_out_while_somebody_vouches_and_nothing_is_odd() {
 }
 
 #[tokio::test]
+async fn silence_while_our_own_link_may_be_down_is_not_the_backends() {
+    let cluster = Cluster::new();
+    let frozen = Server::start(Layer::Frozen, |_| Answer::ok()).await;
+    let ill = cluster.apiserver(|_| Answer::status("500 Internal Server Error", "")).await;
+    let (sender, mut events) = mpsc::channel(16);
+    let timeout = Duration::from_millis(100);
+    let check = Check {
+        interval: timeout,
+        fast_interval: timeout,
+        connect_timeout: timeout,
+        timeout,
+        ..cluster.check()
+    };
+    let targets = vec![target(0, frozen.address, check.clone()), target(1, ill.address, check)];
+    let handle = spawn(targets, sender);
+    let until = std::time::Instant::now() + 10 * timeout;
+    handle.cut_off(until);
+    let mut answered = 0;
+    loop {
+        let event = receive(&mut events).await;
+        if event.id.backend == 0 {
+            assert!(std::time::Instant::now() >= until, "of a check that began before");
+            assert_eq!(event.failures, 1, "those before are not counted");
+            break;
+        }
+        answered += 1;
+    }
+    assert!(answered > 1, "an answer is an answer");
+}
+
+#[tokio::test]
 async fn a_backend_without_checks_is_ready_and_left_alone() {
     let (sender, mut events) = mpsc::channel(1);
     let nowhere = "192.0.2.1:6443".parse().unwrap();
