@@ -367,7 +367,7 @@ fn half_open_flows_do_not_keep_real_clients_from_being_told() {
 }
 
 #[test]
-fn doubts_that_nobody_answers_do_not_keep_real_clients_from_being_told() {
+fn unanswered_doubts_do_not_keep_real_clients_from_being_told() {
     /// Questions and resets a second.
     const RATE: &str = "reset_rate = 20";
     let mut arena = Arena::start(3, |settings| settings.service.push(RATE.to_owned())).unwrap();

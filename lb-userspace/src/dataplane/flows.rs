@@ -395,20 +395,18 @@ mod tests {
         verdict_after(CLAIM_WATCHED, meta)
     }
 
+    /// A round that begins now.
+    fn round<'a>(idle: &'a [IdleUnits], local: &'a [bool], claims: &'a Claims) -> Round<'a> {
+        let at = Instant::now();
+        Round { now: NOW, jiffies: 0, transitory: 240, half_closed_rest: 60, idle, local, at, claims }
+    }
+
     /// What becomes of it, when its claim was watched for so long.
     fn verdict_after(watched: Duration, meta: Meta) -> Option<Kind> {
         let units = |timeout| IdleUnits { timeout, forgotten: timeout };
         let (idle, local) = (&[units(0), units(10_000)], &[false, false, true]);
-        let round = Round {
-            now: NOW,
-            jiffies: 0,
-            transitory: 240,
-            half_closed_rest: 60,
-            idle,
-            local,
-            at: Instant::now(),
-            claims: &Claims::new(),
-        };
+        let claims = Claims::new();
+        let round = round(idle, local, &claims);
         round.verdict(meta, 1, watched).map(|next| {
             [Kind::Free, Kind::ClosedByClient, Kind::ClosedByBackend]
                 .into_iter()
@@ -513,17 +511,7 @@ mod tests {
         let before = Instant::now();
         let claims = Claims::from([(claim::<V4>(slot, found), before)]);
         let at = before + CLAIM_WATCHED;
-        let (idle, local) = (&[], &[]);
-        let round = Round {
-            now: NOW,
-            jiffies: 0,
-            transitory: 240,
-            half_closed_rest: 60,
-            idle,
-            local,
-            at,
-            claims: &claims,
-        };
+        let round = Round { at, ..round(&[], &[], &claims) };
         assert_eq!(round.first_found::<V4>(slot, found), before);
         assert_eq!(round.first_found::<V4>(Slot { way: 3, ..slot }, found), at, "of another slot");
         assert_eq!(round.first_found::<V6>(slot, found), at, "of the other family");

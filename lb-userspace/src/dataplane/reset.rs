@@ -150,7 +150,7 @@ impl Dataplane {
         cursor: &mut Walk,
         limit: usize,
     ) -> Result<Vec<Flow>, DataplaneError> {
-        let now = (self.jiffies()? >> self.ticks.shift()) as u16;
+        let now = self.unit_now()?;
         let act = kill_at(now);
         let mut flows = Vec::new();
         if !cursor.again {
@@ -172,7 +172,7 @@ impl Dataplane {
         cursor: &mut Walk,
         limit: usize,
     ) -> Result<Vec<Flow>, DataplaneError> {
-        let now = (self.jiffies()? >> self.ticks.shift()) as u16;
+        let now = self.unit_now()?;
         Ok(self.walk(filter, cursor, limit, Wanted::Idle(now), kill_at(now)))
     }
 
@@ -185,7 +185,7 @@ impl Dataplane {
         limit: usize,
         rest: u16,
     ) -> Result<Vec<Flow>, DataplaneError> {
-        let now = (self.jiffies()? >> self.ticks.shift()) as u16;
+        let now = self.unit_now()?;
         Ok(self.walk(filter, cursor, limit, Wanted::Doubted { now, rest }, |_, _, _| true))
     }
 
@@ -197,7 +197,7 @@ impl Dataplane {
         cursor: &mut Walk,
         limit: usize,
     ) -> Result<Vec<Flow>, DataplaneError> {
-        let now = (self.jiffies()? >> self.ticks.shift()) as u16;
+        let now = self.unit_now()?;
         let rest = self.ticks.units(HALF_CLOSED_REST);
         Ok(self.walk(filter, cursor, limit, Wanted::HalfClosed { now, rest }, |_, _, _| true))
     }
@@ -219,7 +219,7 @@ impl Dataplane {
 
     /// Frees the slots that were killed a quarantine ago, of a backend that has been ready for as long. How many.
     pub fn release_killed(&mut self, backend: u8) -> Result<u64, DataplaneError> {
-        let now = (self.jiffies()? >> self.ticks.shift()) as u16;
+        let now = self.unit_now()?;
         let config = self.settings();
         let (sets4, sets6) = (sets_in_use::<V4>(&config), sets_in_use::<V6>(&config));
         Ok(release::<V4>(&self.tables, sets4, backend, now)
@@ -239,6 +239,11 @@ impl Dataplane {
                     .then(|| if heard.wrapping_sub(now) < 1 << 16 { Duration::ZERO } else { age(heard) })
             })
             .collect())
+    }
+
+    /// The time that slots are dated by.
+    fn unit_now(&mut self) -> Result<u16, DataplaneError> {
+        Ok((self.jiffies()? >> self.ticks.shift()) as u16)
     }
 
     fn walk(

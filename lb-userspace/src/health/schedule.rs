@@ -93,7 +93,7 @@ struct Wake {
 }
 
 impl Wake {
-    /// Whether what a check that has begun then has found may be about this host's own link: nobody has answered.
+    /// Whether the silence that a check found which began at `begin` may be this host's own link's.
     fn is_our_own(&self, outcome: Outcome, begin: Instant) -> bool {
         outcome == Outcome::Fail(Failure::Silent) && self.cut_off.borrow().is_some_and(|until| begin < until)
     }

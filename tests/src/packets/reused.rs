@@ -61,7 +61,7 @@ impl Reused {
 
 impl Drop for Reused {
     fn drop(&mut self) {
-        // After a failure nobody knows what still runs.
+        // After a failure a thread of the test may still run the program.
         if let Some(dataplane) = self.dataplane.take().filter(|_| !thread::panicking()) {
             IDLE.lock().unwrap().push((self.kind, dataplane));
         }
