@@ -815,11 +815,14 @@ fn ten_thousand_neighbours_are_answered() {
 
 #[test]
 fn floods_of_one_kind_at_a_time_go_unnoticed() {
-    /// Frames a second.
-    const RATE: u32 = 200_000;
+    /// Frames a second: what two slow cores take in without losing real clients' frames before the data path sees them, so that
+    /// what fails is the data path. `sheave-bench attack` sends more.
+    const RATE: u32 = 100_000;
     const TIME: Duration = Duration::from_secs(1);
+    /// A SYN costs more than another frame: a server's kernel answers it.
+    const SYN_RATE: u32 = 50_000;
     /// Until SYNs have taken every slot, and two seconds more.
-    const SYN_TIME: Duration = Duration::from_secs(3);
+    const SYN_TIME: Duration = Duration::from_millis(3_500);
     // A machine that is busy with this answers checks late.
     let patient = |settings: &mut Settings| settings.service = vec!["reset_after = \"30s\"".to_owned()];
     let arena = Arena::start(3, patient).unwrap();
@@ -827,8 +830,8 @@ fn floods_of_one_kind_at_a_time_go_unnoticed() {
     for (number, kind) in FloodKind::ALL.into_iter().enumerate() {
         let vip = arena.cluster.vips()[number % 2];
         let mut victims = arena.open_and_exchange(vip, 20).unwrap();
-        let time = if kind == FloodKind::Syn { SYN_TIME } else { TIME };
-        let flooded = flood(&arena, kind, RATE, time, &mut victims).unwrap();
+        let (rate, time) = if kind == FloodKind::Syn { (SYN_RATE, SYN_TIME) } else { (RATE, TIME) };
+        let flooded = flood(&arena, kind, rate, time, &mut victims).unwrap();
         println!("{flooded}");
         failed.extend(flooded.require_unnoticed().err().map(|error| error.to_string()));
     }
