@@ -1,8 +1,6 @@
 //! Backends whose health checks are answered by something broken, or by somebody who means harm: the real daemon has
 //! the right word for each, and neither the others nor the daemon itself are the worse for it.
 
-#![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
-
 use std::{fs, net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, ensure};

@@ -1,7 +1,5 @@
 //! Other SNAT addresses while there are flows: old ones stay where they are, new ones leave from the new.
 
-#![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
-
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},

@@ -1,7 +1,5 @@
 //! An apiserver's life: it starts in its own time, and stops in its own time. Nobody's request is lost to either.
 
-#![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
-
 use std::{
     collections::BTreeSet,
     io::{BufRead as _, BufReader},

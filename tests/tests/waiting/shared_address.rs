@@ -1,7 +1,5 @@
 //! Flows that leave from an address that processes of this host use as well: the same port is never both's.
 
-#![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
-
 use std::{collections::BTreeSet, fs, net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, ensure};

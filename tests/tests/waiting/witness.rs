@@ -1,8 +1,6 @@
 //! What flows notice has a backend checked at once, whatever the interval says; and how often backends are checked while
 //! nobody notices anything.
 
-#![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
-
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
