@@ -9,14 +9,17 @@ use std::sync::Arc;
 use loom::{model::Builder, thread};
 
 use crate::{
+    cell::Cell32,
     flight_recorder::{Note, Record},
     flow::{
-        CANDIDATES, Claim, Claimer, Clock, Family, Found, Query, Slot, V4, V6, claim, find, is_owner, take,
+        CANDIDATES, Claim, Claimer, Clock, Family, Found, Query, Slot, V4, V6, claim,
+        close::{begin_again, mark_closed},
+        find, is_owner, take,
     },
     kill::kill,
     layout::{BUCKETS, Bucket, SETS_PER_ADDRESS, WAYS},
     memory::Memory,
-    meta::{CLIENT_FIN, Kind, Meta, NUMBERED, RESET, SYN_ACK},
+    meta::{BACKEND_FIN, CLIENT_FIN, Kind, Meta, NUMBERED, RESET, SYN_ACK, SYN_WAITS},
     sequence::SendSequence,
     subprograms::Subprograms as _,
 };
@@ -106,7 +109,7 @@ fn assert_one_owner<F: Family>(memory: &Memory, query: &Query<F::Tuple>, claims:
     let live = live::<F>(memory, query);
     assert!(live.len() <= 1, "two live ways with one tuple");
     let won: Vec<_> =
-        claims.iter().filter_map(|claim| claim.failure().is_none().then(|| claim.slot())).collect();
+        claims.iter().filter(|claim| claim.failure().is_none()).map(|claim| claim.slot()).collect();
     assert_eq!(won, live, "the winner has it, and nobody else");
     for set in all_sets(memory) {
         assert!(!word::<F>(memory, only_way(set)).is(Kind::Claiming), "a way was left behind");
@@ -532,6 +535,64 @@ fn a_killed_slot_has_one_next_owner() {
             let lives = live::<V4>(&memory, &query) == [slot];
             assert_eq!(lives, claim == Claim::won(slot));
         }
+    });
+}
+
+/// How a SYN for a flow that has ended says that it waits for the backend's answer.
+type Ask = fn(&Cell32, Meta);
+
+/// A flow has ended. Its client's SYN asks the backend, whose SYN-ACK begins the flow again; at the same time the slot is
+/// taken, as pressure takes closed slots, for a flow with the `number`th tuple.
+fn asked_while_taken(number: usize, ask: Ask) {
+    explore(Some(3), move || {
+        let memory = Arc::new(table(2));
+        let (ended, new) = (query::<V4>(&memory, 0), query::<V4>(&memory, number));
+        let slot = only_way(0);
+        let closed = Meta::new(Kind::ClosedByClient, 1, LONG_AGO).with(CLIENT_FIN | BACKEND_FIN);
+        put::<V4>(&memory, slot, &ended, closed);
+        let (client, backend) = (memory.clone(), memory.clone());
+        let client = thread::spawn(move || {
+            ask(V4::meta(V4::set(&&*client, slot.set).unwrap(), slot.way), closed);
+        });
+        let again = Meta::new(Kind::HalfOpen, 1, NOW).with(SYN_ACK);
+        let (begun, claim) = race(
+            move || {
+                let maps = &*backend;
+                let word = V4::meta(V4::set(&maps, slot.set).unwrap(), slot.way);
+                let met = Meta(word.load());
+                met.is_closed() && met.has(SYN_WAITS) && begin_again(word, met, again)
+            },
+            || take::<V4, _>(&&*memory, &new, &claimer(&memory, 2), Found::new(slot, closed)),
+        );
+        client.join().unwrap();
+        let now = word::<V4>(&memory, slot);
+        if claim == Claim::won(slot) {
+            assert!(!begun, "two flows in one slot");
+            assert!(now.is(Kind::HalfOpen) && now.backend() == 2, "{now:?}");
+            assert!(!now.has(SYN_ACK), "the new flow's backend has not answered");
+            assert_eq!(live::<V4>(&memory, &new), [slot]);
+        } else {
+            assert!(if begun { now == again } else { now == closed.with(SYN_WAITS) }, "{now:?}");
+            assert_eq!(live::<V4>(&memory, &ended), [slot]);
+        }
+    });
+}
+
+#[test]
+fn a_slot_whose_backend_is_asked_has_one_next_owner() {
+    asked_while_taken(1, mark_closed);
+}
+
+#[test]
+fn of_two_syns_of_one_client_one_begins_its_flow_again() {
+    asked_while_taken(0, mark_closed);
+}
+
+#[test]
+#[should_panic(expected = "the new flow's backend has not answered")]
+fn asking_whatever_is_in_the_slot_by_now_would_be_caught() {
+    asked_while_taken(1, |word, _| {
+        word.fetch_or(SYN_WAITS);
     });
 }
 
