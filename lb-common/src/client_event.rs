@@ -16,7 +16,7 @@ use crate::{
     },
     headers::tcp_flag,
     layout::{Numbers, backend_flag},
-    meta::{BACKEND_FIN, CLIENT_FIN, Meta, RESET, SYN_ACK},
+    meta::{BACKEND_FIN, CLIENT_FIN, Meta, NUMBERED, RESET, SYN_ACK},
     outcome::Event,
     segment::Segment,
     subprograms::Subprograms,
@@ -80,6 +80,7 @@ pub fn client_event<A: Family, S: Subprograms>(
             met.word.store_high(clock.seen);
             forward
         }
+        ClientTransition::Hold => ClientAnswer::new(ClientAnswer::HOLD, meta),
         ClientTransition::OutOfSequence => {
             maps.count_event(service, Event::ClientNumbersOdd);
             forward
@@ -148,6 +149,10 @@ fn establish<A: Family, S: Subprograms>(
     ClientAnswer::new(ClientAnswer::FORWARD_AND_LEARN, now)
 }
 
+/// Units without a segment after which a flow to this host whose client has sent a FIN is over: at least a client's TIME-WAIT (60 s
+/// in Linux), and more than there is between keepalives.
+const LOCAL_REST: u16 = 60;
+
 /// Units after which a SYN that was answered, and is sent again all the same, tells the way back.
 const LATE: u16 = 2;
 
@@ -177,10 +182,12 @@ fn retransmit<A: Family, S: Subprograms>(
 ) -> ClientAnswer {
     let mut meta = met.meta;
     if meta.has(CLIENT_FIN) {
-        // The client has ended its flow to this host, whose own segments are not seen, and uses its port again within
-        // seconds. The local socket would refuse it, where it takes no new flows.
+        // The client has ended its flow to this host, whose own segments are not seen, and uses its port again. The local socket
+        // would refuse it, where it takes no new flows. Anyone can forge both FIN and SYN: a flow that lives is heard of meanwhile.
         if flags(maps, meta) & KEEPS == backend_flag::LOCAL {
-            return ClientAnswer::new(ClientAnswer::REOPEN, meta);
+            let is_over = meta.age(clock.seen) >= LOCAL_REST;
+            let what = if is_over { ClientAnswer::REOPEN } else { ClientAnswer::FORWARD };
+            return ClientAnswer::new(what, meta);
         }
         // What the client has ended was an earlier flow: one that its backend still remembered (RFC 5961 §4), or one to
         // this host.
@@ -190,26 +197,34 @@ fn retransmit<A: Family, S: Subprograms>(
         }
         meta = begun;
     }
-    if meta.has(SYN_ACK) {
+    let stays = accepts(maps, meta);
+    let other = if stays { 0 } else { maps.another::<A>(met.service, met.query.hash, meta.backend()) };
+    let is_late = meta.age(clock.seen) >= LATE;
+    if meta.has(SYN_ACK) && (other == 0 || !is_late) {
         // A client whose way has changed does not hear the backend's answer.
-        let is_late = meta.age(clock.seen) >= LATE;
         let what = if is_late { ClientAnswer::FORWARD_AND_LEARN } else { ClientAnswer::FORWARD };
         return ClientAnswer::new(what, meta);
     }
     // Of several SYNs the last holds.
     numbers.next.store(segment.sequence.wrapping_add(1));
-    if accepts(maps, meta) {
+    if stays {
         return ClientAnswer::new(ClientAnswer::FORWARD_AND_LEARN, meta);
     }
-    let other = maps.another::<A>(met.service, met.query.hash, meta.backend());
     if other == 0 {
         return ClientAnswer::new(ClientAnswer::REFUSE, meta);
     }
-    if met.word.compare_exchange(meta.0, meta.on(other).0) != meta.0 {
+    // The client has not heard the answer, if there was one, or the SYN that was answered was not its own.
+    let moved = if meta.has(SYN_ACK) {
+        numbers.unacknowledged.store(clock.jiffies);
+        meta.without(SYN_ACK | NUMBERED | BACKEND_FIN).on(other)
+    } else {
+        meta.on(other)
+    };
+    if met.word.compare_exchange(meta.0, moved.0) != meta.0 {
         return ClientAnswer::new(ClientAnswer::FORWARD, meta);
     }
     maps.note(met.note(FlowEvent::Moved).other(other));
     maps.count_event(met.service, Event::Rebalanced);
     maps.count_flow(other);
-    ClientAnswer::new(ClientAnswer::FORWARD_AND_LEARN, meta.on(other))
+    ClientAnswer::new(ClientAnswer::FORWARD_AND_LEARN, moved)
 }

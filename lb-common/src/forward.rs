@@ -128,6 +128,7 @@ fn existing_flow<A: Family, S: Subprograms>(
                 reopen::<A, S>(frame, maps, context, listener, query, found, segment, clock, asks)
             }
             ClientAnswer::REFUSE => Err(Outcome::RefusedNoBackend),
+            ClientAnswer::HOLD => Err(Outcome::SynDoubted),
             _ => Err(Outcome::ResetClient),
         };
     }

@@ -25,6 +25,7 @@ use lb_tests::{
     pattern::{self, Checker},
     stub::PORT,
 };
+use nix::sys::socket::{setsockopt, sockopt::TcpRepair};
 
 /// For what a busy machine does in a second.
 const MOMENT: Duration = Duration::from_secs(10);
@@ -659,11 +660,11 @@ fn a_half_closed_flow_ends_when_its_backend_has_forgotten_it_and_no_sooner() {
         // The kernel forgets a connection whose process has closed it after this many seconds; 60 is the default.
         apiserver.host.namespace().sysctl("net/ipv4/tcp_fin_timeout", "1").unwrap();
     }
-    let (mut forgotten, mut open) = (Vec::new(), Vec::new());
+    let (mut forgotten, mut open, mut unread) = (Vec::new(), Vec::new(), Vec::new());
     let mut closed = Instant::now();
     for vip in arena.cluster.vips() {
-        let [gone, mut by_server, mut by_client] =
-            <[Pair; 3]>::try_from(arena.open_and_exchange(vip, 3).unwrap()).unwrap();
+        let [gone, mut by_server, mut by_client, slow] =
+            <[Pair; 4]>::try_from(arena.open_and_exchange(vip, 4).unwrap()).unwrap();
         let Pair { mut client, server, from, .. } = gone;
         closed = Instant::now();
         drop(server);
@@ -674,6 +675,11 @@ fn a_half_closed_flow_ends_when_its_backend_has_forgotten_it_and_no_sooner() {
         by_client.close_client().unwrap();
         assert_eq!(by_client.server_told(Instant::now() + MOMENT).unwrap(), Ended::Closed);
         open.push((by_server, by_client));
+        // The client's kernel forgets it after 60 s. The server has not read yet.
+        let Pair { mut client, server, from, .. } = slow;
+        client.write_all(b"late").unwrap();
+        drop(client);
+        unread.push((server, from));
     }
     let clients: Vec<_> = forgotten.iter().map(|(_, from)| *from).collect();
     assert_eq!(arena.flows_of(&clients).unwrap().len(), clients.len());
@@ -685,7 +691,7 @@ fn a_half_closed_flow_ends_when_its_backend_has_forgotten_it_and_no_sooner() {
     .unwrap();
     assert!(closed.elapsed() >= ASKED_AFTER, "asked after {:?}", closed.elapsed());
     let asked = open.iter().flat_map(|(by_server, by_client)| [by_server.from, by_client.from]);
-    for client in clients.into_iter().chain(asked) {
+    for client in clients.into_iter().chain(asked).chain(unread.iter().map(|(_, from)| *from)) {
         let config = arena.cluster.daemon_directory().join("sheave.toml");
         let mut why = arena.daemon.command("why").unwrap();
         why.arg(client.to_string()).arg("--config").arg(config);
@@ -702,6 +708,39 @@ fn a_half_closed_flow_ends_when_its_backend_has_forgotten_it_and_no_sooner() {
         by_server.server.read_exact(&mut [0]).unwrap();
         by_client.server.write_all(b"<").unwrap();
         by_client.client.read_exact(&mut [0]).unwrap();
+    }
+    for (mut server, from) in unread {
+        let mut late = Vec::new();
+        server.read_to_end(&mut late).unwrap();
+        assert_eq!(late, b"late");
+        assert!(server.take_error().unwrap().is_none(), "the question has reset the connection of {from}");
+    }
+}
+
+/// A client's host loses power, and its next connection comes from the same port.
+#[test]
+fn a_client_that_begins_anew_from_its_port_is_told_of_its_backends_death() {
+    /// The backend's numbers go on by 4 MiB in 0.3 s, and then do not fit the flow before by chance (RFC 6528 §3).
+    const OTHER_NUMBERS: Duration = Duration::from_secs(1);
+    let mut arena = Arena::start(3, |_| {}).unwrap();
+    let mut lost = Vec::new();
+    for vip in arena.cluster.vips() {
+        let Pair { client, server, from, .. } = arena.open_and_exchange(vip, 1).unwrap().pop().unwrap();
+        // Closed in this mode it says nothing.
+        setsockopt(&client, TcpRepair, &1).unwrap();
+        drop(client);
+        lost.push((vip, from, server));
+    }
+    thread::sleep(OTHER_NUMBERS);
+    let mut pairs: Vec<_> = lost.iter().map(|(vip, from, _)| arena.open_from(*from, *vip).unwrap()).collect();
+    require_alive(&mut pairs);
+    let clients: Vec<_> = pairs.iter().map(|pair| pair.from).collect();
+    let states: Vec<_> = arena.flows_of(&clients).unwrap().into_iter().map(|flow| flow.state).collect();
+    assert_eq!(states, ["established", "established"]);
+    while let Some(pair) = pairs.pop() {
+        let (at, mut told) = (pair.at, vec![pair]);
+        told.extend(pairs.extract_if(.., |other| other.at == at));
+        arena.cut_off_and_require_told(at, &mut told).unwrap();
     }
 }
 

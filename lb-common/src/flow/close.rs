@@ -23,10 +23,13 @@ pub fn close(word: &Cell32, mut meta: Meta, other: u32, closed: Kind) -> Meta {
     meta
 }
 
-/// Marks a closed slot, whose word was `meta`, with [`SYN_WAITS`].
+/// Marks a slot whose word was `meta`, and which both sides have closed, with [`SYN_WAITS`].
 #[inline(always)]
 pub fn mark_closed(word: &Cell32, meta: Meta) {
-    exchange_closed(word, meta, |meta| meta.with(SYN_WAITS));
+    exchange_closed(word, meta, |meta| {
+        let closed = if meta.is_closed() { meta } else { meta.become_kind(Kind::ClosedByBackend) };
+        closed.with(SYN_WAITS)
+    });
 }
 
 /// Makes a closed slot, whose word was `meta`, the half-open one of a new flow. False: it is not closed any more.

@@ -8,9 +8,9 @@ use crate::{
     Outcome,
     flow::Clock,
     layout::{NextHop, backend_flag},
-    meta::{CLIENT_FIN, Kind, RESET, SYN_ACK},
+    meta::{BACKEND_FIN, CLIENT_FIN, Kind, RESET, SYN_ACK, SYN_WAITS},
     outcome::Event,
-    transition::RESET_QUARANTINE,
+    transition::{HALF_CLOSED_SILENCE, RESET_QUARANTINE},
 };
 
 #[test]
@@ -153,6 +153,25 @@ fn a_syn_stays_with_a_backend_that_has_answered() {
         lab.send(&flow.down(SYN | ACK)).sent(Outcome::Replied);
         lab.backend(flow.backend).flags.store(0);
         assert_eq!(lab.open(flow.client, flow.listener), flow);
+    }
+}
+
+#[test]
+fn a_syn_leaves_a_backend_that_takes_no_new_flows_when_its_answer_is_old() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        // Perhaps the first SYN was forged, and the client's port is used only now.
+        let flow = lab.open(version.client(1), version.vip());
+        lab.send(&flow.down(SYN | ACK)).sent(Outcome::Replied);
+        lab.memory.advance(2);
+        assert_eq!(lab.open(flow.client, flow.listener), flow, "it still takes flows");
+        lab.backend(flow.backend).flags.store(0);
+        let moved = lab.open(flow.client, flow.listener);
+        assert_ne!(moved.backend, flow.backend);
+        assert_eq!((moved.snat, lab.events(Event::Rebalanced)), (flow.snat, 1), "in the same slot");
+        lab.send(&moved.down(SYN | ACK)).sent(Outcome::Replied);
+        lab.send(&moved.up(ACK)).sent(Outcome::Forwarded);
+        lab.assert_flows(&moved);
     }
 }
 
@@ -545,12 +564,60 @@ fn a_syn_after_a_doubtful_reset_is_its_backends_to_answer() {
         lab.backend(flow.backend).flags.store(0);
         lab.select(&[]);
         lab.memory.advance(u64::from(RESET_QUARANTINE) * 2);
+        // The backend is asked first: its SYN-ACK to this SYN would begin a flow whose numbers nobody knows.
+        assert_eq!(lab.send(&flow.up(SYN)).outcome, Outcome::SynDoubted);
+        // It has not answered.
+        lab.memory.advance(u64::from(RESET_QUARANTINE) * 2);
         let again = lab.open(flow.client, flow.listener);
         assert_eq!((again.snat, again.backend), (flow.snat, flow.backend));
         assert!(lab.meta(&again).is(Kind::Established));
         // A backend that has the flow says so, and the client ends it by the number it says.
         lab.send(&flow.down(ACK)).sent(Outcome::Replied);
         assert!(!lab.meta(&flow).has(RESET));
+        lab.send(&flow.up(SYN)).sent(Outcome::Forwarded);
+    }
+}
+
+#[test]
+fn a_syn_after_both_fins_begins_anew_when_its_backend_says_so() {
+    for version in VERSIONS {
+        let lab = Lab::new();
+        // TCP Fast Open: the backend has answered and closed before the client's first ACK, which is its FIN.
+        let flow = lab.open(version.client(1), version.vip());
+        lab.send(&flow.down(SYN | ACK)).sent(Outcome::Replied);
+        lab.send(&flow.down(FIN | ACK)).sent(Outcome::Replied);
+        lab.send(&flow.up(FIN | ACK)).sent(Outcome::Forwarded);
+        assert!(lab.meta(&flow).is(Kind::Established) && lab.meta(&flow).has(CLIENT_FIN | BACKEND_FIN));
+        lab.send(&flow.up(SYN)).sent(Outcome::Forwarded);
+        assert!(lab.meta(&flow).is_closed() && lab.meta(&flow).has(SYN_WAITS));
+        lab.send(&flow.down(SYN | ACK)).sent(Outcome::Replied);
+        assert!(lab.meta(&flow).is(Kind::HalfOpen) && lab.meta(&flow).has(SYN_ACK));
+        lab.send(&flow.up(ACK)).sent(Outcome::Forwarded);
+        lab.assert_flows(&flow);
+    }
+}
+
+#[test]
+fn an_answer_to_a_question_is_not_told_to_a_client_that_has_closed() {
+    for version in VERSIONS {
+        for by_client in [true, false] {
+            let lab = Lab::new();
+            let flow = lab.establish(version.client(1), version.vip());
+            lab.send(&if by_client { flow.up(FIN | ACK) } else { flow.down(FIN | ACK) });
+            lab.memory.advance(u64::from(HALF_CLOSED_SILENCE) + 1);
+            let before = lab.meta(&flow);
+            // The backend's number after its own FIN.
+            let mut answer = flow.down(ACK);
+            answer.sequence = answer.sequence.wrapping_add(u32::from(!by_client));
+            let outcome = lab.send(&answer).outcome;
+            assert_eq!(outcome, if by_client { Outcome::QuestionAnswered } else { Outcome::Replied });
+            assert_eq!(lab.meta(&flow), before, "the flow is as idle as before");
+            // What the backend sends by itself.
+            lab.send(&Segment { payload: vec![1], ..answer.clone() }).sent(Outcome::Replied);
+            lab.memory.advance(u64::from(HALF_CLOSED_SILENCE) + 1);
+            let fin = Segment { sequence: answer.sequence.wrapping_add(1), ..flow.down(FIN | ACK) };
+            lab.send(&fin).sent(Outcome::Replied);
+        }
     }
 }
 
@@ -611,6 +678,30 @@ fn a_backend_that_is_this_host_gets_the_packet_untouched() {
             assert_eq!(lab.send(&segment).outcome, Outcome::ForwardedLocal);
         }
         lab.open(version.client(2), version.vip());
+    }
+}
+
+#[test]
+fn a_forged_fin_and_a_forged_syn_take_no_flow_from_this_host() {
+    for version in VERSIONS {
+        let mut lab = Lab::new();
+        let local = version.backend(1);
+        lab.backend(local).flags.store(backend_flag::ACCEPTS | backend_flag::LOCAL);
+        lab.select(&[1]);
+        let syn = Segment::new(version.client(1), version.vip(), SYN);
+        let (ack, fin) = (Segment { flags: ACK, ..syn.clone() }, Segment { flags: FIN | ACK, ..syn.clone() });
+        let is_local = |lab: &Lab, segment: &Segment| lab.send(segment).outcome == Outcome::ForwardedLocal;
+        assert!([&syn, &ack, &fin].into_iter().all(|segment| is_local(&lab, segment)));
+        // It takes no new flows any more, and this one lives: its client is heard of.
+        lab.backend(local).flags.store(backend_flag::LOCAL);
+        lab.select(&[2]);
+        for _ in 0..3 {
+            lab.memory.advance(59);
+            assert!(is_local(&lab, &syn), "nothing ends what may live");
+            assert!(is_local(&lab, &ack));
+        }
+        lab.memory.advance(60);
+        lab.send(&syn).sent(Outcome::Forwarded);
     }
 }
 
