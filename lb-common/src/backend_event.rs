@@ -26,8 +26,6 @@ pub mod answer {
     pub const SECOND_CHANCE: u64 = 1;
     /// Answer it with a RST: the flow was reset on purpose.
     pub const RESET: u64 = 2;
-    /// Drop it: the daemon asked for it, and the client has closed.
-    pub const NONE: u64 = 3;
 }
 
 /// Takes a segment of the backend of the flow that was `found` to what is to be done with it: see [`answer`].
@@ -123,11 +121,7 @@ pub fn backend_event<A: Family, S: Subprograms>(
     }
     // Not in every unit: the client's next packet is to find it old, and to look where it came from. A RST says nothing of a
     // flow that goes on, and repeated it would keep a doubt from being asked about.
-    let age = meta.age(clock.seen);
-    if answer == answer::REPLY && !segment.has(tcp_flag::RST) && age >= 2 {
-        if transition::only_answers(meta, age, before, segment) {
-            return if meta.has(CLIENT_FIN) { answer::NONE } else { answer };
-        }
+    if answer == answer::REPLY && !segment.has(tcp_flag::RST) && meta.age(clock.seen) >= 2 {
         word.store_high(clock.seen);
     }
     answer

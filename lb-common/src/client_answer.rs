@@ -18,10 +18,10 @@ impl ClientAnswer {
     pub const ASK_BACKEND: u64 = 3;
     /// Answer it with a RST: the flow was reset on purpose.
     pub const RESET: u64 = 4;
-    /// Drop it: it is a SYN, and the backend is to be asked first what has become of the flow before.
-    pub const HOLD: u64 = 6;
     /// Answer it with a RST: no backend takes new flows.
     pub const REFUSE: u64 = 5;
+    /// Drop it: it is a SYN, and the backend is to be asked first what has become of the flow before.
+    pub const HOLD: u64 = 6;
 
     #[inline(always)]
     pub(crate) const fn new(what: u64, meta: Meta) -> Self {

@@ -20,7 +20,7 @@ use crate::{
     outcome::Event,
     segment::Segment,
     subprograms::Subprograms,
-    transition::{self, ClientTransition},
+    transition::{self, ClientTransition, DOUBT_LIMIT},
 };
 
 /// A flow, as a segment of its client meets it.
@@ -88,6 +88,10 @@ pub fn client_event<A: Family, S: Subprograms>(
         ClientTransition::SuspectReset => {
             maps.count_event(service, Event::ResetDoubted);
             met.word.fetch_or(RESET);
+            // A SYN that follows is held until the backend was asked, from now on.
+            if meta.age(clock.seen) >= DOUBT_LIMIT {
+                met.word.store_high(clock.seen);
+            }
             forward
         }
         ClientTransition::RetransmitSyn => retransmit::<A, S>(maps, &met, numbers, segment, clock),
@@ -149,9 +153,12 @@ fn establish<A: Family, S: Subprograms>(
     ClientAnswer::new(ClientAnswer::FORWARD_AND_LEARN, now)
 }
 
-/// Units without a segment after which a flow to this host whose client has sent a FIN is over: at least a client's TIME-WAIT (60 s
-/// in Linux), and more than there is between keepalives.
-const LOCAL_REST: u16 = 60;
+/// Units without a segment after which a flow to this host whose client has sent a FIN is over: a client's TIME-WAIT, which is 60 s
+/// in Linux, at 300 Hz, where a unit is 0.85 s.
+const LOCAL_REST: u16 = 72;
+
+/// Units after which a handshake that was answered was given up, or its SYN forged: its client would have sent another SYN, or data.
+const GIVEN_UP: u16 = 8;
 
 /// Units after which a SYN that was answered, and is sent again all the same, tells the way back.
 const LATE: u16 = 2;
@@ -199,29 +206,32 @@ fn retransmit<A: Family, S: Subprograms>(
     }
     let stays = accepts(maps, meta);
     let other = if stays { 0 } else { maps.another::<A>(met.service, met.query.hash, meta.backend()) };
-    let is_late = meta.age(clock.seen) >= LATE;
-    if meta.has(SYN_ACK) && (other == 0 || !is_late) {
+    let age = meta.age(clock.seen);
+    if meta.has(SYN_ACK) && (other == 0 || age < GIVEN_UP) {
         // A client whose way has changed does not hear the backend's answer.
+        let is_late = age >= LATE;
         let what = if is_late { ClientAnswer::FORWARD_AND_LEARN } else { ClientAnswer::FORWARD };
         return ClientAnswer::new(what, meta);
     }
-    // Of several SYNs the last holds.
-    numbers.next.store(segment.sequence.wrapping_add(1));
+    let expected = segment.sequence.wrapping_add(1);
     if stays {
+        // Of several SYNs the last holds.
+        numbers.next.store(expected);
         return ClientAnswer::new(ClientAnswer::FORWARD_AND_LEARN, meta);
     }
     if other == 0 {
         return ClientAnswer::new(ClientAnswer::REFUSE, meta);
     }
-    // The client has not heard the answer, if there was one, or the SYN that was answered was not its own.
-    let moved = if meta.has(SYN_ACK) {
-        numbers.unacknowledged.store(clock.jiffies);
-        meta.without(SYN_ACK | NUMBERED | BACKEND_FIN).on(other)
-    } else {
-        meta.on(other)
-    };
+    let was_answered = meta.has(SYN_ACK);
+    let unanswered = if was_answered { meta.without(SYN_ACK | NUMBERED | BACKEND_FIN) } else { meta };
+    let moved = unanswered.on(other);
     if met.word.compare_exchange(meta.0, moved.0) != meta.0 {
         return ClientAnswer::new(ClientAnswer::FORWARD, meta);
+    }
+    // Not before: another CPU may have established the flow meanwhile.
+    numbers.next.store(expected);
+    if was_answered {
+        numbers.unacknowledged.store(clock.jiffies);
     }
     maps.note(met.note(FlowEvent::Moved).other(other));
     maps.count_event(met.service, Event::Rebalanced);

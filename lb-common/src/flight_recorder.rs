@@ -88,6 +88,8 @@ list! {
     NoNextHop = 5;
     /// Its source has used up its budget of slots: dropped.
     SourceBudget = 6;
+    /// The flow before may have ended by a RST, and its backend is asked first: dropped.
+    Doubted = 7;
 }
 
 list! {
@@ -137,6 +139,7 @@ impl Refusal {
             Outcome::TableFull => Self::TableFull as u8,
             Outcome::SynRace => Self::Race as u8,
             Outcome::SourceBudget => Self::SourceBudget as u8,
+            Outcome::SynDoubted => Self::Doubted as u8,
             _ => 0,
         }
     }

@@ -44,9 +44,6 @@ list! {
     ResetBackend = Transmit, "reset_backend";
     /// A backend's RST to a SYN, swallowed: the client's next SYN goes to another backend.
     SecondChance = Drop, "second_chance";
-    /// A backend's answer to the daemon's question about a flow whose client has closed it: a client that has forgotten the flow would
-    /// answer with a RST.
-    QuestionAnswered = Drop, "dropped_question_answered";
     /// A SYN for a flow that may have ended by a RST: its backend is asked first, and the client sends another.
     SynDoubted = Drop, "dropped_syn_doubted";
     /// An ICMP error that asks a backend for smaller packets, and quotes nothing that is in flight: anyone can forge it.

@@ -14,7 +14,7 @@ use crate::{
     frame::Frame,
     headers::tcp_flag,
     layout::{Backend, Listener, NextHop},
-    meta::{CLIENT_FIN, Meta},
+    meta::Meta,
     next_hop::learned,
     outcome::{Event, Outcome},
     parse::{self, Ports},
@@ -122,17 +122,13 @@ fn learn<A: Family, S: Subprograms>(
         return match maps.backend_event::<A>(found, segment, client.listener.service) {
             answer::REPLY => Ok(()),
             answer::SECOND_CHANCE => Err(Outcome::SecondChance),
-            answer::NONE => Err(Outcome::QuestionAnswered),
             _ => Err(Outcome::ResetBackend),
         };
     }
     numbers.store(before, before.sent_until(segment.sequence.wrapping_add(segment.payload as u32)));
     // Not in every unit: the client's next packet is to find it old, and to look where it came from.
     let age = meta.age(clock.seen);
-    if age >= 2 {
-        if transition::only_answers(meta, age, before, segment) {
-            return if meta.has(CLIENT_FIN) { Err(Outcome::QuestionAnswered) } else { Ok(()) };
-        }
+    if age >= 2 && !transition::only_answers(meta, age, before, segment) {
         A::meta(ways, client.slot.way).store_high(clock.seen);
     }
     Ok(())

@@ -660,11 +660,11 @@ fn a_half_closed_flow_ends_when_its_backend_has_forgotten_it_and_no_sooner() {
         // The kernel forgets a connection whose process has closed it after this many seconds; 60 is the default.
         apiserver.host.namespace().sysctl("net/ipv4/tcp_fin_timeout", "1").unwrap();
     }
-    let (mut forgotten, mut open, mut unread) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut forgotten, mut open) = (Vec::new(), Vec::new());
     let mut closed = Instant::now();
     for vip in arena.cluster.vips() {
-        let [gone, mut by_server, mut by_client, slow] =
-            <[Pair; 4]>::try_from(arena.open_and_exchange(vip, 4).unwrap()).unwrap();
+        let [gone, mut by_server, mut by_client] =
+            <[Pair; 3]>::try_from(arena.open_and_exchange(vip, 3).unwrap()).unwrap();
         let Pair { mut client, server, from, .. } = gone;
         closed = Instant::now();
         drop(server);
@@ -675,11 +675,6 @@ fn a_half_closed_flow_ends_when_its_backend_has_forgotten_it_and_no_sooner() {
         by_client.close_client().unwrap();
         assert_eq!(by_client.server_told(Instant::now() + MOMENT).unwrap(), Ended::Closed);
         open.push((by_server, by_client));
-        // The client's kernel forgets it after 60 s. The server has not read yet.
-        let Pair { mut client, server, from, .. } = slow;
-        client.write_all(b"late").unwrap();
-        drop(client);
-        unread.push((server, from));
     }
     let clients: Vec<_> = forgotten.iter().map(|(_, from)| *from).collect();
     assert_eq!(arena.flows_of(&clients).unwrap().len(), clients.len());
@@ -691,7 +686,7 @@ fn a_half_closed_flow_ends_when_its_backend_has_forgotten_it_and_no_sooner() {
     .unwrap();
     assert!(closed.elapsed() >= ASKED_AFTER, "asked after {:?}", closed.elapsed());
     let asked = open.iter().flat_map(|(by_server, by_client)| [by_server.from, by_client.from]);
-    for client in clients.into_iter().chain(asked).chain(unread.iter().map(|(_, from)| *from)) {
+    for client in clients.into_iter().chain(asked) {
         let config = arena.cluster.daemon_directory().join("sheave.toml");
         let mut why = arena.daemon.command("why").unwrap();
         why.arg(client.to_string()).arg("--config").arg(config);
@@ -708,12 +703,6 @@ fn a_half_closed_flow_ends_when_its_backend_has_forgotten_it_and_no_sooner() {
         by_server.server.read_exact(&mut [0]).unwrap();
         by_client.server.write_all(b"<").unwrap();
         by_client.client.read_exact(&mut [0]).unwrap();
-    }
-    for (mut server, from) in unread {
-        let mut late = Vec::new();
-        server.read_to_end(&mut late).unwrap();
-        assert_eq!(late, b"late");
-        assert!(server.take_error().unwrap().is_none(), "the question has reset the connection of {from}");
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::{
     cell::Cell32,
-    meta::{Kind, Meta, RETRANSMITTED, SYN_WAITS},
+    meta::{BACKEND_FIN, CLIENT_FIN, Kind, Meta, RETRANSMITTED, SYN_WAITS},
 };
 
 /// Closes a flow, with one side's FIN noted in its word `meta`, if the `other`'s is there as well.
@@ -38,7 +38,7 @@ pub fn begin_again(word: &Cell32, meta: Meta, half_open: Meta) -> bool {
     exchange_closed(word, meta, |_| half_open)
 }
 
-/// Exchanges the word of a slot as long as it is closed: it may be another flow's by now.
+/// Exchanges the word of a slot as long as both sides have closed it: it may be another flow's by now.
 #[inline(always)]
 fn exchange_closed(word: &Cell32, mut meta: Meta, next: impl Fn(Meta) -> Meta) -> bool {
     // The word may be refreshed meanwhile.
@@ -47,7 +47,7 @@ fn exchange_closed(word: &Cell32, mut meta: Meta, next: impl Fn(Meta) -> Meta) -
         if now == meta {
             return true;
         }
-        if !now.is_closed() {
+        if !now.is_closed() && !now.has(CLIENT_FIN | BACKEND_FIN) {
             return false;
         }
         meta = now;

@@ -6,10 +6,13 @@ use super::lab::{
 };
 use crate::{
     Outcome,
-    flow::Clock,
+    flow::{Clock, Family as _, Found, Query, V4},
     layout::{NextHop, backend_flag},
+    memory::{port_word, words},
     meta::{BACKEND_FIN, CLIENT_FIN, Kind, RESET, SYN_ACK, SYN_WAITS},
     outcome::Event,
+    segment,
+    subprograms::Subprograms as _,
     transition::{HALF_CLOSED_SILENCE, RESET_QUARANTINE},
 };
 
@@ -163,9 +166,10 @@ fn a_syn_leaves_a_backend_that_takes_no_new_flows_when_its_answer_is_old() {
         // Perhaps the first SYN was forged, and the client's port is used only now.
         let flow = lab.open(version.client(1), version.vip());
         lab.send(&flow.down(SYN | ACK)).sent(Outcome::Replied);
-        lab.memory.advance(2);
-        assert_eq!(lab.open(flow.client, flow.listener), flow, "it still takes flows");
+        lab.memory.advance(7);
         lab.backend(flow.backend).flags.store(0);
+        assert_eq!(lab.open(flow.client, flow.listener), flow, "its client may have acknowledged the answer");
+        lab.memory.advance(1);
         let moved = lab.open(flow.client, flow.listener);
         assert_ne!(moved.backend, flow.backend);
         assert_eq!((moved.snat, lab.events(Event::Rebalanced)), (flow.snat, 1), "in the same slot");
@@ -567,7 +571,7 @@ fn a_syn_after_a_doubtful_reset_is_its_backends_to_answer() {
         // The backend is asked first: its SYN-ACK to this SYN would begin a flow whose numbers nobody knows.
         assert_eq!(lab.send(&flow.up(SYN)).outcome, Outcome::SynDoubted);
         // It has not answered.
-        lab.memory.advance(u64::from(RESET_QUARANTINE) * 2);
+        lab.memory.advance(2);
         let again = lab.open(flow.client, flow.listener);
         assert_eq!((again.snat, again.backend), (flow.snat, flow.backend));
         assert!(lab.meta(&again).is(Kind::Established));
@@ -597,26 +601,82 @@ fn a_syn_after_both_fins_begins_anew_when_its_backend_says_so() {
     }
 }
 
+/// Works on a SYN of the flow as a CPU does that has looked at its slot when that was `found`.
+fn late_syn(lab: &Lab, flow: &Flow, found: Found) {
+    let listener = words(flow.listener.ip());
+    let is_its_own = |entry: &crate::layout::Listener| {
+        entry.address == listener && entry.port == port_word(flow.listener.port())
+    };
+    let id = lab.memory.listeners.iter().position(is_its_own).unwrap() as u16;
+    let tuple = V4::tuple(words(flow.client.ip()), port_word(flow.client.port()), id);
+    let query = Query::new::<V4>(&lab.memory.config, tuple);
+    let syn = segment::Segment { valid: true, flags: SYN, sequence: 77, acknowledgement: 0, payload: 0 };
+    (&lab.memory).client_event::<V4>(&query, found, &syn, lab.service);
+}
+
 #[test]
-fn an_answer_to_a_question_is_not_told_to_a_client_that_has_closed() {
+fn a_syn_that_comes_too_late_to_move_a_handshake_changes_no_number() {
+    for is_established in [true, false] {
+        let lab = Lab::new();
+        let version = VERSIONS[0];
+        let flow = lab.open(version.client(1), version.vip());
+        lab.send(&flow.down(SYN | ACK)).sent(Outcome::Replied);
+        lab.memory.advance(8);
+        lab.backend(flow.backend).flags.store(0);
+        let found = lab.slot(flow.client, flow.listener);
+        // Meanwhile on another CPU: the client's acknowledgement, or the SYN-ACK once more.
+        let first = if is_established { flow.up(ACK) } else { flow.down(SYN | ACK) };
+        lab.send(&first);
+        late_syn(&lab, &flow, found);
+        lab.send(&flow.up(ACK)).sent(Outcome::Forwarded);
+        assert!(lab.meta(&flow).is(Kind::Established));
+        lab.assert_flows(&flow);
+        assert_eq!((lab.events(Event::BackendNumbersOdd), lab.events(Event::ClientNumbersOdd)), (0, 0));
+    }
+}
+
+#[test]
+fn a_slot_with_both_fins_waits_for_its_backend_also_if_it_is_refreshed_meanwhile() {
+    let lab = Lab::new();
+    let version = VERSIONS[0];
+    let flow = lab.open(version.client(1), version.vip());
+    lab.send(&flow.down(SYN | ACK)).sent(Outcome::Replied);
+    lab.send(&flow.down(FIN | ACK)).sent(Outcome::Replied);
+    lab.send(&flow.up(FIN | ACK)).sent(Outcome::Forwarded);
+    lab.memory.advance(1);
+    let found = lab.slot(flow.client, flow.listener);
+    lab.send(&flow.up(FIN | ACK)).sent(Outcome::Forwarded);
+    assert_ne!(lab.slot(flow.client, flow.listener).meta(), found.meta());
+    late_syn(&lab, &flow, found);
+    assert!(lab.meta(&flow).is_closed() && lab.meta(&flow).has(SYN_WAITS), "{:?}", lab.meta(&flow));
+}
+
+#[test]
+fn a_client_whose_half_closed_flow_rests_uses_its_port_again() {
     for version in VERSIONS {
         for by_client in [true, false] {
             let lab = Lab::new();
             let flow = lab.establish(version.client(1), version.vip());
             lab.send(&if by_client { flow.up(FIN | ACK) } else { flow.down(FIN | ACK) });
             lab.memory.advance(u64::from(HALF_CLOSED_SILENCE) + 1);
+            lab.send(&flow.up(SYN)).sent(Outcome::Forwarded);
+            // The backend still has the flow (RFC 5961 §4). Its number after its own FIN.
+            let mut challenge = flow.down(ACK);
+            challenge.sequence = challenge.sequence.wrapping_add(u32::from(!by_client));
             let before = lab.meta(&flow);
-            // The backend's number after its own FIN.
-            let mut answer = flow.down(ACK);
-            answer.sequence = answer.sequence.wrapping_add(u32::from(!by_client));
-            let outcome = lab.send(&answer).outcome;
-            assert_eq!(outcome, if by_client { Outcome::QuestionAnswered } else { Outcome::Replied });
-            assert_eq!(lab.meta(&flow), before, "the flow is as idle as before");
-            // What the backend sends by itself.
-            lab.send(&Segment { payload: vec![1], ..answer.clone() }).sent(Outcome::Replied);
-            lab.memory.advance(u64::from(HALF_CLOSED_SILENCE) + 1);
-            let fin = Segment { sequence: answer.sequence.wrapping_add(1), ..flow.down(FIN | ACK) };
-            lab.send(&fin).sent(Outcome::Replied);
+            lab.send(&challenge).sent(Outcome::Replied);
+            assert_eq!(
+                lab.meta(&flow),
+                before,
+                "so it answers a question as well: the flow is as idle as before"
+            );
+            lab.send(&flow.up(RST)).sent(Outcome::Forwarded);
+            assert_eq!(lab.send(&flow.up(SYN)).outcome, Outcome::SynDoubted);
+            lab.memory.advance(u64::from(RESET_QUARANTINE) + 1);
+            assert_eq!(lab.send(&flow.up(SYN)).outcome, Outcome::SynDoubted, "about to be asked");
+            lab.send(&Segment { sequence: challenge.sequence, ..flow.down(RST) }).sent(Outcome::Replied);
+            let again = lab.establish(flow.client, flow.listener);
+            lab.assert_flows(&again);
         }
     }
 }
@@ -696,11 +756,11 @@ fn a_forged_fin_and_a_forged_syn_take_no_flow_from_this_host() {
         lab.backend(local).flags.store(backend_flag::LOCAL);
         lab.select(&[2]);
         for _ in 0..3 {
-            lab.memory.advance(59);
+            lab.memory.advance(71);
             assert!(is_local(&lab, &syn), "nothing ends what may live");
             assert!(is_local(&lab, &ack));
         }
-        lab.memory.advance(60);
+        lab.memory.advance(72);
         lab.send(&syn).sent(Outcome::Forwarded);
     }
 }

@@ -569,8 +569,8 @@ impl Controller {
             Work::Ask => self.dataplane.flows_to_ask(&filter, &mut job.walk, limit),
             Work::Idle => self.dataplane.kill_idle_flows(&filter, &mut job.walk, limit)?,
             Work::Doubt => {
-                // Until the answer a client that uses its port again comes to this backend, which must not last if it takes no new
-                // flows.
+                // Until the answer a client that uses its port again waits. At a backend that takes no new flows the RST is most likely
+                // the end.
                 let rest = if self.is_chosen(job.backend) { RESET_QUARANTINE } else { 0 };
                 self.dataplane.doubted_flows(&filter, &mut job.walk, limit, rest)?
             }

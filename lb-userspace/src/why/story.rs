@@ -169,6 +169,7 @@ fn word(what: What) -> &'static str {
         What::Refused(Refusal::NotAllowed) => "refused_not_allowed",
         What::Refused(Refusal::TableFull) => "dropped_table_full",
         What::Refused(Refusal::SourceBudget) => "dropped_source_budget",
+        What::Refused(Refusal::Doubted) => "dropped_syn_doubted",
         What::Refused(Refusal::Race) => "dropped_syn_race",
         What::Refused(Refusal::NoNextHop) => "dropped_next_hop_unknown",
         What::Closed { by_client: true } => "closed_by_client",
@@ -291,6 +292,10 @@ impl Telling<'_> {
             Refusal::SourceBudget => format!(
                 "SYN to {listener} dropped: the client's address, or its /64, has as many slots as one source may have; the \
                  client sends it again, `source_share` and `half_open_share` make room"
+            ),
+            Refusal::Doubted => format!(
+                "SYN to {listener} dropped: the connection before may have ended by a RST whose numbers prove nothing, and its \
+                 backend is asked first; the client sends it again"
             ),
             Refusal::Race => format!(
                 "SYN to {listener} dropped: its own copy was being worked on by another CPU; the client sends it again"
@@ -455,6 +460,7 @@ mod tests {
             (Refusal::NotAllowed, "none of the service's `allow` prefixes"),
             (Refusal::TableFull, "more `snat_addresses` make room"),
             (Refusal::SourceBudget, "`source_share` and `half_open_share` make room"),
+            (Refusal::Doubted, "its backend is asked first; the client sends it again"),
             (Refusal::Race, "the client sends it again"),
         ] {
             let connections = told(&[(0, What::Refused(refusal)), (0, What::Refused(refusal))]);

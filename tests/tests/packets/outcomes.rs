@@ -4,12 +4,9 @@
 use std::net::SocketAddr;
 
 use ipnet::IpNet;
-use lb_common::{
-    outcome::{Event, Outcome},
-    transition::HALF_CLOSED_SILENCE,
-};
+use lb_common::outcome::{Event, Outcome};
 use lb_tests::packets::{
-    ACK, Change, Exchange, FIN, Fragment, Frame, Icmp, Ip, LOOPBACK, RST, Shape, World, extension,
+    ACK, Change, Exchange, Fragment, Frame, Icmp, Ip, LOOPBACK, RST, Shape, World, extension,
 };
 use lb_userspace::dataplane::SourceShares;
 
@@ -83,12 +80,6 @@ fn make(outcome: Outcome, world: &mut World) -> Result<Exchange, Impossible> {
         Outcome::SecondChance => {
             let flow = world.open(client, listener);
             world.run(&Frame { flags: RST | ACK, ..flow.from_backend() }.bytes())
-        }
-        Outcome::QuestionAnswered => {
-            let flow = world.establish(client);
-            world.run(&Frame { flags: FIN | ACK, ..flow.from_client() }.bytes());
-            world.change(&world.taken(&flow), Change::Older(HALF_CLOSED_SILENCE + 1));
-            world.run(&flow.from_backend().bytes())
         }
         Outcome::SynDoubted => {
             let flow = world.establish(client);
