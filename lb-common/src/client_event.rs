@@ -153,8 +153,8 @@ fn establish<A: Family, S: Subprograms>(
     ClientAnswer::new(ClientAnswer::FORWARD_AND_LEARN, now)
 }
 
-/// Units without a segment after which a flow to this host whose client has sent a FIN is over: a client's TIME-WAIT, which is 60 s
-/// in Linux, at 300 Hz, where a unit is 0.85 s.
+/// Units without a segment after which a flow to this host whose client has sent a FIN is over. These are at least the 60 s of
+/// Linux's TIME-WAIT, also on a kernel of 300 Hz, where a unit is 0.85 s.
 const LOCAL_REST: u16 = 72;
 
 /// Units after which a handshake that was answered was given up, or its SYN forged: its client would have sent another SYN, or data.
@@ -190,7 +190,8 @@ fn retransmit<A: Family, S: Subprograms>(
     let mut meta = met.meta;
     if meta.has(CLIENT_FIN) {
         // The client has ended its flow to this host, whose own segments are not seen, and uses its port again. The local socket
-        // would refuse it, where it takes no new flows. Anyone can forge both FIN and SYN: a flow that lives is heard of meanwhile.
+        // would refuse it, where it takes no new flows. Anyone can forge both FIN and SYN, so it waits: the client of a flow that lives
+        // is most likely heard of meanwhile.
         if flags(maps, meta) & KEEPS == backend_flag::LOCAL {
             let is_over = meta.age(clock.seen) >= LOCAL_REST;
             let what = if is_over { ClientAnswer::REOPEN } else { ClientAnswer::FORWARD };

@@ -568,7 +568,7 @@ fn a_syn_after_a_doubtful_reset_is_its_backends_to_answer() {
         lab.backend(flow.backend).flags.store(0);
         lab.select(&[]);
         lab.memory.advance(u64::from(RESET_QUARANTINE) * 2);
-        // The backend is asked first: its SYN-ACK to this SYN would begin a flow whose numbers nobody knows.
+        // The backend is asked first: its SYN-ACK to this SYN would begin a flow whose numbers the slot does not know.
         assert_eq!(lab.send(&flow.up(SYN)).outcome, Outcome::SynDoubted);
         // It has not answered.
         lab.memory.advance(2);
@@ -603,12 +603,8 @@ fn a_syn_after_both_fins_begins_anew_when_its_backend_says_so() {
 
 /// Works on a SYN of the flow as a CPU does that has looked at its slot when that was `found`.
 fn late_syn(lab: &Lab, flow: &Flow, found: Found) {
-    let listener = words(flow.listener.ip());
-    let is_its_own = |entry: &crate::layout::Listener| {
-        entry.address == listener && entry.port == port_word(flow.listener.port())
-    };
-    let id = lab.memory.listeners.iter().position(is_its_own).unwrap() as u16;
-    let tuple = V4::tuple(words(flow.client.ip()), port_word(flow.client.port()), id);
+    let (address, port) = (words(flow.client.ip()), port_word(flow.client.port()));
+    let tuple = V4::tuple(address, port, lab.listener_id(flow.listener));
     let query = Query::new::<V4>(&lab.memory.config, tuple);
     let syn = segment::Segment { valid: true, flags: SYN, sequence: 77, acknowledgement: 0, payload: 0 };
     (&lab.memory).client_event::<V4>(&query, found, &syn, lab.service);
@@ -721,13 +717,18 @@ fn a_slot_answers_to_its_own_backend_only() {
     }
 }
 
+/// The first backend is this host, and all new flows are for it.
+fn serve_here(version: Version) -> Lab {
+    let mut lab = Lab::new();
+    lab.backend(version.backend(1)).flags.store(backend_flag::ACCEPTS | backend_flag::LOCAL);
+    lab.select(&[1]);
+    lab
+}
+
 #[test]
 fn a_backend_that_is_this_host_gets_the_packet_untouched() {
     for version in VERSIONS {
-        let mut lab = Lab::new();
-        let local = version.backend(1);
-        lab.backend(local).flags.store(backend_flag::ACCEPTS | backend_flag::LOCAL);
-        lab.select(&[1]);
+        let mut lab = serve_here(version);
         let syn = Segment::new(version.client(1), version.vip(), SYN);
         assert_eq!(lab.send(&syn).outcome, Outcome::ForwardedLocal);
         assert_eq!(lab.occupied(), 1, "the flow is remembered");
@@ -744,16 +745,13 @@ fn a_backend_that_is_this_host_gets_the_packet_untouched() {
 #[test]
 fn a_forged_fin_and_a_forged_syn_take_no_flow_from_this_host() {
     for version in VERSIONS {
-        let mut lab = Lab::new();
-        let local = version.backend(1);
-        lab.backend(local).flags.store(backend_flag::ACCEPTS | backend_flag::LOCAL);
-        lab.select(&[1]);
+        let mut lab = serve_here(version);
         let syn = Segment::new(version.client(1), version.vip(), SYN);
         let (ack, fin) = (Segment { flags: ACK, ..syn.clone() }, Segment { flags: FIN | ACK, ..syn.clone() });
         let is_local = |lab: &Lab, segment: &Segment| lab.send(segment).outcome == Outcome::ForwardedLocal;
         assert!([&syn, &ack, &fin].into_iter().all(|segment| is_local(&lab, segment)));
         // It takes no new flows any more, and this one lives: its client is heard of.
-        lab.backend(local).flags.store(backend_flag::LOCAL);
+        lab.backend(version.backend(1)).flags.store(backend_flag::LOCAL);
         lab.select(&[2]);
         for _ in 0..3 {
             lab.memory.advance(71);

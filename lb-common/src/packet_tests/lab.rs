@@ -178,16 +178,18 @@ impl Lab {
         self.memory.count(self.service, Counter::Event(event))
     }
 
+    /// The number of a listener of the lab.
+    pub(super) fn listener_id(&self, listener: SocketAddr) -> u16 {
+        let (address, port) = (words(listener.ip()), port_word(listener.port()));
+        let mut listeners = self.memory.listeners.iter();
+        listeners
+            .position(|entry| entry.address == address && entry.port == port)
+            .expect("a listener of the lab") as u16
+    }
+
     /// The slot of a flow.
     pub(super) fn slot(&self, client: SocketAddr, listener: SocketAddr) -> Found {
-        let id = self
-            .memory
-            .listeners
-            .iter()
-            .position(|entry| {
-                entry.address == words(listener.ip()) && entry.port == port_word(listener.port())
-            })
-            .expect("a listener of the lab") as u16;
+        let id = self.listener_id(listener);
         let (address, port) = (words(client.ip()), port_word(client.port()));
         let config = &self.memory.config;
         if client.is_ipv4() {

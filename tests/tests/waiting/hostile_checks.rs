@@ -1,4 +1,4 @@
-//! Backends whose health checks are answered by something broken, or by somebody who means harm: the real daemon has
+//! Backends whose health checks are answered by something broken or hostile: the real daemon has
 //! the right word for each, and neither the others nor the daemon itself are the worse for it.
 
 use std::{fs, net::SocketAddr, time::Duration};

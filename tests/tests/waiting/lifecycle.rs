@@ -1,4 +1,4 @@
-//! An apiserver's life: it starts in its own time, and stops in its own time. Nobody's request is lost to either.
+//! An apiserver's life: it starts in its own time, and stops in its own time. No request is lost to either.
 
 use std::{
     collections::BTreeSet,
