@@ -16,12 +16,15 @@ impl ClientAnswer {
     pub const REOPEN: u64 = 2;
     /// It is a SYN, and the backend judges whether a new flow begins in this slot: forward it.
     pub const ASK_BACKEND: u64 = 3;
+    /// It is a SYN for a flow to this host, which takes no new ones: forward it if a socket has the connection
+    /// ([`crate::host_socket`]), otherwise it begins a new flow in this slot.
+    pub const ASK_HOST: u64 = 4;
     /// Answer it with a RST: the flow was reset on purpose.
-    pub const RESET: u64 = 4;
+    pub const RESET: u64 = 5;
     /// Answer it with a RST: no backend takes new flows.
-    pub const REFUSE: u64 = 5;
+    pub const REFUSE: u64 = 6;
     /// Drop it: it is a SYN, and the backend is to be asked first what has become of the flow before.
-    pub const HOLD: u64 = 6;
+    pub const HOLD: u64 = 7;
 
     #[inline(always)]
     pub(crate) const fn new(what: u64, meta: Meta) -> Self {

@@ -153,19 +153,11 @@ fn establish<A: Family, S: Subprograms>(
     ClientAnswer::new(ClientAnswer::FORWARD_AND_LEARN, now)
 }
 
-/// Units without a segment after which a flow to this host whose client has sent a FIN is over. These are at least the 60 s of
-/// Linux's TIME-WAIT, also on a kernel of 300 Hz, where a unit is 0.85 s.
-const LOCAL_REST: u16 = 72;
-
 /// Units after which a handshake that was answered was given up, or its SYN forged: its client would have sent another SYN, or data.
 const GIVEN_UP: u16 = 8;
 
 /// Units after which a SYN that was answered, and is sent again all the same, tells the way back.
 const LATE: u16 = 2;
-
-/// A backend with one of these takes new flows. One that is this host always keeps its own: whether such a flow is
-/// established is not seen here, and the local socket says no by itself.
-const KEEPS: u32 = backend_flag::ACCEPTS | backend_flag::LOCAL;
 
 #[inline(always)]
 fn flags<S: Subprograms>(maps: &S, meta: Meta) -> u32 {
@@ -175,7 +167,7 @@ fn flags<S: Subprograms>(maps: &S, meta: Meta) -> u32 {
 /// Does the slot's backend take new flows?
 #[inline(always)]
 pub fn accepts<S: Subprograms>(maps: &S, meta: Meta) -> bool {
-    flags(maps, meta) & KEEPS != 0
+    flags(maps, meta) & backend_flag::ACCEPTS != 0
 }
 
 /// Sends a retransmitted SYN to its backend, or to another if that one takes no new flows any more.
@@ -188,15 +180,13 @@ fn retransmit<A: Family, S: Subprograms>(
     clock: Clock,
 ) -> ClientAnswer {
     let mut meta = met.meta;
+    let flags = flags(maps, meta);
+    let stays = flags & backend_flag::ACCEPTS != 0;
+    // Its segments are not seen here: only its sockets tell whether the flow lives.
+    if !stays && flags & backend_flag::LOCAL != 0 {
+        return ClientAnswer::new(ClientAnswer::ASK_HOST, meta);
+    }
     if meta.has(CLIENT_FIN) {
-        // The client has ended its flow to this host, whose own segments are not seen, and uses its port again. The local socket
-        // would refuse it, where it takes no new flows. Anyone can forge both FIN and SYN, so it waits: the client of a flow that lives
-        // is most likely heard of meanwhile.
-        if flags(maps, meta) & KEEPS == backend_flag::LOCAL {
-            let is_over = meta.age(clock.seen) >= LOCAL_REST;
-            let what = if is_over { ClientAnswer::REOPEN } else { ClientAnswer::FORWARD };
-            return ClientAnswer::new(what, meta);
-        }
         // What the client has ended was an earlier flow: one that its backend still remembered (RFC 5961 §4), or one to
         // this host.
         let begun = meta.without(CLIENT_FIN);
@@ -205,24 +195,44 @@ fn retransmit<A: Family, S: Subprograms>(
         }
         meta = begun;
     }
-    let stays = accepts(maps, meta);
-    let other = if stays { 0 } else { maps.another::<A>(met.service, met.query.hash, meta.backend()) };
     let age = meta.age(clock.seen);
-    if meta.has(SYN_ACK) && (other == 0 || age < GIVEN_UP) {
-        // A client whose way has changed does not hear the backend's answer.
-        let is_late = age >= LATE;
-        let what = if is_late { ClientAnswer::FORWARD_AND_LEARN } else { ClientAnswer::FORWARD };
-        return ClientAnswer::new(what, meta);
+    if meta.has(SYN_ACK) && (stays || age < GIVEN_UP) {
+        return retransmit_answered(meta, age);
     }
-    let expected = segment.sequence.wrapping_add(1);
     if stays {
         // Of several SYNs the last holds.
-        numbers.next.store(expected);
+        numbers.next.store(segment.sequence.wrapping_add(1));
         return ClientAnswer::new(ClientAnswer::FORWARD_AND_LEARN, meta);
     }
-    if other == 0 {
-        return ClientAnswer::new(ClientAnswer::REFUSE, meta);
+    let other = maps.another::<A>(met.service, met.query.hash, meta.backend());
+    if other != 0 {
+        return move_on(maps, &Met { meta, ..*met }, numbers, segment, clock, other);
     }
+    if meta.has(SYN_ACK) {
+        return retransmit_answered(meta, age);
+    }
+    ClientAnswer::new(ClientAnswer::REFUSE, meta)
+}
+
+/// Sends a SYN again whose answer may be on its way.
+#[inline(always)]
+const fn retransmit_answered(meta: Meta, age: u16) -> ClientAnswer {
+    // A client whose way has changed does not hear the backend's answer.
+    let what = if age >= LATE { ClientAnswer::FORWARD_AND_LEARN } else { ClientAnswer::FORWARD };
+    ClientAnswer::new(what, meta)
+}
+
+/// Moves a handshake to another backend.
+#[inline(always)]
+fn move_on<A: Family, S: Subprograms>(
+    maps: &S,
+    met: &Met<'_, A>,
+    numbers: &Numbers,
+    segment: &Segment,
+    clock: Clock,
+    other: u8,
+) -> ClientAnswer {
+    let meta = met.meta;
     let was_answered = meta.has(SYN_ACK);
     let unanswered = if was_answered { meta.without(SYN_ACK | NUMBERED | BACKEND_FIN) } else { meta };
     let moved = unanswered.on(other);
@@ -230,7 +240,7 @@ fn retransmit<A: Family, S: Subprograms>(
         return ClientAnswer::new(ClientAnswer::FORWARD, meta);
     }
     // Not before: another CPU may have established the flow meanwhile.
-    numbers.next.store(expected);
+    numbers.next.store(segment.sequence.wrapping_add(1));
     if was_answered {
         numbers.unacknowledged.store(clock.jiffies);
     }

@@ -122,7 +122,8 @@ fn existing_flow<A: Family, S: Subprograms>(
                 next_hop::remember::<A, S>(maps, listener.service, ways, slot, arrived_from(frame, context));
                 Ok((slot, answer.meta()))
             }
-            ClientAnswer::REOPEN | ClientAnswer::ASK_BACKEND => {
+            ClientAnswer::ASK_HOST if maps.has_socket::<A>(frame) => Ok((slot, answer.meta())),
+            ClientAnswer::REOPEN | ClientAnswer::ASK_BACKEND | ClientAnswer::ASK_HOST => {
                 let found = Found::new(slot, answer.meta());
                 let asks = answer.what() == ClientAnswer::ASK_BACKEND;
                 reopen::<A, S>(frame, maps, context, listener, query, found, segment, clock, asks)

@@ -35,6 +35,7 @@ pub mod forward;
 pub mod frame;
 pub mod hash;
 pub mod headers;
+pub mod host_socket;
 pub mod icmp;
 pub mod kill;
 pub mod layout;

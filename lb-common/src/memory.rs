@@ -23,7 +23,7 @@ use crate::{
     forward,
     hash::{FlowHash, Key},
     headers::Be16,
-    icmp,
+    host_socket, icmp,
     layout::{
         BUCKETS, Backend, Bucket, Config, INTERFACES, Interface, LISTENERS, Listener, MEMBERS, Member,
         NextHop, Numbers, Numbers4, PARTNERS, ReturnHops, SERVICES, SETS_PER_ADDRESS, SNAT_ADDRESSES,
@@ -74,6 +74,8 @@ pub(crate) struct Memory {
     pub(crate) blocked: Vec<u8>,
     pub(crate) allowed: BTreeSet<(u16, [u64; 2])>,
     pub(crate) learned_hops: Vec<Cell64>,
+    /// Clients (address, port word) of connections that sockets of this host have.
+    pub(crate) host_sockets: BTreeSet<([u64; 2], u16)>,
     first_listeners: BTreeMap<u16, u16>,
     snat_places: BTreeSet<(u8, usize)>,
     selection: Vec<Vec<u8>>,
@@ -130,6 +132,7 @@ impl Memory {
             blocked: zeroed(all),
             allowed: BTreeSet::new(),
             learned_hops: zeroed(hops),
+            host_sockets: BTreeSet::new(),
             first_listeners: BTreeMap::new(),
             snat_places: BTreeSet::new(),
             selection: Vec::new(),
@@ -479,6 +482,11 @@ impl Subprograms for &Memory {
 
     fn retag(frame: &mut Bytes, config: &Config, network: usize, kind: u16, interface: u16) -> bool {
         rewrite::retag(frame, config, network, kind, interface)
+    }
+
+    fn has_socket<A: Family>(&self, frame: &mut Bytes) -> bool {
+        let connection = host_socket::connection::<A, Self>(frame);
+        connection.is_some_and(|it| self.host_sockets.contains(&(it.source, it.ports.source)))
     }
 
     fn routed(&self, frame: &mut Bytes, family: u8, address: [u64; 2]) -> u64 {

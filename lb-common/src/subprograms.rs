@@ -73,6 +73,9 @@ pub trait Subprograms: Maps {
     /// See [`crate::next_hop::routed`].
     fn routed(&self, frame: &mut Self::Frame, family: u8, address: [u64; 2]) -> u64;
 
+    /// Does a socket of this host have the frame's connection? See [`crate::host_socket`].
+    fn has_socket<A: Family>(&self, frame: &mut Self::Frame) -> bool;
+
     /// See [`crate::pipeline::segments`].
     fn segments<A: Family>(&self, frame: &mut Self::Frame, class: Class) -> Disposition;
     /// See [`crate::icmp::translate`].

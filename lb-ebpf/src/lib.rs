@@ -12,6 +12,8 @@ pub mod follow;
 #[cfg(target_arch = "bpf")]
 pub mod frame;
 #[cfg(target_arch = "bpf")]
+pub mod host_socket;
+#[cfg(target_arch = "bpf")]
 pub mod log;
 #[cfg(target_arch = "bpf")]
 pub mod maps;

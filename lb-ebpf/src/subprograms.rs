@@ -18,6 +18,7 @@ use lb_common::{
     flow::{Choice, Claim, Claimer, Family, Found, Query, Slot, V4, V6, choose, claim_free, find_in, take},
     forward,
     hash::FlowHash,
+    host_socket::connection,
     icmp,
     layout::{Config, SNAT_ADDRESSES, family},
     maps::Maps as _,
@@ -28,7 +29,7 @@ use lb_common::{
     subprograms::Subprograms,
 };
 
-use crate::{barrier::barrier_var, frame::XdpFrame, maps::KernelMaps};
+use crate::{barrier::barrier_var, frame::XdpFrame, host_socket, maps::KernelMaps};
 
 impl Subprograms for KernelMaps {
     type Frame = XdpFrame;
@@ -169,6 +170,16 @@ impl Subprograms for KernelMaps {
     fn routed(&self, frame: &mut XdpFrame, family: u8, address: [u64; 2]) -> u64 {
         let [high, low] = address;
         barrier_var(frame_routed(frame.context(), family.into(), high, low))
+    }
+
+    #[inline(always)]
+    fn has_socket<A: Family>(&self, frame: &mut XdpFrame) -> bool {
+        let context = frame.context();
+        barrier_var(if A::NUMBER == family::IPV4 {
+            frame4_has_socket(context)
+        } else {
+            frame6_has_socket(context)
+        }) != 0
     }
 
     #[inline(always)]
@@ -323,7 +334,7 @@ extern "C" fn map_is_backend(family: u64, high: u64, low: u64, port: u64) -> u64
 macro_rules! subprograms {
     (
         $family:ty, $find:ident, $free:ident, $choose:ident, $take:ident, $client_event:ident, $backend_event:ident,
-        $segments:ident, $icmp:ident, $refuse:ident
+        $segments:ident, $icmp:ident, $refuse:ident, $has_socket:ident
     ) => {
         /// See [`pipeline::segments`].
         #[unsafe(no_mangle)]
@@ -355,6 +366,16 @@ macro_rules! subprograms {
                 Disposition::from_word(refused),
             )
             .word()
+        }
+
+        /// See [`host_socket::has_socket`]: 1 or 0.
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $has_socket(context: *mut xdp_md) -> u64 {
+            let frame = &mut XdpFrame::new(context);
+            connection::<$family, KernelMaps>(frame)
+                .is_some_and(|it| host_socket::has_socket::<$family>(context, &it))
+                .into()
         }
 
         /// See [`client_event`]; `found`, the segment and the result are packed.
@@ -463,7 +484,8 @@ subprograms!(
     flow4_backend_event,
     frame4_segments,
     frame4_icmp,
-    frame4_refuse
+    frame4_refuse,
+    frame4_has_socket
 );
 subprograms!(
     V6,
@@ -475,5 +497,6 @@ subprograms!(
     flow6_backend_event,
     frame6_segments,
     frame6_icmp,
-    frame6_refuse
+    frame6_refuse,
+    frame6_has_socket
 );

@@ -742,24 +742,45 @@ fn a_backend_that_is_this_host_gets_the_packet_untouched() {
     }
 }
 
+/// A client's flow to the first backend, which is this host and has taken no new flows since.
+fn flow_to_a_host_that_drains(version: Version) -> (Lab, Segment) {
+    let mut lab = serve_here(version);
+    let syn = Segment::new(version.client(1), version.vip(), SYN);
+    for flags in [SYN, ACK] {
+        assert_eq!(lab.send(&Segment { flags, ..syn.clone() }).outcome, Outcome::ForwardedLocal);
+    }
+    lab.backend(version.backend(1)).flags.store(backend_flag::LOCAL);
+    lab.select(&[2]);
+    (lab, syn)
+}
+
 #[test]
-fn a_forged_fin_and_a_forged_syn_take_no_flow_from_this_host() {
+fn nothing_that_is_forged_takes_a_flow_from_this_host() {
     for version in VERSIONS {
-        let mut lab = serve_here(version);
-        let syn = Segment::new(version.client(1), version.vip(), SYN);
-        let (ack, fin) = (Segment { flags: ACK, ..syn.clone() }, Segment { flags: FIN | ACK, ..syn.clone() });
-        let is_local = |lab: &Lab, segment: &Segment| lab.send(segment).outcome == Outcome::ForwardedLocal;
-        assert!([&syn, &ack, &fin].into_iter().all(|segment| is_local(&lab, segment)));
-        // It takes no new flows any more, and this one lives: its client is heard of.
-        lab.backend(version.backend(1)).flags.store(backend_flag::LOCAL);
-        lab.select(&[2]);
-        for _ in 0..3 {
-            lab.memory.advance(71);
-            assert!(is_local(&lab, &syn), "nothing ends what may live");
-            assert!(is_local(&lab, &ack));
+        let (mut lab, syn) = flow_to_a_host_that_drains(version);
+        lab.memory.host_sockets.insert((words(syn.from.ip()), port_word(syn.from.port())));
+        for flags in [SYN, FIN | ACK, SYN, RST, SYN] {
+            lab.memory.advance(100);
+            let outcome = lab.send(&Segment { flags, ..syn.clone() }).outcome;
+            assert_eq!(outcome, Outcome::ForwardedLocal, "flags {flags:#x}");
         }
-        lab.memory.advance(72);
-        lab.send(&syn).sent(Outcome::Forwarded);
+    }
+}
+
+#[test]
+fn a_port_used_again_does_not_go_to_a_host_that_drains() {
+    for version in VERSIONS {
+        // The client has ended the flow before, or the host has, whose segments are not seen.
+        for end in [FIN | ACK, RST, ACK] {
+            let (lab, syn) = flow_to_a_host_that_drains(version);
+            lab.send(&Segment { flags: end, ..syn.clone() });
+            lab.send(&syn).sent(Outcome::Forwarded);
+            assert_eq!(lab.occupied(), 1);
+        }
+        // With no other backend it is refused.
+        let (mut lab, syn) = flow_to_a_host_that_drains(version);
+        lab.select(&[]);
+        assert_eq!(lab.send(&syn).outcome, Outcome::RefusedNoBackend);
     }
 }
 

@@ -1,6 +1,9 @@
 //! What segments make of a flow, and what nobody can make of it who is not part of it.
 
-use std::time::Duration;
+use std::{
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    time::Duration,
+};
 
 use anyhow::ensure;
 use lb_common::{
@@ -10,12 +13,13 @@ use lb_common::{
     transition::RESET_QUARANTINE,
 };
 use lb_tests::{
-    lab::eventually,
+    lab::{Lab, eventually},
     packets::{
         ACK, BACKEND_START, CLIENT_START, Change, FIN, Flow, Frame, Ip, PSH, RST, SYN, Shape, Taken, World,
     },
 };
 use lb_userspace::dataplane::{FlowFilter, IdlePolicy, Walk};
+use socket2::{Domain, Socket, Type};
 
 pub(crate) const FIN_ACK: u8 = FIN | ACK;
 
@@ -305,29 +309,73 @@ fn a_flow_of_a_backend_on_this_host_passes_and_is_remembered() {
     }
 }
 
+/// A client's flow to this host, which has taken no new flows since.
+fn open_to_a_host_that_drains(world: &mut World, client: SocketAddr, listener: SocketAddr) -> Frame {
+    world.dataplane.add_backend(9, listener, true);
+    world.select(0, &[9]);
+    let syn = Frame::syn(client, listener);
+    assert_eq!(world.run(&syn.bytes()).outcome, Outcome::ForwardedLocal);
+    world.select(0, &[1]);
+    syn
+}
+
 #[test]
-fn a_client_that_uses_its_port_again_after_a_minute_leaves_this_host_if_it_takes_no_new_flows() {
+fn a_client_that_uses_its_port_again_leaves_this_host_if_it_takes_no_new_flows() {
     for ip in Ip::BOTH {
-        for end in [FIN_ACK, RST] {
+        for end in [FIN_ACK, RST, ACK] {
             let mut world = World::new(ip);
-            world.dataplane.add_backend(9, ip.listener(), true);
-            world.select(0, &[9]);
-            let syn = Frame::syn(ip.client(1), ip.listener());
-            assert_eq!(world.run(&syn.bytes()).outcome, Outcome::ForwardedLocal);
-            world.select(0, &[1]);
-            // The same flow's: its socket knows whether it stands.
-            assert_eq!(world.run(&syn.bytes()).outcome, Outcome::ForwardedLocal);
+            let syn = open_to_a_host_that_drains(&mut world, ip.client(1), ip.listener());
             let frame = Frame { flags: end, ..Frame::new(ip.client(1), ip.listener()) };
             assert_eq!(world.run(&frame.bytes()).outcome, Outcome::ForwardedLocal);
-            // Both may be forged: a flow that lives is heard of within a minute.
-            for older in [0, 60] {
-                world.change(&world.slots()[0], Change::Older(older));
-                assert_eq!(world.run(&syn.bytes()).outcome, Outcome::ForwardedLocal, "after {older} s");
-            }
-            world.change(&world.slots()[0], Change::Older(20));
+            // No socket of this host has a connection with that client.
             assert_eq!(world.run(&syn.bytes()).outcome, Outcome::Forwarded);
             assert_eq!((world.slots().len(), world.slots()[0].meta.backend()), (1, 1));
         }
+    }
+}
+
+/// A real connection between two addresses of this network namespace: the server's end, and the client's.
+fn connection(client: SocketAddr, listener: SocketAddr) -> (TcpStream, TcpStream) {
+    let server = TcpListener::bind(listener).unwrap();
+    let socket = Socket::new(Domain::for_address(client), Type::STREAM, None).unwrap();
+    socket.bind(&client.into()).unwrap();
+    socket.connect(&listener.into()).unwrap();
+    (server.accept().unwrap().0, socket.into())
+}
+
+#[test]
+fn a_flow_to_this_host_lives_as_long_as_its_socket() {
+    let lab = Lab::new().unwrap();
+    for (ip, name) in [(Ip::V4, "v4"), (Ip::V6, "v6")] {
+        let host = lab.host(name).unwrap();
+        let (client, listener) = (ip.client(1), ip.listener());
+        host.ip("link set lo up").unwrap();
+        for address in [client.ip(), listener.ip()] {
+            let rest = if address.is_ipv6() { "128 nodad" } else { "32" };
+            host.ip(&format!("address add {address}/{rest} dev lo")).unwrap();
+        }
+        host.in_namespace(|| {
+            let mut world = World::new(ip);
+            let (server, kept) = connection(client, listener);
+            let syn = open_to_a_host_that_drains(&mut world, client, listener);
+            for flags in [FIN_ACK, SYN, RST, SYN, ACK, SYN] {
+                let forged = Frame { flags, ..syn.clone() };
+                assert_eq!(world.run(&forged.bytes()).outcome, Outcome::ForwardedLocal, "{flags:#x}");
+                world.change(&world.slots()[0], Change::Older(100));
+            }
+            // The server has ended its side, and its socket still lives.
+            server.shutdown(Shutdown::Write).unwrap();
+            assert_eq!(world.run(&syn.bytes()).outcome, Outcome::ForwardedLocal, "half-closed");
+            drop(kept);
+            eventually(GIVEN_UP, "the server's socket is in TIME-WAIT", || {
+                let outcome = world.run(&syn.bytes()).outcome;
+                ensure!(outcome == Outcome::Forwarded, "{outcome:?}");
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(world.slots()[0].meta.backend(), 1);
+        })
+        .unwrap();
     }
 }
 
