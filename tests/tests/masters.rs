@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a helper of a test may fail the test as well as the test itself")]
 
 use std::{
+    io::{self, ErrorKind},
     net::{SocketAddr, TcpListener},
     path::Path,
     thread,
@@ -19,6 +20,7 @@ use lb_tests::{
     load,
     stub::{Health, PORT, Stub},
 };
+use socket2::{Domain, Socket, Type};
 
 /// A verdict, with room for a busy machine.
 const VERDICT: Duration = Duration::from_secs(30);
@@ -82,11 +84,14 @@ fn its_own_apiserver_gets_its_share_and_is_asked_about_as_self() {
     let cluster = &masters.cluster;
     let own = masters.own.name();
     let all = ["api-1", "api-2", own];
+    let mut sources = Vec::new();
     for vip in cluster.vips() {
         let client = cluster.client_of(vip).unwrap();
         let report = load::parallel(&cluster.client, &client, 90).unwrap();
         report.require_all(90).unwrap();
         assert_eq!(report.by_server().into_keys().collect::<Vec<_>>(), all);
+        let at_own = report.outcomes.iter().filter(|outcome| outcome.result.as_deref() == Ok(own));
+        sources.extend(at_own.filter_map(|outcome| outcome.source));
         // The client's address is hidden from the others, not from this one: its packets are left as they are.
         let seen = masters.own.connections().unwrap();
         assert!(seen.contains_key(&cluster.client.address(vip).unwrap()), "{seen:?}");
@@ -125,6 +130,25 @@ fn its_own_apiserver_gets_its_share_and_is_asked_about_as_self() {
         let report = load::sequential(&masters.cluster.client, &client, 60).unwrap();
         report.require_all(60).unwrap();
         assert!(!report.by_server().contains_key(own.as_str()), "{:?}", report.by_server());
+    }
+    // Nor one that uses its port again, whose flow was to this host.
+    let used = masters.cluster.client.in_namespace(|| {
+        let reused = sources.iter().filter(|source| {
+            let vip = if source.is_ipv6() { masters.cluster.vip6 } else { masters.cluster.vip4 };
+            connects_from(**source, SocketAddr::new(vip, PORT)).unwrap()
+        });
+        reused.count()
+    });
+    assert!(used.unwrap() > 0, "no port of {} could be used again", sources.len());
+}
+
+/// Connects from this address and port, unless an earlier connection still rests there.
+fn connects_from(source: SocketAddr, to: SocketAddr) -> io::Result<bool> {
+    let socket = Socket::new(Domain::for_address(source), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    match socket.bind(&source.into()).and_then(|()| socket.connect(&to.into())) {
+        Err(error) if matches!(error.kind(), ErrorKind::AddrInUse | ErrorKind::AddrNotAvailable) => Ok(false),
+        outcome => outcome.map(|()| true),
     }
 }
 
