@@ -20,7 +20,7 @@ use crate::{
     outcome::Event,
     segment::Segment,
     subprograms::Subprograms,
-    transition::{self, ClientTransition, DOUBT_LIMIT},
+    transition::{self, ClientTransition, DOUBT_LIMIT, RESET_QUARANTINE},
 };
 
 /// A flow, as a segment of its client meets it.
@@ -80,7 +80,7 @@ pub fn client_event<A: Family, S: Subprograms>(
             met.word.store_high(clock.seen);
             forward
         }
-        ClientTransition::Hold => ClientAnswer::new(ClientAnswer::HOLD, meta),
+        ClientTransition::Hold => hold(&met, clock),
         ClientTransition::OutOfSequence => {
             maps.count_event(service, Event::ClientNumbersOdd);
             forward
@@ -129,6 +129,16 @@ pub fn client_event<A: Family, S: Subprograms>(
             rests(&met, before.with(CLIENT_FIN), clock)
         }
     }
+}
+
+/// A client waits for what the backend says of the flow: the slot is as old as those that are asked about at the daemon's next look.
+#[inline(always)]
+fn hold<A: Family>(met: &Met<'_, A>, clock: Clock) -> ClientAnswer {
+    met.word.fetch_or(RESET);
+    if met.meta.age(clock.seen) <= RESET_QUARANTINE {
+        met.word.store_high(clock.seen.wrapping_sub(RESET_QUARANTINE + 1));
+    }
+    ClientAnswer::new(ClientAnswer::HOLD, met.meta)
 }
 
 /// The flow is, or is about to be, over: its slot rests from now on.

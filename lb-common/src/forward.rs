@@ -18,7 +18,7 @@ use crate::{
     frame::Frame,
     hash::FlowHash,
     layout::{Backend, Listener, NextHop, Service, backend_flag},
-    meta::{Kind, Meta, RETRANSMITTED},
+    meta::{CLIENT_FIN, Kind, Meta, RETRANSMITTED},
     next_hop,
     outcome::{Event, Outcome},
     parse::{self, Ports},
@@ -122,7 +122,12 @@ fn existing_flow<A: Family, S: Subprograms>(
                 next_hop::remember::<A, S>(maps, listener.service, ways, slot, arrived_from(frame, context));
                 Ok((slot, answer.meta()))
             }
-            ClientAnswer::ASK_HOST if maps.has_socket::<A>(frame) => Ok((slot, answer.meta())),
+            ClientAnswer::ASK_HOST if maps.has_socket::<A>(frame) => {
+                if has_just_ended(answer.meta(), clock) {
+                    return Err(Outcome::SynDoubted);
+                }
+                Ok((slot, answer.meta()))
+            }
             ClientAnswer::REOPEN | ClientAnswer::ASK_BACKEND | ClientAnswer::ASK_HOST => {
                 let found = Found::new(slot, answer.meta());
                 let asks = answer.what() == ClientAnswer::ASK_BACKEND;
@@ -139,6 +144,13 @@ fn existing_flow<A: Family, S: Subprograms>(
         refresh::<A, S>(frame, maps, context, listener, hit, sequence, segment, clock);
     }
     Ok((slot, meta))
+}
+
+/// Has the client ended its flow to this host a moment ago? A NIC hands its packets over in batches: the socket may not have seen yet
+/// what has come just before, and would take the SYN for another's.
+#[inline(always)]
+const fn has_just_ended(meta: Meta, clock: Clock) -> bool {
+    meta.has(CLIENT_FIN) && meta.age(clock.seen) < 2
 }
 
 /// Notes that the client is there, and follows it to another router.

@@ -292,6 +292,11 @@ impl Memory {
         self.jiffies.fetch_add(units * JIFFIES, Ordering::Relaxed);
     }
 
+    /// The time in units, as slots have it.
+    pub(crate) fn now(&self) -> u16 {
+        (self.jiffies.load(Ordering::Relaxed) / JIFFIES) as u16
+    }
+
     /// Lets less than a unit go by: 1024 jiffies are one.
     pub(crate) fn advance_jiffies(&self, jiffies: u64) {
         self.jiffies.fetch_add(jiffies, Ordering::Relaxed);

@@ -23,9 +23,10 @@ use crate::{
 /// client may begin anew from the same port.
 pub const RESET_QUARANTINE: u16 = 2;
 
-/// Units after a RST that proves nothing, without a segment since, after which its backend was asked and has not answered: more than
-/// [`RESET_QUARANTINE`], and less than the 7 s after which a client sends its fourth SYN (RFC 6298 §2.1, §5.5).
-pub const DOUBT_LIMIT: u16 = 6;
+/// Units without a segment after which the backend of a flow that saw a RST was asked and has not answered. A SYN that is held makes
+/// the flow one unit older than [`RESET_QUARANTINE`]: so the third SYN, 3 s after it, is held as well, and the fourth, after
+/// 7 s, is not (RFC 6298 §2.1, §5.5).
+pub const DOUBT_LIMIT: u16 = 7;
 
 /// Units without a segment after which a SYN begins anew in a slot that both sides have closed. Before, either side may still
 /// repeat what the other has not acknowledged, and anyone can forge a SYN: so the backend judges the SYN, if it takes new
@@ -57,8 +58,8 @@ pub enum ClientTransition {
     RetransmitSyn,
     /// A SYN takes the slot for a new flow of the same tuple.
     Reopen,
-    /// A SYN for a flow of which a RST was seen that proves nothing: drop it. The backend is about to be asked, and the client sends
-    /// another.
+    /// A SYN for a flow of which a RST was seen that proves nothing, or the client's FIN: drop it, set [`RESET`], and have the backend
+    /// asked soon. The client sends another.
     Hold,
     /// A SYN for a flow that has ended a moment ago: set [`SYN_WAITS`] and forward it. A backend that has ended it, too, answers
     /// with a SYN-ACK (RFC 9293 §3.10.7.4, RFC 6191).
@@ -147,7 +148,8 @@ const fn opening(meta: Meta, now: u16) -> ClientTransition {
     if !meta.is_closed() && !meta.has(CLIENT_FIN | BACKEND_FIN) {
         // The backend knows whether the connection is still there (RFC 5961 §4). If it is not, its SYN-ACK would begin another, with
         // numbers that the slot does not know: anyone can forge SYN and SYN-ACK, so that they teach none.
-        let is_asked_about = meta.has(RESET) && meta.age(now) < DOUBT_LIMIT;
+        // A client that has ended the flow by a FIN that fitted has forgotten it.
+        let is_asked_about = (meta.has(RESET) || meta.has(CLIENT_FIN)) && meta.age(now) < DOUBT_LIMIT;
         return if is_asked_about { ClientTransition::Hold } else { ClientTransition::None };
     }
     // Without their FIN it was a RST that has closed it, and neither end repeats anything.

@@ -571,7 +571,7 @@ fn a_syn_after_a_doubtful_reset_is_its_backends_to_answer() {
         // The backend is asked first: its SYN-ACK to this SYN would begin a flow whose numbers the slot does not know.
         assert_eq!(lab.send(&flow.up(SYN)).outcome, Outcome::SynDoubted);
         // It has not answered.
-        lab.memory.advance(2);
+        lab.memory.advance(3);
         let again = lab.open(flow.client, flow.listener);
         assert_eq!((again.snat, again.backend), (flow.snat, flow.backend));
         assert!(lab.meta(&again).is(Kind::Established));
@@ -579,6 +579,37 @@ fn a_syn_after_a_doubtful_reset_is_its_backends_to_answer() {
         lab.send(&flow.down(ACK)).sent(Outcome::Replied);
         assert!(!lab.meta(&flow).has(RESET));
         lab.send(&flow.up(SYN)).sent(Outcome::Forwarded);
+    }
+}
+
+#[test]
+fn a_flow_whose_client_waits_is_asked_about_at_the_next_look() {
+    for version in VERSIONS {
+        // The client has forgotten its flow, or has ended it and uses its port again while its backend still sends.
+        for end in [RST, FIN | ACK] {
+            let lab = Lab::new();
+            let flow = lab.establish(version.client(1), version.vip());
+            lab.send(&flow.up(end)).sent(Outcome::Forwarded);
+            assert_eq!(lab.send(&flow.up(SYN)).outcome, Outcome::SynDoubted);
+            let now = lab.memory.now();
+            assert_eq!((lab.meta(&flow).has(RESET), lab.meta(&flow).age(now)), (true, RESET_QUARANTINE + 1));
+            // The next SYNs, 1 s and 3 s later, do not put the question off; the one after 7 s is not held.
+            for (second, outcome) in
+                [(1, Outcome::SynDoubted), (2, Outcome::SynDoubted), (4, Outcome::Forwarded)]
+            {
+                lab.memory.advance(second);
+                let now = lab.memory.now();
+                assert_eq!(lab.send(&flow.up(SYN)).outcome, outcome);
+                assert!(lab.meta(&flow).age(now) > RESET_QUARANTINE);
+            }
+        }
+        // A segment of the backend contradicts a RST.
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        lab.send(&flow.up(RST)).sent(Outcome::Forwarded);
+        assert_eq!(lab.send(&flow.up(SYN)).outcome, Outcome::SynDoubted);
+        lab.send(&flow.down(ACK)).sent(Outcome::Replied);
+        assert_eq!((lab.meta(&flow).has(RESET), lab.meta(&flow).age(lab.memory.now())), (false, 0));
     }
 }
 
@@ -764,6 +795,9 @@ fn nothing_that_is_forged_takes_a_flow_from_this_host() {
             let outcome = lab.send(&Segment { flags, ..syn.clone() }).outcome;
             assert_eq!(outcome, Outcome::ForwardedLocal, "flags {flags:#x}");
         }
+        // A socket that the NIC's last batch has not reached yet may be about to close.
+        lab.send(&Segment { flags: RST, ..syn.clone() });
+        assert_eq!(lab.send(&syn).outcome, Outcome::SynDoubted);
     }
 }
 

@@ -363,6 +363,11 @@ fn a_flow_to_this_host_lives_as_long_as_its_socket() {
                 assert_eq!(world.run(&forged.bytes()).outcome, Outcome::ForwardedLocal, "{flags:#x}");
                 world.change(&world.slots()[0], Change::Older(100));
             }
+            // A RST and a SYN in one batch of a NIC's: the socket has not seen the RST yet.
+            for (flags, outcome) in [(RST, Outcome::ForwardedLocal), (SYN, Outcome::SynDoubted)] {
+                assert_eq!(world.run(&Frame { flags, ..syn.clone() }.bytes()).outcome, outcome);
+            }
+            world.change(&world.slots()[0], Change::Older(100));
             // The server has ended its side, and its socket still lives.
             server.shutdown(Shutdown::Write).unwrap();
             assert_eq!(world.run(&syn.bytes()).outcome, Outcome::ForwardedLocal, "half-closed");
