@@ -17,7 +17,8 @@ impl ClientAnswer {
     /// It is a SYN, and the backend judges whether a new flow begins in this slot: forward it.
     pub const ASK_BACKEND: u64 = 3;
     /// It is a SYN for a flow to this host, which takes no new ones: forward it if a socket has the connection
-    /// ([`crate::host_socket`]), otherwise it begins a new flow in this slot.
+    /// ([`crate::host_socket`]), or drop it if the client has ended that a moment ago. Without a socket it begins a new flow in
+    /// this slot.
     pub const ASK_HOST: u64 = 4;
     /// Answer it with a RST: the flow was reset on purpose.
     pub const RESET: u64 = 5;

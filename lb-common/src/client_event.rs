@@ -131,12 +131,13 @@ pub fn client_event<A: Family, S: Subprograms>(
     }
 }
 
-/// A client waits for what the backend says of the flow: the slot is as old as those that are asked about at the daemon's next look.
+/// The client waits for the backend's word: the slot is marked, and made old enough to be asked about at the daemon's next look. If
+/// the word has changed meanwhile, the client's next SYN does it.
 #[inline(always)]
 fn hold<A: Family>(met: &Met<'_, A>, clock: Clock) -> ClientAnswer {
-    met.word.fetch_or(RESET);
-    if met.meta.age(clock.seen) <= RESET_QUARANTINE {
-        met.word.store_high(clock.seen.wrapping_sub(RESET_QUARANTINE + 1));
+    if !met.meta.has(RESET) || met.meta.age(clock.seen) <= RESET_QUARANTINE {
+        let due = met.meta.with(RESET).at(clock.seen.wrapping_sub(RESET_QUARANTINE + 1));
+        met.word.compare_exchange(met.meta.0, due.0);
     }
     ClientAnswer::new(ClientAnswer::HOLD, met.meta)
 }

@@ -2,8 +2,8 @@
 //!
 //! The host's own segments pass no program of ours, so a slot cannot know what has become of such a flow: anyone can forge the FIN
 //! and the SYN that say that it is over. The kernel's table of sockets knows it. It is asked about a SYN for a flow to a
-//! host that takes no new flows, and about nothing else: the look-up costs 20 ns (IPv4) to 30 ns (IPv6), the packet's headers read
-//! again included.
+//! host that takes no new flows, and about nothing else. A socket that is bound to a device or a VRF, or is in another network namespace,
+//! may not be found. The look-up costs 20 ns (IPv4) to 30 ns (IPv6), the packet's headers read again included.
 
 use crate::{
     flow::Family,
@@ -31,8 +31,8 @@ pub fn connection<A: Family, S: Subprograms>(frame: &mut S::Frame) -> Option<Con
     Some(Connection { source: packet.source, destination: packet.destination, ports })
 }
 
-/// Has a socket in this state (`BPF_TCP_…` of `linux/bpf.h`) a connection that lives? A socket in TIME-WAIT has ended it in both
-/// directions.
+/// Has a socket in this state (`BPF_TCP_…` of `linux/bpf.h`) a connection that lives? TIME-WAIT also stands for a FIN-WAIT-2 whose
+/// process has closed: this host has nothing more to send then, and answers data with a RST.
 #[inline(always)]
 #[must_use]
 pub const fn lives(state: u32) -> bool {

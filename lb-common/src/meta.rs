@@ -44,7 +44,7 @@ pub const CLIENT_FIN: u32 = 1 << 5;
 pub const BACKEND_FIN: u32 = 1 << 6;
 /// On a killed slot: the backend was sent a RST, or has sent one itself. It has forgotten the flow.
 pub const BACKEND_TOLD: u32 = BACKEND_FIN;
-/// A RST was seen and no segment of the backend since. On a half-open slot: the second chance is used up.
+/// A RST was seen, or a SYN after the client's FIN, and no segment of the backend since. On a half-open slot: the second chance is used up.
 pub const RESET: u32 = 1 << 7;
 
 const KIND: u32 = 0b111;

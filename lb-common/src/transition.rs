@@ -23,9 +23,9 @@ use crate::{
 /// client may begin anew from the same port.
 pub const RESET_QUARANTINE: u16 = 2;
 
-/// Units without a segment after which the backend of a flow that saw a RST was asked and has not answered. A SYN that is held makes
-/// the flow one unit older than [`RESET_QUARANTINE`]: so the third SYN, 3 s after it, is held as well, and the fourth, after
-/// 7 s, is not (RFC 6298 §2.1, §5.5).
+/// Units without a segment after which the backend of a flow with [`RESET`] was asked and has not answered. A SYN that is held makes
+/// the flow one unit older than [`RESET_QUARANTINE`]: so the third SYN, 3 s after it, is held as well, as a rule, and the
+/// fourth, after 7 s, is not (RFC 6298 §2.1, §5.5).
 pub const DOUBT_LIMIT: u16 = 7;
 
 /// Units without a segment after which a SYN begins anew in a slot that both sides have closed. Before, either side may still
@@ -148,7 +148,7 @@ const fn opening(meta: Meta, now: u16) -> ClientTransition {
     if !meta.is_closed() && !meta.has(CLIENT_FIN | BACKEND_FIN) {
         // The backend knows whether the connection is still there (RFC 5961 §4). If it is not, its SYN-ACK would begin another, with
         // numbers that the slot does not know: anyone can forge SYN and SYN-ACK, so that they teach none.
-        // A client that has ended the flow by a FIN that fitted has forgotten it.
+        // After a FIN that fitted, the client's own SYN says that it has forgotten the flow: a half-closed one sends none.
         let is_asked_about = (meta.has(RESET) || meta.has(CLIENT_FIN)) && meta.age(now) < DOUBT_LIMIT;
         return if is_asked_about { ClientTransition::Hold } else { ClientTransition::None };
     }

@@ -603,6 +603,13 @@ fn a_flow_whose_client_waits_is_asked_about_at_the_next_look() {
                 assert!(lab.meta(&flow).age(now) > RESET_QUARANTINE);
             }
         }
+        // So it is with one that has rested for a while since its client's FIN.
+        let lab = Lab::new();
+        let flow = lab.establish(version.client(1), version.vip());
+        lab.send(&flow.up(FIN | ACK)).sent(Outcome::Forwarded);
+        lab.memory.advance(5);
+        assert_eq!(lab.send(&flow.up(SYN)).outcome, Outcome::SynDoubted);
+        assert_eq!(lab.meta(&flow).age(lab.memory.now()), RESET_QUARANTINE + 1);
         // A segment of the backend contradicts a RST.
         let lab = Lab::new();
         let flow = lab.establish(version.client(1), version.vip());

@@ -317,7 +317,7 @@ impl IdleUnits {
     }
 }
 
-/// Is the flow's backend to be asked whether a RST was real? Not before `rest` units without a segment are over: the RST must
+/// Is the flow's backend to be asked whether a RST, or a SYN of its client, was real? Not before `rest` units without a segment are over: the RST must
 /// be there first, and the next segment may contradict it.
 pub(super) fn is_doubted(meta: Meta, now: u16, rest: u16) -> bool {
     meta.is(Kind::Established) && meta.has(RESET) && (rest + 1..u16::MAX - 4).contains(&meta.age(now))

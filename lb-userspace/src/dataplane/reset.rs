@@ -176,8 +176,8 @@ impl Dataplane {
         Ok(self.walk(filter, cursor, limit, Wanted::Idle(now), kill_at(now)))
     }
 
-    /// As [`Dataplane::flows_to_ask`], of flows of which a RST was seen that proves nothing, and no segment for more than `rest`
-    /// units, which are about seconds.
+    /// As [`Dataplane::flows_to_ask`], of flows of which a RST was seen that proves nothing, or a SYN, and no segment for more than
+    /// `rest` units, which are about seconds.
     pub fn doubted_flows(
         &mut self,
         filter: &FlowFilter,
