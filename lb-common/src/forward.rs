@@ -146,11 +146,14 @@ fn existing_flow<A: Family, S: Subprograms>(
     Ok((slot, meta))
 }
 
-/// Has the client ended its flow to this host a moment ago? A NIC hands its packets over in batches: the socket may not have seen yet
-/// what has come just before, and would take the SYN for another's.
+/// Units after a client's last segment by which a socket of this host has seen it: one may be almost over when it begins.
+const BATCH_REST: u16 = 2;
+
+/// Has the client ended its flow to this host a moment ago? A NIC hands its packets over in batches: the socket may not have seen the
+/// FIN or RST yet, and the kernel would refuse the SYN after these, or begin a connection at a host that takes no new ones.
 #[inline(always)]
 const fn has_just_ended(meta: Meta, clock: Clock) -> bool {
-    meta.has(CLIENT_FIN) && meta.age(clock.seen) < 2
+    meta.has(CLIENT_FIN) && meta.age(clock.seen) < BATCH_REST
 }
 
 /// Notes that the client is there, and follows it to another router.

@@ -151,7 +151,7 @@ enum Work {
     /// Those that neither end has used for their idle timeout.
     Idle,
     Ask,
-    /// Those of which a RST was seen that proves nothing.
+    /// Those of which a RST was seen that proves nothing, or a SYN after the client's FIN.
     Doubt,
     /// Those that one end has closed and that rest.
     HalfClosed,
